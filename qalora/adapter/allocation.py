@@ -1,0 +1,150 @@
+"""Algorithm 1's decisions, as pure functions: when to allocate, which ranks go, which modules gain. No torch.
+
+Source: ALoRA, arXiv 2403.16187v2, §3.3 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AllocationPlan:
+    """What one round does to the adapter.
+
+    Attributes:
+        pruned: module → ranks that leave, ascending (row of A and column of B before the round).
+        grown: module → number of ranks that enter. No module is in both.
+    """
+
+    pruned: dict[str, tuple[int, ...]]
+    grown: dict[str, int]
+
+
+def plan(
+    importance: Mapping[str, Sequence[float]], *, prune: int, min_rank: int = 0, max_rank: int | None = None
+) -> AllocationPlan:
+    """One round of Algorithm 1: the least important ranks go, the modules that lost none share their budget.
+
+    The total after the round is never above the total before it; it is below when every module lost a rank, or when
+    `max_rank` leaves no room. A module that has no rank left stays without: it lost none only because it had none.
+
+    Args:
+        importance: module → importance of each of its ranks, higher is better (eq. 6).
+        prune: n_A, how many ranks go (fewer when `min_rank` protects the rest).
+        min_rank: ranks that every module keeps.
+        max_rank: ranks that no module exceeds by growing.
+
+    Raises:
+        ValueError: an importance that is not finite.
+    """
+    ranks = {module: len(scores) for module, scores in importance.items()}
+    for module, scores in importance.items():
+        if not all(math.isfinite(score) for score in scores):
+            raise ValueError(f"the importance of a rank of {module} is not finite: {list(scores)}")
+
+    pruned = least_important(importance, prune, min_rank)
+    kept_whole = [module for module, rank in ranks.items() if rank and module not in pruned]
+    room = {module: math.inf if max_rank is None else max(max_rank - ranks[module], 0) for module in kept_whole}
+    average = {module: sum(importance[module]) / ranks[module] for module in kept_whole}
+    freed = sum(len(indices) for indices in pruned.values())
+    return AllocationPlan(pruned, share_out(freed, room, average))
+
+
+def least_important(importance: Mapping[str, Sequence[float]], count: int, min_rank: int = 0) -> dict[str, tuple[int, ...]]:
+    """The `count` ranks of lowest importance, at most all but `min_rank` of a module; ties go by module and rank order."""
+    order = {module: position for position, module in enumerate(importance)}
+    ascending = sorted(
+        (score, order[module], rank, module)
+        for module, scores in importance.items()
+        for rank, score in enumerate(scores)
+    )
+    pruned: dict[str, list[int]] = {}
+    left = count
+    for _, _, rank, module in ascending:
+        if left == 0:
+            break
+        if len(importance[module]) - len(pruned.get(module, ())) > min_rank:
+            pruned.setdefault(module, []).append(rank)
+            left -= 1
+    return {module: tuple(sorted(pruned[module])) for module in importance if module in pruned}
+
+
+def share_out(count: int, room: Mapping[str, float], average: Mapping[str, float]) -> dict[str, int]:
+    """`count` new ranks over the modules of `room`, as evenly as their room allows, and the remainder one each to
+    those with the highest average importance (footnote 3)."""
+    grown = dict.fromkeys(room, 0)
+    while count:
+        open_modules = [module for module in room if grown[module] < room[module]]
+        if not open_modules:
+            break
+        share = count // len(open_modules)
+        if share == 0:
+            best = sorted(open_modules, key=lambda module: -average[module])[:count]
+            for module in best:
+                grown[module] += 1
+            break
+        for module in open_modules:
+            given = int(min(share, room[module] - grown[module]))
+            grown[module] += given
+            count -= given
+    return {module: n for module, n in grown.items() if n}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimizer steps after which a round takes place, and whether the settings were scaled to fit the run."""
+
+    steps: tuple[int, ...]
+    scaled: bool
+
+
+def schedule(
+    *, total_steps: int, steps_per_epoch: float, rounds: int, warmup: int | float | str, interval: int | float | str
+) -> Schedule:
+    """K1 steps, then a round, then a round every K2 steps, at most `rounds` of them, each followed by K2 steps to recover.
+
+    A run shorter than K1 + N_A·K2 shrinks both in proportion, and drops rounds that would fall on the same step.
+
+    Args:
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of one pass over the training rows.
+        rounds: N_A.
+        warmup: K1, as `parse_duration` describes.
+        interval: K2, as `parse_duration` describes.
+    """
+    if rounds == 0:
+        return Schedule((), False)
+    k1 = in_steps(warmup, total_steps, steps_per_epoch)
+    k2 = in_steps(interval, total_steps, steps_per_epoch)
+    wanted = k1 + rounds * k2
+    factor = min(1.0, total_steps / wanted)
+    steps = {round((k1 + i * k2) * factor) for i in range(rounds)}
+    return Schedule(tuple(sorted(step for step in steps if 1 <= step < total_steps)), factor < 1.0)
+
+
+def parse_duration(value: int | float | str) -> int | float | str:
+    """Checks a duration: optimizer steps (integer), a share of the run (between 0 and 1), or "N epochs".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        valid = re.fullmatch(r"\d+(\.\d+)? epochs?", value) is not None and float(value.split()[0]) > 0
+    elif isinstance(value, int):
+        valid = value >= 1 and not isinstance(value, bool)
+    else:
+        valid = 0 < value < 1
+    if not valid:
+        raise ValueError('give optimizer steps (20), a share of the run (0.3) or epochs ("1 epoch")')
+    return value
+
+
+def in_steps(duration: int | float | str, total_steps: int, steps_per_epoch: float) -> float:
+    """A duration as `parse_duration` describes it, in optimizer steps."""
+    if isinstance(duration, str):
+        return float(duration.split()[0]) * steps_per_epoch
+    return duration if isinstance(duration, int) else duration * total_steps

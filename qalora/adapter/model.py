@@ -1,0 +1,256 @@
+"""Attach adapters to a frozen base, list and count them, keep PEFT's config in step, save and load.
+
+What reaches the disk is a plain PEFT LoRA: vanilla PEFT reads it without this package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qalora.adapter.layer import GatedLinear
+from qalora.base.quantized import guard_cpu_packing, linear_maps
+from qalora.errors import InputError
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> PeftModel:
+    """A rank-`r` adapter on every targeted linear map: rows of A Kaiming-uniform as in PEFT, B zero.
+
+    Raises:
+        InputError: a target that no linear map of the model ends with.
+    """
+    maps = linear_maps(model)
+    suffixes = {name.rsplit(".", 1)[-1] for name in maps}
+    targets = suffixes if target_modules == "all-linear" else set(target_modules)
+    if unknown := sorted(targets - suffixes):
+        raise InputError(
+            f"lora.target_modules={', '.join(unknown)}: the model has no such linear map; it has {', '.join(sorted(suffixes))}."
+        )
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _with_gated_layers(model, config)
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved plain PEFT LoRA (ours or any other) on the base, with gates, weights in fp32.
+
+    Raises:
+        InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
+    """
+    config = read_config(path)
+    tensors = read_tensors(path)
+    maps = linear_maps(model)
+    for name, (A, B) in paired(tensors, path).items():
+        if name not in maps:
+            raise InputError(f"{path}: the adapter has weights for {name}, which the model lacks; it was made for another model.")
+        shape = (B.shape[0], A.shape[1])
+        if shape != (maps[name].out_features, maps[name].in_features):
+            raise InputError(
+                f"{path}: {name} is {shape} in the adapter and {(maps[name].out_features, maps[name].in_features)} in the "
+                "model (out, in); it was made for another model."
+            )
+    config.inference_mode = not trainable
+    peft_model = _with_gated_layers(model, config)
+    layers = gated_layers(peft_model)
+    if missing := sorted(set(layers) - set(paired(tensors, path))):
+        raise InputError(f"{path}: the config targets {missing[0]} but the file has no weights for it.")
+    with torch.no_grad():
+        for name, (A, B) in paired(tensors, path).items():
+            layers[name].A.copy_(A)
+            layers[name].B.copy_(B)
+    return peft_model
+
+
+def save_adapter(model: PeftModel, path: str | Path) -> None:
+    """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal.
+
+    Raises:
+        RuntimeError: the adapter is empty, not finite or untrained (every B zero), or the file does not read back equal.
+    """
+    path = Path(path)
+    layers = gated_layers(model)
+    if not layers:
+        raise RuntimeError("every rank was pruned: there is no adapter to save; set allocation.min_rank=1")
+    if not all(bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in layers.values()):
+        raise RuntimeError("the adapter holds weights that are not finite: it is not saved")
+    if not any(bool(layer.B.any()) for layer in layers.values()):
+        raise RuntimeError("the adapter is untrained (every B is zero): it is not saved")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    verify_saved(model, partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def verify_saved(model: PeftModel, path: str | Path) -> None:
+    """Compares a saved adapter with the live one: every tensor, and every rank and scaling that PEFT will derive.
+
+    Raises:
+        RuntimeError: any difference.
+    """
+    saved, layers = paired(read_tensors(path), path), gated_layers(model)
+    if saved.keys() != layers.keys():
+        raise RuntimeError(f"{path}: holds other modules than the model: {sorted(saved.keys() ^ layers.keys())[:3]}")
+    config = read_config(path)
+    for name, layer in layers.items():
+        A, B = saved[name]
+        if not (torch.equal(A, layer.A.detach().cpu()) and torch.equal(B, layer.B.detach().cpu())):
+            raise RuntimeError(f"{path}: the weights of {name} do not read back equal")
+        if (rank_of(config, name), scaling_of(config, name)) != (len(A), layer.s):
+            raise RuntimeError(f"{path}: the config gives {name} another rank or scaling than it has")
+
+
+def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
+    """Full module name, as rank_pattern writes it → layer, in the model's order."""
+    return {
+        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, GatedLinear)
+    }
+
+
+def ranks(model: PeftModel) -> dict[str, int]:
+    """Full module name → its present rank."""
+    return {name: len(layer.A) for name, layer in gated_layers(model).items()}
+
+
+def sync_config(model: PeftModel) -> None:
+    """Writes the present ranks into the LoraConfig, so that whatever PEFT saves can be loaded again.
+
+    Every module has a full-name entry in rank_pattern and in alpha_pattern (alpha = scaling · rank). Modules that lost
+    all their ranks carry no layer and are listed in exclude_modules, for PEFT refuses a rank of 0.
+    """
+    config: LoraConfig = model.peft_config[ADAPTER]
+    layers = gated_layers(model)
+    if not layers:
+        return
+    s = next(iter(layers.values())).s
+    config.r = max(ranks(model).values())
+    config.lora_alpha = _whole(s * config.r)
+    config.rank_pattern = ranks(model)
+    config.alpha_pattern = {name: _whole(s * r) for name, r in config.rank_pattern.items()}
+    targets = set(config.target_modules or ())
+    bare = [name for name in linear_maps(model) if name.rsplit(".", 1)[-1] in targets and name not in layers]
+    config.exclude_modules = bare or None
+
+
+def remove_layer(model: PeftModel, name: str) -> None:
+    """Puts the frozen map back in the place of its gated layer."""
+    parent, _, child = (PREFIX + name).rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, getattr(owner, child).base_layer)
+
+
+# ------------------------------------------------------------------------------------------------ files of any PEFT LoRA
+
+
+def read_config(path: str | Path) -> LoraConfig:
+    """The LoraConfig of a saved adapter.
+
+    Raises:
+        InputError: no adapter there, or a variant of LoRA whose function is not s · B A x.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: not an adapter, there is no adapter_config.json.")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{file}: not valid JSON.") from None
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        raise InputError(f"{file}: peft_type is not LORA; only plain LoRA adapters work.")
+    variants = ("use_dora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+    for variant in variants:
+        if fields.get(variant):
+            raise InputError(f"{file}: {variant} is set; only plain LoRA adapters work.")
+    return LoraConfig.from_pretrained(str(path))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of adapter_model.safetensors, on the CPU.
+
+    Raises:
+        InputError: no such file (pickled adapter_model.bin is not read), or a weight that is not finite.
+    """
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{path}: there is no adapter_model.safetensors.")
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+    except Exception as error:  # safetensors raises its own class, which older versions do not export
+        raise InputError(f"{file}: not a safetensors file ({error}).") from None
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{file}: {key} holds a value that is not finite (NaN or infinite).")
+    return tensors
+
+
+def paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Full module name → (A, B) of the tensors of a saved adapter.
+
+    Raises:
+        InputError: a tensor that is neither an A nor a B of a linear map, or lacks its partner.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B") or tensor.ndim != 2:
+            raise InputError(f"{path}: {key} is not a LoRA matrix of a linear map; only plain LoRA adapters work.")
+        pairs.setdefault(module, {})[kind] = tensor
+    for module, pair in pairs.items():
+        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+            raise InputError(f"{path}: lora_A and lora_B of {module} do not belong together.")
+    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank that PEFT gives the module; every entry of the pattern that we write is a full name."""
+    return _first_match(config.rank_pattern, name, config.r)
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """The scaling that PEFT derives for the module: alpha / r, or alpha / √r for rsLoRA."""
+    rank, alpha = rank_of(config, name), _first_match(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
+    from peft.utils.other import get_pattern_key
+
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    from bitsandbytes.nn import Linear4bit
+
+    guard_cpu_packing(model)
+    config._register_custom_module({Linear4bit: GatedLinear, nn.Linear: GatedLinear})
+    peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+    for layer in gated_layers(peft_model).values():
+        layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
+    return peft_model

@@ -1,0 +1,121 @@
+"""Apply an allocation plan to weights and optimizer state: ranks really leave and enter the tensors.
+
+Parameters keep their identity: a new `nn.Parameter` would leave the optimizer holding the old one, and the layer would
+stop training in silence. So `.data` is replaced, and the optimizer's moments are cut and extended alongside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+from peft import PeftModel
+from torch import Tensor, nn
+
+from qalora.adapter.allocation import AllocationPlan
+from qalora.adapter.layer import GatedLinear
+from qalora.adapter.model import gated_layers, remove_layer, sync_config
+
+
+def apply_plan(model: PeftModel, plan: AllocationPlan, optimizer: Any = None, *, generator: torch.Generator | None = None) -> None:
+    """Prunes and grows the layers, their moments, and the LoraConfig.
+
+    A new rank has a random row of A and a zero column of B, so growing leaves the function unchanged bit for bit.
+
+    Args:
+        model: the adapter model.
+        plan: what leaves and what enters.
+        optimizer: torch's or bitsandbytes' AdamW, or accelerate's wrapper of one.
+        generator: CPU generator for the new rows of A, for runs that can be repeated.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    layers = gated_layers(model)
+    for name in {**plan.pruned, **plan.grown}:
+        layer = layers[name]
+        pruned = set(plan.pruned.get(name, ()))
+        keep = [rank for rank in range(len(layer.A)) if rank not in pruned]
+        grow = plan.grown.get(name, 0)
+        if not keep and not grow:
+            _forget(optimizer, layer.A, layer.B)
+            remove_layer(model, name)
+        else:
+            _resize(layer, optimizer, keep, grow, generator)
+    sync_config(model)
+
+
+def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, generator: torch.Generator | None) -> None:
+    scaling, fan_in = layer.s, layer.A.shape[1]
+    # PEFT's start of A: Kaiming-uniform with a = √5, which is uniform in ± 1 / √in.
+    new_rows = (torch.rand(grow, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+    for parameter, rank_dim, new in (
+        (layer.A, 0, new_rows.to(layer.A)),
+        (layer.B, 1, layer.B.new_zeros(layer.B.shape[0], grow)),
+    ):
+        shape = parameter.shape
+        index = torch.tensor(keep, device=parameter.device, dtype=torch.long)
+        parameter.data = torch.cat([parameter.data.index_select(rank_dim, index), new], dim=rank_dim).contiguous()
+        parameter.grad = None
+        _resize_moments(optimizer, parameter, shape, rank_dim, index, grow)
+
+    adapter = layer.active_adapters[0]
+    rank = len(layer.A)
+    layer.r[adapter], layer.lora_alpha[adapter] = rank, scaling * rank
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
+
+
+# --------------------------------------------------------------------------------------------------------- moments
+
+
+def _resize_moments(optimizer: Any, parameter: nn.Parameter, shape: torch.Size, rank_dim: int, keep: Tensor, grow: int) -> None:
+    """Cuts and extends whatever moments the optimizer holds for a parameter that had `shape`.
+
+    First moments of new ranks start at 0, second moments at the mean of the module's live ranks: Adam's step count is
+    the tensor's, so zero second moments would make the first updates of a new rank many times too large.
+    """
+    state = optimizer.state.get(parameter) if optimizer is not None else None
+    for key in ("exp_avg", "exp_avg_sq", "state1", "state2") if state else ():
+        if key not in state:
+            continue
+        old = _to_fp32(state, key).view(shape)
+        live = old.index_select(rank_dim, keep.to(old.device))
+        new = live.mean(rank_dim, keepdim=True).repeat_interleave(grow, rank_dim)
+        if key in ("exp_avg", "state1"):
+            new = torch.zeros_like(new)
+        _store(optimizer, parameter, state, key, torch.cat([live, new], dim=rank_dim).contiguous())
+
+
+def _to_fp32(state: dict[str, Any], key: str) -> Tensor:
+    """A moment in fp32. bitsandbytes' 8-bit moments are uint8 codes with one absmax per 256 *flattened* elements:
+    cut by shape, codes would part from their scales."""
+    if state[key].dtype != torch.uint8:
+        return state[key]
+    absmax, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+    return dequantize_blockwise(state[key].to(absmax.device), absmax=absmax, code=code, blocksize=256)
+
+
+def _store(optimizer: Any, parameter: nn.Parameter, state: dict[str, Any], key: str, value: Tensor) -> None:
+    """Puts a moment back in the form it had: torch's fp32, or bitsandbytes' 32- or 8-bit, paged or not."""
+    old = state[key]
+    if old.dtype == torch.uint8:
+        value, quantized = quantize_blockwise(value, code=state[f"qmap{key[-1]}"], blocksize=256)
+        state[f"absmax{key[-1]}"] = quantized.absmax
+    if hasattr(optimizer, "get_state_buffer"):
+        pages = optimizer.page_mng.paged_tensors
+        pages[:] = [page for page in pages if page is not old]
+        state[key] = optimizer.get_state_buffer(parameter, dtype=old.dtype)
+        state[key].copy_(value)
+    else:
+        state[key] = value
+
+
+def _forget(optimizer: Any, *parameters: nn.Parameter) -> None:
+    if optimizer is None:
+        return
+    gone = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

@@ -1,0 +1,1 @@
+"""Data: rows become examples, examples become tokens and labels, tokens become batches."""

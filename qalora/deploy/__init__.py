@@ -1,0 +1,1 @@
+"""Deployment: merging an adapter into the dequantized base."""

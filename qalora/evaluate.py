@@ -1,0 +1,153 @@
+"""`qalora evaluate`: loss, perplexity, exact match, choice accuracy and ROUGE-L of a model on a file, as
+JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qalora evaluate",
+        description="Evaluates a base, with an adapter or without, or a merged model (--no-quantize).",
+    )
+    parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
+    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
+    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="to compute in (default: by device)",
+    )
+    parser.add_argument(
+        "--recipe", help="name or path: its data and evaluation settings, such as a run's recipe.yaml"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="json, jsonl, csv, parquet or Hub id (default: the recipe's validation rows)",
+    )
+    parser.add_argument(
+        "--data-format",
+        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
+    )
+    parser.add_argument("--split", default="validation", help="of a Hub data set (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    parser.add_argument("--rows", type=int, help="use the first N rows (default: all)")
+    parser.add_argument("--metrics", help="any of loss,exact_match,accuracy,rougeL (default: loss)")
+    parser.add_argument(
+        "--choices",
+        help="comma-separated completions that accuracy chooses from (default: those of the data)",
+    )
+    parser.add_argument(
+        "--answer-pattern", help="regular expression; its first group is what exact_match compares"
+    )
+    parser.add_argument("--batch-size", type=int, help="rows a forward pass")
+    parser.add_argument("--max-new-tokens", type=int, help="length of the answers for exact_match and rougeL")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The flags that were given, as settings of a recipe."""
+    split_list = {"evaluation.metrics": args.metrics, "evaluation.choices": args.choices}
+    given = {
+        "model": args.model,
+        "data.validation": args.data,
+        "data.format": args.data_format,
+        "data.max_seq_len": args.max_seq_len,
+        "evaluation.rows": args.rows,
+        "evaluation.batch_size": args.batch_size,
+        "evaluation.max_new_tokens": args.max_new_tokens,
+        "evaluation.answer_pattern": args.answer_pattern,
+        "quantization.load_in_4bit": False if args.no_quantize else None,
+        "quantization.bnb_4bit_compute_dtype": args.dtype,
+    } | {key: value.split(",") for key, value in split_list.items() if value}
+    if args.recipe is None:
+        given["data.train"] = args.data
+    return [(key, value) for key, value in given.items() if value is not None]
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+
+    from qalora.errors import InputError
+    from qalora.recipe import load_recipe
+    from qalora.recipe import resolve as resolve_recipe
+
+    if args.recipe is None and args.data is None:
+        raise InputError(
+            "--data is missing: pass a file or a Hub id, or a --recipe that has data.validation."
+        )
+    recipe = (
+        load_recipe(args.recipe, settings(args))
+        if args.recipe
+        else resolve_recipe(settings(args), origin="qalora evaluate")
+    )
+    if recipe.data.validation is None:
+        raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
+
+    from qalora.adapter.model import load_adapter, read_config
+    from qalora.base.loading import load_base, load_tokenizer
+    from qalora.base.registry import resolve
+    from qalora.data.tokenization import load_dataset
+    from qalora.metrics import check, evaluate
+
+    source = resolve(recipe.model)
+    if args.adapter:
+        read_config(args.adapter)
+    tokenizer = load_tokenizer(source)
+    data, evaluation, quantization = recipe.data, recipe.evaluation, recipe.quantization
+    dataset = load_dataset(
+        recipe.data.validation,
+        tokenizer,
+        format=data.format,
+        columns=data.columns,
+        prompt_template=data.prompt_template,
+        completion_template=data.completion_template,
+        labels=data.labels,
+        chat=data.chat,
+        max_seq_len=data.max_seq_len,
+        train_on_inputs=data.train_on_inputs,
+        split=args.split,
+        limit=evaluation.rows,
+    )
+    print(dataset.report, file=sys.stderr)
+    asked: dict[str, Any] = dict(
+        metrics=evaluation.metrics, choices=evaluation.choices, answer_pattern=evaluation.answer_pattern
+    )
+    check(dataset, **asked)
+
+    model = load_base(
+        source,
+        load_in_4bit=quantization.load_in_4bit,
+        quant_type=quantization.bnb_4bit_quant_type,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+        dtype=quantization.bnb_4bit_compute_dtype,
+    ).model
+    result = evaluate(
+        load_adapter(model, args.adapter) if args.adapter else model,
+        tokenizer,
+        dataset,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        progress=not args.quiet,
+        **asked,
+    )
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    from qalora.cli import run
+
+    sys.exit(run(main))

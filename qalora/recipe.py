@@ -1,0 +1,360 @@
+"""Recipes: what a run is made of, as one tree of validated settings. Torch-free.
+
+A recipe is a YAML file (shipped by name, or any path) plus overrides from the command line. Every default of the
+project stands here, once; the unit of a setting is in its description.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qalora.adapter.allocation import parse_duration
+from qalora.errors import InputError
+
+Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
+Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class DataConfig(Section):
+    """Where the rows are and how a row becomes a prompt and a completion."""
+
+    train: str = Field("", description="path (json, jsonl, csv, parquet), Hub id, or qalora:quickstart")
+    validation: str | None = Field(None, description="like train; null holds rows of train back (val_set_size)")
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = "auto"
+    columns: dict[str, str] = Field({}, description="column in the file → column that the format expects")
+    prompt_template: str | None = Field(None, description="the prompt, with {column} fields")
+    completion_template: str | None = Field(None, description="the completion, with {column} fields")
+    labels: dict[str, str] = Field({}, description="completion in the file → text to train on, e.g. 0: negative")
+    chat: bool | None = Field(
+        None, description="wrap prompt and completion in the chat template; null: only chat formats"
+    )
+    max_seq_len: int = Field(2048, ge=8, description="tokens a row; longer rows are cut and counted")
+    val_set_size: int | float = Field(0.05, ge=0, description="rows (integer) or share (below 1) of train held back")
+    max_rows: int | None = Field(None, ge=1, description="rows of train used; null: all")
+    train_on_inputs: bool = Field(False, description="loss on the prompt too")
+    packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
+
+
+class QuantizationConfig(Section):
+    """The frozen base: bitsandbytes' 4-bit formats."""
+
+    load_in_4bit: bool = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="also the dtype of an unquantized base; auto: by device, measured on a CPU"
+    )
+
+
+class LoraSettings(Section):
+    """The adapter at birth; method.md §1."""
+
+    r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
+    alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
+    )
+
+
+class AllocationConfig(Section):
+    """Algorithm 1 of ALoRA (arXiv 2403.16187); the defaults are the paper's (§4.3, appendix E)."""
+
+    rounds: int = Field(8, ge=0, description="N_A, rounds of pruning and growing at most; 0 is plain LoRA")
+    prune_per_round: int | None = Field(None, ge=1, description="n_A, ranks; null: one per module")
+    warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
+    interval: Duration = Field("0.25 epochs", description="K2, between rounds: steps, share of the run, or epochs")
+    val_batch_size: int = Field(32, ge=1, description="|B_val|, validation rows that score the ranks")
+    scoring: Literal["first-order", "exact"] = Field(
+        "first-order", description="two forward-backward passes for all ranks, or two forwards for each"
+    )
+    importance: Literal["sum", "drop", "alone"] = Field("sum", description="sum is eq. 6: drop + alone")
+    min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
+    max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
+
+
+class TrainingConfig(Section):
+    micro_batch_size: int = Field(4, ge=1, description="rows (packed sequences with data.packing) a forward pass")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches an optimizer step")
+    num_epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides num_epochs")
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="share of the run")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
+    gradient_checkpointing: bool = True
+    group_by_length: bool = Field(False, description="rows of like length share a batch")
+    eval_steps: int = Field(200, ge=1, description="optimizer steps between validation losses")
+    save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints; a multiple of eval_steps")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")
+    early_stopping_patience: int | None = Field(10, ge=1, description="validations without a better loss; null: never")
+    seed: int = Field(42, ge=0)
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+
+
+class EvaluationConfig(Section):
+    """Taken before and after training on the same validation rows."""
+
+    before: bool = True
+    after: bool = True
+    metrics: list[Metric] = ["loss"]
+    rows: int | None = Field(None, ge=1, description="validation rows used; null: all")
+    batch_size: int = Field(8, ge=1, description="rows a forward pass")
+    max_new_tokens: int = Field(128, ge=1)
+    choices: list[str] | None = Field(None, description="completions that accuracy chooses from; null: those of the data")
+    answer_pattern: str | None = Field(None, description="regular expression; its first group is what exact_match compares")
+
+
+class LoggingConfig(Section):
+    steps: int = Field(10, ge=1, description="optimizer steps between log lines")
+    quiet: bool = False
+
+
+class Recipe(Section):
+    model: str = Field("", description="registry name, Hub id, folder or .gguf file")
+    output_dir: str | None = Field(None, description="null: outputs/RECIPE-MODEL")
+    merge: bool = Field(False, description="also write the merged 16-bit model to output_dir/merged")
+    data: DataConfig = DataConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraSettings = LoraSettings()
+    allocation: AllocationConfig = AllocationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Recipe:
+        if not self.model:
+            raise ValueError("model is missing: pass --model NAME, FOLDER or FILE.gguf")
+        if not self.data.train:
+            raise ValueError("data.train is missing: pass data.train=FILE or a Hub id")
+        if self.data.validation is None and not self.data.val_set_size:
+            raise ValueError("no validation rows: set data.validation, or data.val_set_size above 0")
+        if self.training.save_steps % self.training.eval_steps:
+            raise ValueError(
+                f"training.save_steps={self.training.save_steps} must be a multiple of "
+                f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
+            )
+        low, high = self.allocation.min_rank, self.allocation.max_rank
+        if high is not None and not low <= self.lora.r <= high:
+            raise ValueError(f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}")
+        if low > self.lora.r:
+            raise ValueError(f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r")
+        scaling = self.lora.alpha / self.lora.r
+        if self.allocation.rounds and any((scaling * r) / r != scaling for r in range(1, 1025)):
+            raise ValueError(
+                f"lora.alpha={self.lora.alpha} over lora.r={self.lora.r} is a scaling that PEFT cannot keep when ranks "
+                f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# Other tools' spellings (docs of axolotl, LLaMA-Factory, litgpt, torchtune, qlora.py) → ours.
+ALIASES = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "dataset": "data.train",
+    "data_path": "data.train",
+    "datasets": "data.train",
+    "dataset_format": "data.format",
+    "type": "data.format",
+    "formatting": "data.format",
+    "cutoff_len": "data.max_seq_len",
+    "sequence_len": "data.max_seq_len",
+    "max_seq_length": "data.max_seq_len",
+    "val_size": "data.val_set_size",
+    "eval_dataset_size": "data.val_set_size",
+    "val_split_fraction": "data.val_set_size",
+    "train_on_source": "data.train_on_inputs",
+    "train_on_prompt": "data.train_on_inputs",
+    "mask_prompt": "data.train_on_inputs",
+    "sample_packing": "data.packing",
+    "neat_packing": "data.packing",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "num_train_epochs": "training.num_epochs",
+    "epochs": "training.num_epochs",
+    "lr": "training.learning_rate",
+    "optimizer": "training.optim",
+    "quant_type": "quantization.bnb_4bit_quant_type",
+    "double_quant": "quantization.bnb_4bit_use_double_quant",
+    "bits": "quantization.load_in_4bit",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_target": "lora.target_modules",
+}
+FORMAT_ALIASES = {"input-output": "prompt-completion", "completion": "text"}
+
+
+def recipes_dir() -> Path:
+    """The folder of shipped recipes: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    return next(p for p in (package / "recipes", package.parent / "recipes") if p.is_dir())
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by name or by path.
+
+    Raises:
+        InputError: neither a shipped recipe nor a file.
+    """
+    if name in recipe_names():
+        return recipes_dir() / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    raise InputError(
+        f"--recipe {name}: no such recipe and no such file{_nearest(name, recipe_names())}; "
+        f"`qalora recipes` lists them: {', '.join(recipe_names())}."
+    )
+
+
+def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """Reads a recipe by name or path and applies overrides, given as (dotted key, value), in order.
+
+    Raises:
+        InputError: every problem of the file and of the overrides, in one message.
+    """
+    path = recipe_path(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a mapping of settings, this file holds {type(tree).__name__}.")
+    return resolve([*_flatten(tree), *overrides], origin=str(path))
+
+
+def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
+    """Builds a Recipe from (dotted key, value) settings, later ones winning; `origin` names them in errors."""
+    known, problems, tree = dict(setting_types()), [], {}
+    for key, value in settings:
+        canonical, value = _canonical(key, value, known)
+        if canonical is None:
+            problems.append(f"{key}: unknown setting{_nearest(key, [*known, *ALIASES])}")
+            continue
+        *parents, leaf = canonical.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems += [_describe(e) for e in error.errors()]
+    if problems:
+        raise InputError(f"{origin}: " + "; ".join(problems) + ".")
+    return recipe
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--key value`, `--key=value`, `--flag` and `key=value` → (key, value), values parsed as YAML.
+
+    Raises:
+        InputError: a word that is none of these, or a value that is not YAML.
+    """
+    overrides, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise InputError(f"{word}: not an option; write key=value or --key value.")
+            text = rest.pop(0) if rest and not _starts_setting(rest[0]) else "true"
+        try:
+            overrides.append((key.replace("-", "_"), yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
+    return overrides
+
+
+def setting_types(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every setting."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from setting_types(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", annotation
+
+
+def _starts_setting(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return word.startswith("--") or bool(equals and key.replace(".", "").replace("_", "").isalnum() and "." in key)
+
+
+def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The canonical name and value of a setting spelled our way or another tool's way; None when unknown."""
+    section, _, leaf = key.rpartition(".")
+    canonical = key if key in known else ALIASES.get(leaf)
+    if canonical is None or section not in ("", canonical.rpartition(".")[0]):
+        return None, value
+    if leaf == "mask_prompt" and isinstance(value, bool):
+        value = not value
+    elif leaf == "bits":
+        value = {4: True, 16: False, 32: False}.get(value, value)
+    elif canonical == "data.format" and isinstance(value, str):
+        value = FORMAT_ALIASES.get(value, value)
+    elif canonical in ("data.columns", "data.labels") and isinstance(value, Mapping):
+        value = {str(k): str(v) for k, v in value.items()}
+    elif canonical == "lora.target_modules" and isinstance(value, str) and value != "all-linear":
+        value = [part.strip() for part in value.split(",")]
+    elif _is_list(known[canonical]) and isinstance(value, str):
+        value = [] if value == "none" else [part.strip() for part in value.split(",")]
+    return canonical, value
+
+
+def _is_list(annotation: Any) -> bool:
+    options = (annotation,)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = typing.get_args(annotation)
+    return any(typing.get_origin(option) is list for option in options)
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    known = dict(setting_types())
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and dotted not in known:
+            yield from _flatten(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "literal[", "function-")))
+    message = error["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    """`; did you mean …?`: the name that is spelled most like `word`, also when only its last part is."""
+    leaves = {name.rsplit(".", 1)[-1]: name for name in names}
+    leaf = word.rsplit(".", 1)[-1]
+    by_leaf = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.7)]
+    whole = difflib.get_close_matches(word, names, 1, 0.6)
+    match = whole or by_leaf
+    return f", did you mean {match[0]}?" if match else ""

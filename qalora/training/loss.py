@@ -1,0 +1,84 @@
+"""Cross-entropy where a label is, and nowhere else.
+
+A causal LM's own loss runs the head over every position and holds (tokens, vocabulary) logits, in fp32, several times.
+Here the head sees only the positions that predict a supervised token, a chunk at a time, and its frozen weight needs
+no gradient: d loss / d hidden = (softmax − one-hot) W is formed in the forward, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+    """Summed cross-entropy of each row over its supervised tokens.
+
+    Args:
+        hidden: (rows, tokens, d), the final hidden states.
+        labels: (rows, tokens), −100 where no loss; position t is predicted from position t − 1.
+        head: (vocabulary, d), frozen.
+
+    Returns:
+        (rows,) fp32, nats.
+    """
+    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    losses = _FrozenHeadCrossEntropy.apply(hidden[rows, positions], labels[rows, positions + 1], head)
+    return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """(n, d), (n,), (V, d) → (n,) fp32 cross-entropies; only a chunk of the (n, V) logits exists at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+        losses = torch.empty(len(hidden), device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = max(1, CHUNK_BYTES // (4 * len(head)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), chunk):
+                part = slice(start, start + chunk)
+                log_probs = F.log_softmax(F.linear(hidden[part], head).float(), dim=-1)
+                losses[part] = -log_probs.gather(1, targets[part, None]).squeeze(1)
+                if grad is not None:
+                    probs = log_probs.exp_()
+                    probs[torch.arange(len(probs), device=probs.device), targets[part]] -= 1
+                    grad[part] = probs.to(head.dtype) @ head
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_losses[:, None].to(grad.dtype), None, None
+
+
+def use_label_only_loss(model: PreTrainedModel) -> None:
+    """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
+
+    The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
+    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums. Without labels the model
+    is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
+    """
+    plain_forward = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return plain_forward(*args, **kwargs)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        row_losses = label_only_loss(hidden, labels, self.get_output_embeddings().weight)
+        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+        output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
+        output["row_losses"] = row_losses
+        return output
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qalora import generate
+from qalora.errors import InputError
+from qalora.metrics import generation_config
+
+torch.set_num_threads(1)
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer():
+    vocab = {
+        token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def parsed(*flags):
+    return generate.generation_options(generate.parser().parse_args(["--model", "m", *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], dict(max_new_tokens=256, do_sample=False)),
+        (["--do-sample"], dict(max_new_tokens=256, do_sample=True)),
+        (
+            ["--do-sample", "--temperature", "0.7", "--top-p", "0.9", "--max-new-tokens", "5"],
+            dict(max_new_tokens=5, do_sample=True, temperature=0.7, top_p=0.9),
+        ),
+    ],
+    ids=["greedy", "sampling", "sampling settings"],
+)
+def test_flags_are_hugging_faces_options(flags, options):
+    assert parsed("--prompt", "hi", *flags) == options
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "0.7"],
+        ["--do-sample", "--temperature", "0"],
+        ["--do-sample", "--top-p", "1.5"],
+        ["--max-new-tokens", "0"],
+    ],
+    ids=" ".join,
+)
+def test_options_without_effect_or_out_of_range_are_errors(flags):
+    with pytest.raises(InputError, match=f"{flags[-2]} {flags[-1]}"):
+        parsed("--prompt", "hi", *flags)
+
+
+def test_raw_chat_is_an_error():
+    with pytest.raises(InputError, match="--raw"):
+        parsed("--chat", "--raw")
+
+
+@pytest.mark.parametrize(
+    ("template", "raw", "text"),
+    [(TEMPLATE, False, "<user>hi</user><assistant>"), (TEMPLATE, True, "hi"), (None, False, "hi")],
+    ids=["template", "raw", "no template"],
+)
+def test_prompt_goes_through_the_template_when_there_is_one(tokenizer, template, raw, text):
+    tokenizer.chat_template = template
+    assert tokenizer.decode(generate.prompt_ids(["hi"], tokenizer, raw=raw)) == text
+
+
+def test_history_is_rendered_in_turns(tokenizer):
+    text = tokenizer.decode(generate.prompt_ids(["a", "b", "c"], tokenizer, chat=True))
+    assert text == "<user>a</user><assistant>b</assistant><user>c</user><assistant>"
+
+
+def test_answer_streams_the_greedy_continuation(model, tokenizer, capsys):
+    prompt = generate.prompt_ids(["hi"], tokenizer)
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + 10 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    config = generation_config(model, tokenizer, max_new_tokens=10, do_sample=False)
+    assert generate.answer(model, tokenizer, prompt, config) == text
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_prompt_beyond_the_context_is_an_error(model, tokenizer):
+    config = generation_config(model, tokenizer, max_new_tokens=250, do_sample=False)
+    with pytest.raises(InputError, match="10 tokens and the model's context 256"):
+        generate.answer(model, tokenizer, range(10), config)
+
+
+def test_chat_sees_the_history_and_forgets_the_oldest_exchange(model, tokenizer, monkeypatch, capsys):
+    prompts = []
+
+    def reply(model, tokenizer, ids, config):
+        prompts.append(tokenizer.decode(ids))
+        return f"reply {len(prompts)}"
+
+    monkeypatch.setattr(generate, "answer", reply)
+    config = generation_config(model, tokenizer, max_new_tokens=150, do_sample=False)  # leaves 106 tokens
+    history = generate.chat(model, tokenizer, ["one", "two", "three"], config)
+    assert prompts[1] == "<user>one</user><assistant>reply 1</assistant><user>two</user><assistant>"
+    assert prompts[2] == "<user>two</user><assistant>reply 2</assistant><user>three</user><assistant>"
+    assert history == ["two", "reply 2", "three", "reply 3"]
+    assert "forgotten" in capsys.readouterr().err
+
+
+def test_lines_of_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  two  \nthree"))
+    assert list(generate.lines()) == ["one", "two", "three"]
+
+
+def test_sampling_is_repeated_by_its_seed(model, tokenizer, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = ["--model", str(tmp_path), "--no-quantize", "--dtype", "float32", "--prompt", "hi"]
+    command += ["--max-new-tokens", "12", "--do-sample", "--temperature", "2.0"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert generate.main([*command, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]

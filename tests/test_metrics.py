@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qalora import metrics
+from qalora.data.formats import Example, Turn
+from qalora.data.tokenization import load_dataset, tokenize_prompt
+from qalora.errors import InputError
+
+torch.set_num_threads(1)
+
+ROWS = [
+    {"prompt": "Is water wet? ", "completion": "yes"},
+    {"prompt": "Is the sun, which is a star, cold? ", "completion": "no"},
+    {"prompt": "Do fish swim? ", "completion": "yes"},
+    {"prompt": "Can stones fly when nobody at all throws them? ", "completion": "no"},
+    {"prompt": "Ok? ", "completion": "maybe"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,  # far from uniform, so that choices and continuations differ
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def dataset(tokenizer, tmp_path_factory):
+    return make_dataset(tokenizer, tmp_path_factory.mktemp("data"), ROWS)
+
+
+def make_dataset(tokenizer, folder, rows):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_dataset(
+        str(file),
+        tokenizer,
+        format="prompt-completion",
+        columns={},
+        prompt_template=None,
+        completion_template=None,
+        labels={},
+        chat=None,
+        max_seq_len=256,
+        train_on_inputs=False,
+    )
+
+
+@torch.no_grad()
+def naive_nll(model, input_ids, labels):
+    """Summed cross-entropy and count of one row, from the full logits."""
+    logits = model(input_ids=torch.tensor([input_ids])).logits[0, :-1].float()
+    targets = torch.tensor(labels[1:])
+    return F.cross_entropy(logits, targets, reduction="sum").item(), int((targets != -100).sum())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_loss_is_weighted_by_tokens(model, tokenizer, dataset, batch_size):
+    rows = [naive_nll(model, item["input_ids"], item["labels"]) for item in dataset.items]
+    total, tokens = sum(nll for nll, _ in rows), sum(count for _, count in rows)
+    result = metrics.evaluate(model, tokenizer, dataset, batch_size=batch_size)
+    assert result["rows"] == len(ROWS)
+    assert result["supervised_tokens"] == tokens
+    assert result["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert result["loss"] != pytest.approx(sum(nll / count for nll, count in rows) / len(rows), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_accuracy_is_that_of_a_naive_loop(model, tokenizer, dataset, batch_size):
+    options, correct = ["maybe", "no", "yes"], 0
+    for row in ROWS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        scores = []
+        for option in options:
+            answer = [*tokenizer(option)["input_ids"], tokenizer.eos_token_id]
+            scores.append(-naive_nll(model, prompt + answer, [-100] * len(prompt) + answer)[0])
+        correct += options[scores.index(max(scores))] == row["completion"]
+    result = metrics.evaluate(model, tokenizer, dataset, metrics=["accuracy"], batch_size=batch_size)
+    assert result["accuracy"] == pytest.approx(100 * correct / len(ROWS))
+    assert 0 < correct < len(ROWS)
+
+
+def test_accuracy_of_a_model_that_knows(model, tokenizer, dataset, monkeypatch):
+    def losses(model, tokenizer, items, *rest):
+        texts = [tokenizer.decode(item["input_ids"], skip_special_tokens=True) for item in items]
+        return [
+            0.0 if any(text == row["prompt"] + row["completion"] for row in ROWS) else 1.0 for text in texts
+        ]
+
+    monkeypatch.setattr(metrics, "row_losses", losses)
+    assert metrics.evaluate(model, tokenizer, dataset, metrics=["accuracy"])["accuracy"] == 100.0
+
+
+def test_answers_are_scored_against_their_own_reference(model, tokenizer, dataset, monkeypatch):
+    answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
+    by_prompt = {
+        tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)
+    }
+
+    def rigged(input_ids, attention_mask, generation_config):
+        rows = []
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            assert mask == sorted(mask)  # padding on the left
+            prompt = ids[mask.index(1) :]
+            answer = [*tokenizer(by_prompt[tuple(prompt)])["input_ids"], tokenizer.eos_token_id]
+            rows.append(ids + answer + [tokenizer.pad_token_id] * (20 - len(answer)))
+        return torch.tensor(rows)
+
+    monkeypatch.setattr(model, "generate", rigged, raising=False)
+    result = metrics.evaluate(model, tokenizer, dataset, metrics=["exact_match", "rougeL"], batch_size=2)
+    assert result["exact_match"] == pytest.approx(60.0)
+    scorer = RougeScorer(["rougeL"])
+    scores = [
+        scorer.score(row["completion"], a)["rougeL"].fmeasure for row, a in zip(ROWS, answers, strict=True)
+    ]
+    assert result["rougeL"] == pytest.approx(100 * sum(scores) / len(scores))
+    assert "loss" not in result
+
+
+def test_batched_generation_is_generation_one_by_one(model, tokenizer, dataset):
+    prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
+    together = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 12 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def test_a_checkpoint_that_likes_to_sample_is_still_decoded_greedily(model, tokenizer, dataset, monkeypatch):
+    prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
+    plain = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
+    own = dict(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [(None, 25.0), (r"#### (-?\d+)", 75.0)],
+    ids=["whole answer", "number after ####"],
+)
+def test_exact_match(pattern, expected):
+    references = ["#### 4", "2 + 2\n#### 4", "#### 5", "#### 6"]
+    answers = [" #### 4\n", "so #### 4 #### 9", "#### 5.", "6"]
+    assert metrics.exact_match(answers, references, pattern) == expected
+
+
+@given(st.text(max_size=5), st.text(max_size=20), st.text(max_size=10))
+def test_with_answer_changes_the_answer_alone(question, reference, answer):
+    example = Example(
+        row=3,
+        turns=(Turn("user", question, True), Turn("assistant", reference, True)),
+        chat=False,
+        tools=None,
+    )
+    changed = metrics.with_answer(example, answer)
+    assert changed.turns[0] == Turn("user", question, False)
+    last = changed.turns[-1].text
+    assert len(last) == len(reference) - len(reference.strip()) + len(answer)
+    assert metrics.with_answer(example, reference.strip()).reference == reference
+
+
+def test_modes_are_restored_also_after_an_error(model):
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), metrics.inference(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == before
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(metrics=["loss", "bleu"]), "bleu: unknown metric"),
+        (dict(metrics=["accuracy"], choices=["yes", "no"]), "'maybe' is none of the choices"),
+        (dict(metrics=["accuracy"], choices=["maybe"]), "two or more"),
+        (dict(metrics=["exact_match"], answer_pattern="(yes|no"), "not a regular expression"),
+        (dict(metrics=["exact_match"], answer_pattern="yes|no"), "group"),
+        (dict(metrics=["exact_match"], answer_pattern="(yes|no)"), "row 4"),
+    ],
+    ids=["metric", "choice missing", "one choice", "broken pattern", "no group", "row without a match"],
+)
+def test_what_the_rows_cannot_answer_is_said_before(dataset, asked, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        metrics.check(dataset, **asked)
+
+
+def test_too_many_references_to_be_choices(tokenizer, tmp_path):
+    rows = [{"prompt": "n? ", "completion": str(n)} for n in range(11)]
+    with pytest.raises(InputError, match="11 distinct references"):
+        metrics.check(make_dataset(tokenizer, tmp_path, rows), metrics=["accuracy"])
