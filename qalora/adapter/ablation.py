@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalora.adapter.layer import GatedLinear, gated
 from qalora.adapter.model import gated_layers
@@ -79,16 +80,14 @@ def uniform_gates(layers: Mapping[str, GatedLinear], value: float) -> dict[str, 
 def scoring_mode(model: PeftModel) -> Iterator[None]:
     """Dropout off, adapters frozen, everything else as in a training step, and all of it restored at the end.
 
-    The model stays in train mode: transformers checkpoints activations only there, so scoring needs no more memory
-    than a step does.
+    The blocks alone stay in train mode: transformers checkpoints activations only there, so scoring needs no more
+    memory than a step does. What is inside them does not, for attention drops out by its own mode.
     """
     modes = {module: module.training for module in model.modules()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.train()
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+            module.training = isinstance(module, GradientCheckpointingLayer)
         for parameter in parameters:
             parameter.requires_grad_(False)
         yield

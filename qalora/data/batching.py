@@ -1,0 +1,83 @@
+"""Tokenized rows → batches: padded, or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Collator:
+    """Rows, padded on the right to the longest of them."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """items with input_ids, labels, row → input_ids, attention_mask, labels: (rows, longest); rows: (rows,)."""
+        width = max(len(item["input_ids"]) for item in items)
+
+        def padded(name: str, value: int) -> Tensor:
+            return torch.tensor([list(item[name]) + [value] * (width - len(item[name])) for item in items])
+
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        return {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "labels": padded("labels", IGNORE),
+            "rows": torch.tensor([item["row"] for item in items]),
+        }
+
+
+def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str, Any]]:
+    """Several rows in one sequence of at most `max_seq_len` tokens: the longest row first, each into the first
+    sequence that has room for it (first-fit decreasing).
+
+        rows           a a a a a    b b b    c c         max_seq_len 8
+        input_ids      a a a a a b b b   |   c c
+        position_ids   0 1 2 3 4 0 1 2   |   0 1         restart: no row attends to another
+        labels         − a a a a − b b   |   − c         the first token of a row is predicted by nothing
+
+    Returns:
+        sequences with input_ids, labels, position_ids and rows (the row numbers), lists.
+    """
+    sequences: list[list[Mapping[str, Any]]] = []
+    room: list[int] = []
+    for item in sorted(items, key=lambda item: -len(item["input_ids"])):
+        length = len(item["input_ids"])
+        fit = next((i for i, left in enumerate(room) if left >= length), None)
+        if fit is None:
+            sequences.append([])
+            room.append(max_seq_len)
+            fit = len(room) - 1
+        sequences[fit].append(item)
+        room[fit] -= length
+    return [
+        {
+            "input_ids": [token for item in sequence for token in item["input_ids"]],
+            "labels": [label for item in sequence for label in (IGNORE, *item["labels"][1:])],
+            "position_ids": [position for item in sequence for position in range(len(item["input_ids"]))],
+            "rows": [item["row"] for item in sequence],
+        }
+        for sequence in sequences
+    ]
+
+
+class PackingCollator:
+    """Packed sequences, laid end to end in one row.
+
+    There is no attention_mask: with one, transformers takes the row for a single text and the samples see each other;
+    without, it derives the borders from where position_ids restart.
+    """
+
+    def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """→ input_ids, labels, position_ids: (1, tokens); rows: (rows,)."""
+        joined = {
+            name: torch.tensor([[value for sequence in sequences for value in sequence[name]]])
+            for name in ("input_ids", "labels", "position_ids")
+        }
+        return {**joined, "rows": torch.tensor([row for sequence in sequences for row in sequence["rows"]])}

@@ -1,0 +1,365 @@
+"""Rows of a file or of the Hub → examples: who says what, and which of it is learned. Torch-free."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qalora.errors import InputError
+
+FORMATS = ("alpaca", "sharegpt", "messages", "prompt-completion", "text")
+QUICKSTART = "qalora:quickstart"
+
+# Stanford's prompts; https://github.com/tatsu-lab/stanford_alpaca#data-release
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """role: system, user, assistant or tool; supervised: its text carries loss."""
+
+    role: str
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row, as turns.
+
+    Attributes:
+        row: its number in the source, from 0.
+        turns: in order; the last assistant turn is the reference.
+        chat: rendered by the tokenizer's chat template; otherwise the texts are joined as they stand.
+        tools: function signatures for the chat template.
+    """
+
+    row: int
+    turns: tuple[Turn, ...]
+    chat: bool
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The turns before the reference."""
+        return self.turns[: self._last]
+
+    @property
+    def reference(self) -> str:
+        """The text of the last assistant turn."""
+        return self.turns[self._last].text
+
+    @property
+    def _last(self) -> int:
+        return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns) - 1)
+
+
+# ----------------------------------------------------------------------------------------------------- row → example
+
+
+def to_example(
+    row: Mapping[str, Any],
+    number: int,
+    *,
+    format: str,
+    columns: Mapping[str, str] | None = None,
+    prompt_template: str | None = None,
+    completion_template: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    chat: bool | None = None,
+    source: str = "data",
+) -> Example:
+    """Builds the example of one row.
+
+    Args:
+        row: column → value.
+        number: of the row in its source, from 0; named in errors.
+        format: one of FORMATS.
+        columns: column in the file → column that the format, or a template, names.
+        prompt_template: the prompt with {column} fields, instead of the format's own.
+        completion_template: likewise the completion.
+        labels: value → text, for the fields of the completion (`0: negative`).
+        chat: wrap prompt and completion in the chat template; None: only the chat formats.
+        source: named in errors.
+
+    Raises:
+        InputError: a column is missing or has a value of the wrong kind; names source, row and column.
+    """
+    where = f"{source}, row {number}"
+    renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
+    if format in ("sharegpt", "messages"):
+        turns, tools = _READERS[format](renamed, where)
+        return Example(number, turns, chat is not False, tools)
+    if format == "text" and prompt_template is None and completion_template is None:
+        return Example(number, (Turn("assistant", _text(renamed, "text", where), True),), bool(chat))
+    prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
+    return Example(number, (Turn("user", prompt, False), Turn("assistant", completion, True)), bool(chat))
+
+
+def detect_format(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None, *, source: str = "data") -> str:
+    """The format that the columns of the first row suggest.
+
+    Raises:
+        InputError: none does.
+    """
+    names = {(columns or {}).get(name, name) for name in rows[0]}
+    for needed, format in (
+        ({"messages"}, "messages"),
+        ({"conversations"}, "sharegpt"),
+        ({"instruction", "output"}, "alpaca"),
+        ({"prompt", "completion"}, "prompt-completion"),
+        ({"input", "output"}, "prompt-completion"),
+        ({"text"}, "text"),
+    ):
+        if needed <= names:
+            return format
+    raise InputError(
+        f"{source}: no known format has the columns {', '.join(sorted(names))}; set data.format ({', '.join(FORMATS)}) and "
+        "map the columns with data.columns."
+    )
+
+
+def _pair(
+    row: Mapping[str, Any], format: str, prompt_template: str | None, completion_template: str | None, labels: Mapping[str, str], where: str
+) -> tuple[str, str]:
+    if prompt_template is not None:
+        prompt = _fill(prompt_template, row, {}, where)
+    elif format == "alpaca":
+        fields = {"instruction": _text(row, "instruction", where), "input": str(row.get("input") or "")}
+        prompt = (ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT).format(**fields)
+    else:
+        prompt = _text(row, "prompt" if "prompt" in row else "input" if "input" in row else "prompt", where)
+    if completion_template is not None:
+        return prompt, _fill(completion_template, row, labels, where)
+    if format == "alpaca":
+        name = "output"
+    else:
+        name = "completion" if "completion" in row else "output" if "output" in row else "completion"
+    return prompt, _label(_text(row, name, where), labels)
+
+
+def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[Any, ...]]:
+    turns = []
+    system = row.get("system")
+    if isinstance(system, str) and system:
+        turns.append(Turn("system", system, False))
+    for message in _list(row, "conversations", where):
+        if not isinstance(message, Mapping):
+            raise InputError(f"{where}: conversations holds {type(message).__name__}, not objects with from and value.")
+        speaker = _text(message, "from", f"{where}, conversations")
+        if speaker not in SHAREGPT_ROLES:
+            raise InputError(f"{where}: from={speaker!r} is no known speaker; known are {', '.join(SHAREGPT_ROLES)}.")
+        role = SHAREGPT_ROLES[speaker]
+        turns.append(Turn(role, _text(message, "value", f"{where}, conversations"), role == "assistant"))
+    return tuple(turns), _tools(row, where)
+
+
+def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[Any, ...]]:
+    turns = []
+    for message in _list(row, "messages", where):
+        if not isinstance(message, Mapping):
+            raise InputError(f"{where}: messages holds {type(message).__name__}, not objects with role and content.")
+        role = _text(message, "role", f"{where}, messages")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_part(part, where) for part in content)
+        if not isinstance(content, str):
+            raise InputError(f"{where}: content of a {role} message is neither a text nor a list of text parts.")
+        learned = role == "assistant" and message.get("loss_weight", 1) != 0
+        turns.append(Turn(role, content, learned))
+    return tuple(turns), _tools(row, where)
+
+
+_READERS = {"sharegpt": _sharegpt, "messages": _messages}
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and part.get("type", "text") == "text":
+        text = part.get("text", part.get("value"))
+        if isinstance(text, str):
+            return text
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise InputError(f"{where}: a content part of type {kind}; only text parts can be trained on.")
+
+
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise InputError(f"{where}: tools is not valid JSON.") from None
+    return tuple(tools) if isinstance(tools, list) else ()
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    if name not in row:
+        raise InputError(
+            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; map one with data.columns={{COLUMN: {name}}}."
+        )
+    value = row[name]
+    if isinstance(value, (list, dict)) or value is None:
+        raise InputError(f"{where}: {name} is {'empty (null)' if value is None else type(value).__name__}, not a text.")
+    return str(value)
+
+
+def _list(row: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    if name not in row:
+        _text(row, name, where)
+    if not isinstance(row[name], (list, tuple)) or not row[name]:
+        raise InputError(f"{where}: {name} is not a list with at least one entry.")
+    return list(row[name])
+
+
+def _label(value: str, labels: Mapping[str, str]) -> str:
+    return labels.get(value, labels.get(value.capitalize(), value))
+
+
+def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], where: str) -> str:
+    """{column} fields only: `str.format`'s attribute and index access would reach beyond the row."""
+    parts = []
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is None:
+            continue
+        if spec or conversion or not name.isidentifier():
+            raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
+        parts.append(_label(_text(row, name, where), labels))
+    return "".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------- source → rows
+
+
+def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file (json, jsonl, csv, parquet), of a Hub data set, or of the built-in quickstart task.
+
+    Raises:
+        InputError: missing, empty, malformed (with file and line), or not UTF-8.
+    """
+    if source == QUICKSTART:
+        from qalora.data.quickstart import rows
+
+        return rows(split)[:limit]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise InputError(f"{source}: a folder; name the file in it.")
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if not path.is_file():
+        if path.suffix in readers or source.startswith((".", "/", "~")):
+            raise InputError(f"{source}: no such file.")
+        return _hub_rows(source, split, limit)
+    if path.suffix not in readers:
+        raise InputError(f"{source}: {path.suffix or 'no'} ending; give a .jsonl, .json, .csv or .parquet file.")
+    rows = list(islice(readers[path.suffix](path), limit))
+    if not rows:
+        raise InputError(f"{source}: no rows in it.")
+    return rows
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a row is an object with columns, this is {type(value).__name__}.")
+    return value
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}).") from None
+            yield _object(value, f"{path}, line {number}")
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    text = _decoded(path)
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).") from None
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines.")
+    for number, row in enumerate(rows):
+        yield _object(row, f"{path}, row {number}")
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if len(cells) != len(header):
+                raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells, the header has {len(header)}.")
+            yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file ({' '.join(str(error).split())[:120]}).") from None
+    yield from table.to_pylist()
+
+
+def _hub_rows(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        try:
+            rows = load_dataset(source, split=split)
+        except ValueError as error:
+            # Some sets have one configuration with a name of its own, such as gsm8k's "main".
+            if "Config name is missing" not in str(error):
+                raise
+            rows = load_dataset(source, "main", split=split)
+    except Exception as error:  # offline, gated, unknown and split errors each have a class of their own
+        raise InputError(
+            f"data {source}: neither a file nor a data set of the Hub that can be read (split {split}): "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+    return [dict(row) for row in islice(rows, limit)]

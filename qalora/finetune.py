@@ -1,0 +1,339 @@
+"""`qalora finetune`: the main job. Rows and a frozen 4-bit base in, a plain PEFT LoRA with ranks where they pay out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qalora.data.tokenization import TokenizedDataset
+    from qalora.recipe import Recipe
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qalora finetune",
+        description="Trains ALoRA adapters on a frozen 4-bit base.",
+        epilog="Any setting of the recipe can follow, as key=value or --key value, e.g. training.max_steps=200; "
+        "`qalora recipes show NAME` prints a recipe.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="registry name (llama-7b, smollm2-135m …), Hub id, folder or .gguf file")
+    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
+    parser.add_argument("--output-dir", metavar="DIR", help="default: outputs/RECIPE-MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    parser.add_argument("--resume-from-checkpoint", metavar="PATH|auto", help="continue exactly; auto: the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the memory plan, and exit")
+    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    from qalora.base.registry import resolve
+    from qalora.recipe import load_recipe, parse_overrides
+
+    args, rest = parser().parse_known_args(argv)
+    flags = {
+        "model": args.model,
+        "output_dir": args.output_dir,
+        "quantization.load_in_4bit": False if args.no_quantize else None,
+        "quantization.bnb_4bit_compute_dtype": args.dtype,
+    }
+    overrides = [(key, value) for key, value in flags.items() if value is not None]
+    recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)])
+    source = resolve(recipe.model)
+    if recipe.output_dir is None:
+        recipe.output_dir = f"outputs/{Path(args.recipe).stem}-{Path(recipe.model).stem}"
+    if args.dry_run:
+        dry_run(recipe)
+        return 0
+    output_dir = Path(recipe.output_dir)
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    check_output_dir(output_dir, resuming=checkpoint is not None, overwrite=args.overwrite)
+
+    from qalora.base.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    data = load_data(recipe, tokenizer)
+    return finetune(recipe, data, output_dir, checkpoint)
+
+
+@dataclass
+class RunData:
+    """Tokenized rows of a run: B_val, which scores the ranks, is apart from the rows that measure the result."""
+
+    train: TokenizedDataset
+    validation: TokenizedDataset
+    scoring: TokenizedDataset
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Reads, renders and tokenizes every row, and says what was cut; all of it before any weights load.
+
+    Raises:
+        InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
+    """
+    from qalora.data.tokenization import load_dataset, split_validation
+    from qalora.errors import InputError
+    from qalora.metrics import check
+
+    settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
+
+    def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
+        dataset = load_dataset(
+            name,
+            tokenizer,
+            format=settings.format,
+            columns=settings.columns,
+            prompt_template=settings.prompt_template,
+            completion_template=settings.completion_template,
+            labels=settings.labels,
+            chat=settings.chat,
+            max_seq_len=settings.max_seq_len,
+            train_on_inputs=settings.train_on_inputs,
+            split=split,
+            limit=limit,
+        )
+        print(f"{name} ({split}): {dataset.report}", file=sys.stderr)
+        return dataset
+
+    train = load(settings.train, "train", settings.max_rows)
+    if settings.validation is None:
+        train, validation = split_validation(train, settings.val_set_size, seed)
+    else:
+        validation = load(settings.validation, "validation", None)
+    # B_val chooses ranks, so it does not also measure them, wherever there are rows enough for both.
+    wanted = recipe.allocation.val_batch_size
+    if len(validation) >= 2 * wanted:
+        validation, scoring = split_validation(validation, wanted, seed)
+    else:
+        scoring = validation.subset(range(min(wanted, len(validation))))
+    if not len(train) or not len(validation):
+        raise InputError(f"data.train={settings.train}: too few rows for a validation split of {settings.val_set_size}; add rows.")
+    if evaluation.rows is not None:
+        validation = validation.subset(range(min(evaluation.rows, len(validation))))
+    if evaluation.before or evaluation.after:
+        check(validation, metrics=evaluation.metrics, choices=evaluation.choices, answer_pattern=evaluation.answer_pattern)
+    return RunData(train, validation, scoring)
+
+
+def finetune(recipe: Recipe, data: RunData, output_dir: Path, checkpoint: Path | None = None) -> int:
+    """Loads the base, trains, evaluates before and after, saves. Returns the command's exit code.
+
+    Raises:
+        AnswerNo: the loss was not finite, or a run that was to allocate never did.
+    """
+    import torch
+    from transformers import set_seed
+
+    from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+    from qalora.cli import DONE, INTERRUPTED
+    from qalora.errors import AnswerNo
+    from qalora.metrics import evaluate
+    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
+
+    items = training_items(recipe, data.train.items)
+    total_steps, per_epoch = steps_of(recipe, len(items))
+    rounds = schedule_of(recipe, total_steps, per_epoch)
+    say(recipe, f"{total_steps} optimizer steps, {per_epoch} an epoch; rounds of allocation after steps {list(rounds.steps)}")
+    if rounds.scaled:
+        say(recipe, "the run is shorter than allocation.warmup + rounds · interval: the schedule is scaled to it")
+
+    quantization, lora = recipe.quantization, recipe.lora
+    base = load_base(
+        resolve(recipe.model),
+        load_in_4bit=quantization.load_in_4bit,
+        quant_type=quantization.bnb_4bit_quant_type,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+        dtype=_compute_dtype(recipe, output_dir, resuming=checkpoint is not None),
+    )
+    quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    set_seed(recipe.training.seed)
+    model = attach(
+        base.model,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        seed=recipe.training.seed,
+    )
+    start = ranks(model)
+    if checkpoint is not None:
+        model = load_adapter(model.unload(), checkpoint, trainable=True)
+
+    metrics: dict[str, Any] = {}
+    settings = recipe.evaluation
+    asked: dict[str, Any] = dict(
+        metrics=settings.metrics,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        choices=settings.choices,
+        answer_pattern=settings.answer_pattern,
+        progress=not recipe.logging.quiet,
+    )
+    if checkpoint is not None and (output_dir / "metrics.json").is_file():
+        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    elif settings.before:
+        metrics["before"] = evaluate(model, base.tokenizer, data.validation, **asked)
+        say(recipe, f"before: {_line(metrics['before'])}")
+        _write_json(output_dir / "metrics.json", metrics)
+
+    trainer, allocator, interrupt = build_trainer(
+        recipe,
+        model,
+        base.tokenizer,
+        train=items,
+        validation=data.validation.items,
+        scoring=data.scoring.items,
+        rounds=rounds,
+        total_steps=total_steps,
+        budget=sum(start.values()),
+        compute_dtype=base.compute_dtype,
+        output_dir=output_dir,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        interrupt.restore()
+    if interrupt.signal is not None:
+        say(recipe, f"interrupted after step {trainer.state.global_step}; continue with the same command and --resume-from-checkpoint auto")
+        return INTERRUPTED
+    if rounds.steps and not allocator.history:
+        raise AnswerNo(
+            f"the run ended after step {trainer.state.global_step}, before its first round of allocation (step {rounds.steps[0]}); "
+            "lower allocation.warmup or raise training.early_stopping_patience."
+        )
+
+    model = trainer.model
+    seconds = sum(record["seconds"] for record in allocator.history)
+    metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
+    metrics["allocation"] = {
+        "rounds": len(allocator.history),
+        "seconds": seconds,
+        "share": seconds / metrics["train"]["seconds"],
+        "budget": sum(start.values()),
+        "total_rank": sum(ranks(model).values()),
+    }
+    save_adapter(model, output_dir / "adapter")
+    if settings.after:
+        metrics["after"] = evaluate(model, base.tokenizer, data.validation, **asked)
+        say(recipe, f"after:  {_line(metrics['after'])}")
+    _write_json(output_dir / "metrics.json", metrics)
+    draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
+    if recipe.merge:
+        from qalora.deploy.merging import merge_into
+
+        base.model = model.unload()
+        merge_into(base, output_dir / "adapter", output_dir / "merged", dtype=torch.bfloat16, overwrite=True)
+    say(recipe, f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}")
+    return DONE
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Prints the resolved recipe and the memory that a step will need."""
+    from qalora.plan import plan_of_recipe, print_plan
+
+    print(recipe.to_yaml())
+    print_plan(plan_of_recipe(recipe))
+
+
+def draw(
+    output_dir: Path, log_history: list[dict[str, Any]], start: dict[str, int], final: dict[str, int], rounds: list[dict[str, Any]]
+) -> None:
+    from qalora.report import draw_loss, draw_ranks
+
+    draw_ranks({name: final.get(name, 0) for name in start}, start, output_dir / "ranks.png")
+    draw_loss(
+        log_history,
+        [record["step"] for record in rounds],
+        output_dir / "loss.png",
+        total_rank={record["step"]: record["total_rank"] for record in rounds} or None,
+        budget=sum(start.values()),
+    )
+
+
+def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
+    """The checkpoint to continue from: a folder, or the newest whole one of the output folder for "auto".
+
+    Raises:
+        InputError: there is none.
+    """
+    from qalora.errors import InputError
+
+    if asked is None:
+        return None
+    if asked == "auto":
+        found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        if not found:
+            raise InputError(f"--resume-from-checkpoint auto: {output_dir} holds no checkpoint; leave the option out to start anew.")
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    path = Path(asked)
+    if not (path / "trainer_state.json").is_file():
+        raise InputError(f"--resume-from-checkpoint {asked}: no checkpoint there (no trainer_state.json).")
+    return path
+
+
+def check_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
+    """Keeps an earlier run from being lost or mixed with this one.
+
+    Raises:
+        InputError: the folder is in use.
+    """
+    from qalora.errors import InputError
+
+    if output_dir.is_file():
+        raise InputError(f"output_dir={output_dir}: a file; choose a folder.")
+    if resuming or not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / "recipe.yaml").is_file():
+        raise InputError(f"output_dir={output_dir}: not empty, and no run of qalora; choose another folder.")
+    if not overwrite:
+        raise InputError(
+            f"output_dir={output_dir}: holds a run; continue it with --resume-from-checkpoint auto, replace it with --overwrite, "
+            "or choose another --output-dir."
+        )
+    shutil.rmtree(output_dir)
+
+
+def _compute_dtype(recipe: Recipe, output_dir: Path, *, resuming: bool) -> str:
+    """A resumed run computes in the dtype that it began with, also where "auto" would now choose another."""
+    import yaml
+
+    asked, file = recipe.quantization.bnb_4bit_compute_dtype, output_dir / "recipe.yaml"
+    if asked == "auto" and resuming and file.is_file():
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["quantization"]["bnb_4bit_compute_dtype"]
+    return asked
+
+
+def say(recipe: Recipe, text: str) -> None:
+    if not recipe.logging.quiet:
+        print(text, file=sys.stderr)
+
+
+def _line(result: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    from qalora.cli import run
+
+    sys.exit(run(main))

@@ -1,0 +1,110 @@
+"""`qalora plan`: the memory of a run by term, and whether it fits a card. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from qalora.errors import InputError
+
+if TYPE_CHECKING:
+    from qalora.base.memory import MemoryPlan
+    from qalora.recipe import Recipe
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qalora plan",
+        description="Memory of a fine-tuning run by term, for the longest rows that the recipe allows.",
+        epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
+    parser.add_argument("--recipe", default="alpaca", help="name or path (default: %(default)s)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB; exit code 1 when the run does not fit")
+    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
+    parser.add_argument("--json", action="store_true", help="print the terms as JSON, in bytes")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    from qalora.recipe import load_recipe, parse_overrides
+
+    args, rest = parser().parse_known_args(argv)
+    card = parse_size(args.gpu_memory) if args.gpu_memory else None
+    flags = [("model", args.model)]
+    if args.no_quantize:
+        flags.append(("quantization.load_in_4bit", False))
+    if args.dtype:
+        flags.append(("quantization.bnb_4bit_compute_dtype", args.dtype))
+    plan = plan_of_recipe(load_recipe(args.recipe, [*flags, *parse_overrides(rest)]))
+    fits = card is None or plan.total <= card
+    if args.json:
+        print(json.dumps({"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits}, indent=2))
+    else:
+        print_plan(plan)
+        if card is not None:
+            print(f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB")
+    return 0 if fits else 1
+
+
+def plan_of_recipe(recipe: Recipe) -> MemoryPlan:
+    """The plan of a CUDA run of the recipe, its targets and its longest rows."""
+    from qalora.base.memory import plan_memory
+    from qalora.base.registry import resolve, shape_of
+
+    shape = shape_of(resolve(recipe.model))
+    targets = recipe.lora.target_modules
+    dtype = recipe.quantization.bnb_4bit_compute_dtype
+    return plan_memory(
+        shape,
+        ranks={
+            name: recipe.lora.r
+            for name in shape.linear_maps()
+            if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets
+        },
+        micro_batch_size=recipe.training.micro_batch_size,
+        seq_len=recipe.data.max_seq_len,
+        load_in_4bit=recipe.quantization.load_in_4bit,
+        double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+        compute_dtype="bfloat16" if dtype == "auto" else dtype,
+        optim=recipe.training.optim,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+    )
+
+
+def print_plan(plan: MemoryPlan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("term", title="memory of one training step on CUDA, planned")
+    table.add_column("MiB", justify="right")
+    for term, size in plan.terms.items():
+        table.add_row(term, f"{size / 2**20:,.1f}")
+    table.add_section()
+    table.add_row("total", f"{plan.total / 2**20:,.1f}")
+    Console().print(table)
+
+
+def parse_size(text: str) -> int:
+    """"24GiB", "15.9 GB" or a number of bytes → bytes.
+
+    Raises:
+        InputError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--gpu-memory {text}: give a size such as 24GiB, 15.9GB or a number of bytes.")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+if __name__ == "__main__":
+    from qalora.cli import run
+
+    sys.exit(run(main))

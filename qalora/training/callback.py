@@ -1,0 +1,131 @@
+"""When something is due in a run; how it is done stands elsewhere (adapter/round.py)."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qalora.adapter.ablation import MicroBatch
+from qalora.adapter.allocation import Schedule
+from qalora.adapter.round import RoundSettings, allocation_round
+
+console = Console(stderr=True)
+
+
+class AllocationCallback(TrainerCallback):
+    """Runs a round of Algorithm 1 after each step of the schedule and keeps its record in allocation.jsonl.
+
+    It acts in on_step_end: gradients are zeroed by then, and the log line, validation and checkpoint of the same step
+    already see the new ranks.
+    """
+
+    def __init__(self, rounds: Schedule, settings: RoundSettings, batch: Sequence[MicroBatch], output_dir: Path):
+        self.rounds, self.settings, self.batch = rounds, settings, batch
+        self.file = output_dir / "allocation.jsonl"
+        self.scores_dir = output_dir / "scores"
+        self.history = read_history(self.file)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
+        self.history = [record for record in self.history if record["step"] <= state.global_step]
+        self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True  # else the last weights could not be the best
+        if state.global_step not in self.rounds.steps:
+            return
+        batch = [{key: value.to(args.device) for key, value in micro.items() if key != "rows"} for micro in self.batch]
+        record, scores = allocation_round(model, optimizer, batch, self.settings, state.global_step)
+        scores_file = self.scores_dir / f"step-{state.global_step}.json"
+        scores_file.parent.mkdir(exist_ok=True)
+        scores_file.write_text(json.dumps({"loss": scores.loss, "base_loss": scores.base_loss, "drop": scores.drop, "alone": scores.alone}))
+        record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
+        self.history.append(record)
+        with self.file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+
+class InterruptCallback(TrainerCallback):
+    """On SIGINT or SIGTERM: the step under way is finished, a checkpoint is written, training ends."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:  # the second one means now
+            raise KeyboardInterrupt
+        self.signal = number
+        console.print("interrupted: finishing the step and writing a checkpoint (once more to stop at once)")
+
+
+class ProgressLine(TrainerCallback):
+    """A progress bar, and one line for every log entry, validation and round."""
+
+    def __init__(self, allocator: AllocationCallback):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, transient=True)
+        self.allocator = allocator
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+        history = self.allocator.history
+        if history and history[-1]["step"] == state.global_step:
+            pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
+            self.bar.console.print(
+                f"round {len(history)}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
+                f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
+                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s)",
+                highlight=False,
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}", highlight=False)
+        elif "loss" in logs:
+            self.bar.console.print(
+                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
+                f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
+                highlight=False,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,254 @@
+"""The wiring of a run: read this first.
+
+A batch: the collator pads rows or packs them → `training_step` → the decoder, its frozen maps and gated adapters
+(adapter/layer.py) → the label-only loss (loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
+(callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from qalora.adapter.allocation import Schedule, schedule
+from qalora.adapter.model import load_adapter, ranks
+from qalora.adapter.round import RoundSettings
+from qalora.data.batching import Collator, PackingCollator, pack
+from qalora.errors import AnswerNo, InputError
+from qalora.metrics import row_losses
+from qalora.recipe import Recipe
+from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine
+from qalora.training.loss import use_label_only_loss
+
+
+@dataclass
+class Throughput:
+    """What the training loop has worked through since it started."""
+
+    start: float = field(default_factory=time.perf_counter)
+    rows: int = 0
+    tokens: int = 0
+
+    def summary(self, steps: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        return {
+            "steps": steps,
+            "seconds": seconds,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+
+class QaloraTrainer(Trainer):
+    """Hugging Face's Trainer with adapters whose ranks change: see the module's docstring for the walk of a batch."""
+
+    def __init__(self, *, validation: list[dict[str, Any]], eval_batch_size: int, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
+        super().__init__(processing_class=tokenizer, **kwargs)
+        self.validation = validation
+        self.eval_batch_size = eval_batch_size
+        self.throughput = Throughput()
+        # Our forward takes num_items_in_batch, which PeftModel's signature hides.
+        self.model_accepts_loss_kwargs = True
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch, forward and backward.
+
+        Raises:
+            AnswerNo: the loss is not finite; names the step and the rows.
+        """
+        rows = inputs.pop("rows").tolist()
+        mask = inputs.get("attention_mask")
+        self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.throughput.rows += len(rows)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise AnswerNo(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
+                f"lower training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+            )
+        return loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Token-weighted loss on the validation rows."""
+        losses = row_losses(self.model, self.processing_class, self.validation, self.eval_batch_size)
+        tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
+        metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what is particular to this run: the total rank, and tokens a second."""
+        if "loss" in logs:
+            logs |= {
+                "total_rank": sum(ranks(self.model).values()),
+                "tokens_per_second": self.throughput.summary(0)["tokens_per_second"],
+            }
+        super().log(logs, start_time)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
+        best = Path(self.state.best_model_checkpoint)
+        if best.name != f"checkpoint-{self.state.global_step}":
+            self.model = self.model_wrapped = load_adapter(self.model.unload(), best)
+
+    def _last_checkpoint(self) -> str:
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been written yet"
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    scoring: list[dict[str, Any]],
+    rounds: Schedule,
+    total_steps: int,
+    budget: int,
+    compute_dtype: torch.dtype,
+    output_dir: Path,
+) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
+    """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
+
+    Args:
+        train: tokenized rows, or packed sequences of them.
+        validation: tokenized rows for the loss during training.
+        scoring: B_val, tokenized rows that score the ranks.
+        budget: R.
+    """
+    training, allocation = recipe.training, recipe.allocation
+    use_label_only_loss(model.get_base_model())
+    collate = Collator(tokenizer.pad_token_id)
+    batch_size = training.micro_batch_size
+    allocator = AllocationCallback(
+        rounds,
+        RoundSettings(
+            budget=budget,
+            prune=allocation.prune_per_round or len(ranks(model)),
+            scoring=allocation.scoring,
+            importance=allocation.importance,
+            min_rank=allocation.min_rank,
+            max_rank=allocation.max_rank,
+            seed=training.seed,
+        ),
+        [collate(scoring[i : i + batch_size]) for i in range(0, len(scoring), batch_size)],
+        output_dir,
+    )
+    interrupt = InterruptCallback()
+    trainer = QaloraTrainer(
+        model=model,
+        args=_arguments(recipe, total_steps, compute_dtype, output_dir),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=PackingCollator() if recipe.data.packing else collate,
+        tokenizer=tokenizer,
+        validation=validation,
+        eval_batch_size=recipe.evaluation.batch_size,
+        callbacks=[allocator, interrupt],
+    )
+    if training.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not recipe.logging.quiet:
+        trainer.add_callback(ProgressLine(allocator))
+    return trainer, allocator, interrupt
+
+
+def training_items(recipe: Recipe, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they are batched: each for itself, or packed."""
+    return pack(items, recipe.data.max_seq_len) if recipe.data.packing else items
+
+
+def steps_of(recipe: Recipe, sequences: int) -> tuple[int, int]:
+    """(optimizer steps of the run, optimizer steps an epoch), for that many rows or packed sequences."""
+    training = recipe.training
+    micro_batches = math.ceil(sequences / training.micro_batch_size)
+    per_epoch = math.ceil(micro_batches / training.gradient_accumulation_steps)
+    return training.max_steps or math.ceil(training.num_epochs * per_epoch), per_epoch
+
+
+def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """When the rounds of allocation are due.
+
+    Raises:
+        InputError: the run is too short for any.
+    """
+    allocation = recipe.allocation
+    rounds = schedule(
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        rounds=allocation.rounds,
+        warmup=allocation.warmup,
+        interval=allocation.interval,
+    )
+    if allocation.rounds and not rounds.steps:
+        raise InputError(
+            f"allocation.rounds={allocation.rounds}: a run of {total_steps} optimizer steps has no room for a round; train longer "
+            "(training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
+        )
+    return rounds
+
+
+def peak_memory_bytes() -> int:
+    """CUDA memory allocated at the peak, or the peak resident set of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:
+    training = recipe.training
+    options: dict[str, Any] = dict(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_steps=total_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=math.ceil(training.warmup_ratio * total_steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optim,
+        seed=training.seed,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=recipe.logging.steps,
+        logging_nan_inf_filter=False,
+        report_to=list(training.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # fp16 needs a GradScaler, which the Trainer brings with fp16; a bf16 or fp32 base computes in its own dtype.
+        fp16=compute_dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if training.group_by_length:
+        known = {f.name for f in fields(TrainingArguments)}
+        renamed = "train_sampling_strategy" in known
+        options |= {"train_sampling_strategy": "group_by_length"} if renamed else {"group_by_length": True}
+    return TrainingArguments(**options)

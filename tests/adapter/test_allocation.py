@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qalora.adapter.allocation import in_steps, least_important, parse_duration, plan, schedule, share_out
+
+# Few distinct values, so that ties are common.
+scores = st.one_of(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), st.floats(-1e3, 1e3))
+adapters = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=3), st.lists(scores, max_size=9), min_size=1, max_size=8
+)
+
+
+@st.composite
+def rounds(draw):
+    importance = draw(adapters)
+    return dict(
+        importance=importance,
+        prune=draw(st.integers(0, 20)),
+        min_rank=draw(st.integers(0, 3)),
+        max_rank=draw(st.none() | st.integers(1, 12)),
+    )
+
+
+def after(importance, decision):
+    return {
+        module: len(ranks) - len(decision.pruned.get(module, ())) + decision.grown.get(module, 0)
+        for module, ranks in importance.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- invariant 7
+
+
+@given(rounds())
+def test_total_rank_never_rises_and_stays_when_there_is_room(round_):
+    importance, decision = round_["importance"], plan(**round_)
+    before = sum(map(len, importance.values()))
+    total = sum(after(importance, decision).values())
+    receivers = [module for module, ranks in importance.items() if ranks and module not in decision.pruned]
+    assert total <= before
+    if round_["max_rank"] is None and receivers:
+        assert total == before
+
+
+@given(rounds())
+def test_total_falls_short_only_when_every_receiver_is_full(round_):
+    importance, decision = round_["importance"], plan(**round_)
+    ranks = after(importance, decision)
+    if sum(ranks.values()) < sum(map(len, importance.values())):
+        receivers = [module for module, old in importance.items() if old and module not in decision.pruned]
+        assert all(round_["max_rank"] is not None and ranks[module] >= round_["max_rank"] for module in receivers)
+
+
+@given(rounds())
+def test_min_and_max_rank_hold(round_):
+    importance, decision = round_["importance"], plan(**round_)
+    for module, rank in after(importance, decision).items():
+        old = len(importance[module])
+        assert rank >= min(old, round_["min_rank"])
+        if round_["max_rank"] is not None:
+            assert rank <= max(old, round_["max_rank"])
+
+
+@given(rounds())
+def test_pruned_ranks_are_the_least_important_that_may_go(round_):
+    importance, decision = round_["importance"], plan(**round_)
+    gone = {(module, rank) for module, ranks in decision.pruned.items() for rank in ranks}
+    removable = sum(max(len(ranks) - round_["min_rank"], 0) for ranks in importance.values())
+    assert len(gone) == min(round_["prune"], removable)
+    if not gone:
+        return
+    worst_gone = max(importance[module][rank] for module, rank in gone)
+    for module, ranks in importance.items():
+        if len(ranks) - len(decision.pruned.get(module, ())) > round_["min_rank"]:
+            assert all(score >= worst_gone for rank, score in enumerate(ranks) if (module, rank) not in gone)
+        if module in decision.pruned:
+            inside = [ranks[rank] for rank in decision.pruned[module]]
+            assert sorted(ranks)[: len(inside)] == sorted(inside)
+
+
+@given(rounds())
+def test_no_module_loses_and_gains(round_):
+    decision = plan(**round_)
+    assert not decision.pruned.keys() & decision.grown.keys()
+    assert all(ranks == tuple(sorted(set(ranks))) and ranks for ranks in decision.pruned.values())
+    assert all(n > 0 for n in decision.grown.values())
+
+
+@given(rounds())
+def test_a_module_without_ranks_stays_without(round_):
+    decision = plan(**round_)
+    for module, ranks in round_["importance"].items():
+        if not ranks:
+            assert module not in decision.pruned and module not in decision.grown
+
+
+@given(rounds())
+def test_even_shares_and_the_remainder_to_the_highest_average(round_):
+    importance, decision = round_["importance"], plan(**{**round_, "max_rank": None})
+    receivers = [module for module, ranks in importance.items() if ranks and module not in decision.pruned]
+    freed = sum(map(len, decision.pruned.values()))
+    if not receivers:
+        assert decision.grown == {}
+        return
+    share, remainder = divmod(freed, len(receivers))
+    best = sorted(receivers, key=lambda module: -sum(importance[module]) / len(importance[module]))[:remainder]
+    expected = {module: share + (module in best) for module in receivers}
+    assert decision.grown == {module: n for module, n in expected.items() if n}
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+
+
+def test_footnote_3_by_hand():
+    decision = plan({"q": [0.1, 0.2], "k": [9.0, 5.0], "v": [4.0, 4.0], "o": [6.0, 7.5]}, prune=2)
+    assert decision.pruned == {"q": (0, 1)}
+    assert decision.grown == {"k": 1, "o": 1}  # averages 7.0 and 6.75 before 4.0
+
+
+def test_total_ends_below_the_budget_when_every_module_lost_a_rank():
+    decision = plan({"q": [0.1, 2.0], "k": [0.2, 3.0]}, prune=2)
+    assert (decision.pruned, decision.grown) == ({"q": (0,), "k": (0,)}, {})
+
+
+def test_ties_go_by_module_then_rank():
+    assert least_important({"b": [1.0, 1.0], "a": [1.0, 1.0]}, 3) == {"b": (0, 1), "a": (0,)}
+
+
+def test_ties_of_the_average_go_by_module():
+    assert share_out(1, {"b": math.inf, "a": math.inf}, {"b": 1.0, "a": 1.0}) == {"b": 1}
+
+
+def test_what_a_full_module_cannot_take_goes_to_the_others():
+    decision = plan({"q": [0.0] * 5, "k": [9.0, 9.0], "v": [8.0], "o": [7.0]}, prune=5, max_rank=3)
+    assert decision.grown == {"k": 1, "v": 2, "o": 2}
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="importance of a rank of q is not finite"):
+        plan({"q": [1.0, math.nan], "k": [1.0]}, prune=1)
+
+
+# ------------------------------------------------------------------------------------------------------- schedule
+
+
+def test_paper_schedule_in_a_run_that_is_long_enough():
+    found = schedule(total_steps=400, steps_per_epoch=68, rounds=8, warmup="1 epoch", interval="0.25 epochs")
+    assert (found.steps, found.scaled) == ((68, 85, 102, 119, 136, 153, 170, 187), False)
+
+
+def test_paper_schedule_scaled_to_a_short_run():
+    found = schedule(total_steps=60, steps_per_epoch=68, rounds=8, warmup="1 epoch", interval="0.25 epochs")
+    assert (found.steps, found.scaled) == ((20, 25, 30, 35, 40, 45, 50, 55), True)
+
+
+def test_a_run_of_exactly_the_wanted_length_is_not_scaled():
+    assert schedule(total_steps=50, steps_per_epoch=9, rounds=3, warmup=20, interval=10).scaled is False
+
+
+def test_no_rounds():
+    assert schedule(total_steps=60, steps_per_epoch=68, rounds=0, warmup=1, interval=1).steps == ()
+
+
+@given(
+    st.integers(1, 500),
+    st.floats(0.1, 300),
+    st.integers(1, 12),
+    st.integers(1, 300) | st.floats(0.01, 0.99) | st.just("1 epoch"),
+    st.integers(1, 300) | st.floats(0.01, 0.99) | st.just("0.25 epochs"),
+)
+def test_rounds_fall_inside_the_run_and_leave_time_to_recover(total, per_epoch, rounds_, warmup, interval):
+    found = schedule(
+        total_steps=total, steps_per_epoch=per_epoch, rounds=rounds_, warmup=warmup, interval=interval
+    )
+    assert len(found.steps) <= rounds_
+    assert list(found.steps) == sorted(set(found.steps))
+    assert all(1 <= step < total for step in found.steps)
+    k1, k2 = in_steps(warmup, total, per_epoch), in_steps(interval, total, per_epoch)
+    assert found.scaled == (k1 + rounds_ * k2 > total)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"), [(20, 20), (0.25, 15), ("1 epoch", 68), ("0.25 epochs", 17), ("2 epochs", 136)]
+)
+def test_durations_in_steps(duration, steps):
+    assert in_steps(parse_duration(duration), 60, 68) == steps
+
+
+@pytest.mark.parametrize("duration", [0, -3, 1.0, 1.5, 0.0, math.nan, True, "20", "epoch", "0 epochs", "-1 epoch", "1epoch"])
+def test_what_is_no_duration(duration):
+    with pytest.raises(ValueError, match="optimizer steps"):
+        parse_duration(duration)
+
+
+def test_torch_is_not_imported(run_python):
+    code = "import sys, qalora.adapter.allocation, qalora.recipe; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]

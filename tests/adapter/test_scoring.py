@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qalora.adapter.ablation import (
+    loss_alone,
+    loss_and_gate_gradients,
+    loss_without,
+    mean_loss,
+    scoring_mode,
+    uniform_gates,
+)
+from qalora.adapter.layer import gated
+from qalora.adapter.model import gated_layers
+from qalora.adapter.scoring import score_ranks
+
+BASES = [pytest.param(False, id="plain"), pytest.param(True, id="4bit")]
+V = "model.layers.0.self_attn.v_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def reference_loss(model, batch):
+    """Mean cross-entropy from the model's full logits, in fp64."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].double().flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+
+
+def split(batch, *sizes):
+    parts = zip(*(tensor.split(sizes) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
+
+
+class Deleted:
+    """Context: only the given ranks of a layer are in its tensors."""
+
+    def __init__(self, layer, keep):
+        self.layer, self.keep, self.whole = layer, keep, (layer.A.data, layer.B.data)
+
+    def __enter__(self):
+        self.layer.A.data, self.layer.B.data = self.whole[0][self.keep], self.whole[1][:, self.keep]
+
+    def __exit__(self, *_):
+        self.layer.A.data, self.layer.B.data = self.whole
+
+
+def naive_scores(model, batch):
+    """Eq. 6 by deleting ranks from the tensors, one forward each: (loss, base loss, drop, alone)."""
+    layers = gated_layers(model)
+    ranks = {name: range(len(layer.A)) for name, layer in layers.items()}
+    loss, drop, alone = reference_loss(model, batch), {}, {}
+    for name, layer in layers.items():
+        drop[name] = []
+        for rank in ranks[name]:
+            with Deleted(layer, [k for k in ranks[name] if k != rank]):
+                drop[name].append(reference_loss(model, batch) - loss)
+    whole = {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.A.data, layer.B.data = layer.A.data[:0], layer.B.data[:, :0]
+    base_loss = reference_loss(model, batch)
+    for name, layer in layers.items():
+        alone[name] = []
+        for rank in ranks[name]:
+            A, B = whole[name]
+            layer.A.data, layer.B.data = A[[rank]], B[:, [rank]]
+            alone[name].append(base_loss - reference_loss(model, batch))
+            layer.A.data, layer.B.data = A[:0], B[:, :0]
+    for name, layer in layers.items():
+        layer.A.data, layer.B.data = whole[name]
+    return loss, base_loss, drop, alone
+
+
+def in_fp64(model):
+    """The model in fp64 throughout: LLaMA's own norm works in fp32, which drowns finite differences."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight.data.copy_(child.weight.data)
+                setattr(parent, name, norm)
+    return model.double()
+
+
+def slope(model, batch, module, rank, at, step):
+    """Finite difference of the loss in one gate, the others all at `at`; in fp64 over a fp64 model."""
+    layers, losses = gated_layers(model), []
+    for value in (at, at + step):
+        gates = {name: gate.double() for name, gate in uniform_gates(layers, at).items()}
+        gates[module][rank] = value
+        with gated(layers, gates):
+            losses.append(reference_loss(model, batch))
+    return (losses[1] - losses[0]) / step
+
+
+def assert_close(found, expected, rtol=1e-3, atol=1e-7):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            torch.as_tensor(found[name], dtype=torch.float64),
+            torch.as_tensor(expected[name], dtype=torch.float64),
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- invariant 3
+
+
+@pytest.mark.parametrize("four_bit", BASES)
+def test_gate_gradient_is_the_product_of_weight_and_gradient(tiny_adapter, make_batch, four_bit):
+    model, batch = tiny_adapter(r=3, four_bit=four_bit).train(), make_batch()
+    _, gradients = loss_and_gate_gradients(model, [batch], 1.0)
+    model(**batch).loss.backward()
+    layers = gated_layers(model)
+    by_A = {name: (layer.A.grad * layer.A).sum(1).detach() for name, layer in layers.items()}
+    by_B = {name: (layer.B.grad * layer.B).sum(0).detach() for name, layer in layers.items()}
+    assert_close(gradients, by_A, atol=1e-6)
+    assert_close(gradients, by_B, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [1.0, 0.0], ids=["gates-open", "gates-closed"])
+def test_gate_gradient_is_the_finite_difference(tiny_adapter, make_batch, at):
+    batch = make_batch()
+    _, gradients = loss_and_gate_gradients(tiny_adapter(r=2), [batch], at)
+    fp64 = in_fp64(tiny_adapter(r=2))
+    expected = {
+        name: [
+            (slope(fp64, batch, name, rank, at, 1e-4) + slope(fp64, batch, name, rank, at, -1e-4)) / 2 for rank in range(2)
+        ]
+        for name in gradients
+    }
+    assert_close(gradients, expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("four_bit", BASES)
+def test_exact_is_the_naive_loop_that_deletes_ranks(tiny_adapter, make_batch, four_bit):
+    model, batch = tiny_adapter(r=3, four_bit=four_bit).train(), make_batch()
+    scores = score_ranks(model, [batch], "exact")
+    loss, base_loss, drop, alone = naive_scores(model, batch)
+    assert scores.loss == pytest.approx(loss, abs=2e-6)
+    assert scores.base_loss == pytest.approx(base_loss, abs=2e-6)
+    assert_close(scores.drop, drop, rtol=0, atol=3e-6)
+    assert_close(scores.alone, alone, rtol=0, atol=3e-6)
+    assert max(abs(score) for ranks in drop.values() for score in ranks) > 1e-3  # far above the tolerance
+
+
+def test_first_order_is_a_small_step_of_one_gate(tiny_adapter, make_batch):
+    batch = make_batch()
+    scores = score_ranks(tiny_adapter(r=2), [batch], "first-order")
+    fp64 = in_fp64(tiny_adapter(r=2))
+    drop = {name: [-slope(fp64, batch, name, r, 1.0, -1e-5) for r in range(2)] for name in scores.drop}
+    alone = {name: [-slope(fp64, batch, name, r, 0.0, 1e-5) for r in range(2)] for name in scores.alone}
+    assert_close(scores.drop, drop, atol=2e-6)
+    assert_close(scores.alone, alone, atol=2e-6)
+    assert scores.loss == pytest.approx(reference_loss(fp64, batch), abs=2e-6)
+
+
+def test_first_order_approaches_exact_as_ranks_get_small(tiny_adapter, randomize_B, make_batch):
+    model, batch = randomize_B(tiny_adapter(r=2), std=1e-3), make_batch()
+    exact, estimate = (score_ranks(model, [batch], method) for method in ("exact", "first-order"))
+    largest = max(abs(score) for ranks in exact.drop.values() for score in ranks)
+    assert_close(estimate.drop, exact.drop, rtol=0, atol=0.05 * largest)
+    assert_close(estimate.alone, exact.alone, rtol=0, atol=0.05 * largest)
+
+
+@pytest.mark.parametrize("method", ["exact", "first-order"])
+def test_micro_batches_change_nothing(tiny_adapter, make_batch, method):
+    model, batch = tiny_adapter(r=2), make_batch(rows=5)
+    whole = score_ranks(model, [batch], method)
+    parts = score_ranks(model, split(batch, 1, 3, 1), method)
+    assert (parts.rows, parts.supervised_tokens) == (whole.rows, whole.supervised_tokens) == (5, 5 * 12 - 20)
+    assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert_close(parts.drop, whole.drop, rtol=1e-4, atol=2e-6)
+    assert_close(parts.alone, whole.alone, rtol=1e-4, atol=2e-6)
+
+
+def test_padding_changes_nothing(tiny_adapter, make_batch):
+    model, batch = tiny_adapter(r=2, pad_token_id=0), make_batch()
+    padded = {
+        "input_ids": F.pad(batch["input_ids"], (0, 3)),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+    }
+    plain, other = (score_ranks(model, [b]) for b in (batch, padded))
+    assert_close(other.drop, plain.drop, rtol=1e-4, atol=1e-6)
+    assert other.supervised_tokens == plain.supervised_tokens
+
+
+@pytest.mark.parametrize("four_bit", BASES)
+def test_checkpointing_is_kept_and_changes_nothing(tiny_adapter, make_batch, four_bit):
+    model, batch, calls = tiny_adapter(r=2, four_bit=four_bit), make_batch(), []
+    gated_layers(model)[V].register_forward_hook(lambda *_: calls.append(1))
+    plain = score_ranks(model, [batch])
+    assert len(calls) == 2
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = score_ranks(model, [batch])
+    assert len(calls) == 2 + 4  # each of the two passes runs the block again for its backward
+    assert (checkpointed.drop, checkpointed.alone) == (plain.drop, plain.alone)
+
+
+@pytest.mark.parametrize("method", ["exact", "first-order"])
+def test_dropout_is_off(tiny_adapter, make_batch, method):
+    batch = make_batch()
+    found = score_ranks(tiny_adapter(r=2, dropout=0.5).train(), [batch], method)
+    expected = score_ranks(tiny_adapter(r=2), [batch], method)
+    assert_close(found.drop, expected.drop, rtol=1e-4, atol=1e-6)
+    assert_close(found.alone, expected.alone, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_dropout_is_off(tiny_adapter, make_batch):
+    """transformers applies it by the attention module's own mode, without an nn.Dropout."""
+    batch = make_batch()
+    found = score_ranks(tiny_adapter(r=2, attention_dropout=0.5).train(), [batch])
+    assert_close(found.drop, score_ranks(tiny_adapter(r=2), [batch]).drop, rtol=1e-4, atol=1e-6)
+
+
+def test_importance_is_drop_plus_alone(tiny_adapter, make_batch):
+    scores = score_ranks(tiny_adapter(r=2), [make_batch()])
+    assert scores.importance() == {
+        name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)] for name in scores.drop
+    }
+    assert (scores.importance("drop"), scores.importance("alone")) == (scores.drop, scores.alone)
+
+
+def test_cost_in_forwards(tiny_adapter, make_batch):
+    """14 modules of 2 ranks: 2 + 2·28 forwards; or two passes of a forward and a backward."""
+    model, batch, forwards = tiny_adapter(r=2), make_batch(), []
+    model.base_model.model.model.register_forward_hook(lambda *_: forwards.append(1))
+    assert score_ranks(model, [batch], "exact").forward_equivalents == len(forwards) == 58
+    forwards.clear()
+    assert score_ranks(model, [batch]).forward_equivalents == 3 * len(forwards) == 6
+
+
+def test_modules_of_different_ranks(tiny_adapter, make_batch):
+    model, batch = tiny_adapter(r=3), make_batch()
+    layer = gated_layers(model)[V]
+    layer.A.data, layer.B.data = layer.A.data[:1], layer.B.data[:, :1]
+    for method in ("exact", "first-order"):
+        scores = score_ranks(model, [batch], method)
+        assert [len(scores.drop[V]), len(scores.alone[V]), len(scores.drop[DOWN])] == [1, 1, 3]
+
+
+@pytest.mark.parametrize("function", [loss_without, loss_alone])
+def test_ablation_leaves_the_gates_open(tiny_adapter, make_batch, function):
+    model, batch = tiny_adapter(r=2), make_batch()
+    before = mean_loss(model, [batch])
+    assert function(model, [batch], DOWN, 1) != before
+    assert mean_loss(model, [batch]) == before
+
+
+# ------------------------------------------------------------------------------------------- the model is left as it was
+
+
+def state(model):
+    return (
+        {name: module.training for name, module in model.named_modules()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        {name: layer.gate for name, layer in gated_layers(model).items()},
+    )
+
+
+@pytest.fixture
+def mixed_model(tiny_adapter):
+    """In train mode but for one block, with one frozen A and a gradient that is not yet used."""
+    model = tiny_adapter(r=2, four_bit=True, dropout=0.1).train()
+    model.base_model.model.model.layers[0].eval()
+    layers = gated_layers(model)
+    layers[V].A.requires_grad_(False)
+    layers[DOWN].A.grad = torch.ones_like(layers[DOWN].A)
+    return model
+
+
+@pytest.mark.parametrize("method", ["exact", "first-order"])
+def test_model_is_left_as_it_was(mixed_model, make_batch, method):
+    before, weights = state(mixed_model), {k: v.clone() for k, v in mixed_model.state_dict().items()}
+    score_ranks(mixed_model, [make_batch()], method)
+    assert state(mixed_model) == before
+    assert all(torch.equal(value, weights[key]) for key, value in mixed_model.state_dict().items())
+    gradients = {name: p.grad for name, p in mixed_model.named_parameters() if p.grad is not None}
+    assert [bool((gradient == 1).all()) for gradient in gradients.values()] == [True]
+
+
+def test_model_is_left_as_it_was_after_an_error(mixed_model, make_batch):
+    before = state(mixed_model)
+    with pytest.raises(RuntimeError, match="stop"), scoring_mode(mixed_model):
+        raise RuntimeError("stop")
+    assert state(mixed_model) == before
+    broken = {**make_batch(), "input_ids": torch.full((4, 12), 10_000)}
+    with pytest.raises(IndexError):
+        score_ranks(mixed_model, [broken])
+    assert state(mixed_model) == before

@@ -1,0 +1,116 @@
+"""Tiny random LLaMAs, plain or in 4 bit, with and without adapters; batches; and Python in a process of its own.
+
+Tests are imported by path (importmode=importlib), so helpers are fixtures that return functions.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qalora.adapter.model import attach, gated_layers
+from qalora.base.quantized import quantize_
+from qalora.training.loss import use_label_only_loss
+
+torch.set_num_threads(2)
+
+VOCAB = 128
+
+
+@pytest.fixture
+def tiny_llama():
+    """make(dtype, four_bit, seed, label_only, **config) → a random LLaMA: hidden 64, 2 blocks, 4 heads over 2 kv heads."""
+    return build_llama
+
+
+def build_llama(
+    dtype: torch.dtype = torch.float32, *, four_bit: bool = False, seed: int = 0, label_only: bool = True, **config
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # far from uniform predictions, so that losses and scores differ
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).to(dtype).requires_grad_(False)
+    if four_bit:
+        quantize_(model, compute_dtype=dtype)
+        model.is_loaded_in_4bit = True  # what transformers says of such a model, and PEFT asks for
+    if label_only:
+        use_label_only_loss(model)
+    return model
+
+
+@pytest.fixture
+def tiny_adapter(tiny_llama, randomize_B):
+    """make(r, alpha, dropout, targets, **tiny_llama's) → a PeftModel whose B is random: every rank matters."""
+
+    def make(r: int = 4, alpha: int | None = None, dropout: float = 0.0, targets="all-linear", **base):
+        model = attach(
+            tiny_llama(**base), r=r, alpha=alpha or 2 * r, dropout=dropout, target_modules=targets, seed=1
+        )
+        return randomize_B(model)
+
+    return make
+
+
+@pytest.fixture
+def randomize_B():
+    """Gives every B (zero at birth) random values, in place."""
+
+    def randomize(model, seed: int = 2, std: float = 0.05):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in gated_layers(model).values():
+            layer.B.data.copy_(torch.randn(layer.B.shape, generator=generator) * std)
+        return model
+
+    return randomize
+
+
+@pytest.fixture
+def make_batch():
+    """make(rows, tokens, seed) → dict of input_ids, attention_mask, labels; prompts of different lengths carry no label."""
+
+    def make(rows: int = 4, tokens: int = 12, seed: int = 3) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(0, VOCAB, (rows, tokens), generator=generator)
+        labels = input_ids.clone()
+        for row in range(rows):
+            labels[row, : 2 + row % 5] = -100
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+    return make
+
+
+@pytest.fixture
+def run_python():
+    """run(code, *arguments) → standard output of a fresh interpreter; fails with its standard error."""
+
+    def run(code: str, *arguments: object) -> str:
+        root = Path(__file__).resolve().parents[1]
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
