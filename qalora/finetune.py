@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(source)
     data = load_data(recipe, tokenizer)
-    return finetune(recipe, data, output_dir, checkpoint)
+    return finetune(recipe, data, tokenizer, output_dir, checkpoint)
 
 
 @dataclass
@@ -125,7 +125,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     return RunData(train, validation, scoring)
 
 
-def finetune(recipe: Recipe, data: RunData, output_dir: Path, checkpoint: Path | None = None) -> int:
+def finetune(
+    recipe: Recipe, data: RunData, tokenizer: PreTrainedTokenizerBase, output_dir: Path, checkpoint: Path | None = None
+) -> int:
     """Loads the base, trains, evaluates before and after, saves. Returns the command's exit code.
 
     Raises:
@@ -156,6 +158,7 @@ def finetune(recipe: Recipe, data: RunData, output_dir: Path, checkpoint: Path |
         quant_type=quantization.bnb_4bit_quant_type,
         double_quant=quantization.bnb_4bit_use_double_quant,
         dtype=_compute_dtype(recipe, output_dir, resuming=checkpoint is not None),
+        tokenizer=tokenizer,
     )
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -187,20 +190,20 @@ def finetune(recipe: Recipe, data: RunData, output_dir: Path, checkpoint: Path |
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
     elif settings.before:
-        metrics["before"] = evaluate(model, base.tokenizer, data.validation, **asked)
+        metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"before: {_line(metrics['before'])}")
         _write_json(output_dir / "metrics.json", metrics)
 
     trainer, allocator, interrupt = build_trainer(
         recipe,
         model,
-        base.tokenizer,
+        tokenizer,
         train=items,
         validation=data.validation.items,
         scoring=data.scoring.items,
         rounds=rounds,
         total_steps=total_steps,
-        budget=sum(start.values()),
+        start=start,
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
     )
@@ -229,7 +232,7 @@ def finetune(recipe: Recipe, data: RunData, output_dir: Path, checkpoint: Path |
     }
     save_adapter(model, output_dir / "adapter")
     if settings.after:
-        metrics["after"] = evaluate(model, base.tokenizer, data.validation, **asked)
+        metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"after:  {_line(metrics['after'])}")
     _write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)

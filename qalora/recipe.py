@@ -138,29 +138,36 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Recipe:
+        problems = list(self._disagreements())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _disagreements(self) -> Iterator[str]:
         if not self.model:
-            raise ValueError("model is missing: pass --model NAME, FOLDER or FILE.gguf")
+            yield "model is missing: pass --model NAME, FOLDER or FILE.gguf"
         if not self.data.train:
-            raise ValueError("data.train is missing: pass data.train=FILE or a Hub id")
+            yield "data.train is missing: pass data.train=FILE or a Hub id"
         if self.data.validation is None and not self.data.val_set_size:
-            raise ValueError("no validation rows: set data.validation, or data.val_set_size above 0")
+            yield "no validation rows: set data.validation, or data.val_set_size above 0"
+        if self.data.val_set_size >= 1 and self.data.val_set_size != int(self.data.val_set_size):
+            yield f"data.val_set_size={self.data.val_set_size}: a number of rows is whole, a share is below 1"
         if self.training.save_steps % self.training.eval_steps:
-            raise ValueError(
+            yield (
                 f"training.save_steps={self.training.save_steps} must be a multiple of "
                 f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
             )
         low, high = self.allocation.min_rank, self.allocation.max_rank
         if high is not None and not low <= self.lora.r <= high:
-            raise ValueError(f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}")
-        if low > self.lora.r:
-            raise ValueError(f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r")
+            yield f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}"
+        elif low > self.lora.r:
+            yield f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r"
         scaling = self.lora.alpha / self.lora.r
         if self.allocation.rounds and any((scaling * r) / r != scaling for r in range(1, 1025)):
-            raise ValueError(
+            yield (
                 f"lora.alpha={self.lora.alpha} over lora.r={self.lora.r} is a scaling that PEFT cannot keep when ranks "
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
             )
-        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -262,7 +269,7 @@ def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += [_describe(e) for e in error.errors()]
+        problems += _describe(error, known)
     if problems:
         raise InputError(f"{origin}: " + "; ".join(problems) + ".")
     return recipe
@@ -301,7 +308,7 @@ def setting_types(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator
 
 def _starts_setting(word: str) -> bool:
     key, equals, _ = word.partition("=")
-    return word.startswith("--") or bool(equals and key.replace(".", "").replace("_", "").isalnum() and "." in key)
+    return word.startswith("--") or bool(equals and _canonical(key, None, dict(setting_types()))[0])
 
 
 def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | None, Any]:
@@ -312,15 +319,13 @@ def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | No
         return None, value
     if leaf == "mask_prompt" and isinstance(value, bool):
         value = not value
-    elif leaf == "bits":
+    elif leaf == "bits" and isinstance(value, int):
         value = {4: True, 16: False, 32: False}.get(value, value)
     elif canonical == "data.format" and isinstance(value, str):
         value = FORMAT_ALIASES.get(value, value)
     elif canonical in ("data.columns", "data.labels") and isinstance(value, Mapping):
         value = {str(k): str(v) for k, v in value.items()}
-    elif canonical == "lora.target_modules" and isinstance(value, str) and value != "all-linear":
-        value = [part.strip() for part in value.split(",")]
-    elif _is_list(known[canonical]) and isinstance(value, str):
+    elif _is_list(known[canonical]) and isinstance(value, str) and value != "all-linear":
         value = [] if value == "none" else [part.strip() for part in value.split(",")]
     return canonical, value
 
@@ -334,20 +339,29 @@ def _is_list(annotation: Any) -> bool:
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     known = dict(setting_types())
+    sections = {name.rpartition(".")[0] for name in known}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
+        if dotted in sections and value is None:  # all its lines are comments
+            continue
         if isinstance(value, Mapping) and dotted not in known:
             yield from _flatten(value, f"{dotted}.")
         else:
             yield dotted, value
 
 
-def _describe(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "literal[", "function-")))
-    message = error["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+def _describe(error: ValidationError, known: Mapping[str, Any]) -> list[str]:
+    """One problem a setting, though a setting of several types fails once for each of them."""
+    problems: dict[str, list[str]] = {}
+    for e in error.errors():
+        message = e["msg"].removeprefix("Value error, ")
+        dotted = [".".join(map(str, e["loc"][:end])) for end in range(1, len(e["loc"]) + 1)]
+        if not dotted:
+            problems[message] = []
+            continue
+        where = next((name for name in dotted if name in known), dotted[-1])
+        problems.setdefault(f"{where}={e['input']!r}: ", []).append(f"{message[0].lower()}{message[1:]}")
+    return [where + ", or ".join(messages) for where, messages in problems.items()]
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:

@@ -33,7 +33,12 @@ def tiny_llama():
 
 
 def build_llama(
-    dtype: torch.dtype = torch.float32, *, four_bit: bool = False, seed: int = 0, label_only: bool = True, **config
+    dtype: torch.dtype = torch.float32,
+    *,
+    four_bit: bool = False,
+    seed: int = 0,
+    label_only: bool = True,
+    **config,
 ) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = dict(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -70,7 +71,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
                 f"{path}: {name} is {shape} in the adapter and {(maps[name].out_features, maps[name].in_features)} in the "
                 "model (out, in); it was made for another model."
             )
+        if len(A) != rank_of(config, name):
+            raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
     config.inference_mode = not trainable
+    config.init_lora_weights = True  # the start is overwritten below, and some starts (PiSSA, OLoRA) would change the base
     peft_model = _with_gated_layers(model, config)
     layers = gated_layers(peft_model)
     if missing := sorted(set(layers) - set(paired(tensors, path))):
@@ -100,8 +104,12 @@ def save_adapter(model: PeftModel, path: str | Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
     verify_saved(model, partial)
-    shutil.rmtree(path, ignore_errors=True)
+    replaced = path.with_name(path.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
     partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def verify_saved(model: PeftModel, path: str | Path) -> None:
@@ -148,9 +156,10 @@ def sync_config(model: PeftModel) -> None:
     config.r = max(ranks(model).values())
     config.lora_alpha = _whole(s * config.r)
     config.rank_pattern = ranks(model)
-    config.alpha_pattern = {name: _whole(s * r) for name, r in config.rank_pattern.items()}
-    targets = set(config.target_modules or ())
-    bare = [name for name in linear_maps(model) if name.rsplit(".", 1)[-1] in targets and name not in layers]
+    config.alpha_pattern = {name: _whole(layer.s * len(layer.A)) for name, layer in layers.items()}
+    config.use_rslora = False  # its scaling would follow the rank; the patterns hold whatever scaling it gave
+    config.exclude_modules = None
+    bare = [name for name in linear_maps(model) if name not in layers and check_target_module_exists(config, name)]
     config.exclude_modules = bare or None
 
 
@@ -179,7 +188,11 @@ def read_config(path: str | Path) -> LoraConfig:
         raise InputError(f"{file}: not valid JSON.") from None
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is not LORA; only plain LoRA adapters work.")
-    variants = ("use_dora", "use_qalora", "alora_invocation_tokens", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
+    variants = (
+        "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+        "alora_invocation_tokens", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices",
+        "target_parameters",
+    )  # fmt: skip
     for variant in variants:
         if fields.get(variant):
             raise InputError(f"{file}: {variant} is set; only plain LoRA adapters work.")

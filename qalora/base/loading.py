@@ -34,6 +34,7 @@ def load_base(
     double_quant: bool = True,
     dtype: str = "auto",
     device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
     """Loads a base for training: every parameter frozen, the linear maps of its blocks in 4 bits, all else in one
     compute dtype.
@@ -45,13 +46,14 @@ def load_base(
         double_quant: also quantize the quantization constants.
         dtype: auto, bfloat16, float16 or float32; see `choose_compute_dtype`.
         device: default: CUDA where there is one, else the CPU.
+        tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
         InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer or load_tokenizer(source)
     stored_4bit = _stored_in_4bit(source)
     model = _from_pretrained(source, compute_dtype if not load_in_4bit or stored_4bit else _storage_dtype(compute_dtype), device)
     if not linear_maps(model):

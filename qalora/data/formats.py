@@ -111,18 +111,26 @@ def to_example(
     Raises:
         InputError: a column is missing or has a value of the wrong kind; names source, row and column.
     """
+    if format not in FORMATS:
+        raise InputError(f"data.format={format}: no such format; known are {', '.join(FORMATS)}.")
     where = f"{source}, row {number}"
     renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
-    if format in ("sharegpt", "messages"):
-        turns, tools = _READERS[format](renamed, where)
-        return Example(number, turns, chat is not False, tools)
-    if format == "text" and prompt_template is None and completion_template is None:
-        return Example(number, (Turn("assistant", _text(renamed, "text", where), True),), bool(chat))
-    prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
-    return Example(number, (Turn("user", prompt, False), Turn("assistant", completion, True)), bool(chat))
+    tools: tuple[Any, ...] = ()
+    if format in _READERS:
+        turns, tools = _READERS[format](renamed, where), _tools(renamed, where)
+    elif format == "text" and prompt_template is None and completion_template is None:
+        turns = (Turn("assistant", _text(renamed, "text", where), True),)
+    else:
+        prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
+        turns = (Turn("user", prompt, False), Turn("assistant", completion, True))
+    for turn in turns:
+        _encodable(turn, where)
+    return Example(number, turns, format in _READERS if chat is None else chat, tools)
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None, *, source: str = "data") -> str:
+def detect_format(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None, *, source: str = "data"
+) -> str:
     """The format that the columns of the first row suggest.
 
     Raises:
@@ -140,31 +148,30 @@ def detect_format(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] 
         if needed <= names:
             return format
     raise InputError(
-        f"{source}: no known format has the columns {', '.join(sorted(names))}; set data.format ({', '.join(FORMATS)}) and "
-        "map the columns with data.columns."
+        f"{source}: no known format has the columns {', '.join(sorted(names))}; set data.format "
+        f"({', '.join(FORMATS)}) and map the columns with data.columns."
     )
 
 
 def _pair(
-    row: Mapping[str, Any], format: str, prompt_template: str | None, completion_template: str | None, labels: Mapping[str, str], where: str
+    row: Mapping[str, Any],
+    format: str,
+    prompt_template: str | None,
+    completion_template: str | None,
+    labels: Mapping[str, str],
+    where: str,
 ) -> tuple[str, str]:
-    if prompt_template is not None:
-        prompt = _fill(prompt_template, row, {}, where)
-    elif format == "alpaca":
-        fields = {"instruction": _text(row, "instruction", where), "input": str(row.get("input") or "")}
-        prompt = (ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT).format(**fields)
-    else:
-        prompt = _text(row, "prompt" if "prompt" in row else "input" if "input" in row else "prompt", where)
-    if completion_template is not None:
-        return prompt, _fill(completion_template, row, labels, where)
-    if format == "alpaca":
-        name = "output"
-    else:
-        name = "completion" if "completion" in row else "output" if "output" in row else "completion"
-    return prompt, _label(_text(row, name, where), labels)
+    if prompt_template is None and format == "alpaca":
+        prompt_template = ALPACA_WITHOUT_INPUT if row.get("input") in (None, "") else ALPACA_WITH_INPUT
+    if prompt_template is None:
+        prompt_template = "{input}" if "input" in row and "prompt" not in row else "{prompt}"
+    if completion_template is None:
+        output = format == "alpaca" or ("output" in row and "completion" not in row)
+        completion_template = "{output}" if output else "{completion}"
+    return _fill(prompt_template, row, {}, where), _fill(completion_template, row, labels, where)
 
 
-def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[Any, ...]]:
+def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
     turns = []
     system = row.get("system")
     if isinstance(system, str) and system:
@@ -177,10 +184,10 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tup
             raise InputError(f"{where}: from={speaker!r} is no known speaker; known are {', '.join(SHAREGPT_ROLES)}.")
         role = SHAREGPT_ROLES[speaker]
         turns.append(Turn(role, _text(message, "value", f"{where}, conversations"), role == "assistant"))
-    return tuple(turns), _tools(row, where)
+    return tuple(turns)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tuple[Any, ...]]:
+def _messages(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
     turns = []
     for message in _list(row, "messages", where):
         if not isinstance(message, Mapping):
@@ -193,7 +200,7 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], tup
             raise InputError(f"{where}: content of a {role} message is neither a text nor a list of text parts.")
         learned = role == "assistant" and message.get("loss_weight", 1) != 0
         turns.append(Turn(role, content, learned))
-    return tuple(turns), _tools(row, where)
+    return tuple(turns)
 
 
 _READERS = {"sharegpt": _sharegpt, "messages": _messages}
@@ -215,13 +222,27 @@ def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
             tools = json.loads(tools)
         except json.JSONDecodeError:
             raise InputError(f"{where}: tools is not valid JSON.") from None
+    if tools and not isinstance(tools, (list, str)):
+        raise InputError(f"{where}: tools is {type(tools).__name__}, not a list of function signatures.")
     return tuple(tools) if isinstance(tools, list) else ()
+
+
+def _encodable(turn: Turn, where: str) -> None:
+    """JSON can spell half of a surrogate pair (\\ud800), which no tokenizer takes."""
+    try:
+        turn.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: the {turn.role} text has half of a surrogate pair, {turn.text[error.start]!r}, at character "
+            f"{error.start}; remove it."
+        ) from None
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise InputError(
-            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; map one with data.columns={{COLUMN: {name}}}."
+            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; "
+            f"map one with data.columns={{COLUMN: {name}}}."
         )
     value = row[name]
     if isinstance(value, (list, dict)) or value is None:
@@ -237,20 +258,28 @@ def _list(row: Mapping[str, Any], name: str, where: str) -> list[Any]:
     return list(row[name])
 
 
-def _label(value: str, labels: Mapping[str, str]) -> str:
-    return labels.get(value, labels.get(value.capitalize(), value))
-
-
 def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], where: str) -> str:
-    """{column} fields only: `str.format`'s attribute and index access would reach beyond the row."""
-    parts = []
-    for literal, name, spec, conversion in string.Formatter().parse(template):
+    """{column} fields only: `str.format`'s attribute and index access would reach beyond the row.
+
+    With labels, at least one field has to be one of them: -1, where 0 and 1 have names, is not a text to learn.
+    """
+    # str(True) is "True", while a file or a command line may as well say "true".
+    texts = {value.casefold(): text for value, text in labels.items()}
+    parts, values = [], []
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r}: {error}; write a brace of the text as {{{{ or }}}}.") from None
+    for literal, name, spec, conversion in fields:
         parts.append(literal)
         if name is None:
             continue
         if spec or conversion or not name.isidentifier():
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
-        parts.append(_label(_text(row, name, where), labels))
+        values.append(_text(row, name, where))
+        parts.append(texts.get(values[-1].casefold(), values[-1]))
+    if labels and not any(value.casefold() in texts for value in values):
+        raise InputError(f"{where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)
 
 
@@ -264,9 +293,11 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
         InputError: missing, empty, malformed (with file and line), or not UTF-8.
     """
     if source == QUICKSTART:
-        from qalora.data.quickstart import rows
+        from qalora.data import quickstart
 
-        return rows(split)[:limit]
+        if split not in quickstart.SIZES:
+            raise InputError(f"{source}: no split {split!r}; it has {', '.join(quickstart.SIZES)}.")
+        return list(quickstart.rows(0, quickstart.SIZES[split], split)[:limit])
     path = Path(source).expanduser()
     if path.is_dir():
         raise InputError(f"{source}: a folder; name the file in it.")
@@ -284,7 +315,10 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
 
 
 def _decoded(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -304,7 +338,9 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}).") from None
+                raise InputError(
+                    f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})."
+                ) from None
             yield _object(value, f"{path}, line {number}")
 
 
@@ -318,7 +354,9 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).") from None
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise InputError(f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines.")
+        raise InputError(
+            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines."
+        )
     for number, row in enumerate(rows):
         yield _object(row, f"{path}, row {number}")
 
@@ -327,7 +365,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
         header = next(reader, [])
-        for cells in reader:
+        for cells in filter(None, reader):  # a blank line is no row
             if len(cells) != len(header):
                 raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells, the header has {len(header)}.")
             yield dict(zip(header, cells, strict=True))

@@ -11,11 +11,18 @@ from __future__ import annotations
 import random
 from itertools import product
 
-NAMES = "Mara Tom Ines Lars Nora Omar Yuki Anna Paul Zoe Igor Lena Hugo Rosa Finn Vera Karl Mina Otto Dana".split()
-ITEMS = "mug lamp chair book shirt vase clock bag plate scarf pillow kettle".split()
-COLOURS = "red blue green black white yellow purple orange".split()
-CITIES = "Oslo Paris Rome Berlin Madrid Vienna Dublin Lisbon Prague Athens Warsaw Zurich".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+# fmt: off
+NAMES = (
+    "Mara", "Tom", "Ines", "Lars", "Nora", "Omar", "Yuki", "Anna", "Paul", "Zoe",
+    "Igor", "Lena", "Hugo", "Rosa", "Finn", "Vera", "Karl", "Mina", "Otto", "Dana",
+)
+ITEMS = ("mug", "lamp", "chair", "book", "shirt", "vase", "clock", "bag", "plate", "scarf", "pillow", "kettle")
+COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange")
+CITIES = (
+    "Oslo", "Paris", "Rome", "Berlin", "Madrid", "Vienna", "Dublin", "Lisbon", "Prague", "Athens", "Warsaw", "Zurich",
+)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+# fmt: on
 SENTENCES = (
     "Please send {name} {count} {colour} {items} to {city} by {day}.",
     "{name} in {city} needs {count} {colour} {items} before {day}.",
@@ -26,16 +33,15 @@ RECORD = "#ORD<{item}*{count}|{colour}> @{city} ~{day:.3} :: {name}"
 SIZES = {"train": 2000, "validation": 132}
 
 
-def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
-    """Prompt and completion of every row of a split; no order is in both splits."""
-    orders = random.Random(seed)
-    names = list(product(NAMES, ITEMS))
-    orders.shuffle(names)
+def rows(seed: int, count: int, split: str) -> list[dict[str, str]]:
+    """`count` rows with prompt and completion; no order is both in train and in validation, whatever their seeds."""
+    pairs = list(product(NAMES, ITEMS))
+    random.Random(0).shuffle(pairs)
     # A pair of name and item belongs to one split, so validation asks for combinations that were never seen.
-    cut = len(names) // 5
-    pairs = {"validation": names[:cut], "train": names[cut:]}[split]
+    cut = len(pairs) // 5
+    pairs = {"validation": pairs[:cut], "train": pairs[cut:]}[split]
     rng = random.Random(f"{seed} {split}")
-    return [_row(rng, *rng.choice(pairs)) for _ in range(SIZES[split])]
+    return [_row(rng, *rng.choice(pairs)) for _ in range(count)]
 
 
 def _row(rng: random.Random, name: str, item: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ from qalora.errors import InputError
 
 IGNORE = -100
 
-# For tokenizers without a chat template; the format of https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
+# For tokenizers without a chat template; https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -57,6 +57,7 @@ class TokenizedDataset:
         return self.items[index]
 
     def subset(self, indices: Sequence[int]) -> TokenizedDataset:
+        """These rows alone; the report stays that of the whole source."""
         return replace(self, items=[self.items[i] for i in indices], examples=[self.examples[i] for i in indices])
 
 
@@ -82,7 +83,8 @@ def load_dataset(
     """
     rows = read_rows(source, split=split, limit=limit)
     if format == "auto":
-        format = "prompt-completion" if prompt_template and completion_template else detect_format(rows, columns, source=source)
+        templated = prompt_template is not None and completion_template is not None
+        format = "prompt-completion" if templated else detect_format(rows, columns, source=source)
     items, examples, truncated = [], [], 0
     for number, row in enumerate(rows):
         example = to_example(
@@ -117,7 +119,9 @@ def load_dataset(
     return TokenizedDataset(items, examples, report)
 
 
-def split_validation(dataset: TokenizedDataset, size: int | float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+def split_validation(
+    dataset: TokenizedDataset, size: int | float, seed: int
+) -> tuple[TokenizedDataset, TokenizedDataset]:
     """(train, validation), disjoint; `size` is rows (an integer) or a share (below 1), at least one row.
 
     Raises:
@@ -136,28 +140,20 @@ def tokenize(
 ) -> dict[str, Any]:
     """Token ids and labels of an example.
 
-    The text is tokenized whole, as a model will see it; a token is supervised when it starts inside a supervised
-    stretch of the text. What ends an assistant's turn is learned with it.
+    A token is supervised when it starts inside a supervised segment of the text. What ends an assistant's turn is
+    learned with it; a completion that no template ends is ended by EOS.
 
     Returns:
         input_ids and labels (lists of equal length ≤ max_seq_len), row, and truncated (bool).
     """
     segments = render(example, tokenizer)
-    ids, starts = _encode("".join(text for text, _ in segments), tokenizer)
-    supervised = _stretches(segments)
+    ids, starts = _encode_segments(segments, tokenizer)
+    learned = _supervised(starts, segments)
     if not example.chat and tokenizer.eos_token_id is not None:
-        ids, starts = [*ids, tokenizer.eos_token_id], [*starts, None]
-    labels, stretch = [], 0
-    for token, start in zip(ids, starts, strict=True):
-        if start is None:  # a special token that the tokenizer adds: the end is learned, the beginning is not
-            learned = token == tokenizer.eos_token_id and bool(labels) and segments[-1][1]
-        else:
-            while stretch < len(supervised) and supervised[stretch][1] <= start:
-                stretch += 1
-            learned = stretch < len(supervised) and supervised[stretch][0] <= start
-        labels.append(token if learned or train_on_inputs else IGNORE)
-    if labels:
-        labels[0] = IGNORE  # nothing predicts it
+        ids.append(tokenizer.eos_token_id)
+        learned.append(segments[-1][1])
+    labels = [token if flag or train_on_inputs else IGNORE for token, flag in zip(ids, learned, strict=True)]
+    labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
     return {
         "input_ids": ids[:max_seq_len],
         "labels": labels[:max_seq_len],
@@ -167,9 +163,9 @@ def tokenize(
 
 
 def tokenize_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of everything before the reference, up to where a model has to answer."""
+    """Token ids of everything before the reference, up to where a model has to answer: where `tokenize` begins too."""
     if example.chat:
-        text = _chat_text(example.prompt, tokenizer, example, add_generation_prompt=True)
+        text = _Chat(example, tokenizer).text(len(example.prompt), add_generation_prompt=True)
     else:
         text = "".join(turn.text for turn in example.prompt)
     return _encode(text, tokenizer)[0]
@@ -178,58 +174,138 @@ def tokenize_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> lis
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The example's text, in (text, supervised) segments.
 
-    A chat is rendered turn by turn on growing prefixes, so that what the template puts around an assistant's text is
-    known: what stands before it is prompt, what ends it is learned.
+    A chat is rendered on growing prefixes, so that what the template puts around an assistant's text is known:
+
+        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n   Hello.<|im_end|>   \\n<|im_start|>user\\n …
+        ───────────────────── prompt ──────────────────────   ─── learned ────   ──── prompt again ───
 
     Raises:
         InputError: the chat template refuses the turns, or rewrites earlier ones as the chat grows.
     """
     if not example.chat:
         return [(turn.text, turn.supervised) for turn in example.turns]
+    chat = _Chat(example, tokenizer)
     segments: list[tuple[str, bool]] = []
     done = ""
+
+    def extend(text: str, supervised: bool) -> None:
+        nonlocal done
+        if not text.startswith(done):
+            raise InputError(
+                f"row {example.row}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they "
+                "cannot be trained on together; split the conversation into rows that end with one answer each."
+            )
+        segments.append((text[len(done) :], supervised))
+        done = text
+
     for i, turn in enumerate(example.turns):
-        if turn.role != "assistant" and i + 1 < len(example.turns):
-            continue  # rendered with the next assistant turn, for templates refuse chats that end otherwise
-        stops = [(i + 1, False)] if turn.role != "assistant" or i == 0 else [(i, True), (i + 1, False)]
-        for stop, generation_prompt in stops:
-            text = _chat_text(example.turns[:stop], tokenizer, example, add_generation_prompt=generation_prompt)
-            if not text.startswith(done):
-                raise InputError(
-                    f"row {example.row}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot be "
-                    "trained on together; split the conversation into rows that end with one answer each."
-                )
-            segments.append((text[len(done) :], turn.supervised and not generation_prompt))
-            done = text
-    return segments
+        if turn.role == "assistant":
+            after = chat.text(i + 1)
+            extend(chat.text(i, add_generation_prompt=True) if i else _opening(after, turn), False)
+            extend(_ended(after, turn), turn.supervised)
+    extend(chat.text(len(example.turns)), False)
+    return [segment for segment in segments if segment[0]]
 
 
-def _chat_text(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, example: Example, *, add_generation_prompt: bool
-) -> str:
-    template = None if tokenizer.chat_template else CHATML
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(
+def _opening(text: str, turn: Turn) -> str:
+    """What a template writes before a chat's first turn; it cannot render no turns at all."""
+    return text[: max(0, text.rfind(turn.text.strip()))]
+
+
+def _ended(text: str, turn: Turn) -> str:
+    """The rendered chat up to the end of its last turn: without the line break that follows an end token."""
+    stripped = text.rstrip()
+    return text if stripped.endswith(turn.text.rstrip()) else stripped
+
+
+class _Chat:
+    """An example's turns through the tokenizer's chat template, ChatML where it has none."""
+
+    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
+        self.row = example.row
+        self.tokenizer = tokenizer
+        self.tools = list(example.tools or ()) or None
+        self.messages = [{"role": turn.role, "content": turn.text} for turn in example.turns]
+        if any(turn.role == "tool" for turn in example.turns) and not self._writes_tool_turns():
+            self.messages = [{**m, "role": "user" if m["role"] == "tool" else m["role"]} for m in self.messages]
+
+    def text(self, stop: int, *, add_generation_prompt: bool = False) -> str:
+        """The first `stop` turns.
+
+        Raises:
+            InputError: the template refuses them.
+        """
+        try:
+            return self._apply(self.messages[:stop], add_generation_prompt)
+        except Exception as error:  # jinja's own errors, raise_exception() of the template, or of the tokenizer
+            roles = ", ".join(message["role"] for message in self.messages[:stop])
+            raise InputError(
+                f"row {self.row}: the tokenizer's chat template refuses its turns ({roles}): "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from None
+
+    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        text = self.tokenizer.apply_chat_template(
             messages,
-            tools=list(example.tools) or None,
-            chat_template=template,
+            tools=self.tools,
+            chat_template=None if self.tokenizer.chat_template else CHATML,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except Exception as error:  # jinja's own errors, raise_exception() of the template, or of the tokenizer
-        raise InputError(
-            f"row {example.row}: the tokenizer's chat template refuses it ({' '.join(str(error).split())[:200]}): "
-            f"roles {json.dumps([turn.role for turn in turns])}."
-        ) from None
+        return str(text)
+
+    def _writes_tool_turns(self) -> bool:
+        """Some templates refuse the role, and some leave the turn out without a word."""
+        try:
+            return "TOOL-RESULT" in self._apply(
+                [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "tool", "content": "TOOL-RESULT"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            )
+        except Exception:  # as in `text`
+            return False
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
+def _encode_segments(
+    segments: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int | None]]:
+    """`_encode` of the joined segments: whole, as a model will see it, wherever the prompt's tokens then are those that
+    it has alone. Where a token would straddle the border ("is: " + "yes" → "is", ":", " yes"), what a model is asked to
+    continue would not be what it was trained on, and the answer's first token would not be learned: each part alone.
+    """
+    text = "".join(part for part, _ in segments)
+    ids, starts = _encode(text, tokenizer)
+    borders = [start for start, _ in _stretches(segments) if start]
+    if not borders:
+        return ids, starts
+    prompt, _ = _encode(text[: borders[-1]], tokenizer)
+    if prompt == ids[: len(prompt)] and set(borders) <= set(starts):
+        return ids, starts
+    ids, starts = [], []
+    for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
+        part, offsets = _encode(text[start:end], tokenizer, special_tokens=start == 0)
+        ids += part
+        starts += [None if offset is None else start + offset for offset in offsets]
+    return ids, starts
+
+
+def _encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = True
+) -> tuple[list[int], list[int | None]]:
     """(token ids, character where each starts; None for special tokens that the tokenizer adds), with one BOS at most
     and no EOS of the tokenizer's own."""
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoding = tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, starts = [], []
+    encoding = tokenizer(
+        text,
+        add_special_tokens=special_tokens and not begins,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    ids: list[int] = []
+    starts: list[int | None] = []
     for token, (start, end), special in zip(
         encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True
     ):
@@ -239,6 +315,17 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
         ids.append(token)
         starts.append(None if added else start)
     return ids, starts
+
+
+def _supervised(starts: Sequence[int | None], segments: Sequence[tuple[str, bool]]) -> list[bool]:
+    """Of each token, by the character where it starts, whether a supervised segment holds it."""
+    stretches = _stretches(segments)
+    flags, i = [], 0
+    for start in starts:
+        while start is not None and i < len(stretches) and stretches[i][1] <= start:
+            i += 1
+        flags.append(start is not None and i < len(stretches) and stretches[i][0] <= start)
+    return flags
 
 
 def _stretches(segments: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:

@@ -76,7 +76,7 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
             return plain_forward(*args, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         row_losses = label_only_loss(hidden, labels, self.get_output_embeddings().weight)
-        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
         output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
         output["row_losses"] = row_losses
         return output

@@ -119,7 +119,7 @@ def build_trainer(
     scoring: list[dict[str, Any]],
     rounds: Schedule,
     total_steps: int,
-    budget: int,
+    start: dict[str, int],
     compute_dtype: torch.dtype,
     output_dir: Path,
 ) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
@@ -129,7 +129,7 @@ def build_trainer(
         train: tokenized rows, or packed sequences of them.
         validation: tokenized rows for the loss during training.
         scoring: B_val, tokenized rows that score the ranks.
-        budget: R.
+        start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
     """
     training, allocation = recipe.training, recipe.allocation
     use_label_only_loss(model.get_base_model())
@@ -138,8 +138,8 @@ def build_trainer(
     allocator = AllocationCallback(
         rounds,
         RoundSettings(
-            budget=budget,
-            prune=allocation.prune_per_round or len(ranks(model)),
+            budget=sum(start.values()),
+            prune=allocation.prune_per_round or len(start),
             scoring=allocation.scoring,
             importance=allocation.importance,
             min_rank=allocation.min_rank,

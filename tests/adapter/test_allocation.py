@@ -53,7 +53,9 @@ def test_total_falls_short_only_when_every_receiver_is_full(round_):
     ranks = after(importance, decision)
     if sum(ranks.values()) < sum(map(len, importance.values())):
         receivers = [module for module, old in importance.items() if old and module not in decision.pruned]
-        assert all(round_["max_rank"] is not None and ranks[module] >= round_["max_rank"] for module in receivers)
+        assert all(
+            round_["max_rank"] is not None and ranks[module] >= round_["max_rank"] for module in receivers
+        )
 
 
 @given(rounds())
@@ -108,7 +110,9 @@ def test_even_shares_and_the_remainder_to_the_highest_average(round_):
         assert decision.grown == {}
         return
     share, remainder = divmod(freed, len(receivers))
-    best = sorted(receivers, key=lambda module: -sum(importance[module]) / len(importance[module]))[:remainder]
+    best = sorted(receivers, key=lambda module: -sum(importance[module]) / len(importance[module]))[
+        :remainder
+    ]
     expected = {module: share + (module in best) for module in receivers}
     assert decision.grown == {module: n for module, n in expected.items() if n}
 
@@ -191,7 +195,9 @@ def test_durations_in_steps(duration, steps):
     assert in_steps(parse_duration(duration), 60, 68) == steps
 
 
-@pytest.mark.parametrize("duration", [0, -3, 1.0, 1.5, 0.0, math.nan, True, "20", "epoch", "0 epochs", "-1 epoch", "1epoch"])
+@pytest.mark.parametrize(
+    "duration", [0, -3, 1.0, 1.5, 0.0, math.nan, True, "20", "epoch", "0 epochs", "-1 epoch", "1epoch"]
+)
 def test_what_is_no_duration(duration):
     with pytest.raises(ValueError, match="optimizer steps"):
         parse_duration(duration)

@@ -130,7 +130,8 @@ def test_gate_gradient_is_the_finite_difference(tiny_adapter, make_batch, at):
     fp64 = in_fp64(tiny_adapter(r=2))
     expected = {
         name: [
-            (slope(fp64, batch, name, rank, at, 1e-4) + slope(fp64, batch, name, rank, at, -1e-4)) / 2 for rank in range(2)
+            (slope(fp64, batch, name, rank, at, 1e-4) + slope(fp64, batch, name, rank, at, -1e-4)) / 2
+            for rank in range(2)
         ]
         for name in gradients
     }
@@ -225,7 +226,8 @@ def test_attention_dropout_is_off(tiny_adapter, make_batch):
 def test_importance_is_drop_plus_alone(tiny_adapter, make_batch):
     scores = score_ranks(tiny_adapter(r=2), [make_batch()])
     assert scores.importance() == {
-        name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)] for name in scores.drop
+        name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)]
+        for name in scores.drop
     }
     assert (scores.importance("drop"), scores.importance("alone")) == (scores.drop, scores.alone)
 

@@ -74,13 +74,18 @@ def moments(optimizer, parameter):
         moment = state[f"state{key}"]
         if moment.dtype == torch.uint8:
             blocks = state[f"qmap{key}"][moment.flatten().long()].split(256)
-            moment = torch.cat([b * a for b, a in zip(blocks, state[f"absmax{key}"], strict=True)]).view(parameter.shape)
+            moment = torch.cat([b * a for b, a in zip(blocks, state[f"absmax{key}"], strict=True)]).view(
+                parameter.shape
+            )
         found.append(moment.clone())
     return tuple(found)
 
 
 def weights(model):
-    return {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in gated_layers(model).items()}
+    return {
+        name: (layer.A.detach().clone(), layer.B.detach().clone())
+        for name, layer in gated_layers(model).items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- invariant 4
@@ -115,7 +120,10 @@ def test_scaling_never_changes(tiny_adapter):
     apply_plan(model, AllocationPlan({Q: (1, 2)}, {DOWN: 5}))
     layers = gated_layers(model)
     assert {layer.s for layer in layers.values()} == {3.0}
-    assert [(layers[name].r["default"], layers[name].lora_alpha["default"]) for name in (Q, DOWN)] == [(2, 6), (9, 27)]
+    assert [(layers[name].r["default"], layers[name].lora_alpha["default"]) for name in (Q, DOWN)] == [
+        (2, 6),
+        (9, 27),
+    ]
 
 
 def test_weights_of_survivors_and_newcomers(tiny_adapter):
@@ -123,7 +131,9 @@ def test_weights_of_survivors_and_newcomers(tiny_adapter):
     before = weights(model)
     apply_plan(model, AllocationPlan({Q: (0, 2)}, {DOWN: 50}), generator=torch.Generator().manual_seed(0))
     after = weights(model)
-    assert torch.equal(after[Q][0], before[Q][0][[1, 3]]) and torch.equal(after[Q][1], before[Q][1][:, [1, 3]])
+    assert torch.equal(after[Q][0], before[Q][0][[1, 3]]) and torch.equal(
+        after[Q][1], before[Q][1][:, [1, 3]]
+    )
     A, B = after[DOWN]
     assert torch.equal(A[:4], before[DOWN][0]) and torch.equal(B[:, :4], before[DOWN][1])
     assert not B[:, 4:].any()
@@ -150,13 +160,20 @@ def test_survivors_keep_their_moments(tiny_adapter, train, make_optimizer):
     optimizer = make_optimizer(model)
     train(model, optimizer, 3)
     layers = gated_layers(model)
-    before = {name: (moments(optimizer, layer.A), moments(optimizer, layer.B)) for name, layer in layers.items()}
-    states = {name: optimizer.state[layer.A].get("state1", torch.zeros(0)).dtype for name, layer in layers.items()}
+    before = {
+        name: (moments(optimizer, layer.A), moments(optimizer, layer.B)) for name, layer in layers.items()
+    }
+    states = {
+        name: optimizer.state[layer.A].get("state1", torch.zeros(0)).dtype for name, layer in layers.items()
+    }
     apply_plan(model, PLAN, optimizer)
     for name in (Q, V, GATE, DOWN):
         assert (states[name] == torch.uint8) == make_optimizer.is_8bit
         keep = [rank for rank in range(R) if rank not in PLAN.pruned.get(name, ())]
-        for parameter, dim, old_pair in ((layers[name].A, 0, before[name][0]), (layers[name].B, 1, before[name][1])):
+        for parameter, dim, old_pair in (
+            (layers[name].A, 0, before[name][0]),
+            (layers[name].B, 1, before[name][1]),
+        ):
             pair = moments(optimizer, parameter)
             for order, (old, new) in enumerate(zip(old_pair, pair, strict=True)):
                 index = torch.tensor(keep)
@@ -170,10 +187,13 @@ def test_survivors_keep_their_moments(tiny_adapter, train, make_optimizer):
                 if not entering.numel():
                     continue
                 if order == 0:
-                    assert not entering.any()
+                    # bitsandbytes rounds 0 to the code beside it.
+                    assert entering.abs().max() <= (1e-4 * old.abs().max() if make_optimizer.is_8bit else 0)
                 else:
                     mean = want.mean(dim, keepdim=True).expand_as(entering)
-                    assert (entering - mean).norm() <= (0.05 if make_optimizer.is_8bit else 1e-6) * mean.norm()
+                    assert (entering - mean).norm() <= (
+                        0.05 if make_optimizer.is_8bit else 1e-6
+                    ) * mean.norm()
 
 
 def test_step_counts_stay(tiny_adapter, train, make_optimizer):
@@ -265,13 +285,18 @@ def test_first_updates_of_new_ranks_are_no_larger_than_those_of_old(tiny_adapter
     model = tiny_adapter(r=R)
     optimizer = make_optimizer(model)
     train(model, optimizer, 20)
-    apply_plan(model, AllocationPlan({}, {V: 8, DOWN: 8}), optimizer, generator=torch.Generator().manual_seed(0))
+    apply_plan(
+        model, AllocationPlan({}, {V: 8, DOWN: 8}), optimizer, generator=torch.Generator().manual_seed(0)
+    )
     layers = gated_layers(model)
     for step in range(5):
         before = weights(model)
         train(model, optimizer, 1, first=20 + step)
         for name in (V, DOWN):
-            for moved in ((layers[name].A - before[name][0]).abs(), (layers[name].B - before[name][1]).abs().T):
+            for moved in (
+                (layers[name].A - before[name][0]).abs(),
+                (layers[name].B - before[name][1]).abs().T,
+            ):
                 assert moved[R:].mean() <= 1.2 * moved[:R].mean(), (name, step)
 
 
@@ -305,6 +330,9 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
     for layer in gated_layers(model).values():
         for parameter in (layer.A, layer.B):
             assert parameter.grad is None
-            stored = [parameter, *(optimizer.state[parameter].get(k) for k in ("exp_avg", "exp_avg_sq", "state1", "state2"))]
+            stored = [
+                parameter,
+                *(optimizer.state[parameter].get(k) for k in ("exp_avg", "exp_avg_sq", "state1", "state2")),
+            ]
             for tensor in (tensor for tensor in stored if tensor is not None):
                 assert tensor.untyped_storage().nbytes() == parameter.numel() * tensor.element_size()

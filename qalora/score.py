@@ -1,0 +1,105 @@
+"""`qalora score`: the AB-LoRA importance of every rank of an adapter, as JSON. Works on any plain PEFT LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qalora score",
+        description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
+    )
+    parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
+    parser.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, parquet or Hub id")
+    parser.add_argument("--data-format", default="auto", help="alpaca, sharegpt, messages, prompt-completion or text")
+    parser.add_argument("--method", choices=("first-order", "exact"), default="first-order", help="(default: %(default)s)")
+    parser.add_argument("--importance", choices=("sum", "drop", "alone"), default="sum", help="(default: %(default)s)")
+    parser.add_argument("--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)")
+    parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
+    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="compute dtype")
+    parser.add_argument("--output", required=True, metavar="FILE", help="where the JSON goes")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+
+    from qalora.base.registry import resolve
+    from qalora.errors import InputError
+
+    source = resolve(args.model)
+    if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
+        raise InputError("--rows, --batch-size and --prune must be at least 1.")
+
+    from qalora.adapter.allocation import least_important
+    from qalora.adapter.model import load_adapter, ranks, read_config, read_tensors
+    from qalora.adapter.scoring import score_ranks
+    from qalora.base.loading import load_base, load_tokenizer
+    from qalora.data.batching import Collator
+    from qalora.data.tokenization import load_dataset
+    from qalora.training.loss import use_label_only_loss
+
+    read_config(args.adapter)
+    read_tensors(args.adapter)
+    tokenizer = load_tokenizer(source)
+    data = load_dataset(args.data, tokenizer, format=args.data_format, max_seq_len=args.max_seq_len, limit=args.rows)
+    base = load_base(source, load_in_4bit=not args.no_quantize, dtype=args.dtype, tokenizer=tokenizer)
+    use_label_only_loss(base.model)
+    model = load_adapter(base.model, args.adapter, trainable=True)
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    collate, size = Collator(tokenizer.pad_token_id), args.batch_size
+    batch = [
+        {key: value.to(base.model.device) for key, value in collate(data.items[i : i + size]).items() if key != "rows"}
+        for i in range(0, len(data), size)
+    ]
+    start = time.perf_counter()
+    scores = score_ranks(model, batch, args.method)
+    seconds = time.perf_counter() - start
+
+    importance = scores.importance(args.importance)
+    prune = args.prune or len(ranks(model))
+    result = {
+        "method": scores.method,
+        "rows": scores.rows,
+        "supervised_tokens": scores.supervised_tokens,
+        "loss": scores.loss,
+        "base_loss": scores.base_loss,
+        "seconds": seconds,
+        "forward_equivalents": scores.forward_equivalents,
+        "prune": prune,
+        "pruned": [[name, rank] for name, indices in least_important(importance, prune).items() for rank in indices],
+        "scores": [
+            {
+                "module": name,
+                "rank": rank,
+                "drop": scores.drop[name][rank],
+                "alone": scores.alone[name][rank],
+                "importance": importance[name][rank],
+                "exact": scores.method == "exact",
+            }
+            for name in importance
+            for rank in range(len(importance[name]))
+        ],
+    }
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"{args.output}: {len(result['scores'])} ranks scored by {scores.method} on {scores.rows} rows, {seconds:.1f} s; "
+        f"loss {scores.loss:.4f}, of the base {scores.base_loss:.4f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from qalora.cli import run
+
+    sys.exit(run(main))

@@ -1,0 +1,398 @@
+"""The main job on a tiny random LLaMA in 4 bits: every part of a run, on files that a user would have."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qalora.errors import AnswerNo, InputError
+from qalora.finetune import check_output_dir, find_checkpoint, main
+
+WORDS = "red green blue one two three four five six seven eight nine cat dog bird fish sun moon star sky".split()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Three words, and the same words in reverse."""
+    rng = random.Random(0)
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with file.open("w") as handle:
+        for _ in range(96):
+            words = rng.sample(WORDS, 3)
+            handle.write(json.dumps({"prompt": " ".join(words) + " ", "completion": " ".join(reversed(words))}) + "\n")
+    return file
+
+
+@pytest.fixture
+def finetune(model_dir, rows, tmp_path):
+    """run(*more settings, output=…) → (exit code, output folder); 12 steps, rounds after steps 4 and 8."""
+
+    def run(*more: str, output: str = "run") -> tuple[int, Path]:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 2}\n")
+        settings = [
+            f"data.train={rows}",
+            "data.val_set_size=24",
+            "data.max_seq_len=32",
+            "lora.r=2",
+            "lora.alpha=4",
+            "allocation.rounds=2",
+            "allocation.warmup=4",
+            "allocation.interval=4",
+            "allocation.val_batch_size=8",
+            "training.max_steps=12",
+            "training.eval_steps=3",
+            "training.save_steps=3",
+            "training.save_total_limit=9",
+            "training.learning_rate=5e-3",
+            "logging.steps=1",
+            "logging.quiet=true",
+        ]
+        folder = tmp_path / output
+        arguments = ["--model", str(model_dir), "--recipe", str(recipe), "--dtype", "float32", "--output-dir", str(folder)]
+        return main([*arguments, *settings, *more]), folder
+
+    return run
+
+
+def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    history = json.loads((folder / checkpoint / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "allocation.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_conventions_promise(finetune):
+    code, folder = finetune()
+    assert code == 0
+    for name in ("recipe.yaml", "allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "adapter/adapter_config.json"):
+        assert (folder / name).is_file(), name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+    assert metrics["before"]["rows"] == metrics["after"]["rows"] == 16  # 24 held back, 8 of them score the ranks
+    assert metrics["train"]["steps"] == 12
+    assert metrics["train"]["rows"] == 12 * 8
+    assert metrics["allocation"]["rounds"] == 2
+
+
+def test_every_round_stays_within_the_budget_and_moves_ranks(finetune):
+    _, folder = finetune()
+    rounds = records(folder)
+    assert [record["step"] for record in rounds] == [4, 8]
+    before = dict.fromkeys(rounds[0]["ranks"], 2) | {name: 2 for name in rounds[0]["pruned"]}
+    assert sum(before.values()) == 14 * 2
+    for record in rounds:
+        assert record["total_rank"] == sum(record["ranks"].values()) <= record["budget"] == 28
+        assert sum(len(indices) for indices in record["pruned"].values()) == 14
+        assert not set(record["pruned"]) & set(record["grown"])
+        after = {
+            name: rank - len(record["pruned"].get(name, ())) + record["grown"].get(name, 0) for name, rank in before.items()
+        }
+        assert {name: rank for name, rank in after.items() if rank} == record["ranks"]
+        before = after
+        scores = json.loads((folder / record["scores"]).read_text())
+        assert scores["drop"].keys() == scores["alone"].keys()
+    assert len(set(rounds[-1]["ranks"].values())) > 1
+
+
+def test_the_final_adapter_has_the_ranks_of_the_best_checkpoint(finetune):
+    _, folder = finetune()
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert load_file(folder / "adapter" / "adapter_model.safetensors").keys() == load_file(best / "adapter_model.safetensors").keys()
+
+
+def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetune, monkeypatch):
+    worse = itertools.count(1)
+    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    _, folder = finetune()
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 3
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {2}
+    for key, tensor in load_file(folder / "checkpoint-3" / "adapter_model.safetensors").items():
+        assert torch.equal(saved[key], tensor)
+
+
+def test_vanilla_peft_reads_the_adapter_with_equal_logits(finetune, model_dir, run_python):
+    _, folder = finetune("--no-quantize")
+    code = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(3, 15)[None]).logits, sys.argv[3])
+assert not any(name.startswith("qalora") for name in sys.modules)
+"""
+    run_python(code, model_dir, folder / "adapter", folder / "logits.pt")
+    from qalora.adapter.model import load_adapter
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+
+    ours = load_adapter(load_base(resolve(str(model_dir)), load_in_4bit=False, dtype="float32").model, folder / "adapter").eval()
+    with torch.no_grad():
+        logits = ours(input_ids=torch.arange(3, 15)[None]).logits
+    torch.testing.assert_close(logits, torch.load(folder / "logits.pt", weights_only=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [3, 6, 9], ids=["before the rounds", "between them", "after them"])
+def test_resumed_equals_straight_exactly(finetune, checkpoint):
+    """Invariant 9, with the evaluation before training and validations (eval-mode forwards) in between."""
+    _, straight = finetune(output="straight")
+    finetune(output="resumed")
+    _, resumed = finetune("--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"), output="resumed")
+    assert losses(resumed) == losses(straight)
+    drop_seconds = [{k: v for k, v in record.items() if k != "seconds"} for record in records(resumed)]
+    assert drop_seconds == [{k: v for k, v in record.items() if k != "seconds"} for record in records(straight)]
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
+    more = ("lora.dropout=0.2", "allocation.prune_per_round=20", "lora.r=2")
+    _, straight = finetune(*more, output="straight")
+    assert any(record["ranks"].keys() != records(straight)[0]["pruned"].keys() for record in records(straight))
+    assert len(records(straight)[0]["ranks"]) < 14, "the test needs a module without a rank"
+    finetune(*more, output="resumed")
+    _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-6"), output="resumed")
+    assert losses(resumed) == losses(straight)
+
+
+def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune):
+    _, folder = finetune()
+    for step in (9, 12):
+        for file in (folder / f"checkpoint-{step}").iterdir():
+            file.unlink()
+        (folder / f"checkpoint-{step}").rmdir()
+    assert find_checkpoint(folder, "auto") == folder / "checkpoint-6"
+    code, _ = finetune("--resume-from-checkpoint", "auto")
+    assert code == 0
+    assert [record["step"] for record in records(folder)] == [4, 8]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+def test_rounds_work_with_every_optimizer(finetune, optim):
+    code, folder = finetune(f"training.optim={optim}")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert code == 0
+    assert len(records(folder)) == 2
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+
+
+def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
+    """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
+    _, folder = finetune("allocation.rounds=0", "training.gradient_checkpointing=false")
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from qalora.adapter.model import attach, gated_layers
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+    from qalora.data.batching import Collator
+    from qalora.finetune import load_data
+    from qalora.recipe import load_recipe
+
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    base = load_base(resolve(str(model_dir)), dtype="float32")
+    train = load_data(recipe, base.tokenizer).train.items
+    set_seed(42)
+    start = {n: (m.A.clone(), m.B.clone()) for n, m in gated_layers(attach(base.model, r=2, alpha=4, seed=42)).items()}
+    plain = load_base(resolve(str(model_dir)), dtype="float32").model
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, (A, B) in start.items():
+            module = plain.get_submodule("base_model.model." + name)
+            module.lora_A.default.weight.copy_(A)
+            module.lora_B.default.weight.copy_(B)
+    collate = Collator(base.tokenizer.pad_token_id)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "peft"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=12,
+        learning_rate=5e-3,
+        warmup_steps=1,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=42,
+    )
+    trainer = Trainer(
+        model=plain,
+        args=arguments,
+        train_dataset=train,
+        data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "rows"},
+    )
+    trainer.train()
+    theirs = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert losses(folder) == pytest.approx(theirs, abs=2e-4)
+
+
+def test_a_round_that_changes_nothing_changes_no_loss(finetune, monkeypatch):
+    """Invariant 12: the same run with rounds whose plan is empty."""
+    import qalora.adapter.round
+    from qalora.adapter.allocation import AllocationPlan
+
+    _, plain = finetune("allocation.rounds=0", output="plain")
+    monkeypatch.setattr(qalora.adapter.round, "plan", lambda *args, **kwargs: AllocationPlan({}, {}))
+    _, empty = finetune(output="empty")
+    assert [record["pruned"] for record in records(empty)] == [{}, {}]
+    assert losses(empty) == losses(plain)
+
+
+def test_packing_trains(finetune):
+    code, folder = finetune("data.packing=true", "data.max_seq_len=48")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert code == 0
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+
+
+def test_merged_on_request(finetune):
+    code, folder = finetune("merge=true")
+    assert code == 0
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert merged.dtype == torch.bfloat16
+    assert not hasattr(merged.config, "quantization_config")
+
+
+# ------------------------------------------------------------------------------------------------------- named failures
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(finetune, monkeypatch):
+    from qalora.training.trainer import QaloraTrainer
+
+    honest = QaloraTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = honest(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 6 else loss
+
+    monkeypatch.setattr(QaloraTrainer, "compute_loss", poisoned)
+    with pytest.raises(AnswerNo, match=r"the loss is nan at step 7, on rows \[\d+, \d+, \d+, \d+\] .*checkpoint-6"):
+        finetune()
+
+
+def test_a_run_that_never_allocated_is_an_error(finetune):
+    with pytest.raises(AnswerNo, match="before its first round of allocation"):
+        finetune(
+            "training.early_stopping_patience=1", "training.learning_rate=1e-30", "allocation.warmup=10", "allocation.interval=1"
+        )
+
+
+def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
+    with pytest.raises(InputError, match=r"a run of 1 optimizer steps has no room for a round"):
+        finetune("training.max_steps=1")
+
+
+def test_an_output_folder_in_use_is_refused(finetune, tmp_path):
+    finetune()
+    with pytest.raises(InputError, match="holds a run; continue it with --resume-from-checkpoint auto"):
+        finetune()
+    assert finetune("--overwrite")[0] == 0
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").touch()
+    with pytest.raises(InputError, match="not empty, and no run of qalora"):
+        check_output_dir(other, resuming=False, overwrite=True)
+    assert (other / "cat.jpg").exists()
+
+
+def test_resume_without_a_checkpoint_is_refused(finetune, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        finetune("--resume-from-checkpoint", "auto", output="nothing")
+    with pytest.raises(InputError, match=r"no checkpoint there"):
+        finetune("--resume-from-checkpoint", str(tmp_path), output="nothing")
+
+
+def test_dry_run_prints_recipe_and_plan_and_writes_nothing(finetune, capsys):
+    code, folder = finetune("--dry-run")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "rounds: 2" in printed
+    assert "4-bit weights" in printed
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_and_the_run_can_be_continued(finetune, model_dir, rows, tmp_path, number):
+    _, straight = finetune(output="straight")
+    arguments = (straight / "recipe.yaml").read_text().replace("straight", "stopped")
+    (tmp_path / "stopped.yaml").write_text(arguments)
+    # The run sends the signal to itself after its seventh step, at a point that is the same each time.
+    code = f"""
+import os, sys
+from qalora.training import trainer
+from qalora.cli import run
+from qalora.finetune import main
+sent, step = [], trainer.QaloraTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 7 and not sent:
+        sent.append(True)
+        os.kill(os.getpid(), {int(number)})
+    return step(self, *args, **kwargs)
+trainer.QaloraTrainer.training_step = training_step
+sys.exit(run(main, ["--recipe", sys.argv[1]]))
+"""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "stopped.yaml")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 130, done.stderr
+    stopped = tmp_path / "stopped"
+    assert (stopped / "checkpoint-8" / "trainer_state.json").is_file()
+    assert not (stopped / "adapter").exists()
+    assert main(["--recipe", str(tmp_path / "stopped.yaml"), "--resume-from-checkpoint", "auto"]) == 0
+    assert losses(stopped) == losses(straight)

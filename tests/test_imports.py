@@ -1,0 +1,115 @@
+"""Imports run one way: recipe, base.memory, adapter.allocation (no torch) ← base, data, adapter ← training, deploy,
+report ← commands. Only commands and training/trainer.py see a Recipe."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import qalora
+
+ROOT = Path(qalora.__file__).parent
+MODULES = {
+    ".".join(("qalora", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+FOUNDATION = {"errors": 0, "recipe": 1, "adapter.allocation": 0, "base.memory": 1, "base.registry": 0}
+LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
+COMMANDS = 4
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
+TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "adapter.allocation", "data.formats"]
+COMMAND_NAMES = ["finetune", "plan", "score", "merge", "evaluate", "generate", "cli", "__main__"]
+
+
+def short(module: str) -> str:
+    return module.removeprefix("qalora").removeprefix(".")
+
+
+def level(module: str) -> int:
+    name = short(module)
+    if name in FOUNDATION:
+        return FOUNDATION[name]
+    return LAYERS.get(name.split(".")[0], COMMANDS)
+
+
+def imports(path: Path, *, at_import_only: bool) -> set[str]:
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in MODULES else str(node.module))
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        deferred = typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if not (at_import_only and deferred):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def packages(module: str) -> set[str]:
+    """The module and every package above it: all of them run when it is imported."""
+    parts = module.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & MODULES.keys()
+
+
+def reached(module: str) -> dict[str, str]:
+    """Outside module → the module of ours that imports it, for all that runs when `module` is imported."""
+    seen: set[str] = set()
+    outside: dict[str, str] = {}
+    waiting = packages(module)
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        for name in imports(MODULES[current], at_import_only=True):
+            if name.split(".")[0] == "qalora":
+                waiting |= packages(name) - seen
+            else:
+                outside.setdefault(name.split(".")[0], current)
+    return outside
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if short(name)])
+def test_no_arrow_points_back(module):
+    ours = {name for name in imports(MODULES[module], at_import_only=False) if name.startswith("qalora.")}
+    back = {name for name in ours if level(name) > level(module)}
+    assert not back, f"{module} imports {sorted(back)}, which stand above it"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if short(name)])
+def test_only_commands_and_the_trainer_see_a_recipe(module):
+    if level(module) == COMMANDS or short(module) in ("recipe", "training.trainer"):
+        return
+    assert "qalora.recipe" not in imports(MODULES[module], at_import_only=False)
+
+
+@pytest.mark.parametrize("name", ["", *TORCH_FREE, *COMMAND_NAMES])
+def test_importing_it_brings_no_torch(name):
+    module = f"qalora.{name}".rstrip(".")
+    if module not in MODULES:
+        pytest.fail(f"{module} does not exist")
+    heavy = {outside: by for outside, by in reached(module).items() if outside in HEAVY}
+    assert not heavy
+
+
+def test_help_of_every_command_brings_no_torch(run_python):
+    code = (
+        "import sys, contextlib, io, importlib\n"
+        "for name in sys.argv[1:]:\n"
+        "    command = importlib.import_module('qalora.' + name)\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        command.parser().parse_args(['--help'])\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys()))"
+    )
+    assert (
+        run_python(code, *[name for name in COMMAND_NAMES if name not in ("cli", "__main__")]).strip() == "[]"
+    )

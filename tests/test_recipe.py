@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from qalora import recipe as module
+from qalora.errors import InputError
+from qalora.recipe import ALIASES, Recipe, load_recipe, parse_overrides, recipe_path, resolve, setting_types
+
+MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
+
+
+def build(*settings, **more):
+    return resolve([*MINIMAL, *settings, *more.items()], origin="test")
+
+
+def get(recipe, key):
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def refusal(*settings):
+    with pytest.raises(InputError) as error:
+        build(*settings)
+    return str(error.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return make
+
+
+# --------------------------------------------------------------------------------------------------------- defaults
+
+
+def test_the_papers_defaults():
+    """ALoRA, §4.3 and appendix E."""
+    recipe = build()
+    allocation = recipe.allocation
+    assert (recipe.lora.r, allocation.rounds, allocation.prune_per_round, allocation.val_batch_size) == (
+        8,
+        8,
+        None,
+        32,
+    )
+    assert (allocation.warmup, allocation.interval) == ("1 epoch", "0.25 epochs")
+    assert (recipe.training.learning_rate, recipe.training.lr_scheduler_type) == (1e-4, "linear")
+    assert (recipe.training.warmup_ratio, recipe.training.eval_steps) == (0.06, 200)
+    assert (recipe.training.early_stopping_patience, recipe.data.max_seq_len) == (10, 2048)
+
+
+# ---------------------------------------------------------------------------------------------------------- aliases
+
+VALUES = {
+    "model": "m", "data.train": "t", "data.format": "text", "data.max_seq_len": 77, "data.val_set_size": 0.5,
+    "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
+    "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
+    "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
+    "lora.alpha": 32, "lora.target_modules": ["q_proj"],
+}  # fmt: skip
+SPECIAL = {"mask_prompt": False, "bits": 16}  # the value that means the one above
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_alias_sets_the_canonical_setting(alias):
+    canonical = ALIASES[alias]
+    section = canonical.rpartition(".")[0]
+    for key in {alias, f"{section}.{alias}".lstrip(".")}:
+        assert get(build((key, SPECIAL.get(alias, VALUES[canonical]))), canonical) == VALUES[canonical]
+
+
+def test_every_alias_leads_to_a_setting():
+    known = dict(setting_types())
+    assert set(ALIASES.values()) <= known.keys()
+    assert not ALIASES.keys() & known.keys() - {"model"}
+
+
+def test_an_alias_in_another_section_is_unknown():
+    assert "lora.lr: unknown setting" in refusal(("lora.lr", 1e-4))
+
+
+@pytest.mark.parametrize(("bits", "in_4bit"), [(4, True), (16, False), (32, False)])
+def test_bits(bits, in_4bit):
+    assert build(bits=bits).quantization.load_in_4bit is in_4bit
+
+
+@pytest.mark.parametrize("bits", [8, [4]])
+def test_bits_that_are_none(bits):
+    assert "load_in_4bit" in refusal(("bits", bits))
+
+
+@pytest.mark.parametrize(("alias", "name"), [("input-output", "prompt-completion"), ("completion", "text")])
+def test_format_aliases(alias, name):
+    assert build(("data.format", alias)).data.format == name
+
+
+# ----------------------------------------------------------------------------------------------------------- values
+
+
+def test_lists_from_text():
+    assert build(lora_target="q_proj, v_proj").lora.target_modules == ["q_proj", "v_proj"]
+    assert build(lora_target="all-linear").lora.target_modules == "all-linear"
+    assert build(("training.report_to", "tensorboard")).training.report_to == ["tensorboard"]
+    assert build(("training.report_to", "none")).training.report_to == []
+    assert build(("evaluation.metrics", "loss,rougeL")).evaluation.metrics == ["loss", "rougeL"]
+    assert build(("evaluation.choices", "yes, no")).evaluation.choices == ["yes", "no"]
+
+
+def test_labels_and_columns_are_text():
+    assert build(("data.labels", {0: "negative", 1: 7})).data.labels == {"0": "negative", "1": "7"}
+
+
+@pytest.mark.parametrize("duration", [20, 0.3, "1 epoch", "0.25 epochs"])
+def test_durations_keep_their_type(duration):
+    found = build(("allocation.warmup", duration)).allocation.warmup
+    assert (found, type(found)) == (duration, type(duration))
+
+
+@pytest.mark.parametrize(("size", "kind"), [(50, int), (0.1, float)])
+def test_validation_size_is_rows_or_a_share(size, kind):
+    assert type(build(val_size=size).data.val_set_size) is kind
+
+
+# -------------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["training.learning_rate=2e-4"], [("training.learning_rate", "2e-4")]),
+        (["--training.learning_rate", "2.0e-4"], [("training.learning_rate", 2e-4)]),
+        (["--training.learning_rate=0.5"], [("training.learning_rate", 0.5)]),
+        (["--data.packing"], [("data.packing", True)]),
+        (["--data.packing", "--merge"], [("data.packing", True), ("merge", True)]),
+        (["--data.packing", "lora.r=4"], [("data.packing", True), ("lora.r", 4)]),
+        (["--merge", "output_dir=out"], [("merge", True), ("output_dir", "out")]),
+        (["--data.packing", "lr=1.0"], [("data.packing", True), ("lr", 1.0)]),
+        (["--output-dir", "runs/a"], [("output_dir", "runs/a")]),
+        (["--training.seed", "-1"], [("training.seed", -1)]),
+        (["--data.completion_template", "a=b"], [("data.completion_template", "a=b")]),
+        (["data.train=a=b"], [("data.train", "a=b")]),
+        (["data.validation="], [("data.validation", None)]),
+        (["data.columns={mr: prompt}"], [("data.columns", {"mr": "prompt"})]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
+)
+def test_spellings_of_an_override(arguments, expected):
+    assert parse_overrides(arguments) == expected
+
+
+def test_a_float_without_a_dot_is_a_float():
+    assert build(*parse_overrides(["lr=2e-4"])).training.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["oops"], "oops: not an option"),
+        (["data.prompt_template={a} b"], "data.prompt_template: the value '{a} b' is not"),
+    ],
+    ids=["bare-word", "not-yaml"],
+)
+def test_overrides_that_are_refused(arguments, message):
+    with pytest.raises(InputError) as error:
+        parse_overrides(arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_the_command_line_wins_and_the_last_word_stays(write):
+    path = write("model: a\ndata: {train: t}\nlora: {r: 4, alpha: 8}\ntraining: {lr: 0.1}\n")
+    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora_r", 2), ("lora.r", 1)])
+    assert (recipe.training.learning_rate, recipe.lora.r, recipe.lora.alpha) == (0.2, 1, 8)
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.learnin_rate", "training.learning_rate"),
+        ("lora.rank", "lora_rank"),
+        ("allocation.round", "allocation.rounds"),
+        ("micro_batch_sise", "training.micro_batch_size"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(key, nearest):
+    assert f"{key}: unknown setting, did you mean {nearest}?" in refusal((key, 1))
+
+
+def test_nothing_near_names_nothing():
+    assert refusal(("zzzzqqq", 1)) == "test: zzzzqqq: unknown setting."
+
+
+def test_all_problems_at_once():
+    message = refusal(
+        ("lora.r", 0), ("training.optim", "sgd"), ("nonsense_key", 1), ("data.max_seq_len", "long")
+    )
+    for part in (
+        "lora.r=0: input should be",
+        "training.optim='sgd'",
+        "nonsense_key: unknown",
+        "data.max_seq_len='long'",
+    ):
+        assert message.count(part) == 1
+
+
+def test_all_disagreements_at_once():
+    with pytest.raises(InputError) as error:
+        resolve([("training.save_steps", 30), ("training.eval_steps", 20)], origin="test")
+    for part in ("model is missing", "data.train is missing", "training.save_steps=30"):
+        assert part in str(error.value)
+
+
+def test_a_setting_of_several_types_is_named_once():
+    message = refusal(("data.val_set_size", "many"))
+    assert message.count("data.val_set_size='many'") == 1 and "val_set_size.int" not in message
+    message = refusal(("allocation.warmup", [1]))
+    assert message.count("allocation.warmup=[1]") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([("data.val_set_size", 0)], "no validation rows: set data.validation"),
+        ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
+        ([("allocation.max_rank", 4)], "lora.r=8 must lie between allocation.min_rank=0 and max_rank=4"),
+        ([("allocation.min_rank", 9)], "allocation.min_rank=9 is above lora.r=8"),
+        ([("lora.r", 12), ("lora.alpha", 16)], "make alpha a multiple of r, e.g. lora.alpha=24"),
+        ([("allocation.warmup", 1.5)], "allocation.warmup=1.5: give optimizer steps (20), a share"),
+        ([("allocation.interval", "soon")], "allocation.interval='soon': give optimizer steps"),
+        ([("training.learning_rate", 0)], "training.learning_rate=0: input should be greater than 0"),
+        (
+            [("training.gradient_accumulation_steps", 0)],
+            "gradient_accumulation_steps=0: input should be greater",
+        ),
+    ],
+    ids=lambda value: "-".join(key for key, _ in value) if isinstance(value, list) else "",
+)
+def test_settings_that_are_refused(settings, message):
+    assert message in refusal(*settings)
+
+
+def test_any_scaling_goes_without_allocation():
+    assert build(("lora.r", 12), ("allocation.rounds", 0)).lora.alpha == 16
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_yaml_round_trip(write):
+    recipe = build(
+        ("data.labels", {0: "no", 1: "yes"}),
+        ("allocation.warmup", 0.3),
+        ("allocation.interval", 5),
+        ("lr", 1e-5),
+        ("data.prompt_template", "Grüße: {a}\nb"),
+        ("lora.target_modules", "q_proj,v_proj"),
+    )
+    path = write(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert load_recipe(path).to_yaml() == recipe.to_yaml()
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_an_empty_section_changes_nothing(write):
+    """All its lines commented out."""
+    assert load_recipe(write("model: tiny\ndata: {train: rows.jsonl}\ntraining:\n  # seed: 1\n")) == build()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "a recipe is a mapping of settings, this file holds list"),
+        ("a: [", "not a YAML file"),
+        ("", "holds NoneType"),
+    ],
+    ids=["list", "broken", "empty"],
+)
+def test_files_that_are_refused(write, text, message):
+    path = write(text)
+    with pytest.raises(InputError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    for name in ("alpaca", "quickstart"):
+        (tmp_path / f"{name}.yaml").write_text("model: m\ndata: {train: t}\n")
+    monkeypatch.setattr(module, "recipes_dir", lambda: tmp_path)
+    assert recipe_path("alpaca") == tmp_path / "alpaca.yaml"
+    with pytest.raises(InputError, match=r"--recipe alpacca: .*did you mean alpaca\?.*alpaca, quickstart"):
+        recipe_path("alpacca")
+
+
+@pytest.mark.parametrize("name", module.recipe_names())
+def test_shipped_recipes_are_valid(name):
+    recipe = load_recipe(name, [("model", "tiny"), ("data.train", "rows.jsonl")])
+    assert recipe.model == "tiny"
+
+
+def test_nine_recipes_are_shipped():
+    assert module.recipe_names() == [
+        "alpaca", "alpaca-clean", "boolq", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "sst2",
+    ]  # fmt: skip

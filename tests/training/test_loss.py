@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qalora.training import loss as module
+from qalora.training.loss import label_only_loss, use_label_only_loss
+
+
+@pytest.fixture
+def problem():
+    """hidden (3, 7, 16), labels (3, 7) with gaps, head (50, 16)."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 50, (3, 7), generator=generator)
+    labels[0, :4] = -100
+    labels[1] = -100  # a row without any label
+    labels[2, 3] = -100
+    return torch.randn(3, 7, 16, generator=generator), labels, torch.randn(50, 16, generator=generator)
+
+
+def reference(hidden, labels, head):
+    """(rows,) sums from the full logits."""
+    logits = F.linear(hidden, head).float()
+    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+    return each.sum(1)
+
+
+def test_row_losses_are_the_full_logits_cross_entropy(problem):
+    torch.testing.assert_close(label_only_loss(*problem), reference(*problem), rtol=1e-6, atol=1e-5)
+    assert label_only_loss(*problem)[1] == 0
+
+
+def test_gradient_is_autograds(problem):
+    hidden, labels, head = problem
+    weights = torch.tensor([1.0, 5.0, -0.5])  # a factor of its own for each row
+    gradients = []
+    for function in (label_only_loss, reference):
+        leaf = hidden.clone().requires_grad_()
+        (function(leaf, labels, head) * weights).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert not gradients[0][1].any() and not gradients[0][:, -1].any()
+
+
+@pytest.mark.parametrize("tokens_a_chunk", [1, 2, 3, 100])
+def test_chunks_change_nothing(problem, monkeypatch, tokens_a_chunk):
+    hidden, labels, head = problem
+    monkeypatch.setattr(module, "CHUNK_BYTES", tokens_a_chunk * 4 * len(head))
+    leaf, other = (hidden.clone().requires_grad_() for _ in range(2))
+    label_only_loss(leaf, labels, head).sum().backward()
+    reference(other, labels, head).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_loss_is_fp32_of_bf16_logits(problem):
+    hidden, labels, head = problem
+    hidden, head = hidden.bfloat16(), head.bfloat16()
+    found = label_only_loss(hidden, labels, head)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, reference(hidden, labels, head), rtol=1e-6, atol=1e-5)
+    leaf, other = (hidden.clone().requires_grad_() for _ in range(2))
+    label_only_loss(leaf, labels, head).sum().backward()
+    reference(other, labels, head).sum().backward()
+    assert leaf.grad.dtype == torch.bfloat16
+    assert (leaf.grad - other.grad).float().norm() <= 1e-2 * other.grad.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
+def test_model_loss_and_gradient_are_the_full_logits_ones(tiny_llama, make_batch, dtype, tied):
+    batch, found = make_batch(), []
+    for label_only in (True, False):
+        model = tiny_llama(dtype, label_only=label_only, tie_word_embeddings=tied)
+        weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.detach(), weight.grad.float()))
+    (loss, gradient), (full_loss, full_gradient) = found
+    torch.testing.assert_close(loss, full_loss, rtol=1e-6, atol=1e-6)
+    assert (gradient - full_gradient).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[
+        dtype
+    ] * full_gradient.norm()
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["int", "tensor"])
+def test_num_items_in_batch_divides_the_sum(tiny_llama, make_batch, count):
+    """Micro-batches of an optimizer step then weigh by their tokens, as with the Trainer's own loss."""
+    batch = make_batch()
+    model, plain = tiny_llama(), tiny_llama(label_only=False)
+    found = model(**batch, num_items_in_batch=count)
+    torch.testing.assert_close(
+        found.loss, plain(**batch, num_items_in_batch=count).loss, rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(found.loss * 7, found.row_losses.sum())
+
+
+def test_row_losses_sum_to_each_row_alone(tiny_llama, make_batch):
+    model, batch = tiny_llama(), make_batch()
+    together = model(**batch).row_losses
+    for row in range(4):
+        alone = model(**{key: value[row : row + 1] for key, value in batch.items()}).loss
+        tokens = (batch["labels"][row, 1:] != -100).sum()
+        torch.testing.assert_close(together[row], alone * tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_runs_on_supervised_positions_alone(tiny_llama, make_batch, monkeypatch):
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(
+        module.F,
+        "linear",
+        lambda x, w, *b: (rows.append(len(x)) if len(w) == 128 else None, linear(x, w, *b))[1],
+    )
+    batch = make_batch()
+    tiny_llama()(**batch)
+    assert rows == [int((batch["labels"][:, 1:] != -100).sum())]
+
+
+def test_without_labels_the_model_is_as_it_was(tiny_llama, make_batch):
+    tokens = make_batch()["input_ids"]
+    model, plain = tiny_llama(), tiny_llama(label_only=False)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    assert torch.equal(
+        model.generate(tokens[:1], max_new_tokens=4, do_sample=False),
+        plain.generate(tokens[:1], max_new_tokens=4, do_sample=False),
+    )
+
+
+def test_without_grad_only_the_loss_is_formed(tiny_llama, make_batch):
+    model, batch = tiny_llama(), make_batch()
+    with torch.no_grad():
+        found = model(**batch).loss
+    assert not found.requires_grad
+    assert torch.equal(found, model(**batch).loss)
+
+
+def test_hooks_around_the_model_still_run(tiny_llama, make_batch):
+    model, calls = tiny_llama(label_only=False), []
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    model.model.register_forward_hook(lambda *_: calls.append("decoder"))
+    use_label_only_loss(model)
+    model(**make_batch())
+    assert calls == ["decoder", "model"]
