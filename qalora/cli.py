@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from qalora.errors import AnswerNo, InputError
@@ -12,6 +14,7 @@ DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted."""
+    _quieten_libraries()
     try:
         return main(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -23,3 +26,11 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _quieten_libraries() -> None:
+    """Deprecations between libraries, and bitsandbytes' word on kernels that it does not need, tell a user nothing."""
+    for library in ("transformers", "peft", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

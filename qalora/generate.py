@@ -121,7 +121,7 @@ def prompt_ids(
     if chat is None:
         chat = tokenizer.chat_template is not None and not raw
     turns = [Turn("assistant" if i % 2 else "user", text, False) for i, text in enumerate(messages)]
-    example = Example(row=0, turns=(*turns, Turn("assistant", "", True)), chat=chat, tools=None)
+    example = Example(row=0, turns=(*turns, Turn("assistant", "", True)), chat=chat)
     return list(tokenize_prompt(example, tokenizer))
 
 

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
     parser.add_argument(
-        "--output-dir", required=True, metavar="DIR", help="new, empty, or a previous merge of the same"
+        "--output", required=True, metavar="DIR", help="new, empty, or a previous merge of the same"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace whatever the output folder holds")
     parser.add_argument(
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
     source = resolve(args.model)
     read_config(args.adapter)
-    output_dir = Path(args.output_dir)
+    output_dir = Path(args.output)
     check_output(output_dir, model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
     loaded = load_base(
         source,

@@ -255,7 +255,9 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
 
 def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     """Builds a Recipe from (dotted key, value) settings, later ones winning; `origin` names them in errors."""
-    known, problems, tree = dict(setting_types()), [], {}
+    known = dict(setting_types())
+    problems: list[str] = []
+    tree: dict[str, Any] = {}
     for key, value in settings:
         canonical, value = _canonical(key, value, known)
         if canonical is None:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
     importance = scores.importance(args.importance)
     prune = args.prune or len(ranks(model))
-    result = {
+    result: dict[str, Any] = {
         "method": scores.method,
         "rows": scores.rows,
         "supervised_tokens": scores.supervised_tokens,

@@ -62,7 +62,7 @@ def adapter(folder, tmp_path_factory):
     ids=["defaults", "original base", "no-quantize"],
 )
 def test_the_printed_difference_is_the_measured_one(folder, adapter, tmp_path, capsys, flags, base, dtype):
-    arguments = ["--model", str(folder), "--adapter", str(adapter), "--output-dir", str(tmp_path / "merged")]
+    arguments = ["--model", str(folder), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
     assert main(arguments + flags) == 0
     report = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert report["base"] == base
@@ -80,7 +80,7 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
     values = {"model": str(folder), "adapter": str(adapter), "output": str(tmp_path / "merged")}
     values[wrong] = {"model": "no-such-model", "adapter": str(folder), "output": str(tmp_path)}[wrong]
     with pytest.raises(InputError, match=values[wrong]):
-        main(["--model", values["model"], "--adapter", values["adapter"], "--output-dir", values["output"]])
+        main(["--model", values["model"], "--adapter", values["adapter"], "--output", values["output"]])
 
 
 @pytest.mark.parametrize("command", ["merge", "evaluate", "generate"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,12 @@ class GatedLinear(nn.Module, LoraLayer):
     @property
     def A(self) -> nn.Parameter:
         """(r, in), fp32."""
-        return self.lora_A[self.active_adapters[0]].weight
+        return cast(nn.Parameter, self.lora_A[self.active_adapters[0]].weight)
 
     @property
     def B(self) -> nn.Parameter:
         """(out, r), fp32."""
-        return self.lora_B[self.active_adapters[0]].weight
+        return cast(nn.Parameter, self.lora_B[self.active_adapters[0]].weight)
 
     @property
     def s(self) -> float:
@@ -75,7 +75,8 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, A, B, gate, low = ctx.saved_tensors
         need_x, need_x_low, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
-        grad_x = grad_x_low = grad_A = grad_B = grad_gate = None
+        grad_x: Any = None
+        grad_x_low = grad_A = grad_B = grad_gate = None
         with torch.autocast(x.device.type, enabled=False):
             grad_out = grad_z.to(B.dtype)
             grad_gated = (grad_out @ B).mul_(ctx.s)
@@ -110,7 +111,7 @@ def _add_update(z: Tensor, update: Tensor, base: nn.Module) -> Tensor:
     return z.add_(update.to(z.dtype)) if is_4bit(base) else z.add_(update)
 
 
-def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """The frozen (out, in) weight in `dtype`; a 4-bit one is dequantized, which costs its 16- or 32-bit size for a moment."""
     if not is_4bit(base):
         return base.weight

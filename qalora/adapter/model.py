@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -148,7 +149,7 @@ def sync_config(model: PeftModel) -> None:
     Every module has a full-name entry in rank_pattern and in alpha_pattern (alpha = scaling · rank). Modules that lost
     all their ranks carry no layer and are listed in exclude_modules, for PEFT refuses a rank of 0.
     """
-    config: LoraConfig = model.peft_config[ADAPTER]
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
     layers = gated_layers(model)
     if not layers:
         return
@@ -239,22 +240,22 @@ def paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[T
 
 def rank_of(config: LoraConfig, name: str) -> int:
     """The rank that PEFT gives the module; every entry of the pattern that we write is a full name."""
-    return _first_match(config.rank_pattern, name, config.r)
+    return int(_first_match(config.rank_pattern or {}, name, config.r))
 
 
 def scaling_of(config: LoraConfig, name: str) -> float:
     """The scaling that PEFT derives for the module: alpha / r, or alpha / √r for rsLoRA."""
-    rank, alpha = rank_of(config, name), _first_match(config.alpha_pattern, name, config.lora_alpha)
+    rank, alpha = rank_of(config, name), _first_match(config.alpha_pattern or {}, name, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
     from peft.utils.other import get_pattern_key
 
-    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+    return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def _whole(alpha: float) -> float:
+def _whole(alpha: float) -> Any:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

@@ -63,7 +63,9 @@ def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, 
     adapter = layer.active_adapters[0]
     rank = len(layer.A)
     layer.r[adapter], layer.lora_alpha[adapter] = rank, scaling * rank
-    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
+    A: Any = layer.lora_A[adapter]
+    B: Any = layer.lora_B[adapter]
+    A.out_features = B.in_features = rank
 
 
 # --------------------------------------------------------------------------------------------------------- moments
@@ -75,8 +77,8 @@ def _resize_moments(optimizer: Any, parameter: nn.Parameter, shape: torch.Size, 
     First moments of new ranks start at 0, second moments at the mean of the module's live ranks: Adam's step count is
     the tensor's, so zero second moments would make the first updates of a new rank many times too large.
     """
-    state = optimizer.state.get(parameter) if optimizer is not None else None
-    for key in ("exp_avg", "exp_avg_sq", "state1", "state2") if state else ():
+    state: dict[str, Any] = {} if optimizer is None else optimizer.state.get(parameter, {})
+    for key in ("exp_avg", "exp_avg_sq", "state1", "state2"):
         if key not in state:
             continue
         old = _to_fp32(state, key).view(shape)

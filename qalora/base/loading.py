@@ -176,6 +176,7 @@ def _storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """A checkpoint saved in 4 bits ignores the dtype that from_pretrained is given."""
+    module: Any
     for module in linear_maps(model).values():
         if is_4bit(module):
             module.compute_dtype, module.compute_type_is_set = compute_dtype, True
@@ -191,7 +192,7 @@ def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _declare_quantized(model: PreTrainedModel, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
+def _declare_quantized(model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
     """Tells transformers and PEFT what `quantize_` did, so that save_pretrained writes a 4-bit checkpoint."""
     from transformers.quantizers import AutoHfQuantizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -44,7 +45,7 @@ def quantize_(model: nn.Module, *, quant_type: str = "nf4", double_quant: bool =
             quant_type=quant_type,
             device="meta",
         )
-        weight = Params4bit(
+        weight: Any = Params4bit(
             linear.weight.data.to(compute_dtype),
             requires_grad=False,
             compress_statistics=double_quant,
@@ -60,7 +61,7 @@ def quantize_(model: nn.Module, *, quant_type: str = "nf4", double_quant: bool =
     guard_cpu_packing(model)
 
 
-def dequantize(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (out, in) weight: the exact values of a 4-bit map, or those of a plain one, in `dtype`."""
     if not is_4bit(module):
         return module.weight.detach().to(dtype)
@@ -79,13 +80,14 @@ def guard_cpu_packing(model: nn.Module) -> None:
     Raises:
         InputError: a weight is packed already.
     """
+    module: Any
     for module in model.modules():
         if is_4bit(module):
             module.support_avx512bf16_for_cpu = False
             _refuse_packed(module)
 
 
-def _refuse_packed(module: nn.Module) -> None:
+def _refuse_packed(module: Any) -> None:
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise InputError(
             "the 4-bit weights were repacked for CPU decoding by an evaluation before qalora had them, which ruins "

@@ -148,8 +148,8 @@ def resolve(name: str) -> ModelSource:
             return ModelSource(name, "gguf", str(packaged.parent), packaged.name, hub_id, shape)
         return ModelSource(name, "hub", hub_id, None, hub_id, shape)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        shape = next((shape for hub_id, shape in MODELS.values() if hub_id == name), None)
-        return ModelSource(name, "hub", name, None, name, shape)
+        known = {hub_id: shape for hub_id, shape in MODELS.values()}
+        return ModelSource(name, "hub", name, None, name, known.get(name))
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
@@ -182,9 +182,12 @@ def shape_of(source: ModelSource) -> ModelShape:
         except Exception as error:  # offline, gated and unknown models each raise a class of their own
             raise InputError(f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})") from None
     try:
-        return ModelShape.from_config(json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f"{file}: not valid JSON.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: not a JSON object.")
+    return ModelShape.from_config(config)
 
 
 def _gguf_shape(file: Path) -> ModelShape:
@@ -200,9 +203,11 @@ def _gguf_shape(file: Path) -> ModelShape:
             "num_attention_heads": "attention.head_count",
             "num_key_value_heads": "attention.head_count_kv",
         }
+        if f"{architecture}.attention.key_length" in reader.fields:
+            keys["head_dim"] = "attention.key_length"
         config = {ours: int(reader.fields[f"{architecture}.{theirs}"].contents()) for ours, theirs in keys.items()}
         names = {tensor.name: tensor for tensor in reader.tensors}
         config["vocab_size"] = int(names["token_embd.weight"].shape[1])
-    except (KeyError, ValueError, OSError) as error:
+    except (LookupError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
     return ModelShape.from_config(config | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture})

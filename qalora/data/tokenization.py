@@ -306,6 +306,7 @@ def _encode(
     )
     ids: list[int] = []
     starts: list[int | None] = []
+    previous_end = 0
     for token, (start, end), special in zip(
         encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True
     ):
@@ -313,7 +314,9 @@ def _encode(
         if added and token == tokenizer.eos_token_id and ids:
             continue
         ids.append(token)
-        starts.append(None if added else start)
+        # Where offsets leave blanks out (trim_offsets), a token of blanks alone is reported empty, and too late.
+        starts.append(None if added else previous_end if start == end else start)
+        previous_end = end
     return ids, starts
 
 

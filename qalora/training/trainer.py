@@ -13,12 +13,20 @@ import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, ranks
@@ -54,9 +62,11 @@ class Throughput:
 class QaloraTrainer(Trainer):
     """Hugging Face's Trainer with adapters whose ranks change: see the module's docstring for the walk of a batch."""
 
+    model: PeftModel  # type: ignore[assignment]
+
     def __init__(self, *, validation: list[dict[str, Any]], eval_batch_size: int, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
         super().__init__(processing_class=tokenizer, **kwargs)
-        self.validation = validation
+        self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
@@ -82,7 +92,7 @@ class QaloraTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
-        losses = row_losses(self.model, self.processing_class, self.validation, self.eval_batch_size)
+        losses = row_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
         tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
         self.log(metrics)
@@ -92,20 +102,18 @@ class QaloraTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what is particular to this run: the total rank, and tokens a second."""
         if "loss" in logs:
-            logs |= {
-                "total_rank": sum(ranks(self.model).values()),
-                "tokens_per_second": self.throughput.summary(0)["tokens_per_second"],
-            }
+            logs["total_rank"] = sum(ranks(self.model).values())
+            logs["tokens_per_second"] = self.throughput.summary(0)["tokens_per_second"]
         super().log(logs, start_time)
 
     def _load_best_model(self) -> None:
         """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         if best.name != f"checkpoint-{self.state.global_step}":
-            self.model = self.model_wrapped = load_adapter(self.model.unload(), best)
+            self.model = self.model_wrapped = load_adapter(cast(PreTrainedModel, self.model.unload()), best)
 
     def _last_checkpoint(self) -> str:
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        checkpoints = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been written yet"
 
 
@@ -132,7 +140,7 @@ def build_trainer(
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
     """
     training, allocation = recipe.training, recipe.allocation
-    use_label_only_loss(model.get_base_model())
+    use_label_only_loss(cast(PreTrainedModel, model.get_base_model()))
     collate = Collator(tokenizer.pad_token_id)
     batch_size = training.micro_batch_size
     allocator = AllocationCallback(

@@ -1,0 +1,137 @@
+"""Planned bytes against the bytes of real tensors: adapters, gradients, moments and 4-bit weights, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit, AdamW32bit
+
+from qalora.adapter.model import attach
+from qalora.base.memory import CUDA_CONTEXT, LOGITS_CHUNK, plan_memory
+from qalora.base.quantized import linear_maps, quantize_
+from qalora.base.registry import MODELS, ModelShape
+
+# Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.
+ODD = dict(hidden_size=160, intermediate_size=321, num_attention_heads=4, num_key_value_heads=2, head_dim=40)
+SHAPE = ModelShape(num_hidden_layers=2, vocab_size=128, **ODD)
+MIXED = {name: (3, 16, 29)[i % 3] for i, name in enumerate(SHAPE.linear_maps())}
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def adapter_parameters(ranks) -> list[torch.nn.Parameter]:
+    """A and B of every map, with gradients."""
+    of = ranks if isinstance(ranks, dict) else dict.fromkeys(SHAPE.linear_maps(), ranks)
+    shapes = [s for name, (i, o) in SHAPE.linear_maps().items() for s in ((of[name], i), (o, of[name]))]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    return parameters
+
+
+@pytest.mark.parametrize("ranks", [4, MIXED], ids=["4", "mixed"])
+@pytest.mark.parametrize(
+    ("optim", "build"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("paged_adamw_32bit", AdamW32bit),
+        ("adamw_8bit", AdamW8bit),
+        ("paged_adamw_8bit", AdamW8bit),
+    ],
+)
+def test_adapter_gradients_and_moments_are_those_of_an_optimizer_step(optim, build, ranks):
+    parameters = adapter_parameters(ranks)
+    optimizer = build(parameters, lr=1e-3)
+    optimizer.step()
+    moments = [
+        tensor
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        # step counts are no moments, and all tensors share one table of the 8-bit codes
+        if torch.is_tensor(tensor) and name != "step" and not name.startswith("qmap")
+    ]
+    terms = plan_memory(SHAPE, ranks=ranks, optim=optim).terms
+    assert terms["adapter"] == size(parameters)
+    assert terms["gradients"] == size(parameter.grad for parameter in parameters)
+    assert terms["optimizer moments"] == size(moments)
+
+
+def test_the_adapter_is_the_one_that_attach_makes(tiny_llama):
+    model = attach(tiny_llama(**ODD), r=5, alpha=10, seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert plan_memory(SHAPE, ranks=5).terms["adapter"] == size(trained)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_quantized_models_bytes_are_planned_exactly(tiny_llama, double_quant, tied, dtype):
+    model = tiny_llama(dtype, tie_word_embeddings=tied, **ODD)
+    quantize_(model, double_quant=double_quant, compute_dtype=dtype)
+    maps = linear_maps(model).values()
+    constants = []
+    for module in maps:
+        state = module.weight.quant_state
+        constants += [state.absmax, state.code]
+        if state.nested:
+            constants += [state.state2.absmax, state.state2.code, state.offset]
+    name = str(dtype).removeprefix("torch.")
+    shape = ModelShape(num_hidden_layers=2, vocab_size=128, tie_word_embeddings=tied, **ODD)
+    terms = plan_memory(shape, double_quant=double_quant, compute_dtype=name).terms
+    assert terms["4-bit weights"] == size(module.weight.data for module in maps)
+    assert terms["quantization constants"] == size(constants)
+    assert terms["embeddings and head"] == size({id(w): w for w in (model.lm_head.weight, model.model.embed_tokens.weight)}.values())
+    assert terms["norms and biases"] == size(p for key, p in model.named_parameters() if "norm" in key)
+
+
+def test_a_16_bit_model_has_weights_and_no_constants(tiny_llama):
+    model = tiny_llama(torch.bfloat16, **ODD)
+    terms = plan_memory(SHAPE, load_in_4bit=False).terms
+    assert terms["weights"] == size(module.weight for module in linear_maps(model).values())
+    assert not {"4-bit weights", "quantization constants"} & set(terms)
+
+
+def test_qwens_biases_are_counted():
+    shape = MODELS["qwen2.5-0.5b"][1]
+    assert plan_memory(shape).terms["norms and biases"] == 2 * (49 * 896 + 24 * (896 + 128 + 128))
+
+
+def test_ranks_by_module_count_only_those_modules():
+    shape = MODELS["llama-7b"][1]
+    one = {"model.layers.3.self_attn.q_proj": 8}
+    assert plan_memory(shape, ranks=one).terms["adapter"] == 4 * 8 * (4096 + 4096)
+    assert plan_memory(shape, ranks={**one, "model.layers.0.self_attn.q_proj": 0}).terms["gradients"] == 4 * 8 * 8192
+    assert "adapter" not in plan_memory(shape, ranks=0).terms
+
+
+def test_llama_7b_is_as_worked_out_by_hand():
+    plan = plan_memory(MODELS["llama-7b"][1], ranks=8, micro_batch_size=2, seq_len=256)
+    weights = 6_476_005_376
+    blocks = weights // 64
+    maps = 32 * 7
+    assert plan.terms["4-bit weights"] == weights // 2
+    assert plan.terms["quantization constants"] == blocks + 4 * (blocks // 256) + maps * (4 + 1024 + 64)
+    assert plan.terms["embeddings and head"] == 2 * 32000 * 4096 * 2
+    assert plan.terms["adapter"] == 4 * 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 79_953_920
+    assert plan.terms["optimizer moments"] == 2 * 79_953_920
+    assert plan.terms["checkpoints"] == 32 * 2 * 256 * 4096 * 2
+    assert plan.terms["logits chunk"] == 3 * min(LOGITS_CHUNK, 4 * 512 * 32000)
+    assert plan.terms["CUDA context"] == CUDA_CONTEXT
+    assert plan.total == sum(plan.terms.values())
+
+
+def test_what_a_choice_does_to_the_plan():
+    shape = MODELS["llama-7b"][1]
+    plan = plan_memory(shape, seq_len=512)
+    assert "CUDA context" not in plan_memory(shape, device="cpu").terms
+    assert plan_memory(shape, seq_len=512, gradient_checkpointing=False).total > plan.total
+    assert plan_memory(shape, seq_len=512, double_quant=False).total > plan.total
+    longer = plan_memory(shape, seq_len=1024).terms
+    assert longer["checkpoints"] == 2 * plan.terms["checkpoints"]
+    assert {name for name in longer if longer[name] != plan.terms[name]} <= {
+        "checkpoints",
+        "block working set",
+        "logits chunk",
+    }

