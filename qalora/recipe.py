@@ -97,7 +97,7 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
     gradient_checkpointing: bool = True
-    group_by_length: bool = Field(False, description="rows of like length share a batch")
+    group_by_length: bool = Field(True, description="rows of like length share a batch, so that little is padded")
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validation losses")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints; a multiple of eval_steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")

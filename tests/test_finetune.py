@@ -256,6 +256,7 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         gradient_accumulation_steps=2,
         max_steps=12,
         learning_rate=5e-3,
+        train_sampling_strategy="group_by_length",
         warmup_steps=1,
         lr_scheduler_type="linear",
         weight_decay=0.0,

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,6 +142,7 @@ def build_trainer(
     training, allocation = recipe.training, recipe.allocation
     use_label_only_loss(cast(PreTrainedModel, model.get_base_model()))
     collate = Collator(tokenizer.pad_token_id)
+    scoring = sorted(scoring, key=lambda item: len(item["input_ids"]))
     batch_size = training.micro_batch_size
     allocator = AllocationCallback(
         rounds,
@@ -223,7 +224,7 @@ def peak_memory_bytes() -> int:
 
 def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:
     training = recipe.training
-    options: dict[str, Any] = dict(
+    return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -235,6 +236,7 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
         seed=training.seed,
+        train_sampling_strategy="group_by_length" if training.group_by_length and not recipe.data.packing else "random",
         gradient_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
@@ -255,8 +257,3 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         fp16=compute_dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
     )
-    if training.group_by_length:
-        known = {f.name for f in fields(TrainingArguments)}
-        renamed = "train_sampling_strategy" in known
-        options |= {"train_sampling_strategy": "group_by_length"} if renamed else {"group_by_length": True}
-    return TrainingArguments(**options)

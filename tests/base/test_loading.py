@@ -32,7 +32,7 @@ def saved(tiny_llama, tmp_path):
     """saved(dtype, tokenizer, **config) → a folder with a tiny LLaMA and its tokenizer, and the model."""
 
     def save(dtype=torch.bfloat16, tokenizer=None, **config):
-        model = tiny_llama(dtype, label_only=False, **config)
+        model = tiny_llama(dtype, label_only=False, **{"intermediate_size": 128, **config})
         model.save_pretrained(tmp_path / "base")
         (tokenizer or word_tokenizer(unk_token="<unk>", eos_token="</s>")).save_pretrained(tmp_path / "base")
         return tmp_path / "base", model
