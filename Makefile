@@ -13,8 +13,9 @@ demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate b
 test: $(VENV)/.installed        ## the whole test suite, no network, no GPU
 	$(PY) -m pytest
 
-lint: $(VENV)/.installed        ## formatter-free: ruff and mypy
+lint: $(VENV)/.installed        ## ruff and mypy
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 smoke: $(VENV)/.installed       ## one minute of the main job on real weights

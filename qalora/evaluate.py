@@ -23,9 +23,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", "bfloat16", "float16", "float32"),
         help="to compute in (default: by device)",
     )
-    parser.add_argument(
-        "--recipe", help="name or path: its data and evaluation settings, such as a run's recipe.yaml"
-    )
+    parser.add_argument("--recipe", help="name or path: its data and evaluation settings, such as a run's recipe.yaml")
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -43,9 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "--choices",
         help="comma-separated completions that accuracy chooses from (default: those of the data)",
     )
-    parser.add_argument(
-        "--answer-pattern", help="regular expression; its first group is what exact_match compares"
-    )
+    parser.add_argument("--answer-pattern", help="regular expression; its first group is what exact_match compares")
     parser.add_argument("--batch-size", type=int, help="rows a forward pass")
     parser.add_argument("--max-new-tokens", type=int, help="length of the answers for exact_match and rougeL")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
@@ -81,9 +77,7 @@ def main(argv: list[str]) -> int:
     from qalora.recipe import resolve as resolve_recipe
 
     if args.recipe is None and args.data is None:
-        raise InputError(
-            "--data is missing: pass a file or a Hub id, or a --recipe that has data.validation."
-        )
+        raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     recipe = (
         load_recipe(args.recipe, settings(args))
         if args.recipe
@@ -102,34 +96,18 @@ def main(argv: list[str]) -> int:
     if args.adapter:
         read_config(args.adapter)
     tokenizer = load_tokenizer(source)
-    data, evaluation, quantization = recipe.data, recipe.evaluation, recipe.quantization
+    evaluation = recipe.evaluation
     dataset = load_dataset(
         recipe.data.validation,
         tokenizer,
-        format=data.format,
-        columns=data.columns,
-        prompt_template=data.prompt_template,
-        completion_template=data.completion_template,
-        labels=data.labels,
-        chat=data.chat,
-        max_seq_len=data.max_seq_len,
-        train_on_inputs=data.train_on_inputs,
         split=args.split,
         limit=evaluation.rows,
+        **recipe.data.reading(),
     )
     print(dataset.report, file=sys.stderr)
-    asked: dict[str, Any] = dict(
-        metrics=evaluation.metrics, choices=evaluation.choices, answer_pattern=evaluation.answer_pattern
-    )
-    check(dataset, **asked)
+    check(dataset, **evaluation.asking())
 
-    model = load_base(
-        source,
-        load_in_4bit=quantization.load_in_4bit,
-        quant_type=quantization.bnb_4bit_quant_type,
-        double_quant=quantization.bnb_4bit_use_double_quant,
-        dtype=quantization.bnb_4bit_compute_dtype,
-    ).model
+    model = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading()).model
     result = evaluate(
         load_adapter(model, args.adapter) if args.adapter else model,
         tokenizer,
@@ -137,7 +115,7 @@ def main(argv: list[str]) -> int:
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
         progress=not args.quiet,
-        **asked,
+        **evaluation.asking(),
     )
     text = json.dumps(result, indent=2)
     print(text)

@@ -29,8 +29,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
     parser.add_argument("--output-dir", metavar="DIR", help="default: outputs/RECIPE-MODEL")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    parser.add_argument("--resume-from-checkpoint", metavar="PATH|auto", help="continue exactly; auto: the newest checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the memory plan, and exit")
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="PATH|auto", help="continue exactly; auto: the newest checkpoint"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and the memory plan, and exit"
+    )
     parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
     return parser
@@ -88,20 +92,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
     def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
-        dataset = load_dataset(
-            name,
-            tokenizer,
-            format=settings.format,
-            columns=settings.columns,
-            prompt_template=settings.prompt_template,
-            completion_template=settings.completion_template,
-            labels=settings.labels,
-            chat=settings.chat,
-            max_seq_len=settings.max_seq_len,
-            train_on_inputs=settings.train_on_inputs,
-            split=split,
-            limit=limit,
-        )
+        dataset = load_dataset(name, tokenizer, split=split, limit=limit, **settings.reading())
         print(f"{name} ({split}): {dataset.report}", file=sys.stderr)
         return dataset
 
@@ -117,11 +108,13 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     else:
         scoring = validation.subset(range(min(wanted, len(validation))))
     if not len(train) or not len(validation):
-        raise InputError(f"data.train={settings.train}: too few rows for a validation split of {settings.val_set_size}; add rows.")
+        raise InputError(
+            f"data.train={settings.train}: too few rows for a validation split of {settings.val_set_size}; add rows."
+        )
     if evaluation.rows is not None:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
-        check(validation, metrics=evaluation.metrics, choices=evaluation.choices, answer_pattern=evaluation.answer_pattern)
+        check(validation, **evaluation.asking())
     return RunData(train, validation, scoring)
 
 
@@ -147,19 +140,17 @@ def finetune(
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
     rounds = schedule_of(recipe, total_steps, per_epoch)
-    say(recipe, f"{total_steps} optimizer steps, {per_epoch} an epoch; rounds of allocation after steps {list(rounds.steps)}")
+    say(
+        recipe,
+        f"{total_steps} optimizer steps, {per_epoch} an epoch; rounds of allocation after steps {list(rounds.steps)}",
+    )
     if rounds.scaled:
         say(recipe, "the run is shorter than allocation.warmup + rounds · interval: the schedule is scaled to it")
 
     quantization, lora = recipe.quantization, recipe.lora
-    base = load_base(
-        resolve(recipe.model),
-        load_in_4bit=quantization.load_in_4bit,
-        quant_type=quantization.bnb_4bit_quant_type,
-        double_quant=quantization.bnb_4bit_use_double_quant,
-        dtype=_compute_dtype(recipe, output_dir, resuming=checkpoint is not None),
-        tokenizer=tokenizer,
-    )
+    if checkpoint is not None:
+        quantization.bnb_4bit_compute_dtype = _resumed_dtype(recipe, output_dir)
+    base = load_base(resolve(recipe.model), tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -180,12 +171,10 @@ def finetune(
     metrics: dict[str, Any] = {}
     settings = recipe.evaluation
     asked: dict[str, Any] = dict(
-        metrics=settings.metrics,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
-        choices=settings.choices,
-        answer_pattern=settings.answer_pattern,
         progress=not recipe.logging.quiet,
+        **settings.asking(),
     )
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
@@ -212,7 +201,10 @@ def finetune(
     finally:
         interrupt.restore()
     if interrupt.signal is not None:
-        say(recipe, f"interrupted after step {trainer.state.global_step}; continue with the same command and --resume-from-checkpoint auto")
+        say(
+            recipe,
+            f"interrupted after step {trainer.state.global_step}; continue with the same command and --resume-from-checkpoint auto",
+        )
         return INTERRUPTED
     if rounds.steps and not allocator.history:
         raise AnswerNo(
@@ -241,7 +233,10 @@ def finetune(
 
         base.model = model.unload()
         merge_into(base, output_dir / "adapter", output_dir / "merged", dtype=torch.bfloat16, overwrite=True)
-    say(recipe, f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}")
+    say(
+        recipe,
+        f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
+    )
     return DONE
 
 
@@ -254,7 +249,11 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def draw(
-    output_dir: Path, log_history: list[dict[str, Any]], start: dict[str, int], final: dict[str, int], rounds: list[dict[str, Any]]
+    output_dir: Path,
+    log_history: list[dict[str, Any]],
+    start: dict[str, int],
+    final: dict[str, int],
+    rounds: list[dict[str, Any]],
 ) -> None:
     from qalora.report import draw_loss, draw_ranks
 
@@ -281,7 +280,9 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     if asked == "auto":
         found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
         if not found:
-            raise InputError(f"--resume-from-checkpoint auto: {output_dir} holds no checkpoint; leave the option out to start anew.")
+            raise InputError(
+                f"--resume-from-checkpoint auto: {output_dir} holds no checkpoint; leave the option out to start anew."
+            )
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
     path = Path(asked)
     if not (path / "trainer_state.json").is_file():
@@ -311,12 +312,12 @@ def check_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> No
     shutil.rmtree(output_dir)
 
 
-def _compute_dtype(recipe: Recipe, output_dir: Path, *, resuming: bool) -> str:
+def _resumed_dtype(recipe: Recipe, output_dir: Path) -> Any:
     """A resumed run computes in the dtype that it began with, also where "auto" would now choose another."""
     import yaml
 
     asked, file = recipe.quantization.bnb_4bit_compute_dtype, output_dir / "recipe.yaml"
-    if asked == "auto" and resuming and file.is_file():
+    if asked == "auto" and file.is_file():
         return yaml.safe_load(file.read_text(encoding="utf-8"))["quantization"]["bnb_4bit_compute_dtype"]
     return asked
 

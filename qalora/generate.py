@@ -33,14 +33,10 @@ def parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; through the chat template when the model has one")
-    what.add_argument(
-        "--chat", action="store_true", help="a conversation: one user message a line, until end of file"
-    )
+    what.add_argument("--chat", action="store_true", help="a conversation: one user message a line, until end of file")
     parser.add_argument("--raw", action="store_true", help="--prompt as it stands, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
-    parser.add_argument(
-        "--do-sample", action="store_true", help="sample instead of taking the likeliest token"
-    )
+    parser.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, help="of the sampling (default: 1.0)")
     parser.add_argument(
         "--top-p",
@@ -90,13 +86,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in sampling.items() if value is not None}
     for name, value in given.items():
         if not args.do_sample:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value}: has no effect without --do-sample; add it."
-            )
+            raise InputError(f"--{name.replace('_', '-')} {value}: has no effect without --do-sample; add it.")
         if not (value > 0 and (name != "top_p" or value <= 1)):
             raise InputError(
-                f"--{name.replace('_', '-')} {value}: must be above 0"
-                + (" and at most 1." if name == "top_p" else ".")
+                f"--{name.replace('_', '-')} {value}: must be above 0" + (" and at most 1." if name == "top_p" else ".")
             )
     return {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample, **given}
 
@@ -125,9 +118,7 @@ def prompt_ids(
     return list(tokenize_prompt(example, tokenizer))
 
 
-def answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], config: GenerationConfig
-) -> str:
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], config: GenerationConfig) -> str:
     """Streams the continuation of the token ids to standard output as it grows, and returns its text.
 
     Raises:

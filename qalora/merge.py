@@ -18,9 +18,7 @@ def parser() -> argparse.ArgumentParser:
         help="registry name, Hub id, folder or .gguf file that the adapter was trained on",
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new, empty, or a previous merge of the same"
-    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new, empty, or a previous merge of the same")
     parser.add_argument("--overwrite", action="store_true", help="replace whatever the output folder holds")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the saved weights"
@@ -61,9 +59,7 @@ def main(argv: list[str]) -> int:
         quant_type=args.bnb_4bit_quant_type,
         double_quant=not args.no_double_quant,
     )
-    report = merge_into(
-        loaded, args.adapter, output_dir, dtype=getattr(torch, args.dtype), overwrite=args.overwrite
-    )
+    report = merge_into(loaded, args.adapter, output_dir, dtype=getattr(torch, args.dtype), overwrite=args.overwrite)
     size = f"{report['bytes'] / 1e9:.2f} GB in {report['dtype']}"
     print(f"{output_dir}: {size}, {report['modules']} modules merged")
     print(

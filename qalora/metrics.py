@@ -103,18 +103,12 @@ def check(
         try:
             pattern = re.compile(answer_pattern)
         except re.error as error:
-            raise InputError(
-                f"answer_pattern={answer_pattern!r}: not a regular expression ({error})."
-            ) from None
+            raise InputError(f"answer_pattern={answer_pattern!r}: not a regular expression ({error}).") from None
         if not pattern.groups:
-            raise InputError(
-                f"answer_pattern={answer_pattern!r}: put what is compared in a group: '#### (.*)'."
-            )
+            raise InputError(f"answer_pattern={answer_pattern!r}: put what is compared in a group: '#### (.*)'.")
         for row, reference in references.items():
             if not pattern.search(reference):
-                raise InputError(
-                    f"answer_pattern={answer_pattern!r} does not match row {row}, {reference[-60:]!r}."
-                )
+                raise InputError(f"answer_pattern={answer_pattern!r} does not match row {row}, {reference[-60:]!r}.")
     if "accuracy" not in metrics:
         return []
     distinct = dict.fromkeys(reference.strip() for reference in references.values())
@@ -150,9 +144,7 @@ def row_losses(
     with inference(model):
         for batch in (track or _no_progress_bar)(batches, "loss"):
             inputs = collate([items[i] for i in batch])
-            inputs = {
-                key: inputs[key].to(causal_lm.device) for key in ("input_ids", "attention_mask", "labels")
-            }
+            inputs = {key: inputs[key].to(causal_lm.device) for key in ("input_ids", "attention_mask", "labels")}
             labels = inputs.pop("labels")
             hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
             sums = label_only_loss(hidden, labels, causal_lm.get_output_embeddings().weight)
@@ -191,9 +183,7 @@ def generate_answers(
     return answers
 
 
-def exact_match(
-    answers: Sequence[str], references: Sequence[str], answer_pattern: str | None = None
-) -> float:
+def exact_match(answers: Sequence[str], references: Sequence[str], answer_pattern: str | None = None) -> float:
     """Percent of answers that equal their reference, both stripped, after `answer_pattern`'s first group is
     taken.
 
@@ -243,9 +233,7 @@ def _choice_accuracy(
 ) -> float:
     """Percent of rows whose reference is the most likely of the options: summed log-likelihood of the option
     and of what ends it, after the prompt; the first of equals."""
-    items = [
-        tokenize(with_answer(row, option), tokenizer, max_seq_len=10**9) for row in rows for option in options
-    ]
+    items = [tokenize(with_answer(row, option), tokenizer, max_seq_len=10**9) for row in rows for option in options]
     losses = row_losses(model, tokenizer, items, batch_size, track)
     correct = 0
     for i, row in enumerate(rows):
@@ -257,9 +245,7 @@ def _choice_accuracy(
 # ------------------------------------------------------------------------------------------ the model's side
 
 
-def generation_config(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> GenerationConfig:
+def generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> GenerationConfig:
     """What `options` ask for, plain decoding in everything else, ended by any token that ends a turn of this
     model.
 
@@ -274,9 +260,7 @@ def generation_config(
     plain: dict[str, Any] = dict(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True)
     if options.get("do_sample"):
         plain |= dict(temperature=1.0, top_p=1.0, top_k=0)
-    return GenerationConfig(
-        **(plain | options), eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
-    )
+    return GenerationConfig(**(plain | options), eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,9 @@ def main(argv: list[str]) -> int:
     else:
         print_plan(plan)
         if card is not None:
-            print(f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB")
+            print(
+                f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB"
+            )
     return 0 if fits else 1
 
 
@@ -93,7 +95,7 @@ def print_plan(plan: MemoryPlan) -> None:
 
 
 def parse_size(text: str) -> int:
-    """"24GiB", "15.9 GB" or a number of bytes → bytes.
+    """ "24GiB", "15.9 GB" or a number of bytes → bytes.
 
     Raises:
         InputError: anything else.

@@ -46,6 +46,11 @@ class DataConfig(Section):
     train_on_inputs: bool = Field(False, description="loss on the prompt too")
     packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
 
+    def reading(self) -> dict[str, Any]:
+        """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
+        names = "format columns prompt_template completion_template labels chat max_seq_len train_on_inputs"
+        return {name: getattr(self, name) for name in names.split()}
+
 
 class QuantizationConfig(Section):
     """The frozen base: bitsandbytes' 4-bit formats."""
@@ -56,6 +61,15 @@ class QuantizationConfig(Section):
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="also the dtype of an unquantized base; auto: by device, measured on a CPU"
     )
+
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments of `load_base`."""
+        return {
+            "load_in_4bit": self.load_in_4bit,
+            "quant_type": self.bnb_4bit_quant_type,
+            "double_quant": self.bnb_4bit_use_double_quant,
+            "dtype": self.bnb_4bit_compute_dtype,
+        }
 
 
 class LoraSettings(Section):
@@ -115,8 +129,16 @@ class EvaluationConfig(Section):
     rows: int | None = Field(None, ge=1, description="validation rows used; null: all")
     batch_size: int = Field(8, ge=1, description="rows a forward pass")
     max_new_tokens: int = Field(128, ge=1)
-    choices: list[str] | None = Field(None, description="completions that accuracy chooses from; null: those of the data")
-    answer_pattern: str | None = Field(None, description="regular expression; its first group is what exact_match compares")
+    choices: list[str] | None = Field(
+        None, description="completions that accuracy chooses from; null: those of the data"
+    )
+    answer_pattern: str | None = Field(
+        None, description="regular expression; its first group is what exact_match compares"
+    )
+
+    def asking(self) -> dict[str, Any]:
+        """What is measured, as the keyword arguments of `metrics.check` and `metrics.evaluate`."""
+        return {"metrics": self.metrics, "choices": self.choices, "answer_pattern": self.answer_pattern}
 
 
 class LoggingConfig(Section):

@@ -33,9 +33,7 @@ def draw_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: str | P
     """
     rows, columns, place = grid(start)
     height = min(max(0.24, 9 / len(rows)), 0.4)  # inches a row: 2 to 80 blocks stay readable
-    figure = Figure(
-        figsize=(max(2.2 + 0.9 * len(columns), 6.0), 1.5 + height * len(rows)), layout="constrained"
-    )
+    figure = Figure(figsize=(max(2.2 + 0.9 * len(columns), 6.0), 1.5 + height * len(rows)), layout="constrained")
     axes = figure.add_subplot()
 
     changes = {name: ranks.get(name, 0) - before for name, before in start.items()}
@@ -72,15 +70,11 @@ def draw_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: str | P
             color=color,
             weight="bold",
         )
-        axes.text(
-            column + 0.04, row, signed(changes[name]), ha="left", va="center", size=0.78 * size, color=color
-        )
+        axes.text(column + 0.04, row, signed(changes[name]), ha="left", va="center", size=0.78 * size, color=color)
 
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(
-        length=0, labelsize=max(size, 7), top=True, labeltop=True, bottom=False, labelbottom=False
-    )
+    axes.tick_params(length=0, labelsize=max(size, 7), top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xticks([i - 0.5 for i in range(1, len(columns))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)

@@ -19,14 +19,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
     parser.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, parquet or Hub id")
     parser.add_argument("--data-format", default="auto", help="alpaca, sharegpt, messages, prompt-completion or text")
-    parser.add_argument("--method", choices=("first-order", "exact"), default="first-order", help="(default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=("first-order", "exact"), default="first-order", help="(default: %(default)s)"
+    )
     parser.add_argument("--importance", choices=("sum", "drop", "alone"), default="sum", help="(default: %(default)s)")
-    parser.add_argument("--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)")
+    parser.add_argument(
+        "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
+    )
     parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
     parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="compute dtype")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="compute dtype"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="where the JSON goes")
     return parser
 

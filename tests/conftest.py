@@ -44,7 +44,7 @@ def build_llama(
     settings = dict(
         vocab_size=VOCAB,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -66,9 +66,7 @@ def tiny_adapter(tiny_llama, randomize_B):
     """make(r, alpha, dropout, targets, **tiny_llama's) → a PeftModel whose B is random: every rank matters."""
 
     def make(r: int = 4, alpha: int | None = None, dropout: float = 0.0, targets="all-linear", **base):
-        model = attach(
-            tiny_llama(**base), r=r, alpha=alpha or 2 * r, dropout=dropout, target_modules=targets, seed=1
-        )
+        model = attach(tiny_llama(**base), r=r, alpha=alpha or 2 * r, dropout=dropout, target_modules=targets, seed=1)
         return randomize_B(model)
 
     return make

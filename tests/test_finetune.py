@@ -20,7 +20,28 @@ from transformers import PreTrainedTokenizerFast
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import check_output_dir, find_checkpoint, main
 
-WORDS = "red green blue one two three four five six seven eight nine cat dog bird fish sun moon star sky".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "sun",
+    "moon",
+    "star",
+    "sky",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +59,7 @@ def model_dir(tmp_path_factory) -> Path:
     config = LlamaConfig(
         vocab_size=len(vocab),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -89,7 +110,16 @@ def finetune(model_dir, rows, tmp_path):
             "logging.quiet=true",
         ]
         folder = tmp_path / output
-        arguments = ["--model", str(model_dir), "--recipe", str(recipe), "--dtype", "float32", "--output-dir", str(folder)]
+        arguments = [
+            "--model",
+            str(model_dir),
+            "--recipe",
+            str(recipe),
+            "--dtype",
+            "float32",
+            "--output-dir",
+            str(folder),
+        ]
         return main([*arguments, *settings, *more]), folder
 
     return run
@@ -107,7 +137,14 @@ def records(folder: Path) -> list[dict]:
 def test_a_run_leaves_what_conventions_promise(finetune):
     code, folder = finetune()
     assert code == 0
-    for name in ("recipe.yaml", "allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "adapter/adapter_config.json"):
+    for name in (
+        "recipe.yaml",
+        "allocation.jsonl",
+        "metrics.json",
+        "ranks.png",
+        "loss.png",
+        "adapter/adapter_config.json",
+    ):
         assert (folder / name).is_file(), name
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
@@ -121,14 +158,15 @@ def test_every_round_stays_within_the_budget_and_moves_ranks(finetune):
     _, folder = finetune()
     rounds = records(folder)
     assert [record["step"] for record in rounds] == [4, 8]
-    before = dict.fromkeys(rounds[0]["ranks"], 2) | {name: 2 for name in rounds[0]["pruned"]}
+    before = dict.fromkeys(rounds[0]["ranks"], 2) | dict.fromkeys(rounds[0]["pruned"], 2)
     assert sum(before.values()) == 14 * 2
     for record in rounds:
         assert record["total_rank"] == sum(record["ranks"].values()) <= record["budget"] == 28
         assert sum(len(indices) for indices in record["pruned"].values()) == 14
         assert not set(record["pruned"]) & set(record["grown"])
         after = {
-            name: rank - len(record["pruned"].get(name, ())) + record["grown"].get(name, 0) for name, rank in before.items()
+            name: rank - len(record["pruned"].get(name, ())) + record["grown"].get(name, 0)
+            for name, rank in before.items()
         }
         assert {name: rank for name, rank in after.items() if rank} == record["ranks"]
         before = after
@@ -141,7 +179,10 @@ def test_the_final_adapter_has_the_ranks_of_the_best_checkpoint(finetune):
     _, folder = finetune()
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
-    assert load_file(folder / "adapter" / "adapter_model.safetensors").keys() == load_file(best / "adapter_model.safetensors").keys()
+    assert (
+        load_file(folder / "adapter" / "adapter_model.safetensors").keys()
+        == load_file(best / "adapter_model.safetensors").keys()
+    )
 
 
 def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetune, monkeypatch):
@@ -172,7 +213,9 @@ assert not any(name.startswith("qalora") for name in sys.modules)
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
 
-    ours = load_adapter(load_base(resolve(str(model_dir)), load_in_4bit=False, dtype="float32").model, folder / "adapter").eval()
+    ours = load_adapter(
+        load_base(resolve(str(model_dir)), load_in_4bit=False, dtype="float32").model, folder / "adapter"
+    ).eval()
     with torch.no_grad():
         logits = ours(input_ids=torch.arange(3, 15)[None]).logits
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt", weights_only=True), rtol=0, atol=1e-5)
@@ -183,7 +226,9 @@ def test_resumed_equals_straight_exactly(finetune, checkpoint):
     """Invariant 9, with the evaluation before training and validations (eval-mode forwards) in between."""
     _, straight = finetune(output="straight")
     finetune(output="resumed")
-    _, resumed = finetune("--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"), output="resumed")
+    _, resumed = finetune(
+        "--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"), output="resumed"
+    )
     assert losses(resumed) == losses(straight)
     drop_seconds = [{k: v for k, v in record.items() if k != "seconds"} for record in records(resumed)]
     assert drop_seconds == [{k: v for k, v in record.items() if k != "seconds"} for record in records(straight)]
@@ -198,7 +243,9 @@ def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
     assert any(record["ranks"].keys() != records(straight)[0]["pruned"].keys() for record in records(straight))
     assert len(records(straight)[0]["ranks"]) < 14, "the test needs a module without a rank"
     finetune(*more, output="resumed")
-    _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-6"), output="resumed")
+    _, resumed = finetune(
+        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-6"), output="resumed"
+    )
     assert losses(resumed) == losses(straight)
 
 
@@ -328,7 +375,10 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(finetune, monkeypatch):
 def test_a_run_that_never_allocated_is_an_error(finetune):
     with pytest.raises(AnswerNo, match="before its first round of allocation"):
         finetune(
-            "training.early_stopping_patience=1", "training.learning_rate=1e-30", "allocation.warmup=10", "allocation.interval=1"
+            "training.early_stopping_patience=1",
+            "training.learning_rate=1e-30",
+            "allocation.warmup=10",
+            "allocation.interval=1",
         )
 
 

@@ -110,6 +110,4 @@ def test_help_of_every_command_brings_no_torch(run_python):
         "        command.parser().parse_args(['--help'])\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & sys.modules.keys()))"
     )
-    assert (
-        run_python(code, *[name for name in COMMAND_NAMES if name not in ("cli", "__main__")]).strip() == "[]"
-    )
+    assert run_python(code, *[name for name in COMMAND_NAMES if name not in ("cli", "__main__")]).strip() == "[]"

@@ -45,7 +45,7 @@ def model(tokenizer):
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -115,9 +115,7 @@ def test_accuracy_is_that_of_a_naive_loop(model, tokenizer, dataset, batch_size)
 def test_accuracy_of_a_model_that_knows(model, tokenizer, dataset, monkeypatch):
     def losses(model, tokenizer, items, *rest):
         texts = [tokenizer.decode(item["input_ids"], skip_special_tokens=True) for item in items]
-        return [
-            0.0 if any(text == row["prompt"] + row["completion"] for row in ROWS) else 1.0 for text in texts
-        ]
+        return [0.0 if any(text == row["prompt"] + row["completion"] for row in ROWS) else 1.0 for text in texts]
 
     monkeypatch.setattr(metrics, "row_losses", losses)
     assert metrics.evaluate(model, tokenizer, dataset, metrics=["accuracy"])["accuracy"] == 100.0
@@ -125,9 +123,7 @@ def test_accuracy_of_a_model_that_knows(model, tokenizer, dataset, monkeypatch):
 
 def test_answers_are_scored_against_their_own_reference(model, tokenizer, dataset, monkeypatch):
     answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
-    by_prompt = {
-        tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)
-    }
+    by_prompt = {tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)}
 
     def rigged(input_ids, attention_mask, generation_config):
         rows = []
@@ -142,9 +138,7 @@ def test_answers_are_scored_against_their_own_reference(model, tokenizer, datase
     result = metrics.evaluate(model, tokenizer, dataset, metrics=["exact_match", "rougeL"], batch_size=2)
     assert result["exact_match"] == pytest.approx(60.0)
     scorer = RougeScorer(["rougeL"])
-    scores = [
-        scorer.score(row["completion"], a)["rougeL"].fmeasure for row, a in zip(ROWS, answers, strict=True)
-    ]
+    scores = [scorer.score(row["completion"], a)["rougeL"].fmeasure for row, a in zip(ROWS, answers, strict=True)]
     assert result["rougeL"] == pytest.approx(100 * sum(scores) / len(scores))
     assert "loss" not in result
 

@@ -199,9 +199,7 @@ def test_nothing_near_names_nothing():
 
 
 def test_all_problems_at_once():
-    message = refusal(
-        ("lora.r", 0), ("training.optim", "sgd"), ("nonsense_key", 1), ("data.max_seq_len", "long")
-    )
+    message = refusal(("lora.r", 0), ("training.optim", "sgd"), ("nonsense_key", 1), ("data.max_seq_len", "long"))
     for part in (
         "lora.r=0: input should be",
         "training.optim='sgd'",

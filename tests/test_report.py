@@ -77,10 +77,7 @@ def test_empty_module_is_dark_whatever_the_colour_map_says(tmp_path):
     ranks = {name: rank for name, rank in start.items() if "gate" not in name}
     draw_ranks(ranks, start, tmp_path / "empty.png")
     draw_ranks(start, start, tmp_path / "full.png")
-    dark = [
-        (matplotlib.image.imread(tmp_path / f"{n}.png")[..., :3] < 0.25).all(-1).mean()
-        for n in ("empty", "full")
-    ]
+    dark = [(matplotlib.image.imread(tmp_path / f"{n}.png")[..., :3] < 0.25).all(-1).mean() for n in ("empty", "full")]
     assert dark[0] > 0.05 > 2 * dark[1]
 
 

@@ -51,7 +51,9 @@ def loss_alone(model: PeftModel, batch: Sequence[MicroBatch], module: str, rank:
         return mean_loss(model, batch)
 
 
-def loss_and_gate_gradients(model: PeftModel, batch: Sequence[MicroBatch], value: float) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gate_gradients(
+    model: PeftModel, batch: Sequence[MicroBatch], value: float
+) -> tuple[float, dict[str, Tensor]]:
     """L and ∂L/∂α of every rank, with all gates at `value`: one forward and backward of each micro-batch.
 
     Returns:

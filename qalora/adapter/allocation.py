@@ -54,7 +54,9 @@ def plan(
     return AllocationPlan(pruned, share_out(freed, room, average))
 
 
-def least_important(importance: Mapping[str, Sequence[float]], count: int, min_rank: int = 0) -> dict[str, tuple[int, ...]]:
+def least_important(
+    importance: Mapping[str, Sequence[float]], count: int, min_rank: int = 0
+) -> dict[str, tuple[int, ...]]:
     """The `count` ranks of lowest importance, at most all but `min_rank` of a module; ties go by module and rank order."""
     order = {module: position for position, module in enumerate(importance)}
     ascending = sorted(

@@ -24,7 +24,15 @@ class GatedLinear(nn.Module, LoraLayer):
     Registered as PEFT's module for `Linear4bit` and `nn.Linear`, so configuration, saving and loading stay PEFT's.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,7 +48,9 @@ def attach(
         raise InputError(
             f"lora.target_modules={', '.join(unknown)}: the model has no such linear map; it has {', '.join(sorted(suffixes))}."
         )
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _with_gated_layers(model, config)
@@ -65,7 +67,9 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     maps = linear_maps(model)
     for name, (A, B) in paired(tensors, path).items():
         if name not in maps:
-            raise InputError(f"{path}: the adapter has weights for {name}, which the model lacks; it was made for another model.")
+            raise InputError(
+                f"{path}: the adapter has weights for {name}, which the model lacks; it was made for another model."
+            )
         shape = (B.shape[0], A.shape[1])
         if shape != (maps[name].out_features, maps[name].in_features):
             raise InputError(
@@ -75,7 +79,9 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
         if len(A) != rank_of(config, name):
             raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
     config.inference_mode = not trainable
-    config.init_lora_weights = True  # the start is overwritten below, and some starts (PiSSA, OLoRA) would change the base
+    config.init_lora_weights = (
+        True  # the start is overwritten below, and some starts (PiSSA, OLoRA) would change the base
+    )
     peft_model = _with_gated_layers(model, config)
     layers = gated_layers(peft_model)
     if missing := sorted(set(layers) - set(paired(tensors, path))):
@@ -210,8 +216,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise InputError(f"{path}: there is no adapter_model.safetensors.")
     try:
-        with safe_open(str(file), framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+        tensors = load_file(str(file))
     except Exception as error:  # safetensors raises its own class, which older versions do not export
         raise InputError(f"{file}: not a safetensors file ({error}).") from None
     for key, tensor in tensors.items():

@@ -20,7 +20,9 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import gated_layers, remove_layer, sync_config
 
 
-def apply_plan(model: PeftModel, plan: AllocationPlan, optimizer: Any = None, *, generator: torch.Generator | None = None) -> None:
+def apply_plan(
+    model: PeftModel, plan: AllocationPlan, optimizer: Any = None, *, generator: torch.Generator | None = None
+) -> None:
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
     A new rank has a random row of A and a zero column of B, so growing leaves the function unchanged bit for bit.
@@ -46,7 +48,9 @@ def apply_plan(model: PeftModel, plan: AllocationPlan, optimizer: Any = None, *,
     sync_config(model)
 
 
-def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, generator: torch.Generator | None) -> None:
+def _resize(
+    layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, generator: torch.Generator | None
+) -> None:
     scaling, fan_in = layer.s, layer.A.shape[1]
     # PEFT's start of A: Kaiming-uniform with a = √5, which is uniform in ± 1 / √in.
     new_rows = (torch.rand(grow, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
@@ -71,7 +75,9 @@ def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, 
 # --------------------------------------------------------------------------------------------------------- moments
 
 
-def _resize_moments(optimizer: Any, parameter: nn.Parameter, shape: torch.Size, rank_dim: int, keep: Tensor, grow: int) -> None:
+def _resize_moments(
+    optimizer: Any, parameter: nn.Parameter, shape: torch.Size, rank_dim: int, keep: Tensor, grow: int
+) -> None:
     """Cuts and extends whatever moments the optimizer holds for a parameter that had `shape`.
 
     First moments of new ranks start at 0, second moments at the mean of the module's live ranks: Adam's step count is

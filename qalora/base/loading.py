@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
 from qalora.base.registry import ModelSource
@@ -55,20 +63,29 @@ def load_base(
     compute_dtype = choose_compute_dtype(dtype, device)
     tokenizer = tokenizer or load_tokenizer(source)
     stored_4bit = _stored_in_4bit(source)
-    model = _from_pretrained(source, compute_dtype if not load_in_4bit or stored_4bit else _storage_dtype(compute_dtype), device)
-    if not linear_maps(model):
-        raise InputError(f"--model {source.name}: no decoder blocks with linear maps; only LLaMA-class decoders are known.")
-    if stored_4bit:
-        _set_compute_dtype(model, compute_dtype)
-    elif load_in_4bit:
+    if stored_4bit and not load_in_4bit:
+        raise InputError(
+            f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
+        )
+    config = _quantization_config(quant_type, double_quant, compute_dtype) if load_in_4bit else None
+    if source.kind == "gguf" and config is not None:
+        # transformers dequantizes a GGUF file's weights, and cannot quantize them anew in the same load.
+        model = _from_pretrained(source, _storage_dtype(compute_dtype), device)
         quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
-        _declare_quantized(model, quant_type, double_quant, compute_dtype)
-        _cast_unquantized(model, compute_dtype)
+        _declare_quantized(model, config)
+    else:
+        model = _from_pretrained(source, compute_dtype, device, None if stored_4bit else config)
+    if not linear_maps(model):
+        raise InputError(
+            f"--model {source.name}: no decoder blocks with linear maps; only LLaMA-class decoders are known."
+        )
+    _set_compute_dtype(model, compute_dtype)
+    _refuse_ragged_rows(source, model, device)
     guard_cpu_packing(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     model.config.name_or_path = source.hub_id or source.location
-    return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit or stored_4bit)
+    return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -80,9 +97,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     tokenizer = _found(source, AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
-        raise InputError(f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers.")
+        raise InputError(
+            f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(
+            f"--model {source.name}: the tokenizer has no pad, unknown or end token; give it one (pad_token)."
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -123,12 +146,22 @@ def _faster_on_cpu() -> torch.dtype:
     return min((torch.float32, torch.bfloat16), key=seconds)
 
 
-def _from_pretrained(source: ModelSource, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _from_pretrained(
+    source: ModelSource, dtype: torch.dtype, device: str, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """With `quantization` each weight is quantized as it is read: the 16-bit model never exists as a whole."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
-    # From 5.23 on transformers keeps a GGUF file's weights packed unless asked to dequantize them.
-    if source.gguf_file and hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _found(source, AutoModelForCausalLM.from_pretrained, **options)
+    if source.gguf_file:
+        # transformers keeps a GGUF file's weights packed unless asked to dequantize them.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    elif quantization is not None:
+        options["quantization_config"] = quantization
+    model, report = _found(source, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    if report["missing_keys"]:  # transformers makes them up at random
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise InputError(
+            f"--model {source.name}: {source.location} lacks {len(report['missing_keys'])} weights ({names})."
+        )
     if source.gguf_file and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
@@ -140,14 +173,16 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
         options["gguf_file"] = source.gguf_file
     try:
         return load(source.location, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         hint = {
             "hub": "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded",
             "folder": "it needs config.json, the weights and a tokenizer",
             "gguf": "only LLaMA-class GGUF files with their tokenizer can be read",
         }[source.kind]
-        raise InputError(f"--model {source.name}: {source.location} cannot be loaded; {hint}. ({reason[:300]})") from error
+        raise InputError(
+            f"--model {source.name}: {source.location} cannot be loaded; {hint}. ({reason[:300]})"
+        ) from error
 
 
 def _stored_in_4bit(source: ModelSource) -> bool:
@@ -170,39 +205,51 @@ def _stored_in_4bit(source: ModelSource) -> bool:
 
 
 def _storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    # fp16 overflows for some checkpoints stored in bf16, and fp32 would double the peak: weights wait in bf16.
+    # fp32 would double the peak for weights that a GGUF file has in fewer bits anyway.
     return torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
 
 
 def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """A checkpoint saved in 4 bits ignores the dtype that from_pretrained is given."""
+    """Of the 4-bit maps, for a checkpoint saved in 4 bits ignores the dtype that from_pretrained is given, and of
+    embeddings, norms, biases and head: `model.to(dtype)` is refused for quantized models."""
+    # 4-bit codes may be stored under a floating-point dtype (bnb_4bit_quant_storage) and are no numbers to cast.
+    codes = set()
     module: Any
-    for module in linear_maps(model).values():
+    for module in model.modules():
         if is_4bit(module):
             module.compute_dtype, module.compute_type_is_set = compute_dtype, True
             module.weight.quant_state.dtype = compute_dtype
-    _cast_unquantized(model, compute_dtype)
-
-
-def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Embeddings, norms, biases and head in `dtype`; `model.to(dtype)` is refused for quantized models."""
+            codes.add(id(module.weight))
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+        if parameter.is_floating_point() and id(parameter) not in codes:
+            parameter.data = parameter.data.to(compute_dtype)
+    model.config.dtype = compute_dtype
 
 
-def _declare_quantized(model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> None:
-    """Tells transformers and PEFT what `quantize_` did, so that save_pretrained writes a 4-bit checkpoint."""
-    from transformers.quantizers import AutoHfQuantizer
+def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str) -> None:
+    """bitsandbytes 0.50 on a CPU lays blocks of 64 weights along each row, but quantizes the flattened matrix."""
+    for name, module in linear_maps(model).items():
+        if torch.device(device).type == "cpu" and is_4bit(module) and module.in_features % 64:
+            raise InputError(
+                f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows that are no "
+                "multiple of 64 wrongly on a CPU; use --no-quantize, or a GPU."
+            )
 
-    config = BitsAndBytesConfig(
+
+def _quantization_config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=["lm_head"],
     )
+
+
+def _declare_quantized(model: Any, config: BitsAndBytesConfig) -> None:
+    """Tells transformers and PEFT what `quantize_` did, so that save_pretrained writes a 4-bit checkpoint."""
+    from transformers.quantizers import AutoHfQuantizer
+
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_loaded_in_4bit = True

@@ -29,7 +29,9 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantize_(model: nn.Module, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype) -> None:
+def quantize_(
+    model: nn.Module, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype
+) -> None:
     """Replaces every linear map of the blocks by its 4-bit form, one at a time, on the device where it is.
 
     The weights are quantized from `compute_dtype`, so that dequantizing gives that dtype without a cast.

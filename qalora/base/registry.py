@@ -83,7 +83,9 @@ class ModelSource:
     shape: ModelShape | None = None
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any) -> ModelShape:
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any
+) -> ModelShape:
     settings = dict(head_dim=hidden // heads, vocab_size=32000) | more
     return ModelShape(hidden, intermediate, layers, heads, kv_heads or heads, **settings)
 
@@ -96,8 +98,14 @@ MODELS: dict[str, tuple[str, ModelShape]] = {
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40)),
     "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
     "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
-    "llama3.2-1b": ("meta-llama/Llama-3.2-1B", _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True)),
-    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True)),
+    "llama3.2-1b": (
+        "meta-llama/Llama-3.2-1B",
+        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True),
+    ),
+    "llama3.2-3b": (
+        "meta-llama/Llama-3.2-3B",
+        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True),
+    ),
     "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4)),
     "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8)),
     "qwen2.5-0.5b": (
@@ -148,7 +156,7 @@ def resolve(name: str) -> ModelSource:
             return ModelSource(name, "gguf", str(packaged.parent), packaged.name, hub_id, shape)
         return ModelSource(name, "hub", hub_id, None, hub_id, shape)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        known = {hub_id: shape for hub_id, shape in MODELS.values()}
+        known = dict(MODELS.values())
         return ModelSource(name, "hub", name, None, name, known.get(name))
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
@@ -180,7 +188,9 @@ def shape_of(source: ModelSource) -> ModelShape:
         try:
             file = Path(hf_hub_download(source.location, "config.json"))
         except Exception as error:  # offline, gated and unknown models each raise a class of their own
-            raise InputError(f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})") from None
+            raise InputError(
+                f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})"
+            ) from None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -210,4 +220,6 @@ def _gguf_shape(file: Path) -> ModelShape:
         config["vocab_size"] = int(names["token_embd.weight"].shape[1])
     except (LookupError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
-    return ModelShape.from_config(config | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture})
+    return ModelShape.from_config(
+        config | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+    )

@@ -241,8 +241,7 @@ def _encodable(turn: Turn, where: str) -> None:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise InputError(
-            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; "
-            f"map one with data.columns={{COLUMN: {name}}}."
+            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; map one with data.columns={{COLUMN: {name}}}."
         )
     value = row[name]
     if isinstance(value, (list, dict)) or value is None:

@@ -14,10 +14,12 @@ from qalora.errors import InputError
 
 IGNORE = -100
 
-# For tokenizers without a chat template; https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
+# For tokenizers without a chat template: ChatML, but an answer ends with the end token, for such a tokenizer has no
+# <|im_end|> that could stop a generation; https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ (eos_token if message['role'] == 'assistant' else '<|im_end|>') + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

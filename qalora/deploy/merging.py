@@ -112,9 +112,7 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
     here = output_dir.resolve()
     for source in (adapter, Path(model)):
         if source.exists() and (here == source.resolve() or here in source.resolve().parents):
-            raise InputError(
-                f"{output_dir}: holds {source}, which the merge reads; choose another output folder."
-            )
+            raise InputError(f"{output_dir}: holds {source}, which the merge reads; choose another output folder.")
     if output_dir.is_file():
         raise InputError(f"{output_dir}: is a file; choose a folder.")
     if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
@@ -125,9 +123,7 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
     except (OSError, ValueError, LookupError, TypeError):
         same = False
     if not same:
-        raise InputError(
-            f"{output_dir}: not a merge of {model} with {adapter}; pass --overwrite to replace it."
-        )
+        raise InputError(f"{output_dir}: not a merge of {model} with {adapter}; pass --overwrite to replace it.")
 
 
 def low_rank_updates(adapter_dir: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -157,9 +153,7 @@ def write_weights(
     """
     maps = linear_maps(model)
     plain = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.removesuffix(".weight") not in maps
+        name: parameter for name, parameter in model.named_parameters() if name.removesuffix(".weight") not in maps
     }
     shapes = {name: tuple(parameter.shape) for name, parameter in plain.items()}
     shapes |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in maps.items()}
@@ -189,9 +183,7 @@ def write_weights(
         save_file({name: tensor(name) for name in names}, str(folder / file), metadata={"format": "pt"})
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return size
 
 

@@ -31,13 +31,21 @@ class AllocationCallback(TrainerCallback):
         self.scores_dir = output_dir / "scores"
         self.history = read_history(self.file)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         if state.global_step == state.max_steps:
             control.should_evaluate = True  # else the last weights could not be the best
@@ -47,7 +55,9 @@ class AllocationCallback(TrainerCallback):
         record, scores = allocation_round(model, optimizer, batch, self.settings, state.global_step)
         scores_file = self.scores_dir / f"step-{state.global_step}.json"
         scores_file.parent.mkdir(exist_ok=True)
-        scores_file.write_text(json.dumps({"loss": scores.loss, "base_loss": scores.base_loss, "drop": scores.drop, "alone": scores.alone}))
+        scores_file.write_text(
+            json.dumps({"loss": scores.loss, "base_loss": scores.base_loss, "drop": scores.drop, "alone": scores.alone})
+        )
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
@@ -61,7 +71,9 @@ class InterruptCallback(TrainerCallback):
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
@@ -85,13 +97,28 @@ class ProgressLine(TrainerCallback):
     """A progress bar, and one line for every log entry, validation and round."""
 
     def __init__(self, allocator: AllocationCallback):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=console, transient=True)
         self.allocator = allocator
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
@@ -108,7 +135,12 @@ class ProgressLine(TrainerCallback):
             )
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
@@ -121,7 +153,9 @@ class ProgressLine(TrainerCallback):
                 highlight=False,
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.stop()
 
 

@@ -71,7 +71,9 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     """
     plain_forward = model.forward
 
-    def forward(self: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
         if labels is None:
             return plain_forward(*args, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state

@@ -64,7 +64,14 @@ class QaloraTrainer(Trainer):
 
     model: PeftModel  # type: ignore[assignment]
 
-    def __init__(self, *, validation: list[dict[str, Any]], eval_batch_size: int, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        validation: list[dict[str, Any]],
+        eval_batch_size: int,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ):
         super().__init__(processing_class=tokenizer, **kwargs)
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
@@ -113,7 +120,9 @@ class QaloraTrainer(Trainer):
             self.model = self.model_wrapped = load_adapter(cast(PreTrainedModel, self.model.unload()), best)
 
     def _last_checkpoint(self) -> str:
-        checkpoints = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        checkpoints = sorted(
+            Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
+        )
         return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been written yet"
 
 

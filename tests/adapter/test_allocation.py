@@ -53,9 +53,7 @@ def test_total_falls_short_only_when_every_receiver_is_full(round_):
     ranks = after(importance, decision)
     if sum(ranks.values()) < sum(map(len, importance.values())):
         receivers = [module for module, old in importance.items() if old and module not in decision.pruned]
-        assert all(
-            round_["max_rank"] is not None and ranks[module] >= round_["max_rank"] for module in receivers
-        )
+        assert all(round_["max_rank"] is not None and ranks[module] >= round_["max_rank"] for module in receivers)
 
 
 @given(rounds())
@@ -110,9 +108,7 @@ def test_even_shares_and_the_remainder_to_the_highest_average(round_):
         assert decision.grown == {}
         return
     share, remainder = divmod(freed, len(receivers))
-    best = sorted(receivers, key=lambda module: -sum(importance[module]) / len(importance[module]))[
-        :remainder
-    ]
+    best = sorted(receivers, key=lambda module: -sum(importance[module]) / len(importance[module]))[:remainder]
     expected = {module: share + (module in best) for module in receivers}
     assert decision.grown == {module: n for module, n in expected.items() if n}
 
@@ -178,9 +174,7 @@ def test_no_rounds():
     st.integers(1, 300) | st.floats(0.01, 0.99) | st.just("0.25 epochs"),
 )
 def test_rounds_fall_inside_the_run_and_leave_time_to_recover(total, per_epoch, rounds_, warmup, interval):
-    found = schedule(
-        total_steps=total, steps_per_epoch=per_epoch, rounds=rounds_, warmup=warmup, interval=interval
-    )
+    found = schedule(total_steps=total, steps_per_epoch=per_epoch, rounds=rounds_, warmup=warmup, interval=interval)
     assert len(found.steps) <= rounds_
     assert list(found.steps) == sorted(set(found.steps))
     assert all(1 <= step < total for step in found.steps)

@@ -197,13 +197,9 @@ def test_gradients_are_autograds(layer, four_bit, per_row):
     layer = layer(four_bit)
     weights = torch.randn(64, generator=torch.Generator().manual_seed(9))
     results = []
-    for function in (layer, lambda x: plain_autograd(layer, x, gate)):
+    for function in (layer, lambda x: plain_autograd(layer, x, gate)):  # noqa: B023
         x = random_input().requires_grad_()
-        gate = (
-            torch.linspace(0.2, 1.0, 4 * (3 if per_row else 1))
-            .view((3, 1, 4) if per_row else (4,))
-            .requires_grad_()
-        )
+        gate = torch.linspace(0.2, 1.0, 4 * (3 if per_row else 1)).view((3, 1, 4) if per_row else (4,)).requires_grad_()
         with gated({Q: layer}, {Q: gate}):
             loss = (torch.tanh(function(x)) * weights).sum()
         results.append(torch.autograd.grad(loss, [x, layer.A, layer.B, gate]))

@@ -137,9 +137,7 @@ def test_saved_and_loaded_is_the_same(tiny_llama, uneven, tmp_path, make_batch, 
 def test_a_loaded_adapter_trains_only_when_asked(tiny_llama, saved, trainable):
     model = load_adapter(tiny_llama(), saved, trainable=trainable)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == (
-        {name for name, _ in model.named_parameters() if ".lora_" in name} if trainable else set()
-    )
+    assert trained == ({name for name, _ in model.named_parameters() if ".lora_" in name} if trainable else set())
     assert all(layer.A.dtype == torch.float32 for layer in gated_layers(model).values())
 
 
@@ -217,9 +215,7 @@ def test_the_seed_decides_A_and_the_global_generator_is_left(tiny_llama):
     state = torch.random.get_rng_state()
     base = [tiny_llama() for _ in range(3)]
     torch.random.set_rng_state(state)
-    starts = [
-        gated_layers(attach(b, r=2, alpha=4, seed=seed))[Q].A for b, seed in zip(base, (0, 0, 1), strict=True)
-    ]
+    starts = [gated_layers(attach(b, r=2, alpha=4, seed=seed))[Q].A for b, seed in zip(base, (0, 0, 1), strict=True)]
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -336,23 +332,13 @@ def cut_to(rank):
     ("change", "message"),
     [
         pytest.param(set_nan, r"lora_A\.weight holds a value that is not finite", id="nan"),
-        pytest.param(
-            drop_module, f"the config targets {DOWN} but the file has no weights", id="module-missing"
-        ),
-        pytest.param(
-            rename_block, r"weights for model\.layers\.9.*, which the model lacks", id="other-depth"
-        ),
-        pytest.param(
-            widen, rf"{V} is \(32, 65\) in the adapter and \(32, 64\) in the model", id="other-width"
-        ),
+        pytest.param(drop_module, f"the config targets {DOWN} but the file has no weights", id="module-missing"),
+        pytest.param(rename_block, r"weights for model\.layers\.9.*, which the model lacks", id="other-depth"),
+        pytest.param(widen, rf"{V} is \(32, 65\) in the adapter and \(32, 64\) in the model", id="other-width"),
         pytest.param(cut_to(2), rf"{V} has rank 2 .* 3", id="rank-2-of-3"),
         pytest.param(cut_to(1), rf"{V} has rank 1 .* 3", id="rank-1-of-3"),
-        pytest.param(
-            lambda t: t.pop(first_key(t, f"{V}.lora_B")), f"{V} do not belong together", id="no-partner"
-        ),
-        pytest.param(
-            lambda t: t.update(extra=torch.zeros(2)), "extra is not a LoRA matrix", id="stray-tensor"
-        ),
+        pytest.param(lambda t: t.pop(first_key(t, f"{V}.lora_B")), f"{V} do not belong together", id="no-partner"),
+        pytest.param(lambda t: t.update(extra=torch.zeros(2)), "extra is not a LoRA matrix", id="stray-tensor"),
     ],
 )
 def test_weights_that_are_refused(tiny_llama, saved, change, message):

@@ -226,8 +226,7 @@ def test_attention_dropout_is_off(tiny_adapter, make_batch):
 def test_importance_is_drop_plus_alone(tiny_adapter, make_batch):
     scores = score_ranks(tiny_adapter(r=2), [make_batch()])
     assert scores.importance() == {
-        name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)]
-        for name in scores.drop
+        name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)] for name in scores.drop
     }
     assert (scores.importance("drop"), scores.importance("alone")) == (scores.drop, scores.alone)
 

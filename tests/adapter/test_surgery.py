@@ -82,10 +82,7 @@ def moments(optimizer, parameter):
 
 
 def weights(model):
-    return {
-        name: (layer.A.detach().clone(), layer.B.detach().clone())
-        for name, layer in gated_layers(model).items()
-    }
+    return {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in gated_layers(model).items()}
 
 
 # ----------------------------------------------------------------------------------------------------- invariant 4
@@ -131,9 +128,7 @@ def test_weights_of_survivors_and_newcomers(tiny_adapter):
     before = weights(model)
     apply_plan(model, AllocationPlan({Q: (0, 2)}, {DOWN: 50}), generator=torch.Generator().manual_seed(0))
     after = weights(model)
-    assert torch.equal(after[Q][0], before[Q][0][[1, 3]]) and torch.equal(
-        after[Q][1], before[Q][1][:, [1, 3]]
-    )
+    assert torch.equal(after[Q][0], before[Q][0][[1, 3]]) and torch.equal(after[Q][1], before[Q][1][:, [1, 3]])
     A, B = after[DOWN]
     assert torch.equal(A[:4], before[DOWN][0]) and torch.equal(B[:, :4], before[DOWN][1])
     assert not B[:, 4:].any()
@@ -160,12 +155,8 @@ def test_survivors_keep_their_moments(tiny_adapter, train, make_optimizer):
     optimizer = make_optimizer(model)
     train(model, optimizer, 3)
     layers = gated_layers(model)
-    before = {
-        name: (moments(optimizer, layer.A), moments(optimizer, layer.B)) for name, layer in layers.items()
-    }
-    states = {
-        name: optimizer.state[layer.A].get("state1", torch.zeros(0)).dtype for name, layer in layers.items()
-    }
+    before = {name: (moments(optimizer, layer.A), moments(optimizer, layer.B)) for name, layer in layers.items()}
+    states = {name: optimizer.state[layer.A].get("state1", torch.zeros(0)).dtype for name, layer in layers.items()}
     apply_plan(model, PLAN, optimizer)
     for name in (Q, V, GATE, DOWN):
         assert (states[name] == torch.uint8) == make_optimizer.is_8bit
@@ -191,9 +182,7 @@ def test_survivors_keep_their_moments(tiny_adapter, train, make_optimizer):
                     assert entering.abs().max() <= (1e-4 * old.abs().max() if make_optimizer.is_8bit else 0)
                 else:
                     mean = want.mean(dim, keepdim=True).expand_as(entering)
-                    assert (entering - mean).norm() <= (
-                        0.05 if make_optimizer.is_8bit else 1e-6
-                    ) * mean.norm()
+                    assert (entering - mean).norm() <= (0.05 if make_optimizer.is_8bit else 1e-6) * mean.norm()
 
 
 def test_step_counts_stay(tiny_adapter, train, make_optimizer):
@@ -224,7 +213,7 @@ def test_surgery_before_the_first_step(tiny_adapter, train, make_optimizer):
     apply_plan(model, PLAN, optimizer)
     before = weights(model)
     train(model, optimizer, 1)
-    assert all((layer.B != before[name][1]).any() for name, layer in gated_layers(model).items())
+    assert all((before[name][1] != layer.B).any() for name, layer in gated_layers(model).items())
 
 
 def test_pruned_training_is_masked_training(tiny_adapter, train, make_optimizer):
@@ -275,7 +264,7 @@ def test_accelerates_wrapper_is_looked_through(tiny_adapter, train):
     assert wrapped.optimizer.state[layers[V].B]["exp_avg_sq"].shape == (32, 5)
     before = layers[Q].A.detach().clone()
     train(model, wrapped, 1, first=2)
-    assert (layers[Q].A != before).all()
+    assert (before != layers[Q].A).all()
 
 
 # ----------------------------------------------------------------------------------------------------- invariant 6
@@ -285,9 +274,7 @@ def test_first_updates_of_new_ranks_are_no_larger_than_those_of_old(tiny_adapter
     model = tiny_adapter(r=R)
     optimizer = make_optimizer(model)
     train(model, optimizer, 20)
-    apply_plan(
-        model, AllocationPlan({}, {V: 8, DOWN: 8}), optimizer, generator=torch.Generator().manual_seed(0)
-    )
+    apply_plan(model, AllocationPlan({}, {V: 8, DOWN: 8}), optimizer, generator=torch.Generator().manual_seed(0))
     layers = gated_layers(model)
     for step in range(5):
         before = weights(model)

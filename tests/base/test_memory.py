@@ -82,7 +82,9 @@ def test_a_quantized_models_bytes_are_planned_exactly(tiny_llama, double_quant, 
     terms = plan_memory(shape, double_quant=double_quant, compute_dtype=name).terms
     assert terms["4-bit weights"] == size(module.weight.data for module in maps)
     assert terms["quantization constants"] == size(constants)
-    assert terms["embeddings and head"] == size({id(w): w for w in (model.lm_head.weight, model.model.embed_tokens.weight)}.values())
+    assert terms["embeddings and head"] == size(
+        {id(w): w for w in (model.lm_head.weight, model.model.embed_tokens.weight)}.values()
+    )
     assert terms["norms and biases"] == size(p for key, p in model.named_parameters() if "norm" in key)
 
 

@@ -110,7 +110,7 @@ def test_linear_maps_are_looked_for_below_adapters(tiny_adapter):
     model = tiny_adapter(four_bit=True)
     maps = linear_maps(model)
     assert list(maps) == list(linear_maps(model.get_base_model()))
-    assert list(maps)[0] == "model.layers.0.self_attn.q_proj"
+    assert next(iter(maps)) == "model.layers.0.self_attn.q_proj"
     assert len(maps) == 14
     assert all(type(module) is Linear4bit for module in maps.values())
 
@@ -138,7 +138,10 @@ def unguard(model) -> None:
 
 
 def test_an_evaluation_leaves_the_gradients_as_they_were(tiny_adapter, make_batch):
-    model, batch = tiny_adapter(four_bit=True, dtype=torch.bfloat16, hidden_size=128, intermediate_size=128), make_batch()
+    model, batch = (
+        tiny_adapter(four_bit=True, dtype=torch.bfloat16, hidden_size=128, intermediate_size=128),
+        make_batch(),
+    )
     before = gradients(model, batch)
     weights = {name: dequantize(module) for name, module in linear_maps(model).items()}
     model.eval()
@@ -152,7 +155,10 @@ def test_an_evaluation_leaves_the_gradients_as_they_were(tiny_adapter, make_batc
 def test_without_the_guard_an_evaluation_ruins_the_gradients_and_is_refused(tiny_adapter, make_batch):
     if not Linear4bit(64, 64).support_avx512bf16_for_cpu:
         pytest.skip("bitsandbytes packs 4-bit weights only on CPUs with avx512_bf16")
-    model, batch = tiny_adapter(four_bit=True, dtype=torch.bfloat16, hidden_size=128, intermediate_size=128), make_batch()
+    model, batch = (
+        tiny_adapter(four_bit=True, dtype=torch.bfloat16, hidden_size=128, intermediate_size=128),
+        make_batch(),
+    )
     before = gradients(model, batch)
     unguard(model)
     model.eval()
@@ -162,7 +168,9 @@ def test_without_the_guard_an_evaluation_ruins_the_gradients_and_is_refused(tiny
     assert packed
     after = gradients(model, batch)
     assert torch.cosine_similarity(before, after, dim=0) < 0.9
-    with pytest.raises(InputError, match="^the 4-bit weights were repacked for CPU decoding .* through qalora.load_base"):
+    with pytest.raises(
+        InputError, match="^the 4-bit weights were repacked for CPU decoding .* through qalora.load_base"
+    ):
         guard_cpu_packing(model)
     with pytest.raises(InputError, match="^the 4-bit weights were repacked"):
         dequantize(packed[0])

@@ -114,7 +114,9 @@ def folder(tmp_path):
 
 def test_a_registered_name_is_its_hub_id_and_shape():
     shape = MODELS["llama-7b"][1]
-    assert resolve("llama-7b") == ModelSource("llama-7b", "hub", "huggyllama/llama-7b", None, "huggyllama/llama-7b", shape)
+    assert resolve("llama-7b") == ModelSource(
+        "llama-7b", "hub", "huggyllama/llama-7b", None, "huggyllama/llama-7b", shape
+    )
 
 
 def test_a_hub_id_is_itself_with_the_shape_where_it_is_registered():
@@ -171,7 +173,9 @@ def test_an_unknown_name_gets_the_nearest_ones(name, hint):
 
 def test_a_folder_or_file_that_is_no_model_says_why(tmp_path):
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(InputError, match=r"weights.bin: a file, but not a \.gguf one; pass the folder that holds the model\.$"):
+    with pytest.raises(
+        InputError, match=r"weights.bin: a file, but not a \.gguf one; pass the folder that holds the model\.$"
+    ):
         resolve(str(tmp_path / "weights.bin"))
     with pytest.raises(InputError, match=r": the folder has no config\.json; for a GGUF file pass the file itself\.$"):
         resolve(str(tmp_path))
@@ -234,7 +238,9 @@ def test_heads_wider_than_their_share_are_read_from_the_gguf_header(gguf_file):
     assert shape_of(gguf_file(head_dim=32)) == TINY_SHAPE
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all, but a text" * 9], ids=["empty", "cut", "text"])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"not a gguf file at all, but a text" * 9], ids=["empty", "cut", "text"]
+)
 def test_what_is_no_gguf_file_is_named(tmp_path, content):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)

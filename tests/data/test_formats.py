@@ -298,7 +298,11 @@ def test_an_unknown_format_is_named():
 @pytest.mark.parametrize(
     ("format", "row", "message"),
     [
-        ("messages", {"messages": [{"content": "x"}]}, "rows.jsonl, row 7, messages: no column 'role'; it has 'content'"),
+        (
+            "messages",
+            {"messages": [{"content": "x"}]},
+            "rows.jsonl, row 7, messages: no column 'role'; it has 'content'",
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "text": "x"}]},
@@ -346,7 +350,7 @@ def test_columns_of_no_format_are_named():
 
 # --------------------------------------------------------------------------------------------------------- read_rows
 
-ROWS = [{"prompt": "ä\u2028,\n\"q\"", "completion": "1"}, {"prompt": "b", "completion": "2"}]
+ROWS = [{"prompt": 'ä\u2028,\n"q"', "completion": "1"}, {"prompt": "b", "completion": "2"}]
 
 
 @pytest.fixture
@@ -462,5 +466,7 @@ def test_what_is_no_parquet_file_is_named(file):
 
 
 def test_what_is_neither_a_file_nor_on_the_hub_is_named():
-    with pytest.raises(InputError, match=r"^data nobody/nothing: neither a file nor a data set of the Hub .*split test"):
+    with pytest.raises(
+        InputError, match=r"^data nobody/nothing: neither a file nor a data set of the Hub .*split test"
+    ):
         read_rows("nobody/nothing", split="test")

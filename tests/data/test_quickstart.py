@@ -8,7 +8,9 @@ import pytest
 
 from qalora.data.quickstart import SIZES, rows
 
-RECORD = re.compile(r"#ORD<(?P<item>\w+)\*(?P<count>\d+)\|(?P<colour>\w+)> @(?P<city>\w+) ~(?P<day>\w{3}) :: (?P<name>\w+)")
+RECORD = re.compile(
+    r"#ORD<(?P<item>\w+)\*(?P<count>\d+)\|(?P<colour>\w+)> @(?P<city>\w+) ~(?P<day>\w{3}) :: (?P<name>\w+)"
+)
 
 
 def orders(seed: int, split: str) -> list[dict[str, str]]:

@@ -45,7 +45,9 @@ def bpe(*, bos: str | None = None, add_bos: bool = False, template: str | None =
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
     if add_bos:
@@ -196,7 +198,9 @@ def test_a_chat_that_the_assistant_opens_learns_its_words_and_not_its_header():
     assert learned(tokenize(example, tokenizer, max_seq_len=500), tokenizer) == "Hello<|im_end|>"
 
 
-@pytest.mark.parametrize("tokenizer", [bpe(bos="<s>", add_bos=True, template=LLAMA2), metaspace(LLAMA2)], ids=["bpe", "pieces"])
+@pytest.mark.parametrize(
+    "tokenizer", [bpe(bos="<s>", add_bos=True, template=LLAMA2), metaspace(LLAMA2)], ids=["bpe", "pieces"]
+)
 def test_a_template_with_its_own_bos_gets_no_second_one(tokenizer):
     example = conversation("Say", "yes", "yes the", "no")
     item = tokenize(example, tokenizer, max_seq_len=500)
@@ -228,7 +232,12 @@ def test_without_a_chat_template_it_is_chatml(tokenizer):
 
 
 def test_a_template_that_knows_no_tool_role_gets_a_user_turn():
-    turns = (Turn("user", "a", False), Turn("assistant", "b", True), Turn("tool", "c", False), Turn("assistant", "d", True))
+    turns = (
+        Turn("user", "a", False),
+        Turn("assistant", "b", True),
+        Turn("tool", "c", False),
+        Turn("assistant", "d", True),
+    )
     tokenizer = bpe(bos="<s>", template=LLAMA2)
     assert "".join(text for text, _ in render(Example(0, turns, True), tokenizer)) == (
         "<s>[INST] a [/INST] b <|im_end|><s>[INST] c [/INST] d <|im_end|>"
@@ -244,13 +253,17 @@ def test_tools_reach_the_template():
 
 def test_a_template_that_refuses_the_roles_is_quoted():
     example = Example(8, (Turn("system", "s", False), Turn("user", "q", False), Turn("assistant", "a", True)), True)
-    message = r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant roles!$"
+    message = (
+        r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant roles!$"
+    )
     with pytest.raises(InputError, match=message):
         tokenize(example, bpe(bos="<s>", template=LLAMA2), max_seq_len=50)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error():
-    message = "^row 5: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot be trained on"
+    message = (
+        "^row 5: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot be trained on"
+    )
     with pytest.raises(InputError, match=message):
         tokenize(conversation("a", "b"), bpe(template=REWRITES), max_seq_len=50)
 
@@ -340,7 +353,9 @@ def test_templates_labels_and_limit_reach_the_rows(rows_file):
 
 def numbered(count: int) -> TokenizedDataset:
     items = [{"input_ids": [row], "labels": [row], "row": row} for row in range(count)]
-    return TokenizedDataset(items, [Example(row, (), False) for row in range(count)], Report(count, 0, 0, count, count, 8))
+    return TokenizedDataset(
+        items, [Example(row, (), False) for row in range(count)], Report(count, 0, 0, count, count, 8)
+    )
 
 
 @given(count=st.integers(2, 60), size=st.integers(1, 59) | st.floats(0.001, 0.98), seed=st.integers(0, 5))

@@ -29,9 +29,7 @@ Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 def folder(request, tmp_path_factory):
     """A tiny LLaMA on disk in fp32, with a byte-level tokenizer and LLaMA-2's kind of generation config."""
     torch.manual_seed(0)
-    vocab = {
-        token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -164,12 +162,7 @@ def test_report_measures_the_rounding(in_4bit, adapter, merged, tmp_path):
     path, report = merged
     assert report == json.loads((path / "merge.json").read_text())
     exact = merge_into(in_4bit, adapter, tmp_path / "fp32", dtype=torch.float32)
-    assert (
-        exact["max_logit_difference"]
-        < 1e-4
-        < report["mean_logit_difference"]
-        < report["max_logit_difference"]
-    )
+    assert exact["max_logit_difference"] < 1e-4 < report["mean_logit_difference"] < report["max_logit_difference"]
     assert report["mean_logit_difference"] < 0.1 * report["mean_adapter_effect"]
 
 

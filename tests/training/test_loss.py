@@ -89,9 +89,7 @@ def test_num_items_in_batch_divides_the_sum(tiny_llama, make_batch, count):
     batch = make_batch()
     model, plain = tiny_llama(), tiny_llama(label_only=False)
     found = model(**batch, num_items_in_batch=count)
-    torch.testing.assert_close(
-        found.loss, plain(**batch, num_items_in_batch=count).loss, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(found.loss, plain(**batch, num_items_in_batch=count).loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.loss * 7, found.row_losses.sum())
 
 
