@@ -32,5 +32,4 @@ def _quieten_libraries() -> None:
     """Deprecations between libraries, and bitsandbytes' word on kernels that it does not need, tell a user nothing."""
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

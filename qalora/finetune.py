@@ -213,7 +213,8 @@ def finetune(
         )
 
     model = trainer.model
-    seconds = sum(record["seconds"] for record in allocator.history)
+    begun = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    seconds = sum(record["seconds"] for record in allocator.history if record["step"] > begun)
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
         "rounds": len(allocator.history),

@@ -447,3 +447,12 @@ sys.exit(run(main, ["--recipe", sys.argv[1]]))
     assert not (stopped / "adapter").exists()
     assert main(["--recipe", str(tmp_path / "stopped.yaml"), "--resume-from-checkpoint", "auto"]) == 0
     assert losses(stopped) == losses(straight)
+
+
+def test_checkpoints_are_plain_peft_without_pickled_settings(finetune, model_dir):
+    _, folder = finetune()
+    config = json.loads((folder / "checkpoint-9" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_dir)
+    assert config["rank_pattern"] == records(folder)[-1]["ranks"]
+    assert config["alpha_pattern"] == {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    assert not (folder / "checkpoint-9" / "training_args.bin").exists()

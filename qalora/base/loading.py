@@ -59,7 +59,8 @@ def load_base(
     Raises:
         InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
+    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
     tokenizer = tokenizer or load_tokenizer(source)
     stored_4bit = _stored_in_4bit(source)
@@ -84,7 +85,8 @@ def load_base(
     guard_cpu_packing(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    model.config.name_or_path = source.hub_id or source.location
+    # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
+    model.name_or_path = model.config.name_or_path = source.hub_id or source.location
     return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit)
 
 

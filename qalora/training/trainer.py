@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qalora.adapter.allocation import Schedule, schedule
-from qalora.adapter.model import load_adapter, ranks
+from qalora.adapter.model import load_adapter, ranks, write_adapter
 from qalora.adapter.round import RoundSettings
 from qalora.data.batching import Collator, PackingCollator, pack
 from qalora.errors import AnswerNo, InputError
@@ -112,6 +112,12 @@ class QaloraTrainer(Trainer):
             logs["total_rank"] = sum(ranks(self.model).values())
             logs["tokens_per_second"] = self.throughput.summary(0)["tokens_per_second"]
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint's adapter and tokenizer; the Trainer adds optimizer, scheduler, RNG and its state."""
+        folder = str(output_dir or self.args.output_dir)
+        write_adapter(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _load_best_model(self) -> None:
         """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
