@@ -44,7 +44,7 @@ def build_llama(
     settings = dict(
         vocab_size=VOCAB,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -51,6 +51,7 @@ def test_vanilla_peft_computes_the_same_logits_on_the_same_4_bit_base(run, run_p
     """A process without qalora quantizes the GGUF's weights with bitsandbytes and reads the adapter with PEFT."""
     code = """
 import importlib.util, sys, torch, transformers
+torch.set_num_threads(2)
 from pathlib import Path
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel

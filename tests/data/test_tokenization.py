@@ -222,12 +222,12 @@ def test_a_tokenizer_that_adds_bos_adds_one(chat):
 
 @pytest.mark.parametrize("tokenizer", [bpe(template=None), bpe(bos="<s>", add_bos=True, template=None), metaspace()])
 def test_without_a_chat_template_it_is_chatml(tokenizer):
-    example = conversation("Say", "yes", "the", "no")
+    example, end = conversation("Say", "yes", "the", "no"), tokenizer.eos_token
     assert "".join(text for text, _ in render(example, tokenizer)) == (
-        "<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-        "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n"
+        f"<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes{end}\n"
+        f"<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nno{end}\n"
     )
-    assert "".join(text for text, supervised in render(example, tokenizer) if supervised) == "yes<|im_end|>no<|im_end|>"
+    assert "".join(text for text, supervised in render(example, tokenizer) if supervised) == f"yes{end}no{end}"
     assert is_prefix(tokenize_prompt(example, tokenizer), tokenize(example, tokenizer, max_seq_len=500))
 
 
