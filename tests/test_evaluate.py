@@ -12,8 +12,6 @@ import qalora.base.loading
 from qalora.errors import InputError
 from qalora.evaluate import main, parser, settings
 
-torch.set_num_threads(1)
-
 ROWS = [("Is water wet? ", "yes"), ("Is the sun cold? ", "no"), ("Do fish swim? ", "yes")]
 
 

@@ -11,8 +11,6 @@ from qalora import generate
 from qalora.errors import InputError
 from qalora.metrics import generation_config
 
-torch.set_num_threads(1)
-
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -14,8 +14,6 @@ import qalora.base.loading
 from qalora.errors import InputError
 from qalora.merge import main
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -17,8 +17,6 @@ from qalora.data.formats import Example, Turn
 from qalora.data.tokenization import load_dataset, tokenize_prompt
 from qalora.errors import InputError
 
-torch.set_num_threads(1)
-
 ROWS = [
     {"prompt": "Is water wet? ", "completion": "yes"},
     {"prompt": "Is the sun, which is a star, cold? ", "completion": "no"},

@@ -20,8 +20,6 @@ from qalora.deploy import merging
 from qalora.deploy.merging import check_output, merge_into
 from qalora.errors import InputError
 
-torch.set_num_threads(1)
-
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
