@@ -91,12 +91,22 @@ class AllocationConfig(Section):
     warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
     interval: Duration = Field("0.25 epochs", description="K2, between rounds: steps, share of the run, or epochs")
     val_batch_size: int = Field(32, ge=1, description="|B_val|, validation rows that score the ranks")
-    scoring: Literal["first-order", "exact"] = Field(
-        "first-order", description="two forward-backward passes for all ranks, or two forwards for each"
+    scoring: Literal["auto", "certified", "first-order", "exact", "path"] = Field(
+        "auto",
+        description="first-order: two forward-backward passes for all ranks; exact: two forwards for each; certified: "
+        "exact where first order leaves a doubt; auto: certified as far as 3 % of the training so far allow",
     )
-    importance: Literal["sum", "drop", "alone"] = Field("sum", description="sum is eq. 6: drop + alone")
+    importance: Literal["sum", "drop", "alone", "path"] | None = Field(
+        None,
+        description="sum is eq. 6: drop + alone; path: integrated from base to adapter; null: path for scoring path, else sum",
+    )
     min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
     max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
+
+    @property
+    def kind(self) -> Literal["sum", "drop", "alone", "path"]:
+        """The importance that decides."""
+        return self.importance or ("path" if self.scoring == "path" else "sum")
 
 
 class TrainingConfig(Section):
@@ -178,6 +188,12 @@ class Recipe(Section):
             yield (
                 f"training.save_steps={self.training.save_steps} must be a multiple of "
                 f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
+            )
+        scoring, kind = self.allocation.scoring, self.allocation.kind
+        if (scoring == "path") != (kind == "path") and scoring != "auto":
+            yield (
+                f"allocation.importance={kind} is not what allocation.scoring={scoring} measures: path goes with "
+                "scoring path or auto, the others with any but path"
             )
         low, high = self.allocation.min_rank, self.allocation.max_rank
         if high is not None and not low <= self.lora.r <= high:

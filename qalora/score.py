@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, parquet or Hub id")
     parser.add_argument("--data-format", default="auto", help="alpaca, sharegpt, messages, prompt-completion or text")
     parser.add_argument(
-        "--method", choices=("first-order", "exact"), default="first-order", help="(default: %(default)s)"
+        "--method",
+        choices=("exact", "first-order", "certified", "path"),
+        default="certified",
+        help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first order "
+        "leaves a doubt about --prune; path: shares of what the adapter achieved (default: %(default)s)",
     )
-    parser.add_argument("--importance", choices=("sum", "drop", "alone"), default="sum", help="(default: %(default)s)")
+    parser.add_argument(
+        "--importance",
+        choices=("sum", "drop", "alone"),
+        default="sum",
+        help="what decides, for any method but path (default: %(default)s, eq. 6)",
+    )
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
     )
@@ -49,6 +59,7 @@ def main(argv: list[str]) -> int:
 
     from qalora.adapter.allocation import least_important
     from qalora.adapter.model import load_adapter, ranks, read_config, read_tensors
+    from qalora.adapter.round import free_memory
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.data.batching import Collator
@@ -68,12 +79,19 @@ def main(argv: list[str]) -> int:
         {key: value.to(base.model.device) for key, value in collate(data.items[i : i + size]).items() if key != "rows"}
         for i in range(0, len(data), size)
     ]
-    start = time.perf_counter()
-    scores = score_ranks(model, batch, args.method)
-    seconds = time.perf_counter() - start
-
-    importance = scores.importance(args.importance)
     prune = args.prune or len(ranks(model))
+    start = time.perf_counter()
+    scores = score_ranks(
+        model,
+        batch,
+        args.method,
+        importance="path" if args.method == "path" else args.importance,
+        prune=prune,
+        memory=free_memory(),
+    )
+    seconds = time.perf_counter() - start
+    pruned = least_important(scores.importance, prune)
+    stderr = scores.stderr
     result: dict[str, Any] = {
         "method": scores.method,
         "rows": scores.rows,
@@ -82,28 +100,48 @@ def main(argv: list[str]) -> int:
         "base_loss": scores.base_loss,
         "seconds": seconds,
         "forward_equivalents": scores.forward_equivalents,
+        "certified": scores.certified,
+        "exact_evaluations": scores.exact_evaluations,
+        "residual": None if scores.residual is None else asdict(scores.residual),
         "prune": prune,
-        "pruned": [[name, rank] for name, indices in least_important(importance, prune).items() for rank in indices],
+        "pruned": [[name, rank] for name, indices in pruned.items() for rank in indices],
         "scores": [
             {
                 "module": name,
                 "rank": rank,
                 "drop": scores.drop[name][rank],
                 "alone": scores.alone[name][rank],
-                "importance": importance[name][rank],
-                "exact": scores.method == "exact",
+                "importance": scores.importance[name][rank],
+                "stderr": None if stderr is None else stderr[name][rank],
+                "exact": scores.exact[name][rank],
             }
-            for name in importance
-            for rank in range(len(importance[name]))
+            for name in scores.importance
+            for rank in range(len(scores.importance[name]))
         ],
     }
+    if scores.method == "path":
+        total = sum(score["importance"] for score in result["scores"])
+        result["quadrature_error"] = (
+            abs(total / (scores.base_loss - scores.loss) - 1) if scores.base_loss != scores.loss else None
+        )
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"{args.output}: {len(result['scores'])} ranks scored by {scores.method} on {scores.rows} rows, {seconds:.1f} s; "
-        f"loss {scores.loss:.4f}, of the base {scores.base_loss:.4f}"
-    )
+    print(f"{args.output}: {len(result['scores'])} ranks on {scores.rows} rows, {seconds:.1f} s; {_summary(result)}")
     return 0
+
+
+def _summary(result: dict[str, Any]) -> str:
+    text = f"loss {result['loss']:.4f}, of the base {result['base_loss']:.4f}; {result['forward_equivalents']:.0f} forwards"
+    residual = result["residual"]
+    if residual is not None:
+        text += (
+            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by {residual['std']:.1e} "
+            f"(largest {residual['largest']:.1e}), rounding by {residual['noise']:.1e}; the {result['prune']} to prune are "
+            + ("those of exhaustive ablation" if result["certified"] else "not certified: the budget was spent")
+        )
+    if result.get("quadrature_error") is not None:
+        text += f"; the shares add up to what the adapter achieved within {result['quadrature_error']:.2%}"
+    return text
 
 
 if __name__ == "__main__":

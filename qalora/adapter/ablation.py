@@ -2,80 +2,239 @@
 
 A batch here is a list of micro-batches (dicts of input_ids, attention_mask, labels …) whose rows are all scored
 together; losses are means over all their supervised tokens, summed in fp64, so they do not depend on the split.
+
+`ablate` closes one gate after another. Closing a gate in block ℓ leaves every block before it unchanged, so a variant of
+the model starts at its own block, from an input that one forward kept; variants of one block share a forward:
+
+    embeddings → block 0 → … → block ℓ ─ kept input ─┬─ rank (ℓ, q_proj, 0) closed → blocks ℓ … → norm → head where labels are
+                                                      ├─ rank (ℓ, q_proj, 1) closed → …
+                                                      └─ …                              one batch of N copies
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.adapter.layer import GatedLinear, gated
+from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 
 MicroBatch = Mapping[str, Tensor]
+Rank = tuple[str, int]  # full module name, row of A
 
 
 def supervised_tokens(batch: Sequence[MicroBatch]) -> int:
     return sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
 
 
-def mean_loss(model: PeftModel, batch: Sequence[MicroBatch]) -> float:
-    """Mean cross-entropy over the supervised tokens, nats; the gates are as they stand."""
-    total = 0.0
+@dataclass(frozen=True)
+class Ablation:
+    """Exact scores of some ranks, in nats a supervised token.
+
+    Attributes:
+        drop: L(M∖r) − L(M); alone: L(base) − L(M_r).
+        forward_equivalents: blocks run, over the blocks of the model.
+    """
+
+    loss: float
+    base_loss: float
+    drop: dict[Rank, float]
+    alone: dict[Rank, float]
+    forward_equivalents: float
+
+
+def ablate(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    ranks: Sequence[Rank],
+    *,
+    dtype: torch.dtype | None = None,
+    memory: int = 0,
+    gate: float = 0.0,
+) -> Ablation:
+    """Closes the gate of each rank in turn, and opens it alone.
+
+    Args:
+        dtype: what activations are computed in, from the embeddings on; None: the base's own. Weights keep the values
+            that they have in the base's dtype.
+        memory: bytes that the variants of one forward may hold; a forward has at least one variant.
+        gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
+    """
+    tokens = supervised_tokens(batch)
+    adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory)
+    base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory)
+    blocks = len(_decoder(model).layers)
+    suffixes = sum((blocks - _block_of(name)) / blocks for name, _ in ranks)
+    return Ablation(
+        loss=adapted / tokens,
+        base_loss=base / tokens,
+        drop={rank: (value - adapted) / tokens for rank, value in without.items()},
+        alone={rank: (base - value) / tokens for rank, value in alone.items()},
+        forward_equivalents=2 + 2 * suffixes,
+    )
+
+
+def _losses(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    ranks: Sequence[Rank],
+    others: float,
+    probed: float,
+    dtype: torch.dtype | None,
+    memory: int,
+) -> tuple[float, dict[Rank, float]]:
+    """Summed loss with every gate at `others` (0 or 1), and with one rank's gate at `probed` instead, for each rank."""
+    layers, decoder = gated_layers(model), _decoder(model)
+    by_block: dict[int, list[Rank]] = {}
+    for rank in ranks:
+        by_block.setdefault(_block_of(rank[0]), []).append(rank)
+    total, sums = 0.0, dict.fromkeys(ranks, 0.0)
     with torch.no_grad():
         for micro in batch:
-            total += float(model(**micro).row_losses.double().sum())
-    return total / supervised_tokens(batch)
+            with closed(layers.values() if others == 0.0 else ()):
+                kept, hidden = _run_and_keep(decoder, micro, by_block, dtype)
+            total += float(_row_losses(model, hidden, micro["labels"]).double().sum())
+            stack = max(1, memory // _variant_bytes(model, hidden))
+            for block, members in by_block.items():
+                for start in range(0, len(members), stack):
+                    variants = members[start : start + stack]
+                    gates = _stacked_gates(layers, variants, others, probed, rows=len(hidden))
+                    unprobed = (layer for name, layer in layers.items() if name not in gates)
+                    with closed(unprobed if others == 0.0 else ()), gated(layers, gates):
+                        out = _resume(decoder, kept, block, len(variants))
+                    labels = micro["labels"].repeat(len(variants), 1)
+                    losses = _row_losses(model, out, labels).double().view(len(variants), -1).sum(1)
+                    for rank, loss in zip(variants, losses.tolist(), strict=True):
+                        sums[rank] += loss
+    return total, sums
 
 
-def loss_without(model: PeftModel, batch: Sequence[MicroBatch], module: str, rank: int) -> float:
-    """L(M∖r): every gate open but that of one rank."""
-    layers = gated_layers(model)
-    gate = torch.ones(len(layers[module].A), device=layers[module].A.device)
-    gate[rank] = 0.0
-    with gated(layers, {module: gate}):
-        return mean_loss(model, batch)
+@dataclass
+class _Kept:
+    """Of one forward: the input of the blocks that variants start from, and the other arguments of every block."""
+
+    inputs: dict[int, Tensor]
+    arguments: list[dict[str, Any]]
 
 
-def loss_alone(model: PeftModel, batch: Sequence[MicroBatch], module: str, rank: int) -> float:
-    """L(M_r): every gate of every module closed but that of one rank."""
-    layers = gated_layers(model)
-    gates = uniform_gates(layers, 0.0)
-    gates[module][rank] = 1.0
-    with gated(layers, gates):
-        return mean_loss(model, batch)
+def _run_and_keep(
+    decoder: Any, micro: MicroBatch, wanted: Mapping[int, Any], dtype: torch.dtype | None
+) -> tuple[_Kept, Tensor]:
+    """One forward of the decoder; (what it kept, final hidden states before the last norm)."""
+    kept = _Kept({}, [])
+    last: list[Tensor] = []
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index in wanted:
+                kept.inputs[index] = args[0]
+            kept.arguments.append(kwargs)
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(decoder.layers)
+    ]
+    handles.append(decoder.layers[-1].register_forward_hook(lambda module, args, output: last.append(output)))
+    try:
+        embeddings = decoder.get_input_embeddings()(micro["input_ids"])
+        others = {key: value for key, value in micro.items() if key not in ("input_ids", "labels")}
+        decoder(inputs_embeds=embeddings.to(dtype or embeddings.dtype), use_cache=False, **others)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept, last[0]
 
 
-def loss_and_gate_gradients(
+def _resume(decoder: Any, kept: _Kept, block: int, copies: int) -> Tensor:
+    """The final hidden states of `copies` variants, from the kept input of a block on."""
+    rows = len(kept.inputs[block])
+    hidden = kept.inputs[block].repeat(copies, 1, 1)
+    for module, arguments in zip(decoder.layers[block:], kept.arguments[block:], strict=True):
+        hidden = module(hidden, **{name: _repeated(value, rows, copies) for name, value in arguments.items()})
+    return hidden
+
+
+def _repeated(value: Any, rows: int, copies: int) -> Any:
+    """An argument of a block for `copies` times as many rows; what has one row for all of them broadcasts."""
+    if isinstance(value, Tensor):
+        return value.repeat(copies, *[1] * (value.ndim - 1)) if len(value) == rows > 1 else value
+    if isinstance(value, tuple):
+        return tuple(_repeated(part, rows, copies) for part in value)
+    return value
+
+
+def _stacked_gates(
+    layers: Mapping[str, GatedLinear], variants: Sequence[Rank], others: float, probed: float, rows: int
+) -> dict[str, Tensor]:
+    """Module → (variants · rows, 1, r): each variant's rows have one gate at `probed`, all others at `others`."""
+    gates: dict[str, Tensor] = {}
+    for index, (name, rank) in enumerate(variants):
+        A = layers[name].A
+        gate = gates.setdefault(name, torch.full((len(variants) * rows, 1, len(A)), others, device=A.device))
+        gate[index * rows : (index + 1) * rows, :, rank] = probed
+    return gates
+
+
+def _row_losses(model: PeftModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """(rows,) summed cross-entropy from the last block's output."""
+    base: Any = model.get_base_model()
+    return base.row_losses_of(base.base_model.norm(hidden), labels)
+
+
+def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
+    """Alive at once in a block's forward without autograd: hidden states, their norm, the MLP's three products and the
+    fp32 update of one."""
+    config: Any = model.get_base_model().config
+    return hidden[..., 0].numel() * (
+        hidden.element_size() * (3 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.intermediate_size
+    )
+
+
+def _decoder(model: PeftModel) -> Any:
+    return model.get_base_model().base_model
+
+
+def _block_of(name: str) -> int:
+    """model.layers.3.mlp.up_proj → 3"""
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def gate_gradients(
     model: PeftModel, batch: Sequence[MicroBatch], value: float
-) -> tuple[float, dict[str, Tensor]]:
-    """L and ∂L/∂α of every rank, with all gates at `value`: one forward and backward of each micro-batch.
+) -> tuple[float, dict[str, Tensor], Tensor]:
+    """L with all gates at `value`, and ∂/∂α of every row's loss: one forward and backward of each micro-batch.
+
+    A gate a row gives every row's own gradient from the same backward. It costs less than ⟨∂L/∂A_k, A_k⟩ (the same
+    number at α = 1): the product with A x that it needs is there already, and ∂L/∂A is not formed.
 
     Returns:
-        (loss, module → (r,) fp64 gradient).
+        (loss, module → (rows, r) fp64 gradients of the rows' summed losses, (rows,) supervised tokens).
     """
-    layers, tokens = gated_layers(model), supervised_tokens(batch)
-    gradients = {name: torch.zeros(len(layer.A), dtype=torch.float64) for name, layer in layers.items()}
-    total = 0.0
+    layers = gated_layers(model)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
+    total, counts = 0.0, []
     for micro in batch:
-        gates = uniform_gates(layers, value)
-        for gate in gates.values():
-            gate.requires_grad_()
+        rows = len(micro["labels"])
+        gates = {
+            name: torch.full((rows, 1, len(layer.A)), value, device=layer.A.device, requires_grad=True)
+            for name, layer in layers.items()
+        }
         with gated(layers, gates), torch.enable_grad():
             loss = model(**micro).row_losses.sum()
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                gradients[name] += gradient.double().cpu() / tokens
+                gradients[name].append(gradient.squeeze(1).double().cpu())
         total += float(loss.detach().double())
-    return total / tokens, gradients
-
-
-def uniform_gates(layers: Mapping[str, GatedLinear], value: float) -> dict[str, Tensor]:
-    return {name: torch.full((len(layer.A),), value, device=layer.A.device) for name, layer in layers.items()}
+        counts.append((micro["labels"][:, 1:] != -100).sum(1).cpu())
+    tokens = torch.cat(counts)
+    return total / int(tokens.sum()), {name: torch.cat(parts) for name, parts in gradients.items()}, tokens
 
 
 @contextmanager

@@ -75,6 +75,41 @@ def least_important(
     return {module: tuple(sorted(pruned[module])) for module in importance if module in pruned}
 
 
+def undecided(
+    importance: Mapping[str, Sequence[float]],
+    low: Mapping[str, Sequence[float]],
+    high: Mapping[str, Sequence[float]],
+    count: int,
+    min_rank: int = 0,
+) -> list[tuple[str, int]]:
+    """The ranks that could go or stay against `least_important`'s answer, were each somewhere in its [low, high].
+
+    Empty means that no values within these bounds give another pruned set. Nearest to the threshold first.
+    """
+    pruned = {(m, rank) for m, indices in least_important(importance, count, min_rank).items() for rank in indices}
+    kept = {(m, rank) for m, scores in importance.items() for rank in range(len(scores))} - pruned
+    if not pruned or not kept:
+        return []
+    # The best of a module stay by min_rank whatever their value, so long as they stay its best.
+    protected = {
+        (m, rank)
+        for m, scores in importance.items()
+        for rank in sorted(range(len(scores)), key=lambda rank: (scores[rank], rank))[max(len(scores) - min_rank, 0) :]
+    }
+    top = max(high[m][rank] for m, rank in pruned)
+    crossing: set[tuple[str, int]] = set()
+    for m, rank in kept:
+        rivals = [p for p in pruned if low[m][rank] <= high[p[0]][p[1]]] if low[m][rank] <= top else []
+        if (m, rank) in protected:
+            inside = {(m, other) for other in range(len(importance[m]))} - {(m, rank)}
+            peers = [peer for peer in inside - protected if low[m][rank] <= high[m][peer[1]]]
+            rivals = rivals if any(peer in kept for peer in peers) else [p for p in rivals if p in inside]
+        if rivals:
+            crossing |= {(m, rank), *rivals}
+    threshold = max((importance[m][rank] for m, rank in pruned))
+    return sorted(crossing, key=lambda r: (abs(importance[r[0]][r[1]] - threshold), r))
+
+
 def share_out(count: int, room: Mapping[str, float], average: Mapping[str, float]) -> dict[str, int]:
     """`count` new ranks over the modules of `room`, as evenly as their room allows, and the remainder one each to
     those with the highest average importance (footnote 3)."""

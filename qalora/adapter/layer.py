@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ class GatedLinear(nn.Module, LoraLayer):
     """ALoRA's layer: z = W x + s · B diag(α) A x (arXiv 2403.16187, §3.2).
 
     W is frozen, in 4 or 16 bit; A (r, in) and B (out, r) are trained in fp32; s is the scaling. The gate α is no
-    parameter and never reaches the disk: it is absent, which means open, except inside `gated`.
+    parameter and never reaches the disk: it is absent, which means open, except inside `gated` and `closed`.
 
     Registered as PEFT's module for `Linear4bit` and `nn.Linear`, so configuration, saving and loading stay PEFT's.
     """
@@ -37,6 +37,7 @@ class GatedLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.gate: Tensor | None = None
+        self.closed = False
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     @property
@@ -55,14 +56,23 @@ class GatedLinear(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, tokens, in) → (batch, tokens, out), in the dtype of x."""
-        if self.disable_adapters:
-            return self.base_layer(x)
+        if self.disable_adapters or self.closed:
+            return self._frozen(x)
         dropout = self.lora_dropout[self.active_adapters[0]]
         x_low = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
         if torch.is_grad_enabled():
             return _GatedLinear.apply(x, x_low, self.A, self.B, self.gate, self.s, self.base_layer)
         update, _ = _low_rank(x, self.A, self.B, self.gate, self.s)
-        return _add_update(self.base_layer(x), update, self.base_layer)
+        return _add_update(self._frozen(x), update, self.base_layer)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """W x, in the dtype of x: bitsandbytes' own forward would compute in the base's dtype also where x is fp32."""
+        base: Any = self.base_layer
+        if x.dtype == (base.compute_dtype if is_4bit(base) else base.weight.dtype) or torch.is_autocast_enabled(
+            x.device.type
+        ):
+            return base(x)
+        return F.linear(x, _weight(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -141,3 +151,16 @@ def gated(layers: Mapping[str, GatedLinear], gates: Mapping[str, Tensor]) -> Ite
     finally:
         for name in gates:
             layers[name].gate = None
+
+
+@contextmanager
+def closed(layers: Iterable[GatedLinear]) -> Iterator[None]:
+    """Closes every gate of the layers, at no cost: the base alone is computed."""
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer.closed = True
+        yield
+    finally:
+        for layer in layers:
+            layer.closed = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -13,8 +13,11 @@ from peft import PeftModel
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import plan
 from qalora.adapter.model import ranks
-from qalora.adapter.scoring import Importance, Method, RankScores, score_ranks
+from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
+
+Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
+SHARE = 0.03  # of the training so far, which `auto` may spend on scoring
 
 
 @dataclass(frozen=True)
@@ -24,21 +27,33 @@ class RoundSettings:
     Attributes:
         budget: R, which the total never exceeds.
         prune: n_A, ranks that leave in a round.
+        scoring: auto is first order, then exact evaluations nearest the threshold as far as 3 % of the training so far
+            allow. Cost is counted in tokens through the model, not in seconds, so that a run repeats exactly.
+        step_tokens: tokens of an optimizer step, on average.
     """
 
     budget: int
     prune: int
-    scoring: Method
+    scoring: Scoring
     importance: Importance
     min_rank: int
     max_rank: int | None
     seed: int
+    step_tokens: float
 
 
 def allocation_round(
-    model: PeftModel, optimizer: Any, batch: Sequence[MicroBatch], settings: RoundSettings, step: int
+    model: PeftModel,
+    optimizer: Any,
+    batch: Sequence[MicroBatch],
+    settings: RoundSettings,
+    step: int,
+    spent: float = 0.0,
 ) -> tuple[dict[str, Any], RankScores]:
     """Runs one round on the model and its optimizer.
+
+    Args:
+        spent: forwards of the batch that earlier rounds took.
 
     Returns:
         (a line of allocation.jsonl without its scores' file, the scores that decided).
@@ -47,9 +62,20 @@ def allocation_round(
         RuntimeError: the total would be above the budget.
     """
     start = time.perf_counter()
-    scores = score_ranks(model, batch, settings.scoring)
+    method, budget = _method(settings, batch, step, spent)
+    scores = score_ranks(
+        model,
+        batch,
+        method,
+        importance=settings.importance,
+        prune=settings.prune,
+        min_rank=settings.min_rank,
+        memory=spare_memory(),
+        budget=budget,
+        seed=settings.seed,
+    )
     decision = plan(
-        scores.importance(settings.importance),
+        scores.importance,
         prune=settings.prune,
         min_rank=settings.min_rank,
         max_rank=settings.max_rank,
@@ -69,6 +95,34 @@ def allocation_round(
         "budget": settings.budget,
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents,
-        "certified": False,
+        "certified": scores.certified,
+        "exact_evaluations": scores.exact_evaluations,
     }
     return record, scores
+
+
+def _method(
+    settings: RoundSettings, batch: Sequence[MicroBatch], step: int, spent: float
+) -> tuple[Method, float | None]:
+    """The method of this round, and the forwards that it may spend beyond first order."""
+    if settings.scoring != "auto":
+        return settings.scoring, None
+    if settings.importance == "path":
+        return "path", None
+    tokens = sum(micro["input_ids"].numel() for micro in batch)
+    trained = 3.0 * step * settings.step_tokens / tokens  # forwards of the batch that the training so far amounts to
+    left = SHARE * trained - spent - FIRST_ORDER
+    return ("certified", left) if left >= LEAST_CERTIFIED else ("first-order", None)
+
+
+def spare_memory() -> int:
+    """Bytes between what is allocated now and the peak so far, which is a training step's; 0 without CUDA, where a
+    larger forward is no faster."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+
+def free_memory() -> int:
+    """Bytes that a command which only scores may use for stacked variants: four fifths of what the GPU has free."""
+    return int(0.8 * torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0

@@ -52,11 +52,29 @@ class AllocationCallback(TrainerCallback):
         if state.global_step not in self.rounds.steps:
             return
         batch = [{key: value.to(args.device) for key, value in micro.items() if key != "rows"} for micro in self.batch]
-        record, scores = allocation_round(model, optimizer, batch, self.settings, state.global_step)
+        record, scores = allocation_round(
+            model,
+            optimizer,
+            batch,
+            self.settings,
+            state.global_step,
+            spent=sum(earlier["forward_equivalents"] for earlier in self.history),
+        )
         scores_file = self.scores_dir / f"step-{state.global_step}.json"
         scores_file.parent.mkdir(exist_ok=True)
         scores_file.write_text(
-            json.dumps({"loss": scores.loss, "base_loss": scores.base_loss, "drop": scores.drop, "alone": scores.alone})
+            json.dumps(
+                {
+                    "method": scores.method,
+                    "loss": scores.loss,
+                    "base_loss": scores.base_loss,
+                    "drop": scores.drop,
+                    "alone": scores.alone,
+                    "importance": scores.importance,
+                    "stderr": scores.stderr,
+                    "exact": scores.exact,
+                }
+            )
         )
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
@@ -130,7 +148,8 @@ class ProgressLine(TrainerCallback):
             self.bar.console.print(
                 f"round {len(history)}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
                 f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
-                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s)",
+                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
+                f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
                 highlight=False,
             )
 

@@ -31,7 +31,11 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
         (rows,) fp32, nats.
     """
     rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    losses = _FrozenHeadCrossEntropy.apply(hidden[rows, positions], labels[rows, positions + 1], head)
+    states, targets = hidden[rows, positions], labels[rows, positions + 1]
+    if states.dtype == head.dtype or states.requires_grad:
+        losses = _FrozenHeadCrossEntropy.apply(states, targets, head)
+    else:
+        losses = _cross_entropy_by_vocabulary(states, targets, head)
     return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
 
 
@@ -62,25 +66,36 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return grad * grad_losses[:, None].to(grad.dtype), None, None
 
 
+def _cross_entropy_by_vocabulary(hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+    """(n, d), (n,), (V, d) → (n,) in the dtype of hidden, which the head has not: a slice of it is cast at a time."""
+    log_sum = torch.full((len(hidden),), -torch.inf, dtype=hidden.dtype, device=hidden.device)
+    for part in head.split(max(1, CHUNK_BYTES // (4 * max(head.shape[1], len(hidden))))):
+        log_sum = torch.logaddexp(log_sum, F.linear(hidden, part.to(hidden.dtype)).logsumexp(-1))
+    return log_sum - (hidden * head[targets].to(hidden.dtype)).sum(-1)
+
+
 def use_label_only_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
 
     The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
-    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums. Without labels the model
-    is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
+    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums, and
+    `model.row_losses_of(hidden, labels)` gives them from final hidden states. Without labels the model is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
     """
     plain_forward = model.forward
 
     def forward(
-        self: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+        self: Any, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         if labels is None:
             return plain_forward(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        row_losses = label_only_loss(hidden, labels, self.get_output_embeddings().weight)
+        row_losses = self.row_losses_of(self.base_model(*args, **kwargs).last_hidden_state, labels)
         count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
         output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
         output["row_losses"] = row_losses
         return output
 
+    def row_losses_of(self: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+        return label_only_loss(hidden, labels, self.get_output_embeddings().weight)
+
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    model.row_losses_of = MethodType(row_losses_of, model)  # type: ignore[assignment]

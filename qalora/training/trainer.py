@@ -165,10 +165,14 @@ def build_trainer(
             budget=sum(start.values()),
             prune=allocation.prune_per_round or len(start),
             scoring=allocation.scoring,
-            importance=allocation.importance,
+            importance=allocation.kind,
             min_rank=allocation.min_rank,
             max_rank=allocation.max_rank,
             seed=training.seed,
+            step_tokens=sum(len(item["input_ids"]) for item in train)
+            / len(train)
+            * training.micro_batch_size
+            * training.gradient_accumulation_steps,
         ),
         [collate(scoring[i : i + batch_size]) for i in range(0, len(scoring), batch_size)],
         output_dir,

@@ -7,13 +7,10 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qalora.adapter.ablation import (
-    loss_alone,
-    loss_and_gate_gradients,
-    loss_without,
-    mean_loss,
+    gate_gradients,
     scoring_mode,
-    uniform_gates,
 )
+from qalora.adapter.allocation import least_important
 from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers
 from qalora.adapter.scoring import score_ranks
@@ -28,6 +25,16 @@ def reference_loss(model, batch):
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return F.cross_entropy(logits[:, :-1].double().flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+
+
+def uniform_gates(layers, value):
+    return {name: torch.full((len(layer.A),), value) for name, layer in layers.items()}
+
+
+def mean_gate_gradients(model, batch, value):
+    """∂L/∂α of every rank, from the rows' own gradients."""
+    _, gradients, tokens = gate_gradients(model, batch, value)
+    return {name: gradient.sum(0) / tokens.sum() for name, gradient in gradients.items()}
 
 
 def split(batch, *sizes):
@@ -114,7 +121,7 @@ def assert_close(found, expected, rtol=1e-3, atol=1e-7):
 @pytest.mark.parametrize("four_bit", BASES)
 def test_gate_gradient_is_the_product_of_weight_and_gradient(tiny_adapter, make_batch, four_bit):
     model, batch = tiny_adapter(r=3, four_bit=four_bit).train(), make_batch()
-    _, gradients = loss_and_gate_gradients(model, [batch], 1.0)
+    gradients = mean_gate_gradients(model, [batch], 1.0)
     model(**batch).loss.backward()
     layers = gated_layers(model)
     by_A = {name: (layer.A.grad * layer.A).sum(1).detach() for name, layer in layers.items()}
@@ -126,7 +133,7 @@ def test_gate_gradient_is_the_product_of_weight_and_gradient(tiny_adapter, make_
 @pytest.mark.parametrize("at", [1.0, 0.0], ids=["gates-open", "gates-closed"])
 def test_gate_gradient_is_the_finite_difference(tiny_adapter, make_batch, at):
     batch = make_batch()
-    _, gradients = loss_and_gate_gradients(tiny_adapter(r=2), [batch], at)
+    gradients = mean_gate_gradients(tiny_adapter(r=2), [batch], at)
     fp64 = in_fp64(tiny_adapter(r=2))
     expected = {
         name: [
@@ -223,21 +230,27 @@ def test_attention_dropout_is_off(tiny_adapter, make_batch):
     assert_close(found.drop, score_ranks(tiny_adapter(r=2), [batch]).drop, rtol=1e-4, atol=1e-6)
 
 
-def test_importance_is_drop_plus_alone(tiny_adapter, make_batch):
-    scores = score_ranks(tiny_adapter(r=2), [make_batch()])
-    assert scores.importance() == {
+@pytest.mark.parametrize("method", ["exact", "first-order", "certified"])
+def test_importance_is_drop_plus_alone_or_either(tiny_adapter, make_batch, method):
+    model, batch = tiny_adapter(r=2), [make_batch()]
+    scores = score_ranks(model, batch, method)
+    assert scores.importance == {
         name: [d + a for d, a in zip(scores.drop[name], scores.alone[name], strict=True)] for name in scores.drop
     }
-    assert (scores.importance("drop"), scores.importance("alone")) == (scores.drop, scores.alone)
+    for kind in ("drop", "alone"):
+        scores = score_ranks(model, batch, method, importance=kind)
+        assert scores.importance == getattr(scores, kind)
 
 
 def test_cost_in_forwards(tiny_adapter, make_batch):
-    """14 modules of 2 ranks: 2 + 2·28 forwards; or two passes of a forward and a backward."""
-    model, batch, forwards = tiny_adapter(r=2), make_batch(), []
-    model.base_model.model.model.register_forward_hook(lambda *_: forwards.append(1))
-    assert score_ranks(model, [batch], "exact").forward_equivalents == len(forwards) == 58
-    forwards.clear()
-    assert score_ranks(model, [batch]).forward_equivalents == 3 * len(forwards) == 6
+    """14 modules of 2 ranks in 2 blocks: 2 forwards to keep inputs, then 14 ranks through two blocks and 14 through one,
+    twice; or two passes of a forward and a backward. Counted in blocks."""
+    model, batch, blocks = tiny_adapter(r=2), make_batch(), []
+    for block in model.base_model.model.model.layers:
+        block.register_forward_hook(lambda *_: blocks.append(1))
+    assert score_ranks(model, [batch], "exact").forward_equivalents == len(blocks) / 2 == 2 + 2 * (14 + 14 / 2)
+    blocks.clear()
+    assert score_ranks(model, [batch]).forward_equivalents == 3 * len(blocks) / 2 == 6
 
 
 def test_modules_of_different_ranks(tiny_adapter, make_batch):
@@ -249,12 +262,85 @@ def test_modules_of_different_ranks(tiny_adapter, make_batch):
         assert [len(scores.drop[V]), len(scores.alone[V]), len(scores.drop[DOWN])] == [1, 1, 3]
 
 
-@pytest.mark.parametrize("function", [loss_without, loss_alone])
-def test_ablation_leaves_the_gates_open(tiny_adapter, make_batch, function):
+def test_stderr_is_that_of_a_ratio_over_rows(tiny_adapter, make_batch):
+    """Against the jackknife, which needs no formula: leave one row out, score again."""
+    model, batch = tiny_adapter(r=2), make_batch(rows=24)
+    scores = score_ranks(model, [batch])
+    left_out = [
+        score_ranks(model, [{key: torch.cat([v[:i], v[i + 1 :]]) for key, v in batch.items()}]).importance[V]
+        for i in range(24)
+    ]
+    values = torch.tensor(left_out, dtype=torch.float64)
+    jackknife = ((values - values.mean(0)).square().sum(0) * 23 / 24).sqrt()
+    torch.testing.assert_close(torch.tensor(scores.stderr[V], dtype=torch.float64), jackknife, rtol=0.05, atol=0)
+
+
+def test_one_row_has_no_stderr(tiny_adapter, make_batch):
+    assert score_ranks(tiny_adapter(r=2), [make_batch(rows=1)]).stderr is None
+
+
+@pytest.mark.parametrize("importance", ["sum", "drop", "alone"])
+@pytest.mark.parametrize("min_rank", [0, 1])
+def test_certified_prunes_what_exhaustive_ablation_prunes(tiny_adapter, randomize_B, make_batch, importance, min_rank):
+    model, batch = randomize_B(tiny_adapter(r=4), std=0.01), [make_batch(rows=6)]
+    found = score_ranks(model, batch, "certified", importance=importance, prune=14, min_rank=min_rank, budget=1e9)
+    exact = score_ranks(model, batch, "exact", importance=importance)
+    assert found.certified
+    assert found.exact_evaluations < 56
+    assert least_important(found.importance, 14, min_rank) == least_important(exact.importance, 14, min_rank)
+    for name, flags in found.exact.items():
+        for rank, flag in enumerate(flags):
+            if flag:
+                assert found.drop[name][rank] == pytest.approx(exact.drop[name][rank], abs=1e-6)
+                assert found.alone[name][rank] == pytest.approx(exact.alone[name][rank], abs=1e-6)
+
+
+def test_a_spent_budget_is_not_certified(tiny_adapter, make_batch):
+    scores = score_ranks(tiny_adapter(r=4), [make_batch()], "certified", prune=14, budget=0)
+    assert not scores.certified
+    assert scores.exact_evaluations == 24  # the sample, and nothing more
+
+
+def test_noise_sends_half_precision_to_fp32(tiny_adapter, randomize_B, make_batch):
+    """In bf16 rounding is above what single ranks change; over the same weights in fp32 it is not."""
+    model, batch = randomize_B(tiny_adapter(r=4, dtype=torch.bfloat16), std=0.01), [make_batch(rows=6)]
+    scores = score_ranks(model, batch, "certified", prune=14, budget=1e9)
+    assert scores.residual.dtype == "float32"
+    assert scores.residual.noise < 0.1 * scores.residual.std
+    same = randomize_B(tiny_adapter(r=4, dtype=torch.bfloat16), std=0.01)
+    same.base_model.model.float()
+    exact = score_ranks(same, batch, "exact")
+    for name, flags in scores.exact.items():
+        for rank, flag in enumerate(flags):
+            if flag:
+                assert scores.drop[name][rank] == pytest.approx(exact.drop[name][rank], abs=2e-6)
+
+
+def test_path_shares_add_up_to_what_the_adapter_achieved(tiny_adapter, make_batch):
+    scores = score_ranks(tiny_adapter(r=4), [make_batch()], "path", importance="path")
+    total = sum(score for ranks in scores.importance.values() for score in ranks)
+    assert abs(scores.base_loss - scores.loss) > 0.05
+    assert total == pytest.approx(scores.base_loss - scores.loss, rel=0.01)
+
+
+def test_path_is_the_integral_of_the_gate_gradients(tiny_adapter, make_batch):
+    """Against the trapezoidal rule on a fine grid."""
     model, batch = tiny_adapter(r=2), make_batch()
-    before = mean_loss(model, [batch])
-    assert function(model, [batch], DOWN, 1) != before
-    assert mean_loss(model, [batch]) == before
+    scores = score_ranks(model, [batch], "path", importance="path")
+    grid = torch.linspace(0, 1, 33).tolist()
+    values = torch.stack([-mean_gate_gradients(model, [batch], t)[V] for t in grid])
+    torch.testing.assert_close(
+        torch.tensor(scores.importance[V], dtype=torch.float64),
+        torch.trapezoid(values, dx=1 / 32, dim=0),
+        rtol=0.01,
+        atol=1e-5,
+    )
+
+
+def test_path_goes_with_path(tiny_adapter, make_batch):
+    for method, importance in (("path", "sum"), ("exact", "path")):
+        with pytest.raises(ValueError, match="does not give"):
+            score_ranks(tiny_adapter(r=2), [make_batch()], method, importance=importance)
 
 
 # ------------------------------------------------------------------------------------------- the model is left as it was
@@ -279,7 +365,7 @@ def mixed_model(tiny_adapter):
     return model
 
 
-@pytest.mark.parametrize("method", ["exact", "first-order"])
+@pytest.mark.parametrize("method", ["exact", "first-order", "certified"])
 def test_model_is_left_as_it_was(mixed_model, make_batch, method):
     before, weights = state(mixed_model), {k: v.clone() for k, v in mixed_model.state_dict().items()}
     score_ranks(mixed_model, [make_batch()], method)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import qalora.base.loading
+from qalora.errors import InputError
+from qalora.score import main
+
+FIELDS = {
+    "method", "rows", "supervised_tokens", "loss", "base_loss", "seconds", "forward_equivalents", "certified",
+    "exact_evaluations", "prune", "pruned", "scores",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = tmp_path_factory.mktemp("base")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """A plain PEFT LoRA, with a rank of its own for one module."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(
+            r=2,
+            lora_alpha=2,
+            rank_pattern={"model.layers.0.mlp.up_proj": 3},
+            target_modules=["q_proj", "up_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"{i} and {i + 1} is ", "completion": f"{2 * i + 1}, of course"} for i in range(6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture
+def score(folder, adapter, rows, tmp_path):
+    def run(*flags, **replaced):
+        options = {"model": folder, "adapter": adapter, "data": rows, "output": tmp_path / "scores.json", **replaced}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        assert main([*words, "--dtype", "float32", *flags]) == 0
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["exact", "first-order", "certified", "path"])
+def test_every_rank_is_scored(score, method):
+    result = score("--method", method, "--prune", "3", "--rows", "5", "--batch-size", "2")
+    assert result.keys() >= FIELDS
+    assert (result["method"], result["rows"], result["prune"], len(result["pruned"])) == (method, 5, 3, 3)
+    names = [(entry["module"], entry["rank"]) for entry in result["scores"]]
+    assert len(set(names)) == len(names) == 2 + 3 + 2 + 2
+    assert ("model.layers.0.mlp.up_proj", 2) in names
+    lowest = sorted(result["scores"], key=lambda entry: entry["importance"])[:3]
+    assert sorted(map(tuple, result["pruned"])) == sorted((entry["module"], entry["rank"]) for entry in lowest)
+    assert sum(entry["exact"] for entry in result["scores"]) == result["exact_evaluations"]
+    assert all((entry["stderr"] is None) == (method == "exact") for entry in result["scores"])
+
+
+def test_drop_is_what_vanilla_peft_loses_without_the_rank(score, folder, adapter, rows):
+    """The rank deleted from the saved file by hand, no gates anywhere; a 16-bit base, which PEFT alone can load."""
+    from qalora.adapter.model import load_adapter
+    from qalora.data.batching import Collator
+    from qalora.data.tokenization import load_dataset
+    from qalora.training.loss import use_label_only_loss
+
+    result = score("--method", "exact", "--no-quantize")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    batch = Collator(tokenizer.pad_token_id)(load_dataset(str(rows), tokenizer).items)
+    batch.pop("rows")
+
+    def loss():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        use_label_only_loss(model)
+        with torch.no_grad():
+            return float(load_adapter(model, adapter)(**batch).loss)
+
+    assert loss() == pytest.approx(result["loss"], abs=1e-6)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"][1] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    entry = next(e for e in result["scores"] if (e["module"], e["rank"]) == ("model.layers.1.self_attn.q_proj", 1))
+    assert loss() - result["loss"] == pytest.approx(entry["drop"], abs=1e-6)
+
+
+def test_bad_input_is_named_before_weights_load(score, folder, adapter, rows, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(qalora.base.loading, "load_base", never)
+    with pytest.raises(InputError, match="at least 1"):
+        score("--rows", "0")
+    with pytest.raises(InputError, match=r"not an adapter"):
+        score(adapter=tmp_path)
+    unsupervised = tmp_path / "long.jsonl"
+    unsupervised.write_text(json.dumps({"prompt": "word " * 50, "completion": "x"}) + "\n")
+    with pytest.raises(InputError, match="max_seq_len"):
+        score("--max-seq-len", "16", data=unsupervised)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="not finite"):
+        score()
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(score, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    moved = {key.replace("layers.1", "layers.7"): tensor for key, tensor in tensors.items()}
+    save_file(moved, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.7.*another model"):
+        score()
