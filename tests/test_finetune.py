@@ -175,6 +175,24 @@ def test_every_round_stays_within_the_budget_and_moves_ranks(finetune):
     assert len(set(rounds[-1]["ranks"].values())) > 1
 
 
+@pytest.mark.parametrize("scoring", ["auto", "certified", "first-order", "exact", "path"])
+def test_every_way_to_score_decides_by_its_importance(finetune, scoring):
+    code, folder = finetune(f"allocation.scoring={scoring}", "evaluation.before=false", "evaluation.after=false")
+    assert code == 0
+    forwards = {"auto": 6, "first-order": 6, "path": 18}
+    for record in records(folder):
+        scores = json.loads((folder / record["scores"]).read_text())
+        assert scores["method"] == ("first-order" if scoring == "auto" else scoring)  # so short a run allows no more
+        assert record["forward_equivalents"] == forwards.get(scoring, record["forward_equivalents"]) > 0
+        assert record["exact_evaluations"] == sum(map(sum, scores["exact"].values()))
+        assert record["certified"] or scoring not in ("exact",)
+        ascending = sorted(
+            (score, name, rank) for name, s in scores["importance"].items() for rank, score in enumerate(s)
+        )
+        pruned = {(name, rank) for name, indices in record["pruned"].items() for rank in indices}
+        assert pruned == {(name, rank) for _, name, rank in ascending[:14]}
+
+
 def test_the_final_adapter_has_the_ranks_of_the_best_checkpoint(finetune):
     _, folder = finetune()
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())

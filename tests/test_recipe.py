@@ -307,3 +307,15 @@ def test_nine_recipes_are_shipped():
     assert module.recipe_names() == [
         "alpaca", "alpaca-clean", "boolq", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "sst2",
     ]  # fmt: skip
+
+
+def test_importance_follows_the_scoring_unless_given():
+    def kind(*settings):
+        return load_recipe("quickstart", [("model", "smollm2-135m"), *settings]).allocation.kind
+
+    assert kind() == kind(("allocation.scoring", "exact")) == "sum"
+    assert kind(("allocation.scoring", "path")) == kind(("allocation.importance", "path")) == "path"
+    with pytest.raises(InputError, match=r"allocation.importance=path .* allocation.scoring=exact"):
+        kind(("allocation.scoring", "exact"), ("allocation.importance", "path"))
+    with pytest.raises(InputError, match=r"allocation.importance=drop .* allocation.scoring=path"):
+        kind(("allocation.scoring", "path"), ("allocation.importance", "drop"))

@@ -3,10 +3,18 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qalora.adapter.allocation import in_steps, least_important, parse_duration, plan, schedule, share_out
+from qalora.adapter.allocation import (
+    in_steps,
+    least_important,
+    parse_duration,
+    plan,
+    schedule,
+    share_out,
+    undecided,
+)
 
 # Few distinct values, so that ties are common.
 scores = st.one_of(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), st.floats(-1e3, 1e3))
@@ -200,3 +208,43 @@ def test_what_is_no_duration(duration):
 def test_torch_is_not_imported(run_python):
     code = "import sys, qalora.adapter.allocation, qalora.recipe; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert run_python(code).split() == ["False", "False"]
+
+
+# ------------------------------------------------------------------------------------------------------------ undecided
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    count=st.integers(0, 12),
+    min_rank=st.integers(0, 2),
+    width=st.sampled_from([0.0, 0.02, 0.1, 0.5]),
+    random=st.randoms(use_true_random=False),
+)
+def test_whatever_can_change_sides_is_undecided(sizes, count, min_rank, width, random):
+    """Every set of values within the bounds differs from the point estimates' answer in undecided ranks only."""
+    scores = {f"m{i}": [random.random() for _ in range(size)] for i, size in enumerate(sizes)}
+    width_of = {name: [random.choice([0.0, width]) for _ in ranks] for name, ranks in scores.items()}
+    low, high = (
+        {name: [s + sign * w for s, w in zip(scores[name], width_of[name], strict=True)] for name in scores}
+        for sign in (-1, 1)
+    )
+    doubtful = set(undecided(scores, low, high, count, min_rank))
+    before = {(name, rank) for name, ranks in least_important(scores, count, min_rank).items() for rank in ranks}
+    for _ in range(20):
+        moved = {
+            name: [
+                random.choice([low[name][k], high[name][k], random.uniform(low[name][k], high[name][k])])
+                for k in range(len(s))
+            ]
+            for name, s in scores.items()
+        }
+        moved_set = {(name, rank) for name, ranks in least_important(moved, count, min_rank).items() for rank in ranks}
+        assert before ^ moved_set <= doubtful
+
+
+def test_nothing_is_undecided_where_bounds_do_not_cross():
+    scores = {"a": [0.1, 0.5], "b": [0.2, 0.9]}
+    low, high = ({name: [s + d for s in values] for name, values in scores.items()} for d in (-0.1, 0.1))
+    assert undecided(scores, low, high, 2) == []
+    assert undecided(scores, low, high, 1) == [("a", 0), ("b", 0)]

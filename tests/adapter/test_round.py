@@ -1,0 +1,48 @@
+"""What `auto` may spend, counted in tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qalora.adapter.allocation import plan
+from qalora.adapter.round import RoundSettings, allocation_round
+
+
+@pytest.fixture
+def run_round(tiny_adapter, make_batch):
+    """run(step, spent, **settings) → the record of one round on a fresh adapter of 56 ranks; B_val has 48 tokens."""
+
+    def run(step: int, spent: float = 0.0, **more):
+        settings = dict(
+            budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=480.0
+        )
+        model = tiny_adapter(r=4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        return allocation_round(model, optimizer, [make_batch()], RoundSettings(**{**settings, **more}), step, spent)
+
+    return run
+
+
+def test_auto_stays_within_three_percent_of_the_training_so_far(run_round):
+    """A step is 3 · 480 / 48 = 30 forwards of B_val, of which 0.9 are allowed."""
+    first, _ = run_round(step=10)  # 9 forwards: first order, and nothing else
+    assert (first["forward_equivalents"], first["exact_evaluations"], first["certified"]) == (6, 0, False)
+    later, _ = run_round(step=90)  # 81
+    assert later["exact_evaluations"] >= 24
+    assert 6 < later["forward_equivalents"] <= 81
+    spent, _ = run_round(step=90, spent=60.0)
+    assert spent["forward_equivalents"] == 6
+
+
+def test_auto_with_time_enough_is_certified_and_decides_as_exact_does(run_round):
+    auto, scores = run_round(step=10_000)
+    exact, truth = run_round(step=1, scoring="exact")
+    assert auto["certified"] and exact["certified"]
+    assert auto["pruned"] == exact["pruned"]
+    assert plan(scores.importance, prune=14).pruned == plan(truth.importance, prune=14).pruned
+
+
+def test_auto_with_path_importance_integrates(run_round):
+    record, scores = run_round(step=10, importance="path")
+    assert (scores.method, record["forward_equivalents"]) == ("path", 18)
