@@ -126,7 +126,6 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
-    import torch
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
@@ -230,10 +229,19 @@ def finetune(
     _write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
     if recipe.merge:
-        from qalora.deploy.merging import merge_into
+        from qalora.base.checkpoint import Quantization
+        from qalora.deploy.merging import merge
 
-        base.model = model.unload()
-        merge_into(base, output_dir / "adapter", output_dir / "merged", dtype=torch.bfloat16, overwrite=True)
+        trained = Quantization(
+            quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant, base.compute_dtype
+        )
+        merge(
+            base.source,
+            output_dir / "adapter",
+            output_dir / "merged",
+            quantization=trained if base.quantized else None,
+            overwrite=True,
+        )
     say(
         recipe,
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",

@@ -1,16 +1,19 @@
-"""`qalora merge`: adapter + base → a 16-bit model folder that plain transformers loads."""
+"""`qalora merge`: adapter + base → what a server loads: a model folder, a GGUF file, or the adapter in another form."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+ADAPTER_FORMATS = ("peft", "peft-uniform", "gguf-lora")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qalora merge",
-        description="Adds an adapter to the weights it was trained on and saves a 16-bit model folder.",
+        description="Adds an adapter to the weights it was trained on, and checks the result against base + adapter.",
     )
     parser.add_argument(
         "--model",
@@ -21,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="DIR", help="new, empty, or a previous merge of the same")
     parser.add_argument("--overwrite", action="store_true", help="replace whatever the output folder holds")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the saved weights"
+        "--format",
+        choices=("hf", "gguf", *ADAPTER_FORMATS),
+        default="hf",
+        help="a whole model: hf (transformers, vLLM), gguf (llama.cpp, Ollama); the adapter alone: peft (ranks as trained), "
+        "peft-uniform (one rank, for vLLM), gguf-lora (default: %(default)s)",
     )
     parser.add_argument(
         "--base",
@@ -31,44 +38,123 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-quantize", action="store_true", help="the same as --base original")
     parser.add_argument(
-        "--bnb-4bit-quant-type", choices=("nf4", "fp4"), default="nf4", help="as in training (default: nf4)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the weights of format hf (default: %(default)s)",
     )
     parser.add_argument(
-        "--no-double-quant", action="store_true", help="if the training was without double quantization"
+        "--gguf-type",
+        choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        default="f16",
+        help="of the weights of format gguf (default: %(default)s)",
     )
+    parser.add_argument("--max-shard-size", default="4GB", help="of format hf (default: %(default)s)")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not compare the result with base + adapter"
+    )
+    parser.add_argument("--verify", action="store_true", default=True, help="compare them (the default)")
+    trained = parser.add_argument_group(
+        "the 4-bit base of the training (default: what recipe.yaml beside the adapter says, else nf4 with double "
+        "quantization in the compute dtype of this machine)"
+    )
+    trained.add_argument("--bnb-4bit-quant-type", choices=("nf4", "fp4"))
+    trained.add_argument("--no-double-quant", action="store_true")
+    trained.add_argument("--bnb-4bit-compute-dtype", choices=("bfloat16", "float16", "float32"))
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
 
-    import torch
-
-    from qalora.adapter.model import read_config
-    from qalora.base.loading import load_base
     from qalora.base.registry import resolve
-    from qalora.deploy.merging import check_output, merge_into
+    from qalora.deploy.output import check_output
 
     source = resolve(args.model)
+    check_output(Path(args.output), model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
+
+    from qalora.adapter.model import read_config
+
     read_config(args.adapter)
-    output_dir = Path(args.output)
-    check_output(output_dir, model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
-    loaded = load_base(
+    if args.format in ADAPTER_FORMATS:
+        return export(args, source)
+
+    import torch
+
+    from qalora.deploy.merging import merge
+
+    original = args.base == "original" or args.no_quantize
+    report = merge(
         source,
-        load_in_4bit=args.base == "dequantized" and not args.no_quantize,
-        quant_type=args.bnb_4bit_quant_type,
-        double_quant=not args.no_double_quant,
+        args.adapter,
+        args.output,
+        quantization=None if original else trained_quantization(args),
+        dtype=getattr(torch, args.dtype),
+        format=args.format,
+        gguf_type=args.gguf_type,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        verify=args.verify,
     )
-    report = merge_into(loaded, args.adapter, output_dir, dtype=getattr(torch, args.dtype), overwrite=args.overwrite)
-    size = f"{report['bytes'] / 1e9:.2f} GB in {report['dtype']}"
-    print(f"{output_dir}: {size}, {report['modules']} modules merged")
-    print(
-        f"logits, merged against base + adapter: largest difference {report['max_logit_difference']:.3g}, "
-        f"mean {report['mean_logit_difference']:.3g}; the adapter itself moves them by "
-        f"{report['mean_adapter_effect']:.3g} on average"
-    )
-    print(f"try it: python -m qalora.generate --model {output_dir} --no-quantize --prompt '…'")
+    print(f"{args.output}: {report['bytes'] / 1e9:.2f} GB in {report['dtype']}, {report['modules']} modules merged")
+    if args.verify:
+        print(
+            f"against base + adapter: largest logit difference {report['max_logit_difference']:.3g}, mean "
+            f"{report['mean_logit_difference']:.3g} (the adapter moves them by {report['mean_adapter_effect']:.3g}), KL "
+            f"{report['kl']:.2g}, same likeliest token at {report['greedy_agreement']:.1%} of positions"
+        )
+    if args.format == "gguf":
+        print(f"try it: llama-cli -m {args.output}/model.gguf, or ollama create NAME -f {args.output}/Modelfile")
+    else:
+        print(f"try it: python -m qalora.generate --model {args.output} --no-quantize --prompt '…'")
     return 0
+
+
+def export(args: argparse.Namespace, source: Any) -> int:
+    from qalora.deploy.export import export_adapter
+
+    report = export_adapter(args.adapter, args.output, args.format, source=source, overwrite=args.overwrite)
+    print(
+        f"{args.output}: {report['modules']} modules, largest rank {report['rank']}; s · B A differs by at most "
+        f"{report['relative_difference']:.1e} of its largest element"
+    )
+    if args.format == "peft-uniform":
+        print(f"vLLM: --enable-lora --max-lora-rank {report['max_lora_rank']} --lora-modules NAME={args.output}")
+    elif args.format == "gguf-lora":
+        print(f"llama.cpp: llama-cli -m BASE.gguf --lora {args.output}/adapter.gguf")
+    return 0
+
+
+def trained_quantization(args: argparse.Namespace) -> Any:
+    """How the weights of the training were quantized, None if not: by the flags, by the run that the adapter lies in,
+    by default.
+
+    Raises:
+        InputError: the run's recipe.yaml cannot be read.
+    """
+    import torch
+    import yaml
+    from pydantic import ValidationError
+
+    from qalora.base.checkpoint import Quantization
+    from qalora.base.loading import choose_compute_dtype
+    from qalora.errors import InputError
+    from qalora.recipe import QuantizationConfig
+
+    run = Path(args.adapter).resolve().parent / "recipe.yaml"
+    try:
+        tree = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else {}
+        settings = QuantizationConfig.model_validate(tree.get("quantization", {}))
+    except (yaml.YAMLError, AttributeError, ValidationError) as error:
+        raise InputError(f"{run}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
+    if not settings.load_in_4bit:
+        return None
+    dtype = args.bnb_4bit_compute_dtype or settings.bnb_4bit_compute_dtype
+    return Quantization(
+        quant_type=args.bnb_4bit_quant_type or settings.bnb_4bit_quant_type,
+        double_quant=settings.bnb_4bit_use_double_quant and not args.no_double_quant,
+        compute_dtype=choose_compute_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
     parser.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, parquet or Hub id")
-    parser.add_argument("--data-format", default="auto", help="alpaca, sharegpt, messages, prompt-completion or text")
+    parser.add_argument("--data-format", help="alpaca, sharegpt, messages, prompt-completion or text (default: found)")
+    parser.add_argument(
+        "--recipe", help="name or path, such as a run's recipe.yaml: its columns, templates and labels read the rows"
+    )
     parser.add_argument(
         "--method",
         choices=("exact", "first-order", "certified", "path"),
@@ -36,15 +39,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
     )
+    parser.add_argument("--split", default="validation", help="of a Hub data set (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens a row (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=int, help="tokens a row (default: the recipe's, else 2048)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
     parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
     parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="compute dtype"
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="to compute in (default: by device)"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="where the JSON goes")
     return parser
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The flags that were given, as settings of a recipe."""
+    given = {
+        "model": args.model,
+        "data.train": args.data,
+        "data.format": args.data_format,
+        "data.max_seq_len": args.max_seq_len,
+        "quantization.load_in_4bit": False if args.no_quantize else None,
+        "quantization.bnb_4bit_compute_dtype": args.dtype,
+    }
+    return [(key, value) for key, value in given.items() if value is not None]
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +69,15 @@ def main(argv: list[str]) -> int:
 
     from qalora.base.registry import resolve
     from qalora.errors import InputError
+    from qalora.recipe import load_recipe
+    from qalora.recipe import resolve as resolve_recipe
 
-    source = resolve(args.model)
+    recipe = (
+        load_recipe(args.recipe, settings(args))
+        if args.recipe
+        else resolve_recipe(settings(args), origin="qalora score")
+    )
+    source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")
 
@@ -62,22 +86,21 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.round import free_memory
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.data.batching import Collator
+    from qalora.data.batching import Collator, micro_batches
     from qalora.data.tokenization import load_dataset
     from qalora.training.loss import use_label_only_loss
 
     read_config(args.adapter)
     read_tensors(args.adapter)
     tokenizer = load_tokenizer(source)
-    data = load_dataset(args.data, tokenizer, format=args.data_format, max_seq_len=args.max_seq_len, limit=args.rows)
-    base = load_base(source, load_in_4bit=not args.no_quantize, dtype=args.dtype, tokenizer=tokenizer)
+    data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
+    base = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading())
     use_label_only_loss(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)
     base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    collate, size = Collator(tokenizer.pad_token_id), args.batch_size
     batch = [
-        {key: value.to(base.model.device) for key, value in collate(data.items[i : i + size]).items() if key != "rows"}
-        for i in range(0, len(data), size)
+        {key: value.to(base.model.device) for key, value in micro.items() if key != "rows"}
+        for micro in micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id))
     ]
     prune = args.prune or len(ranks(model))
     start = time.perf_counter()

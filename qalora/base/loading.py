@@ -71,7 +71,7 @@ def load_base(
     config = _quantization_config(quant_type, double_quant, compute_dtype) if load_in_4bit else None
     if source.kind == "gguf" and config is not None:
         # transformers dequantizes a GGUF file's weights, and cannot quantize them anew in the same load.
-        model = _from_pretrained(source, _storage_dtype(compute_dtype), device)
+        model = _from_pretrained(source, storage_dtype(compute_dtype), device)
         quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
         _declare_quantized(model, config)
     else:
@@ -206,7 +206,7 @@ def _stored_in_4bit(source: ModelSource) -> bool:
     return bool(quantization)
 
 
-def _storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+def storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     # fp32 would double the peak for weights that a GGUF file has in fewer bits anyway.
     return torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
 

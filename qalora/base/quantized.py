@@ -37,30 +37,38 @@ def quantize_(
     The weights are quantized from `compute_dtype`, so that dequantizing gives that dtype without a cast.
     """
     for name, linear in linear_maps(model).items():
-        device = linear.weight.device
-        quantized = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=compute_dtype,
-            compress_statistics=double_quant,
-            quant_type=quant_type,
-            device="meta",
-        )
-        weight: Any = Params4bit(
-            linear.weight.data.to(compute_dtype),
-            requires_grad=False,
-            compress_statistics=double_quant,
-            quant_type=quant_type,
-            module=quantized,
-        )
-        quantized.weight = weight.to(device)  # quantizes
-        if linear.bias is not None:
-            quantized.bias = nn.Parameter(linear.bias.data.to(compute_dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized)
+        setattr(
+            model.get_submodule(parent),
+            child,
+            quantized(linear, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype),
+        )
         linear.weight.data = torch.empty(0)
     guard_cpu_packing(model)
+
+
+def quantized(linear: nn.Linear, *, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Linear4bit:
+    """The 4-bit form of one map, on its device."""
+    module = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        device="meta",
+    )
+    weight: Any = Params4bit(
+        linear.weight.data.to(compute_dtype),
+        requires_grad=False,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        module=module,
+    )
+    module.weight = weight.to(linear.weight.device)  # quantizes
+    if linear.bias is not None:
+        module.bias = nn.Parameter(linear.bias.data.to(compute_dtype), requires_grad=False)
+    return module
 
 
 def dequantize(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -33,6 +33,12 @@ class Collator:
         }
 
 
+def micro_batches(items: Sequence[Mapping[str, Any]], size: int, collate: Collator) -> list[dict[str, Tensor]]:
+    """The rows, shortest first so that little is padded, `size` of them to a batch."""
+    ordered = sorted(items, key=lambda item: len(item["input_ids"]))
+    return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
 def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str, Any]]:
     """Several rows in one sequence of at most `max_seq_len` tokens: the longest row first, each into the first
     sequence that has room for it (first-fit decreasing).

@@ -1,241 +1,287 @@
-"""Adapter + frozen base → one 16-bit model that plain transformers loads.
+"""Adapter + frozen base → one model for deployment, a tensor at a time.
 
-    W_merged = round( dequantized W + s · B A )        per linear map, in fp32, rounded once
+    W_merged = round( W + s · B A )        per linear map: W as the training computed with it, the sum in fp32, one rounding
 
-The base is the one that was trained on: the exact values of its 4-bit weights, or its 16-bit weights.
+    checkpoint ─ trained_weight ─ + s·B A ─ round ─┐
+               └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file ─ read back ─ compared
+
+No more than one tensor of the model is in memory at a time, in the comparison neither.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qalora.adapter.model import load_adapter, paired, read_config, read_tensors, scaling_of
-from qalora.base.loading import LoadedBase
-from qalora.base.quantized import dequantize, guard_cpu_packing, linear_maps
-from qalora.errors import InputError
-
-REPORT = "merge.json"
-SHARD_SIZE = "4GB"
-TEXTS = (
-    "The capital of France is Paris, and the capital of Italy is",
-    "Question: What is 17 + 25?\nAnswer:",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "Write a short review of a family-friendly restaurant near the river.",
+from qalora.adapter.model import paired, read_config, read_tensors, scaling_of
+from qalora.base.checkpoint import (
+    PIECE,
+    Checkpoint,
+    Pieces,
+    Quantization,
+    expected_shapes,
+    open_checkpoint,
+    open_folder,
+    trained_weight,
 )
+from qalora.base.loading import load_tokenizer
+from qalora.base.registry import ModelSource
+from qalora.deploy.output import REPORT, check_output, free_disk, written_beside
+from qalora.deploy.verification import TOLERANCE, Update, compare
+from qalora.errors import AnswerNo, InputError
+
+Format = Literal["hf", "gguf"]
+SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def merge_into(
-    loaded: LoadedBase,
+def merge(
+    source: ModelSource,
     adapter_dir: str | Path,
     output_dir: str | Path,
     *,
+    quantization: Quantization | None,
     dtype: torch.dtype = torch.bfloat16,
+    format: Format = "hf",
+    gguf_type: str = "f16",
+    max_shard_size: str = "4GB",
     overwrite: bool = False,
-    verify_rows: Sequence[str] | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
-    """Merges any plain PEFT LoRA into the base and writes a Hugging Face model folder.
+    """Merges any plain PEFT LoRA into its base and writes a Hugging Face model folder, or one with a GGUF file.
 
-    The folder is written beside its place and moved there at the end. A previous merge of the same model and
-    adapter is replaced; any other content is refused. One shard at a time is in memory, and then, for the
-    comparison, the model read back from the folder.
+    The folder is written beside its place and moved there once it is whole and verified. A previous merge of the same
+    model and adapter is replaced; any other content is refused.
 
     Args:
-        loaded: the base without an adapter; it is without one again afterwards.
-        dtype: of the saved weights.
-        overwrite: replace whatever the folder holds.
-        verify_rows: texts whose logits under both models are compared; None: TEXTS.
+        quantization: of the 4-bit base that was trained on; None: the 16- or 32-bit weights themselves.
+        dtype: of the saved weights, for format hf.
+        gguf_type: of the saved weights, for format gguf.
+        verify: read the result back and compare it with base + adapter, in fp32, on a few texts.
 
     Returns:
-        What `merge.json` in the folder holds: model, adapter, dtype, number of merged modules, bytes, and
-        over all logits of the texts `max_logit_difference`, `mean_logit_difference` (merged against adapter
-        model, both in the base's compute dtype) and `mean_adapter_effect` (adapter model against bare base),
-        all absolute.
+        What `merge.json` in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA or is made for another model, a folder that holds
-            something else, too little disk, or a sum that `dtype` cannot hold.
+        InputError: an adapter that is no plain LoRA or is made for another model, a folder that holds something else,
+            too little disk or memory, or a sum that `dtype` cannot hold. Nothing is left of the merge then.
+        AnswerNo: the result is further from base + adapter than the type's rounding explains. Nothing is left either.
     """
     output_dir, adapter_dir = Path(output_dir), Path(adapter_dir)
-    check_output(output_dir, model=loaded.source.name, adapter=adapter_dir, overwrite=overwrite)
-    guard_cpu_packing(loaded.model)
+    check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     updates = low_rank_updates(adapter_dir)
-    texts = TEXTS if verify_rows is None else tuple(verify_rows)
-    inputs = [loaded.tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
-    with_adapter, without_adapter = _adapter_logits(loaded, adapter_dir, inputs)
+    checkpoint, config = open_checkpoint(source)
+    check_fit(updates, checkpoint, adapter_dir, config)
+    tokenizer = load_tokenizer(source)
+    pieces = merged_pieces(checkpoint, updates, quantization, config)
+    shapes = expected_shapes(config)
+    stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
+    check_room(output_dir, shapes, stored, config)
 
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        size = write_weights(loaded.model, updates, partial, dtype)
-        write_settings(loaded.model, loaded.tokenizer, partial, dtype)
-        merged = _saved_logits(partial, inputs, loaded.compute_dtype, loaded.model.device)
-        difference = _distances(merged, with_adapter)
-        report = {
-            "model": loaded.source.name,
+    with written_beside(output_dir) as partial:
+        if format == "gguf":
+            from qalora.deploy.gguf import write_model, write_modelfile
+
+            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source)
+            write_modelfile(partial, tokenizer)
+        else:
+            write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
+            write_settings(config, tokenizer, partial, dtype, source)
+        report: dict[str, Any] = {
+            "model": source.name,
             "adapter": str(adapter_dir.resolve()),
-            "base": "dequantized" if loaded.quantized else "original",
-            "dtype": str(dtype).removeprefix("torch."),
+            "base": "original" if quantization is None else "dequantized",
+            "format": format,
+            "dtype": stored,
             "modules": len(updates),
-            "bytes": size,
-            "max_logit_difference": difference.max().item(),
-            "mean_logit_difference": difference.mean().item(),
-            "mean_adapter_effect": _distances(with_adapter, without_adapter).mean().item(),
+            "bytes": sum(file.stat().st_size for file in partial.iterdir() if file.suffix in (".safetensors", ".gguf")),
         }
+        if verify:
+            written, saved_config = open_folder(partial, "model.gguf" if format == "gguf" else None)
+            report |= compare(
+                config,
+                lambda name: base_pieces(checkpoint, quantization, config, name),
+                updates,
+                saved_config,
+                written.pieces,
+                tokenizer,
+            )
+            report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if verify and not report["relative_difference"] <= report["tolerance"]:
+            raise AnswerNo(
+                f"the merged model differs from base + adapter by {report['relative_difference']:.2g} of its logits, more than "
+                f"rounding to {stored} explains ({report['tolerance']:.2g}); nothing was kept. --no-verify keeps it."
+            )
     return report
 
 
-def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool) -> None:
-    """Refuses a folder whose content is not ours to replace.
+def merged_pieces(
+    checkpoint: Checkpoint,
+    updates: Mapping[str, Update],
+    quantization: Quantization | None,
+    config: PreTrainedConfig,
+) -> Pieces:
+    """Name → the tensor to save in blocks of rows, before its rounding."""
 
-    Raises:
-        InputError: a file; a folder that holds the adapter or the base; without `overwrite`, a folder with
-            anything but a previous merge of the same model and adapter.
-    """
-    here = output_dir.resolve()
-    for source in (adapter, Path(model)):
-        if source.exists() and (here == source.resolve() or here in source.resolve().parents):
-            raise InputError(f"{output_dir}: holds {source}, which the merge reads; choose another output folder.")
-    if output_dir.is_file():
-        raise InputError(f"{output_dir}: is a file; choose a folder.")
-    if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    try:
-        report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
-        same = (report["model"], report["adapter"]) == (model, str(adapter.resolve()))
-    except (OSError, ValueError, LookupError, TypeError):
-        same = False
-    if not same:
-        raise InputError(f"{output_dir}: not a merge of {model} with {adapter}; pass --overwrite to replace it.")
+    def pieces(name: str) -> Iterator[Tensor]:
+        update = updates.get(name.removesuffix(".weight"))
+        if update is None:
+            yield from base_pieces(checkpoint, quantization, config, name)
+            return
+        A, B, s = update
+        weight = trained_weight(checkpoint, name, quantization)
+        yield weight.addmm_(B, A, alpha=s)
+
+    return pieces
 
 
-def low_rank_updates(adapter_dir: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+def base_pieces(
+    checkpoint: Checkpoint, quantization: Quantization | None, config: PreTrainedConfig, name: str
+) -> Iterator[Tensor]:
+    """A tensor of the base as the training computed with it: linear maps of the blocks dequantized, all else as it is."""
+    if is_map(name):
+        yield trained_weight(checkpoint, name, quantization)
+    else:
+        yield from checkpoint.pieces(name)
+
+
+def is_map(name: str) -> bool:
+    """Whether the tensor is the weight of a linear map of a block."""
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+def low_rank_updates(adapter_dir: str | Path) -> dict[str, Update]:
     """Full module name → (A (r, in), B (out, r), scaling) of a saved plain PEFT LoRA, on the CPU in fp32."""
     config = read_config(adapter_dir)
     pairs = paired(read_tensors(adapter_dir), adapter_dir)
     return {name: (A.float(), B.float(), scaling_of(config, name)) for name, (A, B) in pairs.items()}
 
 
-def merged_weight(base: nn.Module, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    """W + s · B A of one linear map, (out, in) in fp32 on the device of the base."""
-    weight = dequantize(base, torch.float32)
-    if update is None:
-        return weight
-    A, B, s = update
-    return weight + s * (B.to(weight.device) @ A.to(weight.device))
+# ------------------------------------------------------------------------------------------------ before anything is written
 
 
-def write_weights(
-    model: nn.Module, updates: Mapping[str, tuple[Tensor, Tensor, float]], folder: Path, dtype: torch.dtype
-) -> int:
-    """Writes the merged weights as safetensors shards with their index, one shard in memory at a time;
-    returns bytes.
+def check_fit(
+    updates: Mapping[str, Update], checkpoint: Checkpoint, adapter_dir: Path, config: PreTrainedConfig
+) -> None:
+    """
+    Raises:
+        InputError: the adapter has a module that the model lacks, or another shape for it.
+    """
+    for name, (A, B, _) in updates.items():
+        shape = checkpoint.shapes.get(f"{name}.weight")
+        if shape is None or not is_map(f"{name}.weight"):
+            raise InputError(
+                f"{adapter_dir}: the adapter has weights for {name}, which the model lacks; it was made for another model."
+            )
+        if shape != (B.shape[0], A.shape[1]):
+            raise InputError(
+                f"{adapter_dir}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {shape} in the model (out, in); "
+                "it was made for another model."
+            )
+
+
+def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        InputError: too little disk or memory for the merge, with the figures.
+    """
+    bits = {"float32": 32, "f32": 32, "q8_0": 8.5, "q5_0": 5.5, "q5_1": 6, "q4_0": 4.5, "q4_1": 5}.get(stored, 16)
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    disk, free = int(sum(sizes.values()) * bits / 8), free_disk(output_dir)
+    if free < disk:
+        raise InputError(f"{output_dir}: the merge takes {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free.")
+    # A map is held as fp32 sum and rounded copy; other tensors pass in pieces, but a GGUF file's are written whole.
+    largest = max(
+        int(size * (4 + bits / 8)) if is_map(name) else int(size * bits / 8) + 3 * PIECE for name, size in sizes.items()
+    )
+    memory, available = largest + (200 << 20), psutil.virtual_memory().available
+    if available < memory:
+        raise InputError(
+            f"--model: the merge takes {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; close "
+            "other programs, or use a machine with more."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------ writing
+
+
+def write_safetensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """Writes safetensors shards with their index, piece by piece; the library's own writer wants a shard in memory.
+
+    https://github.com/huggingface/safetensors#format: header size (8 bytes), JSON header, the tensors' bytes.
 
     Raises:
-        InputError: too little room on the disk, or a value beyond the range of `dtype`.
+        InputError: a value beyond the range of `dtype`.
     """
-    maps = linear_maps(model)
-    plain = {
-        name: parameter for name, parameter in model.named_parameters() if name.removesuffix(".weight") not in maps
-    }
-    shapes = {name: tuple(parameter.shape) for name, parameter in plain.items()}
-    shapes |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in maps.items()}
     layout = split_torch_state_dict_into_shards(
         {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sorted(shapes.items())},
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_SIZE,
+        max_shard_size=max_shard_size,
     )
-    size = int(layout.metadata["total_size"])
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise InputError(
-            f"{folder.parent}: the merge takes {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free."
-        )
-
-    def tensor(name: str) -> Tensor:
-        if name in plain:
-            value = plain[name].detach()
-        else:
-            module = name.removesuffix(".weight")
-            value = merged_weight(maps[module], updates.get(module))
-        rounded = value.to(dtype).cpu().contiguous()
-        if not torch.isfinite(rounded).all():
-            raise InputError(f"{name}: a merged value is beyond the range of {dtype}; pass --dtype bfloat16.")
-        return rounded
-
     for file, names in layout.filename_to_tensors.items():
-        save_file({name: tensor(name) for name in names}, str(folder / file), metadata={"format": "pt"})
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + torch.Size(shapes[name]).numel() * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                for piece in pieces(name):
+                    handle.write(rounded(name, piece, dtype).view(torch.uint8).numpy().data)
+            if handle.tell() != 8 + len(text) + end:
+                raise RuntimeError(f"{file}: {handle.tell()} bytes written of {8 + len(text) + end}")
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return size
 
 
-def write_settings(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Raises:
+        InputError: a value that `dtype` cannot hold.
+    """
+    result = value.to(dtype).contiguous()
+    if not torch.isfinite(result).all():
+        raise InputError(f"{name}: a merged value is beyond the range of {dtype}; use bfloat16.")
+    return result
+
+
+def write_settings(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, source: ModelSource
+) -> None:
     """Writes config (without quantization_config), generation config and tokenizer."""
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.architectures = [type(model).__name__]
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)
-    if model.generation_config is not None:
-        generation = copy.deepcopy(model.generation_config)
-        # Published files (LLaMA-2's) set temperature or top_p without do_sample, which strict saving refuses.
-        if (generation.temperature or 1.0) != 1.0 or (generation.top_p or 1.0) != 1.0:
-            generation.do_sample = True
-        generation.save_pretrained(folder)
+    generation = _generation_config(source, config)
+    # Published files (LLaMA-2's) set temperature or top_p without do_sample, which strict saving refuses.
+    if (generation.temperature or 1.0) != 1.0 or (generation.top_p or 1.0) != 1.0:
+        generation.do_sample = True
+    generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@torch.no_grad()
-def _adapter_logits(
-    loaded: LoadedBase, adapter_dir: Path, inputs: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """fp32 logits with the adapter and without it; the base is left without one."""
-    training = loaded.model.training
-    without_adapter = list(_logits(loaded.model, inputs))
-    peft_model = load_adapter(loaded.model, adapter_dir)
-    try:
-        with_adapter = list(_logits(peft_model, inputs))
-    finally:
-        peft_model.unload()
-        loaded.model.train(training)
-    return with_adapter, without_adapter
-
-
-@torch.no_grad()
-def _saved_logits(
-    folder: Path, inputs: Sequence[Tensor], compute_dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """fp32 logits of the model read back from its folder, computed as the adapter model's are."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype)
-    return list(_logits(model.to(device), inputs))
-
-
-def _distances(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Absolute differences of two lists of logits, as one vector."""
-    return torch.cat([(a - b).abs().flatten() for a, b in zip(left, right, strict=True)])
-
-
-def _logits(model: Any, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    model.eval()
-    for input_ids in inputs:
-        yield model(input_ids=input_ids.to(model.device), use_cache=False).logits.float().cpu()
+def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
+    if source.kind != "gguf":
+        try:
+            return GenerationConfig.from_pretrained(source.location)
+        except OSError:  # the model has none
+            pass
+    return GenerationConfig.from_model_config(config)

@@ -31,7 +31,7 @@ from transformers import (
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, ranks, write_adapter
 from qalora.adapter.round import RoundSettings
-from qalora.data.batching import Collator, PackingCollator, pack
+from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
@@ -157,8 +157,6 @@ def build_trainer(
     training, allocation = recipe.training, recipe.allocation
     use_label_only_loss(cast(PreTrainedModel, model.get_base_model()))
     collate = Collator(tokenizer.pad_token_id)
-    scoring = sorted(scoring, key=lambda item: len(item["input_ids"]))
-    batch_size = training.micro_batch_size
     allocator = AllocationCallback(
         rounds,
         RoundSettings(
@@ -174,7 +172,7 @@ def build_trainer(
             * training.micro_batch_size
             * training.gradient_accumulation_steps,
         ),
-        [collate(scoring[i : i + batch_size]) for i in range(0, len(scoring), batch_size)],
+        micro_batches(scoring, training.micro_batch_size, collate),
         output_dir,
     )
     interrupt = InterruptCallback()

@@ -1,0 +1,104 @@
+"""What the benches share: what they ran on, real models, models of any shape with random weights, and tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from qalora.base.quantized import guard_cpu_packing, linear_maps, quantized
+from qalora.base.registry import ModelShape
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, date and the commit, for whoever repeats the measurement."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{torch.get_num_threads()} CPU threads, {_cpu()}"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def random_llama(shape: ModelShape, *, device: str, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen 4-bit LLaMA with random weights, made one map at a time on the device. Only good for cost."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        max_position_embeddings=1 << 20,
+        use_cache=False,
+        dtype=compute_dtype,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, linear in linear_maps(model).items():
+        linear.weight = nn.Parameter(0.02 * torch.randn(linear.weight.shape, device=device, dtype=compute_dtype))
+        parent, _, child = name.rpartition(".")
+        setattr(
+            model.get_submodule(parent),
+            child,
+            quantized(linear, quant_type="nf4", double_quant=True, compute_dtype=compute_dtype),
+        )
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = torch.ones if parameter.ndim == 1 else lambda *a, **k: 0.02 * torch.randn(*a, **k)
+                module._parameters[name] = nn.Parameter(value(parameter.shape, device=device, dtype=compute_dtype))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.tie_weights()
+    guard_cpu_packing(model)
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one set of columns → a Markdown table."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *[[_shown(row[name]) for name in head] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_results(name: str, results: Mapping[str, Any], text: str) -> None:
+    """bench/results/NAME.json and .md, and the table on standard output."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,70 @@
+"""transformers' names and row order of a LLaMA-class model ↔ those of GGUF.
+
+llama.cpp rotates neighbouring pairs of a head's rows, transformers its halves: under the architecture `llama` the rows of
+q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from qalora.errors import InputError
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type → general.architecture
+
+
+def architecture(config: Any) -> str:
+    """GGUF's name for the architecture.
+
+    Raises:
+        InputError: not one that is written and read here.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(
+            f"model_type={config.model_type}: GGUF is written and read for {', '.join(ARCHITECTURES)} models only."
+        )
+    return ARCHITECTURES[config.model_type]
+
+
+def gguf_name(name: str, config: Any) -> str:
+    """model.layers.3.self_attn.q_proj.weight → blk.3.attn_q.weight"""
+    stem, _, kind = name.rpartition(".")
+    return f"{_names(architecture(config), config.num_hidden_layers).get_name(stem)}.{kind}"
+
+
+def is_permuted(name: str, config: Any) -> bool:
+    """Whether the rows of this weight or bias (or of the B of its adapter) have another order in GGUF."""
+    return architecture(config) == "llama" and _projection(name) in ("q_proj", "k_proj")
+
+
+def permuted(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """Rows in GGUF's order."""
+    if not is_permuted(name, config):
+        return tensor
+    return tensor.unflatten(0, (_heads(name, config), 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def unpermuted(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """The inverse of `permuted`."""
+    if not is_permuted(name, config):
+        return tensor
+    return tensor.unflatten(0, (_heads(name, config), -1, 2)).transpose(1, 2).reshape(tensor.shape)
+
+
+def _heads(name: str, config: Any) -> int:
+    return config.num_attention_heads if _projection(name) == "q_proj" else config.num_key_value_heads
+
+
+def _projection(name: str) -> str:
+    """model.layers.3.self_attn.q_proj[.weight] → q_proj"""
+    return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+
+
+@lru_cache
+def _names(arch: str, blocks: int) -> Any:
+    import gguf
+
+    return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), blocks)

@@ -1,0 +1,132 @@
+"""An adapter alone, in the forms that other tools read.
+
+    peft           rank_pattern and alpha_pattern with full names: PEFT
+    peft-uniform   one rank, zero-padded, alpha = rank, scaling folded into B: PEFT, vLLM, and llama.cpp's converter
+    gguf-lora      the same as GGUF: llama.cpp (--lora) and Ollama (ADAPTER)
+
+PEFT divides alpha by each module's rank, vLLM by the one global r, llama.cpp by each tensor's own rank: of one rank, all
+three compute the same function.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qalora.adapter.model import PREFIX, read_config
+from qalora.base.checkpoint import open_checkpoint
+from qalora.base.loading import load_tokenizer
+from qalora.base.registry import ModelSource
+from qalora.deploy.merging import check_fit, low_rank_updates
+from qalora.deploy.output import REPORT, check_output, written_beside
+from qalora.deploy.verification import Update
+
+AdapterFormat = Literal["peft", "peft-uniform", "gguf-lora"]
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+
+
+def export_adapter(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    format: AdapterFormat,
+    *,
+    source: ModelSource,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes the adapter in another form, reads it back, and compares every module's s · B A.
+
+    Returns:
+        What `merge.json` in the folder holds: among others the rank, and the largest difference of an element of s · B A
+        relative to the largest element.
+
+    Raises:
+        InputError: no plain LoRA, made for another model, or an output folder that holds something else.
+        RuntimeError: what was written does not read back as the same function.
+    """
+    adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
+    check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
+    updates = low_rank_updates(adapter_dir)
+    checkpoint, model_config = open_checkpoint(source)
+    check_fit(updates, checkpoint, adapter_dir, model_config)
+    written = updates if format == "peft" else uniform(updates)
+    with written_beside(output_dir) as partial:
+        if format == "gguf-lora":
+            from qalora.deploy.gguf import read_adapter, write_adapter, write_modelfile
+
+            write_adapter(partial / "adapter.gguf", written, model_config)
+            write_modelfile(partial, load_tokenizer(source), adapter_of=source.hub_id or source.name)
+            found = read_adapter(partial / "adapter.gguf", list(updates), model_config)
+        else:
+            write_peft(partial, adapter_dir, written)
+            found = low_rank_updates(partial)
+        difference = largest_difference(updates, found)
+        if difference > 1e-6:
+            raise RuntimeError(f"{output_dir}: the export does not compute what {adapter_dir} does ({difference:.1e})")
+        rank = max(len(A) for A, _, _ in written.values())
+        report = {
+            "model": source.name,
+            "adapter": str(adapter_dir.resolve()),
+            "format": format,
+            "modules": len(written),
+            "rank": rank,
+            "max_lora_rank": next((r for r in VLLM_RANKS if r >= rank), None),
+            "relative_difference": difference,
+        }
+        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def uniform(updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Every module at the largest rank, padded with zeros, its scaling folded into B and 1 from then on."""
+    rank = max(len(A) for A, _, _ in updates.values())
+    return {
+        name: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(s * B, (0, rank - len(A))), 1.0)
+        for name, (A, B, s) in updates.items()
+    }
+
+
+def write_peft(folder: Path, adapter_dir: Path, updates: Mapping[str, Update]) -> None:
+    """A PEFT folder with these updates; what else the adapter's config says stays."""
+    config = read_config(adapter_dir)
+    ranks = {name: len(A) for name, (A, _, _) in updates.items()}
+    alphas = {name: _whole(s * ranks[name]) for name, (_, _, s) in updates.items()}
+    config.r = max(ranks.values())
+    config.lora_alpha = max(alphas.values())
+    one = len(set(ranks.values())) == len(set(alphas.values())) == 1
+    config.rank_pattern, config.alpha_pattern = ({}, {}) if one else (ranks, alphas)
+    config.use_rslora = False
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B, _) in updates.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def largest_difference(left: Mapping[str, Update], right: Mapping[str, Update]) -> float:
+    """Of an element of s · B A, relative to the largest, over all modules.
+
+    Raises:
+        RuntimeError: other modules.
+    """
+    if left.keys() != right.keys():
+        raise RuntimeError(f"other modules: {sorted(left.keys() ^ right.keys())[:3]}")
+    worst = largest = 0.0
+    for name, (A, B, s) in left.items():
+        product = s * (B @ A)
+        A2, B2, s2 = right[name]
+        largest = max(largest, product.abs().max().item())
+        worst = max(worst, torch.addmm(product, B2, A2, alpha=-s2).abs().max().item())
+    return worst / largest if largest else 0.0
+
+
+def _whole(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha

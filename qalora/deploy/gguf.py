@@ -1,0 +1,269 @@
+"""What llama.cpp and Ollama read: a merged model or an adapter as GGUF, and a Modelfile.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys, names and number formats are the gguf library's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, RopeScalingType, TokenType, quantize
+from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from qalora.base.checkpoint import Pieces
+from qalora.base.gguf_names import architecture, gguf_name, permuted, unpermuted
+from qalora.base.registry import ModelSource
+from qalora.errors import InputError
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def write_model(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Pieces,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    gguf_type: str,
+    source: ModelSource,
+) -> None:
+    """Writes a whole model, a tensor at a time.
+
+    Args:
+        shapes, pieces: of the tensors under transformers' names, see `Checkpoint`.
+        source: a GGUF base hands on its tokenizer as it stands.
+
+    Raises:
+        InputError: a model or a tokenizer that has no GGUF form here, or a value beyond the range of the type.
+    """
+    writer = GGUFWriter(str(file), architecture(config))
+    _add_shape(writer, config, gguf_type)
+    if source.gguf_file:
+        _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
+    else:
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+    frequencies = _rope_frequencies(config)
+    if frequencies is not None:
+        writer.add_tensor_info("rope_freqs.weight", frequencies.shape, frequencies.dtype, frequencies.nbytes)
+    kinds = {name: _kind(name, shape, gguf_type) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor_info(
+            gguf_name(name, config), shape, np.dtype(np.float32), _bytes(shape, kinds[name]), kinds[name]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if frequencies is not None:
+        writer.write_tensor_data(frequencies)
+    for name, shape in shapes.items():
+        writer.write_tensor_data(_encoded(name, shape, pieces(name), kinds[name], config))
+    writer.close()
+
+
+def write_adapter(file: Path, updates: Mapping[str, tuple[Tensor, Tensor, float]], config: PreTrainedConfig) -> None:
+    """Writes a LoRA of one rank as a GGUF adapter (`llama-cli --lora FILE`), in fp32.
+
+    llama.cpp scales by alpha over the tensor's own rank, so every module needs the same rank and scaling.
+    """
+    ranks = {len(A) for A, _, _ in updates.values()}
+    scalings = {s for _, _, s in updates.values()}
+    if len(ranks) != 1 or len(scalings) != 1:
+        raise ValueError(f"ranks {ranks} and scalings {scalings}: an adapter in GGUF has one of each")
+    writer = GGUFWriter(str(file), architecture(config))
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(scalings.pop() * ranks.pop()))
+    for name, (A, B, _) in updates.items():
+        stem = gguf_name(f"{name}.weight", config)
+        writer.add_tensor(f"{stem}.lora_a", A.contiguous().numpy())
+        writer.add_tensor(f"{stem}.lora_b", permuted(f"{name}.weight", B, config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """What llama.cpp reads: module → (A, B, alpha over the tensor's own rank)."""
+    reader = GGUFReader(str(file))
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
+    found = {}
+    for name in names:
+        stem = gguf_name(f"{name}.weight", config)
+        A, B = tensors[f"{stem}.lora_a"], unpermuted(f"{name}.weight", tensors[f"{stem}.lora_b"], config)
+        found[name] = (A, B, alpha / len(A))
+    return found
+
+
+def write_modelfile(folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapter_of: str | None = None) -> None:
+    """`ollama create NAME -f Modelfile` in the folder; the chat template is in the GGUF file."""
+    if adapter_of is None:
+        text = "FROM ./model.gguf\n"
+        if tokenizer.eos_token:
+            text += f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n"
+    else:
+        text = f"# The base that the adapter was trained on, as Ollama names it or as a GGUF file.\nFROM {adapter_of}\n"
+        text += "ADAPTER ./adapter.gguf\n"
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------------ tensors
+
+
+def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantizationType:
+    """Vectors stay fp32, as llama.cpp wants them; embeddings and head keep 8 bits where the maps have fewer."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    wanted = GGMLQuantizationType[gguf_type.upper()]
+    block, size = GGML_QUANT_SIZES[wanted]
+    if ".layers." not in name and size / block < GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][1] / 32:
+        wanted = GGMLQuantizationType.Q8_0
+    return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
+
+
+def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * size
+
+
+def _encoded(
+    name: str, shape: tuple[int, ...], pieces: Iterator[Tensor], kind: GGMLQuantizationType, config: PreTrainedConfig
+) -> Any:
+    """The tensor's bytes; rows are quantized as their piece arrives."""
+    out = np.empty(_bytes(shape, kind), dtype=np.uint8)
+    at = 0
+    for piece in pieces:
+        rows = permuted(name, piece, config).float().contiguous().numpy()
+        if kind == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
+            raise InputError(f"{name}: a merged value is beyond the range of f16; pass --gguf-type bf16.")
+        data = quantize(rows, kind).view(np.uint8).reshape(-1)
+        out[at : at + data.size] = data
+        at += data.size
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ metadata
+
+
+def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    writer.add_type("model")
+    writer.add_file_type(LlamaFileType[{"f32": "ALL_F32"}.get(gguf_type, f"MOSTLY_{gguf_type.upper()}")])
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    elif kind not in ("default", "llama3"):
+        raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
+    if window := getattr(config, "sliding_window", None):
+        writer.add_sliding_window(window)
+
+
+def _rope_frequencies(config: Any) -> Any:
+    """Llama-3.1's scaling, as the divisor of each frequency (arXiv 2407.21783, §3.2; transformers' rope type llama3)."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return (plain / scaled).float().numpy()
+
+
+def _copy_tokenizer(writer: GGUFWriter, file: Path) -> None:
+    for key, field in GGUFReader(str(file)).fields.items():
+        if key.startswith("tokenizer."):
+            kinds = field.types
+            value = field.contents()
+            writer.add_key_value(key, value, kinds[0], sub_type=kinds[1] if len(kinds) > 1 else None)
+
+
+def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
+    """From tokenizer.json: byte-level BPE (gpt2 in GGUF), or SentencePiece's BPE with byte fallback (llama)."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise InputError(f"the tokenizer is a {model['type']} model; GGUF is written for BPE and SentencePiece ones.")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [TokenType.UNUSED] * vocab_size
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, TokenType.NORMAL
+    for added in backend["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if model.get("byte_fallback"):
+        for byte in range(256):
+            types[model["vocab"][f"<0x{byte:02X}>"]] = TokenType.BYTE
+        if tokenizer.unk_token_id is not None:
+            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(_scores(tokens, model["merges"]))
+        writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("x", add_special_tokens=False).tokens != ["x"])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(backend))
+        writer.add_token_list(tokens)
+        writer.add_token_merges(merges)
+    writer.add_token_types(types)
+    for name in ("bos", "eos", "unk", "pad"):
+        if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(i)
+    ids = tokenizer("x")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+    """SentencePiece merges what scores highest first, a merge list what comes first: score = −rank of the merge."""
+    made: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        made.setdefault(left + right, -float(rank))
+    return [made.get(token, -1e6) for token in tokens]
+
+
+def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how the text is split before BPE, which tokenizer.json spells as regular expressions."""
+    text = json.dumps(backend["pre_tokenizer"])
+    if "{1,3}" in text and "Split" in text:
+        return "llama-bpe"
+    if "Split" in text and "\\\\p{N}" in text:
+        return "qwen2"
+    if "Digits" in text and "ByteLevel" in text:
+        return "smollm"
+    if "ByteLevel" in text:
+        return "gpt-2"
+    raise InputError(f"the tokenizer splits text in a way that has no GGUF name here: {text[:200]}")
