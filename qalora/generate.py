@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         help="sample from the likeliest tokens of this total probability (default: 1.0)",
     )
+    parser.add_argument("--top-k", type=int, help="sample from this many likeliest tokens (default: all)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, help="divides the scores of tokens that were said (default: 1.0)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
     return parser
 
@@ -82,11 +86,14 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--raw: a chat needs the chat template; use --raw with --prompt.")
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more.")
-    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     given = {name: value for name, value in sampling.items() if value is not None}
     for name, value in given.items():
         if not args.do_sample:
             raise InputError(f"--{name.replace('_', '-')} {value}: has no effect without --do-sample; add it.")
+    if args.repetition_penalty is not None:
+        given["repetition_penalty"] = args.repetition_penalty
+    for name, value in given.items():
         if not (value > 0 and (name != "top_p" or value <= 1)):
             raise InputError(
                 f"--{name.replace('_', '-')} {value}: must be above 0" + (" and at most 1." if name == "top_p" else ".")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers
 from qalora.base.quantized import quantize_
@@ -59,6 +60,34 @@ def build_llama(
     if label_only:
         use_label_only_loss(model)
     return model
+
+
+@pytest.fixture(scope="session")
+def save_tiny_llama():
+    """save(path, **config) → path: a tiny random LLaMA in fp32 on disk, with a tokenizer of bytes and a chat template."""
+
+    def save(path: Path, **config) -> Path:
+        torch.manual_seed(0)
+        vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        settings = dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+        )
+        LlamaForCausalLM(LlamaConfig(**(settings | config))).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
 
 
 @pytest.fixture

@@ -62,6 +62,14 @@ def parsed(*flags):
             ["--do-sample", "--temperature", "0.7", "--top-p", "0.9", "--max-new-tokens", "5"],
             dict(max_new_tokens=5, do_sample=True, temperature=0.7, top_p=0.9),
         ),
+        (
+            ["--do-sample", "--top-k", "5", "--repetition-penalty", "1.2"],
+            dict(max_new_tokens=256, do_sample=True, top_k=5, repetition_penalty=1.2),
+        ),
+        (
+            ["--repetition-penalty", "1.2"],
+            dict(max_new_tokens=256, do_sample=False, repetition_penalty=1.2),
+        ),
     ],
     ids=["greedy", "sampling", "sampling settings"],
 )
@@ -74,6 +82,9 @@ def test_flags_are_hugging_faces_options(flags, options):
     [
         ["--temperature", "0.7"],
         ["--do-sample", "--temperature", "0"],
+        ["--top-k", "5"],
+        ["--do-sample", "--top-k", "0"],
+        ["--repetition-penalty", "0"],
         ["--do-sample", "--top-p", "1.5"],
         ["--max-new-tokens", "0"],
     ],

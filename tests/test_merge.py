@@ -6,33 +6,19 @@ import sys
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-import qalora.base.loading
+import qalora.base.checkpoint
+from qalora.base.checkpoint import Quantization
 from qalora.errors import InputError
-from qalora.merge import main
+from qalora.merge import main, parser, trained_quantization
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    path = tmp_path_factory.mktemp("base")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+def folder(save_tiny_llama, tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +55,54 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(qalora.base.loading, "load_base", never)
+    monkeypatch.setattr(qalora.base.checkpoint, "trained_weight", never)
     (tmp_path / "note.txt").write_text("mine")
     values = {"model": str(folder), "adapter": str(adapter), "output": str(tmp_path / "merged")}
     values[wrong] = {"model": "no-such-model", "adapter": str(folder), "output": str(tmp_path)}[wrong]
     with pytest.raises(InputError, match=values[wrong]):
         main(["--model", values["model"], "--adapter", values["adapter"], "--output", values["output"]])
+
+
+@pytest.mark.parametrize("format", ["gguf", "peft", "peft-uniform", "gguf-lora"])
+def test_every_format_ends_in_its_file(folder, adapter, tmp_path, format):
+    output = tmp_path / "out"
+    arguments = ["--model", str(folder), "--adapter", str(adapter), "--output", str(output), "--format", format]
+    assert main(arguments) == 0
+    file = {"gguf": "model.gguf", "gguf-lora": "adapter.gguf"}.get(format, "adapter_model.safetensors")
+    assert (output / file).is_file()
+    assert json.loads((output / "merge.json").read_text())["format"] == format
+
+
+def asked(adapter, *flags):
+    return trained_quantization(
+        parser().parse_args(["--model", "m", "--adapter", str(adapter), "--output", "o", *flags])
+    )
+
+
+def test_the_base_is_quantized_as_in_the_run_that_the_adapter_lies_in(tmp_path):
+    adapter = tmp_path / "adapter"
+    quantization = {
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"quantization": quantization}))
+    assert asked(adapter) == Quantization("fp4", False, torch.bfloat16)
+    assert asked(adapter, "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "float32") == Quantization(
+        "nf4", False, torch.float32
+    )
+    (tmp_path / "recipe.yaml").write_text("quantization: {load_in_4bit: false}")
+    assert asked(adapter) is None
+    (tmp_path / "recipe.yaml").unlink()
+    found = asked(adapter)
+    assert (found.quant_type, found.double_quant) == ("nf4", True)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "just words", "quantization: {bits: 4}"])
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"recipe.yaml: not the recipe of a run"):
+        asked(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("command", ["merge", "evaluate", "generate"])

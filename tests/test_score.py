@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import qalora.base.loading
 from qalora.errors import InputError
@@ -20,24 +19,8 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    path = tmp_path_factory.mktemp("base")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+def folder(save_tiny_llama, tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -146,3 +129,20 @@ def test_an_adapter_of_another_model_is_refused(score, adapter):
     save_file(moved, adapter / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"layers\.7.*another model"):
         score()
+
+
+def test_a_recipe_reads_the_rows(score, rows, tmp_path):
+    """Its columns, templates and labels, as in a run whose recipe.yaml it is; the same rows give the same scores."""
+    plain = score("--method", "first-order")
+    other = tmp_path / "other.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    other.write_text("".join(json.dumps({"q": line["prompt"], "a": line["completion"]}) + "\n" for line in lines))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {train: x, format: prompt-completion, prompt_template: '{question}', completion_template: '{a}', "
+        "columns: {q: question}}"
+    )
+    found = score("--method", "first-order", "--recipe", str(recipe), data=other)
+    assert found["scores"] == plain["scores"]
+    with pytest.raises(InputError, match="prompt"):
+        score("--method", "first-order", data=other)

@@ -12,8 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from qalora.adapter.model import load_adapter
 from qalora.base.checkpoint import Quantization
@@ -29,31 +28,12 @@ Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
-def folder(request, tmp_path_factory):
-    """A tiny LLaMA on disk in fp32, with a byte-level tokenizer and LLaMA-2's kind of generation config."""
-    torch.manual_seed(0)
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=request.param,
-        eos_token_id=1,
-        initializer_range=0.1,
+def folder(request, save_tiny_llama, tmp_path_factory):
+    """With biases, and LLaMA-2's kind of generation config."""
+    path = save_tiny_llama(
+        tmp_path_factory.mktemp("base"), attention_bias=True, tie_word_embeddings=request.param, eos_token_id=1
     )
-    path = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(path)
     (path / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}')
-    tokenizer.save_pretrained(path)
     return path
 
 
@@ -253,40 +233,53 @@ import torch
 from qalora.base.checkpoint import Quantization
 from qalora.base.registry import resolve
 from qalora.deploy import merging
-folder, adapter, output, moment = sys.argv[1:]
-calls = 0
+torch.set_num_threads(1)  # threads do not survive a fork
+folder, adapter, *jobs = sys.argv[1:]
+calls = moment = 0
 def killer(function):
     def run(*args, **kwargs):
         global calls
         calls += 1
-        if calls == int(moment):
+        if calls == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return run
 merging.rounded = killer(merging.rounded)
 merging.compare = killer(merging.compare)
 Path.rename = killer(Path.rename)
-merging.merge(resolve(folder), adapter, output, quantization=Quantization("nf4", True, torch.float32), overwrite=True)
+nf4 = Quantization("nf4", True, torch.float32)
+for job in jobs:
+    output, _, moment = job.rpartition("@")
+    moment = int(moment)
+    child = os.fork()
+    if not child:
+        merging.merge(resolve(folder), adapter, output, quantization=nf4, overwrite=True)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, job
 """
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
-def test_killed_at_any_moment_it_leaves_the_whole_or_nothing(folder, adapter, merge_to, tmp_path, old):
+def test_killed_at_any_moment_it_leaves_the_whole_or_nothing(folder, adapter, merged, merge_to, tmp_path, old):
     tensors = len(load_file(folder / "model.safetensors"))
     # In the first and the last tensor, before the comparison, and at each renaming.
     moments = [1, tensors, tensors + 1, tensors + 2, *([tensors + 3] if old else [])]
-    for moment in moments:
-        output = tmp_path / f"merged-{moment}"
-        if old:
-            merge_to(adapter, output, dtype=torch.float32)
-        done = subprocess.run([sys.executable, "-c", KILL, str(folder), str(adapter), str(output), str(moment)])
-        assert done.returncode == -9, moment
+    outputs = {tmp_path / f"merged-{moment}": moment for moment in moments}
+    if old:
+        for output in outputs:
+            shutil.copytree(merged[0], output)
+            (output / "of the old one").touch()
+    jobs = [f"{output}@{moment}" for output, moment in outputs.items()]
+    subprocess.run([sys.executable, "-c", KILL, str(folder), str(adapter), *jobs], check=True)
+    for output in outputs:
         if output.exists():
             assert old
-            assert load_file(output / "model.safetensors")[f"{Q0}.weight"].dtype == torch.float32
-        merge_to(adapter, output, overwrite=True)
-        assert load_file(output / "model.safetensors")[f"{Q0}.weight"].dtype == torch.bfloat16
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"merged-{moment}" for moment in moments)
+            assert (output / "of the old one").exists()
+            assert (output / "model.safetensors").read_bytes() == (merged[0] / "model.safetensors").read_bytes()
+        merge_to(adapter, output, overwrite=True, verify=False)
+        assert not (output / "of the old one").exists()
+        assert (output / "model.safetensors").read_bytes() == (merged[0] / "model.safetensors").read_bytes()
+    assert sorted(tmp_path.iterdir()) == sorted(outputs)
 
 
 def test_another_content_is_refused_and_kept(merge_to, adapter, tmp_path):

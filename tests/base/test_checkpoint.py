@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qalora.base.checkpoint import Quantization, open_checkpoint, trained_weight
+from qalora.base.loading import load_base
+from qalora.base.quantized import dequantize, linear_maps
+from qalora.base.registry import resolve
+from qalora.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folder(save_tiny_llama, tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double quant", "single"])
+def test_trained_weights_are_those_that_loading_for_training_gives(folder, dtype, double_quant):
+    source = resolve(str(folder))
+    name = str(dtype).removeprefix("torch.")
+    maps = linear_maps(load_base(source, dtype=name, double_quant=double_quant).model)
+    checkpoint, _ = open_checkpoint(source)
+    assert len(maps) == 14
+    for module, linear in maps.items():
+        ours = trained_weight(checkpoint, f"{module}.weight", Quantization("nf4", double_quant, dtype))
+        assert torch.equal(ours, dequantize(linear, dtype).float()), module
+
+
+def test_a_folder_saved_in_4_bits_is_read_as_it_stands(folder, tmp_path):
+    loaded = load_base(resolve(str(folder)), dtype="bfloat16")
+    loaded.model.save_pretrained(tmp_path / "4bit")
+    checkpoint, _ = open_checkpoint(resolve(str(tmp_path / "4bit")))
+    for module, linear in linear_maps(loaded.model).items():
+        ours = trained_weight(checkpoint, f"{module}.weight", Quantization("nf4", True, torch.bfloat16))
+        assert torch.equal(ours, dequantize(linear, torch.bfloat16).float()), module
+
+
+@pytest.mark.parametrize("damage", ["missing weight", "no weights", "garbage", "other shape"])
+def test_a_damaged_base_is_named(folder, tmp_path, damage):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "missing weight":
+        del tensors["model.norm.weight"]
+        save_file(tensors, file)
+    elif damage == "no weights":
+        file.unlink()
+    elif damage == "garbage":
+        file.write_bytes(b"not a tensor")
+    else:
+        tensors["model.norm.weight"] = torch.ones(7)
+        save_file(tensors, file)
+    words = {
+        "missing weight": "lacks 1 weights .model.norm.weight",
+        "no weights": "holds no weights",
+        "garbage": "not a safetensors file",
+        "other shape": r"model.norm.weight is \(7,\) in the file, \(64,\) by the config",
+    }
+    with pytest.raises(InputError, match=words[damage]):
+        open_checkpoint(resolve(str(base)))
+
+
+def test_pickled_weights_are_read_as_tensors_only(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(tensors, base / "pytorch_model.bin")
+    checkpoint, _ = open_checkpoint(resolve(str(base)))
+    assert torch.equal(checkpoint.tensor("model.norm.weight"), tensors["model.norm.weight"])
+    assert torch.equal(torch.cat(list(checkpoint.pieces("lm_head.weight"))), tensors["lm_head.weight"])
+    torch.save({"model.norm.weight": print}, base / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        open_checkpoint(resolve(str(base)))

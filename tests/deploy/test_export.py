@@ -1,0 +1,190 @@
+"""What the exported files compute, as PEFT, vLLM's formula and llama.cpp's formula read them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qalora.adapter.model import load_adapter
+from qalora.base.checkpoint import Quantization
+from qalora.base.loading import load_base
+from qalora.base.registry import resolve
+from qalora.deploy.export import export_adapter
+from qalora.deploy.merging import merge
+from qalora.errors import InputError
+
+Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(save_tiny_llama, tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("base"), rope_theta=5000.0)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """Ranks 2, 4 and 6 with scalings 2, 2 and 1/2, and one module without an adapter, as an allocation leaves it."""
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        rank_pattern={Q0: 2, DOWN1: 6},
+        alpha_pattern={Q0: 4, DOWN1: 3},
+        exclude_modules=["model.layers.1.self_attn.k_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder, adapter):
+    """fp32 logits of base + adapter."""
+    base = load_base(resolve(str(folder)), load_in_4bit=False, dtype="float32")
+    with torch.no_grad():
+        return load_adapter(base.model, adapter)(torch.arange(2, 40)[None]).logits
+
+
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+folder, adapter, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
+torch.save(model(torch.arange(2, 40)[None]).logits.detach(), out)
+assert "qalora" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("format", ["peft", "peft-uniform"])
+def test_vanilla_peft_computes_the_same_logits(folder, adapter, expected, tmp_path, format):
+    report = export_adapter(adapter, tmp_path / "out", format, source=resolve(str(folder)))
+    command = [sys.executable, "-c", PEFT, str(folder), str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, capture_output=True)
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert report["rank"] == 6
+    assert report["modules"] == 13
+    assert report["relative_difference"] < 1e-6
+
+
+def test_uniform_is_one_rank_whose_alpha_is_the_rank(folder, adapter, tmp_path):
+    report = export_adapter(adapter, tmp_path / "out", "peft-uniform", source=resolve(str(folder)))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (6, 6, {}, {})
+    assert report["max_lora_rank"] == 8
+    saved, before = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out", adapter))
+    assert saved.keys() == before.keys()
+    for name, s in {Q0: 2.0, DOWN1: 0.5, "model.layers.0.mlp.up_proj": 2.0}.items():
+        A, B = (saved[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        A0, B0 = (before[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        assert (len(A), B.shape[1]) == (6, 6)
+        assert torch.equal(A[: len(A0)], A0)
+        assert torch.equal(B[:, : len(A0)], s * B0)  # these scalings are powers of two
+        assert not A[len(A0) :].any()
+        assert not B[:, len(A0) :].any()
+
+
+def test_gguf_adapter_is_what_llama_cpp_multiplies(folder, adapter, tmp_path):
+    """alpha over the tensor's own rank times B A, with the rows of q and k in llama.cpp's order of pairs."""
+    export_adapter(adapter, tmp_path / "out", "gguf-lora", source=resolve(str(folder)))
+    reader = GGUFReader(tmp_path / "out" / "adapter.gguf")
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert len(tensors) == 26
+    before = load_file(adapter / "adapter_model.safetensors")
+    for name, s, stem in [(Q0, 2.0, "blk.0.attn_q"), (DOWN1, 0.5, "blk.1.ffn_down")]:
+        A, B = tensors[f"{stem}.weight.lora_a"], tensors[f"{stem}.weight.lora_b"]
+        A0, B0 = (before[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        update = s * B0 @ A0
+        if "q_proj" in name:  # row 2i of a head is row i of its first half, row 2i + 1 that of its second
+            heads = update.view(4, 2, 8, 64)
+            update = torch.stack([heads[:, 0], heads[:, 1]], dim=2).reshape(64, 64)
+        torch.testing.assert_close(alpha / len(A) * B @ A, update, rtol=1e-5, atol=1e-7)
+    assert "ADAPTER ./adapter.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize("format", ["peft-uniform", "gguf-lora"])
+def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, format):
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(other)
+    with pytest.raises(InputError, match="made for another model"):
+        export_adapter(adapter, tmp_path / "out", format, source=resolve(str(other)))
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.parametrize("gguf_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_transformers_reads_the_gguf_file_as_the_merged_model(folder, adapter, tmp_path, gguf_type):
+    options = dict(quantization=Quantization("nf4", True, torch.float32))
+    source = resolve(str(folder))
+    report = merge(source, adapter, tmp_path / "gguf", format="gguf", gguf_type=gguf_type, **options)
+    merge(source, adapter, tmp_path / "hf", dtype=torch.float32, **options)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+        found, expected = found(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
+    error = ((found - expected).square().mean().sqrt() / expected.std()).item()
+    assert error <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 0.05, "q4_0": 0.6}[gguf_type]
+    assert report["relative_difference"] <= report["tolerance"]
+    assert (tmp_path / "gguf" / "Modelfile").read_text().startswith("FROM ./model.gguf")
+
+
+def test_gguf_metadata_is_the_models(folder, adapter, tmp_path):
+    merge(resolve(str(folder)), adapter, tmp_path / "gguf", format="gguf", quantization=None)
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "gguf" / "model.gguf").fields.items()}
+    expected = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": 5000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    assert {key: fields.get(key) for key in expected} == expected
+    assert fields["tokenizer.ggml.tokens"][:2] == ["<pad>", "</s>"]
+    assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
+
+
+def test_llama3_rope_scaling_becomes_frequency_factors(folder, adapter, tmp_path):
+    """Divided by them, plain frequencies are those that transformers rotates with."""
+    scaled = tmp_path / "scaled"
+    config = LlamaConfig.from_pretrained(folder)
+    config.rope_parameters = dict(
+        rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM.from_pretrained(folder, config=config)
+    model.save_pretrained(scaled)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(scaled)
+    merge(resolve(str(scaled)), adapter, tmp_path / "gguf", format="gguf", quantization=None, verify=False)
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    factors = torch.from_numpy(tensors["rope_freqs.weight"].copy())
+    plain = 500000.0 ** -(torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    assert factors.max() == pytest.approx(8.0)
