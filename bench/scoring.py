@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shape", help="a registered model: random weights in its shape")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a row of --shape")
-    parser.add_argument("--rows", type=int, default=32, help="rows of B_val")
+    parser.add_argument("--rows", type=int, default=16, help="rows of B_val")
     parser.add_argument("--max-seq-len", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, default=16, help="rows a forward")
     parser.add_argument("--dtype", default="auto", help="to compute in (default: by device)")

@@ -71,7 +71,7 @@ def parsed(*flags):
             dict(max_new_tokens=256, do_sample=False, repetition_penalty=1.2),
         ),
     ],
-    ids=["greedy", "sampling", "sampling settings"],
+    ids=["greedy", "sampling", "sampling settings", "top k", "penalty"],
 )
 def test_flags_are_hugging_faces_options(flags, options):
     assert parsed("--prompt", "hi", *flags) == options

@@ -10,7 +10,6 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import qalora.base.checkpoint
 from qalora.base.checkpoint import Quantization
 from qalora.errors import InputError
 from qalora.merge import main, parser, trained_quantization
@@ -47,7 +46,7 @@ def test_the_printed_difference_is_the_measured_one(folder, adapter, tmp_path, c
     report = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert report["base"] == base
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == dtype
-    assert f"largest difference {report['max_logit_difference']:.3g}" in capsys.readouterr().out
+    assert f"largest logit difference {report['max_logit_difference']:.3g}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["model", "adapter", "output"])
@@ -55,7 +54,7 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(qalora.base.checkpoint, "trained_weight", never)
+    monkeypatch.setattr("qalora.deploy.merging.trained_weight", never)
     (tmp_path / "note.txt").write_text("mine")
     values = {"model": str(folder), "adapter": str(adapter), "output": str(tmp_path / "merged")}
     values[wrong] = {"model": "no-such-model", "adapter": str(folder), "output": str(tmp_path)}[wrong]

@@ -64,7 +64,8 @@ def ablate(
     Args:
         dtype: what activations are computed in, from the embeddings on; None: the base's own. Weights keep the values
             that they have in the base's dtype.
-        memory: bytes that the variants of one forward may hold; a forward has at least one variant.
+        memory: bytes that the kept block inputs and the variants of one forward may hold on the device. Inputs that do
+            not fit are kept in host memory, and a forward has at least one variant.
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
     tokens = supervised_tokens(batch)
@@ -99,9 +100,9 @@ def _losses(
     with torch.no_grad():
         for micro in batch:
             with closed(layers.values() if others == 0.0 else ()):
-                kept, hidden = _run_and_keep(decoder, micro, by_block, dtype)
+                kept, hidden = _run_and_keep(decoder, micro, by_block, dtype, memory)
             total += float(_row_losses(model, hidden, micro["labels"]).double().sum())
-            stack = max(1, memory // _variant_bytes(model, hidden))
+            stack = max(1, (memory - kept.bytes_on_device) // _variant_bytes(model, hidden))
             for block, members in by_block.items():
                 for start in range(0, len(members), stack):
                     variants = members[start : start + stack]
@@ -122,19 +123,25 @@ class _Kept:
 
     inputs: dict[int, Tensor]
     arguments: list[dict[str, Any]]
+    bytes_on_device: int = 0
 
 
 def _run_and_keep(
-    decoder: Any, micro: MicroBatch, wanted: Mapping[int, Any], dtype: torch.dtype | None
+    decoder: Any, micro: MicroBatch, wanted: Mapping[int, Any], dtype: torch.dtype | None, memory: int
 ) -> tuple[_Kept, Tensor]:
-    """One forward of the decoder; (what it kept, final hidden states before the last norm)."""
+    """One forward of the decoder; (what it kept, final hidden states before the last norm).
+
+    Inputs are kept on the device as far as `memory` allows, the rest in host memory.
+    """
     kept = _Kept({}, [])
     last: list[Tensor] = []
 
     def keep(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if index in wanted:
-                kept.inputs[index] = args[0]
+                fits = kept.bytes_on_device + args[0].nbytes <= memory
+                kept.inputs[index] = args[0] if fits else args[0].cpu()
+                kept.bytes_on_device += args[0].nbytes if fits else 0
             kept.arguments.append(kwargs)
 
         return hook
@@ -155,8 +162,8 @@ def _run_and_keep(
 
 def _resume(decoder: Any, kept: _Kept, block: int, copies: int) -> Tensor:
     """The final hidden states of `copies` variants, from the kept input of a block on."""
-    rows = len(kept.inputs[block])
-    hidden = kept.inputs[block].repeat(copies, 1, 1)
+    rows, device = len(kept.inputs[block]), decoder.get_input_embeddings().weight.device
+    hidden = kept.inputs[block].to(device).repeat(copies, 1, 1)
     for module, arguments in zip(decoder.layers[block:], kept.arguments[block:], strict=True):
         hidden = module(hidden, **{name: _repeated(value, rows, copies) for name, value in arguments.items()})
     return hidden

@@ -20,7 +20,7 @@ import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.adapter.model import paired, read_config, read_tensors, scaling_of
 from qalora.base.checkpoint import (
@@ -267,6 +267,9 @@ def write_settings(
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if not config.architectures:  # a GGUF file names none, and vLLM asks for it
+        with torch.device("meta"):
+            config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     config.dtype = dtype
     config.use_cache = True
     config.save_pretrained(folder)

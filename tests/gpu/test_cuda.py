@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.model import attach, gated_layers, ranks
 from qalora.adapter.surgery import apply_plan
@@ -49,3 +50,13 @@ def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama,
     assert ranks(model)[first] == 32
     assert ranks(model)[last] == 96
     assert losses[-1] < losses[3] < losses[0]
+
+
+def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_batch, randomize_B):
+    model = randomize_B(attach(tiny_llama().to("cuda"), r=4, alpha=8))
+    batch = [{key: value.cuda() for key, value in make_batch().items()}]
+    chosen = [(name, rank) for name in ranks(model) for rank in (0, 3)]
+    with scoring_mode(model):
+        on_host, on_device = (ablate(model, batch, chosen, memory=memory) for memory in (0, 1 << 30))
+    assert on_host.drop == pytest.approx(on_device.drop, abs=2e-6)
+    assert on_host.alone == pytest.approx(on_device.alone, abs=2e-6)
