@@ -21,7 +21,7 @@ TEXTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "Write a short review of a family-friendly restaurant near the river.",
 )
-# Largest relative difference that rounding weights to the type explains: about four times what bench/merge.py measures.
+# Largest relative difference that rounding weights to the type is taken to explain.
 TOLERANCE = {
     "float32": 1e-4, "f32": 1e-4, "float16": 5e-3, "f16": 5e-3, "bfloat16": 4e-2, "bf16": 4e-2,
     "q8_0": 1e-1, "q5_1": 0.5, "q5_0": 0.5, "q4_1": 1.0, "q4_0": 1.0,
