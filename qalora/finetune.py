@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="registry name (llama-7b, smollm2-135m …), Hub id, folder or .gguf file")
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
+    parser.add_argument("--profile", help="settings for a kind of machine, over the recipe's: 24gb, t4, cpu")
     parser.add_argument("--output-dir", metavar="DIR", help="default: outputs/RECIPE-MODEL")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     parser.add_argument(
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
-    recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)])
+    recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{Path(args.recipe).stem}-{Path(recipe.model).stem}"
@@ -136,6 +137,10 @@ def finetune(
     from qalora.metrics import evaluate
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
+    if checkpoint is not None:
+        _as_it_began(recipe, output_dir)
+    elif recipe.training.fit:
+        fit_to_device(recipe, data.train.items)
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
     rounds = schedule_of(recipe, total_steps, per_epoch)
@@ -147,8 +152,6 @@ def finetune(
         say(recipe, "the run is shorter than allocation.warmup + rounds · interval: the schedule is scaled to it")
 
     quantization, lora = recipe.quantization, recipe.lora
-    if checkpoint is not None:
-        quantization.bnb_4bit_compute_dtype = _resumed_dtype(recipe, output_dir)
     base = load_base(resolve(recipe.model), tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -251,10 +254,10 @@ def finetune(
 
 def dry_run(recipe: Recipe) -> None:
     """Prints the resolved recipe and the memory that a step will need."""
-    from qalora.plan import plan_of_recipe, print_plan
+    from qalora.plan import planner, print_plan
 
     print(recipe.to_yaml())
-    print_plan(plan_of_recipe(recipe))
+    print_plan(planner(recipe)())
 
 
 def draw(
@@ -321,14 +324,44 @@ def check_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> No
     shutil.rmtree(output_dir)
 
 
-def _resumed_dtype(recipe: Recipe, output_dir: Path) -> Any:
-    """A resumed run computes in the dtype that it began with, also where "auto" would now choose another."""
+def fit_to_device(recipe: Recipe, items: list[dict[str, Any]]) -> None:
+    """Chooses micro-batch, accumulation, checkpointing and tiling for the memory of this machine, and says so.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    import torch
+
+    from qalora.base.loading import choose_compute_dtype
+    from qalora.plan import fit_recipe, fitted
+    from qalora.training.trainer import free_memory_bytes
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
+    longest = recipe.data.max_seq_len if recipe.data.packing else max(len(item["input_ids"]) for item in items)
+    memory = free_memory_bytes()
+    name = str(dtype).removeprefix("torch.")
+    recipe.quantization.bnb_4bit_compute_dtype = name  # type: ignore[assignment]
+    fit_recipe(recipe, memory, seq_len=longest, device=device)
+    chosen = ", ".join(f"training.{key}={value}" for key, value in fitted(recipe).items())
+    say(recipe, f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}")
+
+
+def _as_it_began(recipe: Recipe, output_dir: Path) -> None:
+    """A resumed run keeps what its beginning chose by itself: the dtype, and the settings that were fitted."""
     import yaml
 
-    asked, file = recipe.quantization.bnb_4bit_compute_dtype, output_dir / "recipe.yaml"
-    if asked == "auto" and file.is_file():
-        return yaml.safe_load(file.read_text(encoding="utf-8"))["quantization"]["bnb_4bit_compute_dtype"]
-    return asked
+    from qalora.plan import fitted
+
+    file = output_dir / "recipe.yaml"
+    if not file.is_file():
+        return
+    begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if recipe.quantization.bnb_4bit_compute_dtype == "auto":
+        recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
+    if recipe.training.fit:
+        for name in fitted(recipe):
+            setattr(recipe.training, name, begun["training"][name])
 
 
 def say(recipe: Recipe, text: str) -> None:

@@ -6,8 +6,10 @@ import argparse
 import json
 import re
 import sys
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from qalora.base.fitting import MLP_TILE, Plan, fit, largest
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
     parser.add_argument("--recipe", default="alpaca", help="name or path (default: %(default)s)")
+    parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB; exit code 1 when the run does not fit")
     parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
@@ -43,28 +46,40 @@ def main(argv: list[str]) -> int:
         flags.append(("quantization.load_in_4bit", False))
     if args.dtype:
         flags.append(("quantization.bnb_4bit_compute_dtype", args.dtype))
-    plan = plan_of_recipe(load_recipe(args.recipe, [*flags, *parse_overrides(rest)]))
+    recipe = load_recipe(args.recipe, [*flags, *parse_overrides(rest)], args.profile)
+    if recipe.training.fit and card is not None:
+        fit_recipe(recipe, card)
+    planned = planner(recipe)
+    plan = planned()
     fits = card is None or plan.total <= card
+    most = {} if card is None else limits(planned, card)
     if args.json:
-        print(json.dumps({"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits}, indent=2))
-    else:
-        print_plan(plan)
-        if card is not None:
-            print(
-                f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB"
-            )
+        answer = {"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits, **most}
+        print(json.dumps({**answer, "training": fitted(recipe)}, indent=2))
+        return 0 if fits else 1
+    print_plan(plan)
+    print(", ".join(f"training.{name}={value}" for name, value in fitted(recipe).items()))
+    if card is not None:
+        print(
+            f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB"
+        )
+        print(
+            f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one row "
+            f"of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
+        )
     return 0 if fits else 1
 
 
-def plan_of_recipe(recipe: Recipe) -> MemoryPlan:
-    """The plan of a CUDA run of the recipe, its targets and its longest rows."""
+def planner(recipe: Recipe, device: str = "cuda") -> Plan:
+    """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows."""
     from qalora.base.memory import plan_memory
     from qalora.base.registry import resolve, shape_of
 
     shape = shape_of(resolve(recipe.model))
     targets = recipe.lora.target_modules
     dtype = recipe.quantization.bnb_4bit_compute_dtype
-    return plan_memory(
+    return partial(
+        plan_memory,
         shape,
         ranks={
             name: recipe.lora.r
@@ -78,7 +93,48 @@ def plan_of_recipe(recipe: Recipe) -> MemoryPlan:
         compute_dtype="bfloat16" if dtype == "auto" else dtype,
         optim=recipe.training.optim,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
+        mlp_tile=recipe.training.mlp_tile,
+        device=device,
     )
+
+
+def limits(planned: Plan, memory: int) -> dict[str, int]:
+    """The largest micro-batch with the settings as they are, and the longest context with the most frugal ones."""
+    frugal = partial(planned, micro_batch_size=1, gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+    return {
+        "largest_micro_batch_size": largest(planned, memory, "micro_batch_size"),
+        "longest_context": largest(frugal, memory, "seq_len"),
+    }
+
+
+def fit_recipe(recipe: Recipe, memory: int, *, seq_len: int | None = None, device: str = "cuda") -> None:
+    """Sets micro-batch, accumulation, checkpointing and tiling of the recipe to what fits the memory, in bytes.
+
+    Args:
+        seq_len: tokens of the longest row (default: data.max_seq_len).
+
+    Raises:
+        InputError: nothing does.
+    """
+    training, seq_len = recipe.training, seq_len or recipe.data.max_seq_len
+    planned = planner(recipe, device)
+    found = fit(
+        planned, memory, batch_size=training.micro_batch_size * training.gradient_accumulation_steps, seq_len=seq_len
+    )
+    if found is None:
+        least = planned(micro_batch_size=1, seq_len=seq_len, gradient_checkpointing="offload", mlp_tile=MLP_TILE).total
+        raise InputError(
+            f"training.fit=auto: one row of {seq_len} tokens of {recipe.model} needs {least / 2**30:.2f} GiB, of "
+            f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
+        )
+    for name, value in found.settings().items():
+        setattr(training, name, value)
+
+
+def fitted(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a step that a fit decides."""
+    names = "micro_batch_size gradient_accumulation_steps gradient_checkpointing mlp_tile"
+    return {name: getattr(recipe.training, name) for name in names.split()}
 
 
 def print_plan(plan: MemoryPlan) -> None:

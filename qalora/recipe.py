@@ -120,7 +120,15 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Literal["offload"] = Field(
+        True, description="compute blocks again in the backward; offload: with their inputs in host memory"
+    )
+    mlp_tile: int | None = Field(None, ge=1, description="tokens of a row that an MLP works on at a time; null: all")
+    fit: Literal["auto"] | None = Field(
+        None,
+        description="auto: choose micro_batch_size, gradient_accumulation_steps, gradient_checkpointing and mlp_tile for the "
+        "memory there is, with the same rows an optimizer step",
+    )
     group_by_length: bool = Field(True, description="rows of like length share a batch, so that little is padded")
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validation losses")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints; a multiple of eval_steps")
@@ -258,6 +266,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
+def profile_names() -> list[str]:
+    """The shipped profiles: settings for a kind of machine, on top of any recipe."""
+    return sorted(path.stem for path in (recipes_dir() / "profiles").glob("*.yaml"))
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by name or by path.
 
@@ -275,20 +288,34 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
-    """Reads a recipe by name or path and applies overrides, given as (dotted key, value), in order.
+def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: str | None = None) -> Recipe:
+    """Reads a recipe by name or path, lays a profile over it, and then overrides, given as (dotted key, value), in order.
 
     Raises:
         InputError: every problem of the file and of the overrides, in one message.
     """
     path = recipe_path(name)
+    settings = read_settings(path)
+    if profile is not None:
+        if profile not in profile_names():
+            raise InputError(f"--profile {profile}: no such profile; there are {', '.join(profile_names())}.")
+        settings += read_settings(recipes_dir() / "profiles" / f"{profile}.yaml")
+    return resolve([*settings, *overrides], origin=str(path))
+
+
+def read_settings(path: Path) -> list[tuple[str, Any]]:
+    """A YAML tree of settings → (dotted key, value).
+
+    Raises:
+        InputError: not a YAML mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of settings, this file holds {type(tree).__name__}.")
-    return resolve([*_flatten(tree), *overrides], origin=str(path))
+    return list(_flatten(tree))
 
 
 def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:

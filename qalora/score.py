@@ -86,8 +86,10 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.round import free_memory
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
+    from qalora.base.norm import use_lean_norms
     from qalora.data.batching import Collator, micro_batches
     from qalora.data.tokenization import load_dataset
+    from qalora.training.activations import set_checkpointing
     from qalora.training.loss import use_label_only_loss
 
     read_config(args.adapter)
@@ -96,8 +98,9 @@ def main(argv: list[str]) -> int:
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
     base = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading())
     use_label_only_loss(base.model)
+    use_lean_norms(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(base.model, "blocks")
     batch = [
         {key: value.to(base.model.device) for key, value in micro.items() if key != "rows"}
         for micro in micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import check_output_dir, find_checkpoint, main
+from qalora.recipe import load_recipe
 
 WORDS = [
     "red",
@@ -286,6 +287,57 @@ def test_rounds_work_with_every_optimizer(finetune, optim):
     assert code == 0
     assert len(records(folder)) == 2
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.gradient_checkpointing=false"],
+        ["training.gradient_checkpointing=offload"],
+        ["training.mlp_tile=4"],
+        ["training.fit=auto"],
+    ],
+    ids=["kept", "offload", "tiled", "fitted"],
+)
+def test_what_a_step_keeps_changes_no_loss(finetune, settings):
+    _, plain = finetune()
+    _, other = finetune(*settings, output="other")
+    assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
+
+
+def test_fit_keeps_the_rows_of_a_step_and_a_resumed_run_keeps_the_fit(finetune, monkeypatch):
+    from qalora.training import trainer
+
+    def chosen(folder):
+        training = load_recipe(str(folder / "recipe.yaml")).training
+        return training.micro_batch_size, training.gradient_accumulation_steps, training.gradient_checkpointing
+
+    _, folder = finetune("training.fit=auto", "training.max_steps=6", "allocation.rounds=1")
+    assert chosen(folder) == (8, 1, False)  # 4 rows · 2 micro-batches, in memory without end
+    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 1 << 20)
+    finetune("training.fit=auto", "allocation.rounds=1", "--resume-from-checkpoint", "auto")
+    assert chosen(folder) == (8, 1, False)
+    with pytest.raises(InputError, match=r"training\.fit=auto: one row of 7 tokens .* needs 0\.00 GiB, of 0\.00 GiB"):
+        finetune("training.fit=auto", output="other")
+
+
+def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, monkeypatch):
+    """Micro-batches of more than two rows fail from the third step on, in the forward."""
+    from qalora.training.trainer import QaloraTrainer
+
+    _, plain = finetune()
+    compute_loss = QaloraTrainer.compute_loss
+
+    def failing(self, model, inputs, **kwargs):
+        if self.state.global_step >= 2 and len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute_loss(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(QaloraTrainer, "compute_loss", failing)
+    code, other = finetune(output="other")
+    assert code == 0
+    assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
+    assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(plain)]
 
 
 def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):

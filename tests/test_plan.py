@@ -7,11 +7,12 @@ import re
 
 import pytest
 
+from qalora.base.fitting import HEADROOM, MLP_TILE
 from qalora.base.memory import plan_memory
 from qalora.base.registry import MODELS
 from qalora.cli import run
 from qalora.errors import InputError
-from qalora.plan import main, parse_size, plan_of_recipe
+from qalora.plan import main, parse_size, planner
 from qalora.recipe import load_recipe
 
 
@@ -25,7 +26,9 @@ def test_json_is_the_plan_of_the_recipe(capsys):
     expected = plan_memory(
         MODELS["llama-7b"][1], ranks=16, micro_batch_size=4, seq_len=256, gradient_checkpointing=True
     )
-    assert answer == {"terms": expected.terms, "total": expected.total, "gpu_memory": None, "fits": True}
+    assert {key: answer[key] for key in ("terms", "total", "gpu_memory", "fits")} == {
+        "terms": expected.terms, "total": expected.total, "gpu_memory": None, "fits": True,
+    }  # fmt: skip
 
 
 def test_targets_quantization_and_dtype_reach_the_plan(capsys):
@@ -44,7 +47,7 @@ def test_the_exit_code_says_whether_it_fits(capsys):
 
 
 def test_the_table_shows_every_term_and_the_verdict(capsys):
-    plan = plan_of_recipe(load_recipe("alpaca", [("model", "llama-7b")]))
+    plan = planner(load_recipe("alpaca", [("model", "llama-7b")]))()
     assert main(["--model", "llama-7b", "--recipe", "alpaca", "--gpu-memory", "1GiB"]) == 1
     out = capsys.readouterr().out
     for term, size in {**plan.terms, "total": plan.total}.items():
@@ -92,6 +95,30 @@ def test_sizes(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match=f"^--gpu-memory {re.escape(text)}: give a size"):
         parse_size(text)
+
+
+def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
+    answer = planned(capsys, "--profile", "24gb", "--gpu-memory", "24GiB", "data.max_seq_len=4096")
+    chosen = answer["training"]
+    assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 16
+    assert answer["fits"]
+    shape = MODELS["llama-7b"][1]
+    settings = {key: chosen[key] for key in ("micro_batch_size", "gradient_checkpointing", "mlp_tile")}
+    assert answer["total"] == plan_memory(shape, seq_len=4096, **settings).total
+    rows = answer["largest_micro_batch_size"]
+    totals = [plan_memory(shape, seq_len=4096, **{**settings, "micro_batch_size": n}).total for n in (rows, rows + 1)]
+    assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
+    length = answer["longest_context"]
+    frugal = dict(gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+    totals = [plan_memory(shape, seq_len=n, **frugal).total for n in (length, length + 1)]
+    assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
+
+
+def test_what_no_setting_fits_is_refused_with_the_figures(capsys):
+    arguments = ["--model", "llama-7b", "--profile", "t4", "--gpu-memory", "4GiB"]
+    assert run(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"training\.fit=auto: one row of 512 tokens of llama-7b needs \d\.\d\d GiB, of 4\.00 GiB", error)
 
 
 def test_it_answers_without_torch(run_python):

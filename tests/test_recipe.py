@@ -309,6 +309,26 @@ def test_nine_recipes_are_shipped():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("profile", module.profile_names())
+def test_a_profile_lies_over_the_recipe_and_under_the_command_line(profile):
+    settings = [("model", "tiny"), ("data.train", "rows.jsonl")]
+    recipe = load_recipe("alpaca", settings, profile)
+    assert recipe.training.fit == "auto"
+    assert recipe.training.learning_rate == load_recipe("alpaca", settings).training.learning_rate
+    assert load_recipe("alpaca", [*settings, ("training.fit", None)], profile).training.fit is None
+
+
+def test_three_profiles_are_shipped_with_the_dtype_of_their_device():
+    settings = [("model", "tiny"), ("data.train", "rows.jsonl")]
+    dtypes = {
+        name: load_recipe("alpaca", settings, name).quantization.bnb_4bit_compute_dtype
+        for name in module.profile_names()
+    }
+    assert dtypes == {"24gb": "bfloat16", "cpu": "auto", "t4": "float16"}
+    with pytest.raises(InputError, match=r"--profile t5: no such profile; there are 24gb, cpu, t4\."):
+        load_recipe("alpaca", settings, "t5")
+
+
 def test_importance_follows_the_scoring_unless_given():
     def kind(*settings):
         return load_recipe("quickstart", [("model", "smollm2-135m"), *settings]).allocation.kind

@@ -84,6 +84,39 @@ assert not any(name.startswith("qalora") for name in sys.modules)
     assert torch.equal(logits, torch.load(tmp_path / "logits.pt", weights_only=True))
 
 
+def test_vanilla_transformers_computes_the_adapter_model_from_the_merged_folder(run, run_python, tmp_path):
+    """AutoModelForCausalLM and pipeline in a process without qalora, against the 4-bit base with the adapter on top."""
+    from qalora.adapter.model import load_adapter
+    from qalora.base.loading import load_base
+    from qalora.base.registry import resolve
+    from qalora.merge import main
+
+    arguments = ["--model", "smollm2-135m", "--adapter", str(run / "adapter"), "--output", str(tmp_path / "merged")]
+    quantization = ["--dtype", "float32", "--bnb-4bit-compute-dtype", "float32"]
+    assert main([*arguments, *quantization]) == 0
+    code = """
+import sys, torch
+torch.set_num_threads(2)
+from transformers import AutoModelForCausalLM, pipeline
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+assert model.dtype == torch.float32
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(100, 132)[None]).logits, sys.argv[2])
+write = pipeline("text-generation", model=sys.argv[1])
+print(write("The capital of France is", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"])
+assert not any(name.startswith("qalora") for name in sys.modules)
+"""
+    said = run_python(code, tmp_path / "merged", tmp_path / "logits.pt").splitlines()[-1]
+    loaded = load_base(resolve("smollm2-135m"), dtype="float32")
+    ours = load_adapter(loaded.model, run / "adapter").eval()
+    with torch.no_grad():
+        logits = ours(input_ids=torch.arange(100, 132)[None]).logits
+        ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        answer = ours.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert (torch.load(tmp_path / "logits.pt", weights_only=True) - logits).abs().max() <= 1e-3
+    assert said == loaded.tokenizer.decode(answer, skip_special_tokens=True)
+
+
 def test_ablation_and_first_order_order_the_ranks_alike(run):
     from qalora.adapter.ablation import ablate, scoring_mode
     from qalora.adapter.model import load_adapter, ranks

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from qalora.base.quantized import is_4bit
+from qalora.base.stretches import stretches
 
 
 class GatedLinear(nn.Module, LoraLayer):
@@ -62,8 +63,9 @@ class GatedLinear(nn.Module, LoraLayer):
         x_low = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
         if torch.is_grad_enabled():
             return _GatedLinear.apply(x, x_low, self.A, self.B, self.gate, self.s, self.base_layer)
-        update, _ = _low_rank(x, self.A, self.B, self.gate, self.s)
-        return _add_update(self._frozen(x), update, self.base_layer)
+        z = self._frozen(x)
+        _add_low_rank(z, x, self.A, self.B, self.gate, self.s, self.base_layer)
+        return z
 
     def _frozen(self, x: Tensor) -> Tensor:
         """W x, in the dtype of x: bitsandbytes' own forward would compute in the base's dtype also where x is fp32."""
@@ -77,56 +79,57 @@ class GatedLinear(nn.Module, LoraLayer):
 
 class _GatedLinear(torch.autograd.Function):
     """Base and update in one node: x is kept once, in its own dtype, with the (…, r) product A x; the 4-bit weight is
-    dequantized for the forward and again for the backward, and never kept."""
+    dequantized for the forward and again for the backward, and never kept. fp32 copies of a 16-bit x or grad_z are as
+    wide as the map, so they exist for a stretch of tokens at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_low: Tensor | None, A: Tensor, B: Tensor, gate: Tensor | None, s: float, base: nn.Linear
     ) -> Tensor:
         z = F.linear(x, _weight(base, x.dtype), base.bias)
-        update, low = _low_rank(x if x_low is None else x_low, A, B, gate, s)
+        low = _add_low_rank(z, x if x_low is None else x_low, A, B, gate, s, base)
         ctx.s, ctx.base = s, base
         ctx.save_for_backward(x, x_low, A, B, gate, low)
-        return _add_update(z, update, base)
+        return z
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, A, B, gate, low = ctx.saved_tensors
         need_x, need_x_low, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
-        grad_x: Any = None
-        grad_x_low = grad_A = grad_B = grad_gate = None
+        inputs = x if x_low is None else x_low
+        grad_A = torch.zeros_like(A) if need_A else None
+        grad_B = torch.zeros_like(B) if need_B else None
+        grad_gate = torch.zeros_like(gate) if need_gate else None
         with torch.autocast(x.device.type, enabled=False):
-            grad_out = grad_z.to(B.dtype)
-            grad_gated = (grad_out @ B).mul_(ctx.s)
-            if need_gate:
-                grad_gate = (grad_gated * low).sum_to_size(gate.shape)
-            if need_B:
-                gated = low if gate is None else low * gate
-                grad_B = (grad_out.flatten(0, -2).T @ gated.flatten(0, -2)).mul_(ctx.s)
-            grad_low = grad_gated if gate is None else grad_gated * gate
-            if need_A:
-                inputs = x if x_low is None else x_low
-                grad_A = grad_low.flatten(0, -2).T @ inputs.flatten(0, -2).to(A.dtype)
-            if need_x:
-                grad_x = grad_z @ _weight(ctx.base, grad_z.dtype)
-            if need_x and x_low is None:
-                grad_x += (grad_low @ A).to(grad_x.dtype)
-            elif need_x_low:
-                grad_x_low = (grad_low @ A).to(x_low.dtype)
-        return grad_x, grad_x_low, grad_A, grad_B, grad_gate, None, None
+            grad_x = grad_z @ _weight(ctx.base, grad_z.dtype) if need_x else None
+            grad_inputs = grad_x if x_low is None else torch.zeros_like(x_low) if need_x_low else None
+            for part in stretches(x, max(A.shape[1], B.shape[0])):
+                grad_out = grad_z[part].to(B.dtype)
+                grad_gated = (grad_out @ B).mul_(ctx.s)
+                if grad_gate is not None:
+                    grad_gate += (grad_gated * low[part]).sum_to_size(gate.shape)
+                if grad_B is not None:
+                    gated = low[part] if gate is None else low[part] * gate
+                    grad_B.addmm_(grad_out.flatten(0, -2).T, gated.flatten(0, -2), alpha=ctx.s)
+                grad_low = grad_gated if gate is None else grad_gated * gate
+                if grad_A is not None:
+                    grad_A.addmm_(grad_low.flatten(0, -2).T, inputs[part].flatten(0, -2).to(A.dtype))
+                if grad_inputs is not None:
+                    grad_inputs[part] += grad_low @ A
+        return grad_x, None if x_low is None else grad_inputs, grad_A, grad_B, grad_gate, None, None
 
 
-def _low_rank(x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, s: float) -> tuple[Tensor, Tensor]:
-    """(s · B diag(α) A x, A x), both fp32: one rank's share of the output is below bf16's rounding of it."""
+def _add_low_rank(z: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, s: float, base: nn.Module) -> Tensor:
+    """z += s · B diag(α) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
+    low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        low = F.linear(x.to(A.dtype), A)
-        return F.linear(low if gate is None else low * gate, B).mul_(s), low
-
-
-def _add_update(z: Tensor, update: Tensor, base: nn.Module) -> Tensor:
-    # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit follows it,
-    # so that the saved adapter is the function that was trained.
-    return z.add_(update.to(z.dtype)) if is_4bit(base) else z.add_(update)
+        for part in stretches(x, max(A.shape[1], B.shape[0])):
+            low[part] = F.linear(x[part].to(A.dtype), A)
+            update = F.linear(low[part] if gate is None else low[part] * gate, B).mul_(s)
+            # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit
+            # follows it, so that the saved adapter is the function that was trained.
+            z[part] += update.to(z.dtype) if is_4bit(base) else update
+    return low
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Memory of a fine-tuning run, by term, as pure arithmetic over shapes. No torch.
 
-Weights, quantization constants, adapter, gradients and moments are exact counts of the tensors' bytes; activations
-are estimates of the tensors alive at the peak of one step.
+Weights, quantization constants, adapter, gradients and moments are exact counts of the tensors' bytes. Activations are
+the tensors alive at the worst moment of a step: while the last block's MLP, or its first map, goes backward, or while the
+loss is formed, whichever is more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 from qalora.base.registry import ModelShape
 
@@ -16,7 +18,8 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANT_BLOCK = 64  # weights that share one absmax in NF4
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
 MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
-LOGITS_CHUNK = 64 * 2**20  # of fp32 logits; the loss holds three such buffers
+LOGITS_CHUNK = 64 * 2**20  # of fp32 logits
+FP32_TEMPORARY = 128 * 2**20  # of the adapters' and norms' fp32 arithmetic on 16-bit activations
 CUDA_CONTEXT = 500 * 2**20
 
 
@@ -41,7 +44,8 @@ def plan_memory(
     double_quant: bool = True,
     compute_dtype: str = "bfloat16",
     optim: str = "adamw_torch",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | Literal["offload"] = True,
+    mlp_tile: int | None = None,
     device: str = "cuda",
 ) -> MemoryPlan:
     """Bytes by term of one training step.
@@ -51,6 +55,8 @@ def plan_memory(
         ranks: of every module, or full module name → rank.
         micro_batch_size: rows a forward.
         seq_len: tokens a row.
+        gradient_checkpointing: "offload" keeps the block inputs in host memory, all but two.
+        mlp_tile: tokens of a row that an MLP works on at a time; None: all.
         device: cuda adds the context's own memory.
     """
     size, maps = DTYPE_BYTES[compute_dtype], shape.linear_maps()
@@ -60,30 +66,71 @@ def plan_memory(
     q = shape.num_attention_heads * shape.head_dim
     kv = shape.num_key_value_heads * shape.head_dim
     biases = (q + 2 * kv) * shape.num_hidden_layers if shape.attention_bias else 0
-    tokens = micro_batch_size * seq_len
-    block_inputs = tokens * shape.hidden_size * size
-    # Alive inside one block: normed inputs, q/k/v, attention output, gate, up, their product, and the residuals, in
-    # the compute dtype, once for the forward and once as gradients of the widest; updates of the adapters are fp32.
-    inside = tokens * size * (4 * shape.hidden_size + 2 * q + 2 * kv + 4 * shape.intermediate_size)
-    update = tokens * 4 * (shape.intermediate_size + shape.hidden_size)
-    widest = max(i * o for i, o in maps.values()) * size if load_in_4bit else 0
-    blocks = shape.num_hidden_layers
+    step = _activations(
+        shape, rank_of, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, mlp_tile or seq_len
+    )
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
         ),
         "quantization constants": sum(_constants(i * o, double_quant) for i, o in maps.values()) if load_in_4bit else 0,
         "embeddings and head": tables * shape.vocab_size * shape.hidden_size * size,
-        "norms and biases": ((2 * blocks + 1) * shape.hidden_size + biases) * size,
+        "norms and biases": ((2 * shape.num_hidden_layers + 1) * shape.hidden_size + biases) * size,
         "adapter": 4 * sum(adapters),
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(n, optim) for n in adapters),
-        "checkpoints": block_inputs * blocks if gradient_checkpointing else inside * (blocks - 1),
-        "block working set": inside + update + widest,
-        "logits chunk": 3 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size),
+        **step,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
     return MemoryPlan({name: size for name, size in terms.items() if size})
+
+
+def _activations(
+    shape: ModelShape,
+    ranks: Mapping[str, int],
+    rows: int,
+    seq_len: int,
+    size: int,
+    load_in_4bit: bool,
+    checkpointing: bool | str,
+    mlp_tile: int,
+) -> dict[str, int]:
+    """What is alive at the worst moment of a step, beside weights and adapters; `size` is that of the compute dtype."""
+    d, f, heads, blocks = (
+        shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_hidden_layers
+    )  # fmt: skip
+    q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
+    low: dict[str, int] = {}
+    for name, rank in ranks.items():
+        index = name.split(".layers.")[1].split(".")[0]
+        low[index] = low.get(index, 0) + rank
+
+    hidden = tokens * d * size
+    # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
+    attention = 3 * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
+    rotation = tokens * 2 * shape.head_dim * size
+    mlp = 4 * tile * f * size  # gate, its silu, up, their product
+    weight = d * f * size + d * f // QUANT_BLOCK * 4 if load_in_4bit else 0
+
+    def wide(count: int, width: int) -> int:
+        """An fp32 temporary beside a tensor of the compute dtype."""
+        return min(FP32_TEMPORARY, 4 * count * width)
+
+    down = mlp + tile * f * size + hidden + max(weight, wide(tile, f) + (wide(tile, d) if size < 4 else 0))
+    norm = 2 * hidden + 3 * wide(tokens, d)
+    block = attention + rotation + max(down, norm)
+    loss = 4 * hidden + rotation + 2 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
+    if checkpointing:
+        kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
+    else:
+        own = attention + (mlp if tile == tokens else 0)  # a tiled MLP is computed again
+        kept, loss = hidden * blocks + own * (blocks - 1), loss + own
+    return {
+        "checkpoints" if checkpointing else "kept by the blocks": kept,
+        "block working set": block,
+        "loss beyond it": max(0, loss - block),
+    }
 
 
 def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from qalora.base.checkpoint import (
     open_folder,
     trained_weight,
 )
-from qalora.base.loading import load_tokenizer
+from qalora.base.loading import load_tokenizer, storage_dtype
 from qalora.base.registry import ModelSource
 from qalora.deploy.output import REPORT, check_output, free_disk, written_beside
 from qalora.deploy.verification import TOLERANCE, Update, compare
@@ -147,11 +147,15 @@ def merged_pieces(
 def base_pieces(
     checkpoint: Checkpoint, quantization: Quantization | None, config: PreTrainedConfig, name: str
 ) -> Iterator[Tensor]:
-    """A tensor of the base as the training computed with it: linear maps of the blocks dequantized, all else as it is."""
+    """A tensor of the base as the training computed with it: linear maps of the blocks dequantized, all else as it is, but
+    for a GGUF file's tensors, which a 4-bit base was loaded from in the dtype of its storage."""
     if is_map(name):
         yield trained_weight(checkpoint, name, quantization)
-    else:
-        yield from checkpoint.pieces(name)
+        return
+    for piece in checkpoint.pieces(name):
+        if quantization is not None and checkpoint.is_gguf:
+            piece = piece.to(storage_dtype(quantization.compute_dtype))
+        yield piece
 
 
 def is_map(name: str) -> bool:

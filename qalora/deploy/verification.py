@@ -65,7 +65,7 @@ def compare(
         "max_logit_difference": difference.max().item(),
         "mean_logit_difference": difference.mean().item(),
         "relative_difference": math.sqrt(difference.square_().mean().item()) / spread,
-        "kl": kl.item(),
+        "kl": max(0.0, kl.item()),  # its rounding may fall below zero
         "greedy_agreement": agreement,
         "mean_adapter_effect": effect,
     }

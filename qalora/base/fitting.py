@@ -1,0 +1,84 @@
+"""Settings with which a step fits the memory there is: pure arithmetic over plans. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qalora.base.memory import MemoryPlan
+
+Plan = Callable[..., MemoryPlan]  # plan_memory with everything set but what is chosen here
+Checkpointing = bool | Literal["offload"]
+
+MLP_TILE = 1024  # tokens; from there on one tile's tensors are small beside one block input
+FULL_FORWARD = 1024  # tokens of a forward from which on more of them hardly raise the tokens a second
+HEADROOM = 0.92  # of the memory; the rest is the allocator's, and the plan's error
+# From fast to frugal: nothing is computed twice; blocks are; block inputs wait in host memory; MLPs go piece by piece.
+LEVELS: tuple[tuple[Checkpointing, int | None], ...] = (
+    (False, None),
+    (True, None),
+    ("offload", None),
+    ("offload", MLP_TILE),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings of `training` that a fit decides, and the bytes that a step then needs."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: Checkpointing
+    mlp_tile: int | None
+    planned: int
+
+    def settings(self) -> dict[str, Any]:
+        """By their names in `training`."""
+        return {name: value for name, value in vars(self).items() if name != "planned"}
+
+
+def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None:
+    """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward of
+    any level. The rows of an optimizer step stay what they are.
+
+    Args:
+        memory: bytes that may be used.
+        batch_size: rows an optimizer step.
+        seq_len: tokens of the longest row.
+
+    Returns:
+        None where even one row at the last level does not fit.
+    """
+    best: Fit | None = None
+    for checkpointing, tile in LEVELS:
+        for rows in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0):
+            total = plan(
+                micro_batch_size=rows, seq_len=seq_len, gradient_checkpointing=checkpointing, mlp_tile=tile
+            ).total
+            if total > HEADROOM * memory:
+                continue
+            if rows == batch_size or rows * seq_len >= FULL_FORWARD:
+                return Fit(rows, batch_size // rows, checkpointing, tile, total)
+            if best is None or rows > best.micro_batch_size:
+                best = Fit(rows, batch_size // rows, checkpointing, tile, total)
+            break
+    return best
+
+
+def largest(plan: Plan, memory: int, setting: str) -> int:
+    """The largest value of a setting of the plan, such as seq_len, that fits the memory; 0 where 1 does not."""
+
+    def fits(value: int) -> bool:
+        return plan(**{setting: value}).total <= HEADROOM * memory
+
+    if not fits(1):
+        return 0
+    low = 1
+    while low < 1 << 24 and fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,18 @@
+"""fp32 copies of 16-bit activations, a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+FP32_BYTES = 128 * 2**20  # of one fp32 temporary
+
+
+def stretches(x: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
+    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_BYTES hold at that width."""
+    tokens, rows = x.shape[-2], x[..., 0, 0].numel()
+    step = max(1, FP32_BYTES // (4 * width * rows))
+    for start in range(0, tokens, step):
+        yield ..., slice(start, start + step), slice(None)

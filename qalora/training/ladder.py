@@ -1,0 +1,112 @@
+"""What a step does when memory runs out: smaller pieces of the micro-batch first, then less kept, never another result.
+
+halve the micro-batch, and again      the same rows an optimizer step, the same loss
+checkpoint the blocks                 where they were not
+keep the block inputs in host memory
+take every MLP a stretch of tokens at a time
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora.base.fitting import MLP_TILE
+from qalora.errors import AnswerNo
+from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+
+Inputs = dict[str, Any]
+
+
+class Ladder:
+    """Runs micro-batches, and climbs a rung each time that memory runs out; the rungs stay for the rest of the run.
+
+    Args:
+        say: told of every rung.
+    """
+
+    def __init__(self, model: nn.Module, say: Callable[[str], None]):
+        self.model, self.say = model, say
+        self.halvings = 0
+        self.tiled = False
+
+    def run(self, inputs: Inputs, work: Callable[[Inputs], Tensor]) -> Tensor:
+        """Summed loss of `work`, a forward and backward, on the micro-batch or on its pieces.
+
+        Gradients that earlier micro-batches left are kept; those of a broken attempt are not.
+
+        Raises:
+            AnswerNo: memory ran out on the last rung.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        before = [parameter.grad for parameter in parameters]
+        while True:
+            for parameter in parameters:
+                parameter.grad = None
+            try:
+                losses = [work(piece) for piece in pieces(inputs, self.halvings)]
+                break
+            except torch.OutOfMemoryError:
+                pass  # climbing waits until the error's frames have let go of their tensors
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(f"out of memory: {self._climb(inputs)}")
+        for parameter, grad in zip(parameters, before, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return torch.stack(losses).sum()
+
+    def _climb(self, inputs: Inputs) -> str:
+        """Takes the next rung, and says which it is."""
+        if any(_halves(piece) for piece in pieces(inputs, self.halvings)):
+            self.halvings += 1
+            return f"micro-batches are worked through in {2**self.halvings} pieces from now on, with the same result"
+        if checkpointing_of(self.model) == "none":
+            set_checkpointing(self.model, "blocks")
+            return "blocks are computed again in the backward from now on (training.gradient_checkpointing=true)"
+        if checkpointing_of(self.model) == "blocks":
+            set_checkpointing(self.model, "offload")
+            return "block inputs wait in host memory from now on (training.gradient_checkpointing=offload)"
+        if not self.tiled:
+            set_mlp_tile(self.model, MLP_TILE)
+            self.tiled = True
+            return f"MLPs work on {MLP_TILE} tokens at a time from now on (training.mlp_tile={MLP_TILE})"
+        tokens = inputs["input_ids"].shape[1]
+        raise AnswerNo(
+            f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; lower "
+            "data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "
+            "(`qalora plan` says what fits)."
+        )
+
+
+def pieces(inputs: Inputs, halvings: int) -> Iterator[Inputs]:
+    """The micro-batch halved that often, as far as it has rows, or packed samples, to part."""
+    parts = _halves(inputs) if halvings else None
+    if parts is None:
+        yield inputs
+    else:
+        for part in parts:
+            yield from pieces(part, halvings - 1)
+
+
+def _halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
+    """Two micro-batches of about the same size; None for a single row."""
+    rows, tokens = inputs["input_ids"].shape
+    if rows > 1:
+        middle = rows // 2
+        return {k: v[:middle] for k, v in inputs.items()}, {k: v[middle:] for k, v in inputs.items()}
+    if "position_ids" not in inputs:
+        return None
+    # Packed samples lie end to end in one row: part it where a sample begins, nearest the middle.
+    starts = (inputs["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    middle = int(starts[(starts - tokens / 2).abs().argmin()])
+    return {k: v[:, :middle] for k, v in inputs.items()}, {k: v[:, middle:] for k, v in inputs.items()}

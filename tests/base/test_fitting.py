@@ -1,0 +1,59 @@
+"""Settings that fit, against plans made up for the purpose and against the real one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qalora.base.fitting import FULL_FORWARD, HEADROOM, LEVELS, MLP_TILE, fit, largest
+from qalora.base.memory import MemoryPlan, plan_memory
+from qalora.base.registry import MODELS
+
+LLAMA = partial(plan_memory, MODELS["llama-7b"][1])
+
+
+@given(
+    memory=st.integers(4 << 30, 80 << 30),
+    batch_size=st.integers(1, 48),
+    seq_len=st.integers(16, 20_000),
+)
+def test_what_is_chosen_fits_and_keeps_the_batch(memory, batch_size, seq_len):
+    found = fit(LLAMA, memory, batch_size=batch_size, seq_len=seq_len)
+    if found is None:
+        frugal = LLAMA(micro_batch_size=1, seq_len=seq_len, gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+        assert frugal.total > HEADROOM * memory
+        return
+    settings = found.settings()
+    assert settings.pop("gradient_accumulation_steps") * settings["micro_batch_size"] == batch_size
+    assert LLAMA(seq_len=seq_len, **settings).total == found.planned <= HEADROOM * memory
+    assert (settings["gradient_checkpointing"], settings["mlp_tile"]) in LEVELS
+
+
+def test_a_faster_level_is_taken_only_where_its_forward_is_full():
+    def plan(micro_batch_size, seq_len, gradient_checkpointing, mlp_tile):
+        return MemoryPlan({"rows": micro_batch_size * (2 if gradient_checkpointing else 8)})
+
+    def chosen(memory, seq_len):
+        found = fit(plan, memory, batch_size=16, seq_len=seq_len)
+        return found and (found.micro_batch_size, found.gradient_checkpointing)
+
+    assert chosen(1000, 8) == (16, False)
+    assert chosen(40, 8) == (16, True)  # 4 rows of 8 tokens would fit without
+    assert chosen(40, FULL_FORWARD // 4) == (4, False)  # and are a full forward
+    assert chosen(20, 8) == (8, True)
+    assert chosen(1, 8) is None
+
+
+def test_largest_is_the_last_value_that_fits():
+    for memory, expected in ((0, 0), (2.5, 2), (10, 9), (1000, 920)):
+        assert largest(lambda rows: MemoryPlan({"rows": rows}), memory, "rows") == expected
+
+
+@pytest.mark.parametrize("card", [16 << 30, 24 << 30])
+def test_the_longest_context_of_llama_fits_and_one_token_more_does_not(card):
+    frugal = partial(LLAMA, gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+    longest = largest(frugal, card, "seq_len")
+    assert frugal(seq_len=longest).total <= HEADROOM * card < frugal(seq_len=longest + 1).total

@@ -1,0 +1,62 @@
+"""What a step keeps never changes what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qalora.adapter.model import gated_layers
+from qalora.training import activations
+from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+
+
+def gradients(model, batch) -> list[torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return [grad.clone() for layer in gated_layers(model).values() for grad in (layer.A.grad, layer.B.grad)]
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
+@pytest.mark.parametrize("tile", [None, 5], ids=["whole MLP", "tiled MLP"])
+@pytest.mark.parametrize("kind", ["none", "blocks", "offload"])
+def test_gradients_are_those_of_the_plain_step(tiny_adapter, make_batch, kind, tile, four_bit):
+    model, batch = tiny_adapter(four_bit=four_bit), make_batch()
+    expected = gradients(model, batch)
+    set_checkpointing(model, kind)
+    set_mlp_tile(model, tile)
+    assert checkpointing_of(model) == kind
+    torch.testing.assert_close(gradients(model, batch), expected, rtol=1e-5, atol=1e-6)
+    set_checkpointing(model, "none")
+    set_mlp_tile(model, None)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, batch), expected, strict=True))
+
+
+def test_offload_hands_the_block_inputs_to_the_store_and_nothing_else(tiny_adapter, make_batch, monkeypatch):
+    kept, fetched = [], []
+
+    class Store:
+        def keep(self, tensor):
+            kept.append(tensor.shape)
+            return tensor
+
+        def fetched(self, tensor):
+            fetched.append(tensor.shape)
+            return tensor
+
+    monkeypatch.setattr(activations, "_HostStore", Store)
+    model = tiny_adapter()
+    set_checkpointing(model, "offload")
+    gradients(model, make_batch(rows=3, tokens=7))
+    assert kept == fetched == [(3, 7, 64)] * 2  # one of each block
+
+
+def test_a_tiled_mlp_works_on_so_many_tokens_at_a_time(tiny_adapter, make_batch):
+    model = tiny_adapter()
+    seen = []
+    down = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp.down_proj"))
+    down.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    set_mlp_tile(model, 5)
+    with torch.no_grad():
+        model(**make_batch(tokens=12))
+    assert seen == [5, 5, 2]
