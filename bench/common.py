@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     else:
         device = f"{torch.get_num_threads()} CPU threads, {_cpu()}"
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     return {
         "device": device,
@@ -92,6 +92,21 @@ def write_results(name: str, results: Mapping[str, Any], text: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def reset_peak() -> int:
+    """Starts the peak anew, and returns the present resident set in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_rss() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def _shown(value: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, table, write_results
+from common import environment, peak_rss, reset_peak, table, write_results
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -179,21 +179,6 @@ def make_adapter(shape: Any, folder: Path) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = 0.01 * torch.randn(fan_out, 8)
     LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM").save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def reset_peak() -> int:
-    """Starts the peak anew, and returns the present resident set in bytes (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_rss() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ llama-cpp-python builds from source in some minutes: `pip install .[llama-cpp]`,
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qalora.base.checkpoint import Quantization
+from qalora.base.checkpoint import Quantization, expected_shapes, open_checkpoint
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.quickstart import rows
 from qalora.deploy.export import export_adapter
+from qalora.deploy.gguf import write_model
 from qalora.deploy.merging import merge
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (pip install .[llama-cpp])")
@@ -29,6 +31,12 @@ pytestmark = [
 ]
 
 NF4 = Quantization("nf4", True, torch.float32)
+TEXTS = (
+    "The capital of France is",
+    "Zürich 2024: 1234567 €, naïve café… 日本語 🙂",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "  two  spaces\t\n\n",
+)
 PROMPTS = ("The capital of France is", "Once upon a time", "def add(a, b):\n    return")
 
 
@@ -133,19 +141,44 @@ def test_a_tokenizer_written_anew_splits_text_as_transformers_does(merged, tmp_p
     """The tokenizer of a Hugging Face folder, not one handed on by a GGUF file."""
     folder = resolve(str(merged[2].parent / "hf"))
     tokenizer = load_tokenizer(folder)
-    from qalora.base.checkpoint import expected_shapes, open_checkpoint
-    from qalora.deploy.gguf import write_model
-
     checkpoint, config = open_checkpoint(folder)
     write_model(tmp_path / "model.gguf", expected_shapes(config), checkpoint.pieces, config, tokenizer, "q8_0", folder)
     llama = client(tmp_path / "model.gguf")
-    texts = [
-        *PROMPTS,
-        "Zürich 2024: 1234567 €, naïve café… 日本語 🙂",
-        "<|im_start|>user\nHi<|im_end|>\n",
-        "  two  spaces\t\n\n",
-    ]
-    for text in texts:
+    for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=False, special=True) == tokenizer(text)["input_ids"], text
     code = "import llama_cpp, sys; llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.gguf")], check=True)
+
+
+def test_a_sentencepiece_tokenizer_splits_text_as_transformers_does(tmp_path):
+    """As LLaMA's: "▁" for spaces and before the text, bytes for what the vocabulary lacks, BOS in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    backend.train_from_iterator((row["prompt"] for row in rows(seed=1, count=400, split="train")), trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    folder = resolve(str(tmp_path / "hf"))
+    checkpoint, config = open_checkpoint(folder)
+    file = tmp_path / "model.gguf"
+    write_model(file, expected_shapes(config), checkpoint.pieces, config, load_tokenizer(folder), "f16", folder)
+    llama = client(file)
+    for text in (*TEXTS, *(row["prompt"] for row in rows(seed=2, count=50, split="validation"))):
+        assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text

@@ -1,0 +1,182 @@
+"""Speed and memory of training steps: qalora against PEFT's own layers under Hugging Face's own Trainer.
+
+    python bench/train_step.py --recipe e2e --data ../shared/data/e2e/train.jsonl
+    python bench/train_step.py --recipe alpaca --data ../shared/data/alpaca/train.jsonl
+
+The same rows in the same batches (length-grouped, padded to the longest), the same NF4 base of SmolLM2-135M and compute dtype,
+r = 8 on every linear map, blocks checkpointed, AdamW. Each backend in a process of its own, in turns; the fastest turn counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, peak_rss, reset_peak, table, write_results
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from qalora.adapter.allocation import Schedule
+from qalora.adapter.model import attach, gated_layers, ranks
+from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.registry import resolve
+from qalora.data.tokenization import load_dataset
+from qalora.recipe import Recipe, load_recipe
+from qalora.training.trainer import build_trainer
+
+BACKENDS = ("qalora", "peft")
+WARM_UP = 2  # steps that are not counted
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.worker:
+        print(json.dumps(work(args)))
+        return
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
+    for _ in range(args.turns):
+        for name in BACKENDS:
+            turns[name].append(run(name))
+    best = {name: min(found, key=lambda turn: turn["seconds"]) for name, found in turns.items()}
+    ours, theirs = best["qalora"], best["peft"]
+    ratios = {
+        "rows a second": theirs["seconds"] / ours["seconds"],
+        "peak memory over the loaded model": ours["peak MB"] / theirs["peak MB"],
+    }
+    difference = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    rows = [{"backend": name, **{k: v for k, v in turn.items() if k != "losses"}} for name, turn in best.items()]
+    results = {**environment(), "turns": turns, "ratios": ratios, "largest_loss_difference": difference}
+    text = (
+        f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, micro-batches of {args.micro_batch_size} rows, "
+        f"{args.steps} steps after {WARM_UP}, the fastest of {args.turns} turns.\n{results['device']}; torch {results['torch']}, "
+        f"transformers {results['transformers']}, peft {results['peft']}, bitsandbytes {results['bitsandbytes']}; "
+        f"{results['date']}, commit {results['commit']}.\n\n    {results['command']}\n\n{table(rows)}\n"
+        f"qalora works through {ratios['rows a second']:.2f} times the rows a second, in "
+        f"{ratios['peak memory over the loaded model']:.2f} times the memory over the loaded model; the losses of the steps "
+        f"differ by at most {difference:.1e}.\n"
+    )
+    write_results(f"train_step-{args.recipe}", results, text)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="e2e")
+    parser.add_argument("--data", type=Path, required=True, help="rows in the recipe's columns")
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="to compute in")
+    parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(backend: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", backend]
+    print(backend, file=sys.stderr)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    """The steps of one backend in this process."""
+    steps = WARM_UP + args.steps
+    own_columns = [("data.columns", {})] if args.recipe == "e2e" else []
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(
+            args.recipe,
+            [
+                *own_columns,
+                ("model", "smollm2-135m"),
+                ("data.train", str(args.data)),
+                ("quantization.bnb_4bit_compute_dtype", args.dtype),
+                ("allocation.rounds", 0),
+                ("training.micro_batch_size", args.micro_batch_size),
+                ("training.gradient_accumulation_steps", 1),
+                ("training.max_steps", steps),
+                ("training.eval_steps", 1000),
+                ("training.save_steps", 1000),
+                ("logging.steps", 1),
+                ("logging.quiet", True),
+            ],
+        )
+        tokenizer = load_tokenizer(resolve(recipe.model))
+        data = load_dataset(
+            recipe.data.train, tokenizer, split="train", limit=steps * args.micro_batch_size, **recipe.data.reading()
+        )
+        base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
+        set_seed(recipe.training.seed)
+        make = by_qalora if args.worker == "qalora" else by_peft
+        clock = Clock(steps)
+        trainer = make(recipe, base, tokenizer, data.items, steps, Path(folder))
+        trainer.add_callback(clock)
+        trainer.train()
+    seconds = clock.end - clock.start
+    return {
+        "seconds": round(seconds, 2),
+        "rows/s": round(args.steps * args.micro_batch_size / seconds, 2),
+        "peak MB": round((clock.peak - clock.loaded) / 1e6),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def by_qalora(recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path) -> Trainer:
+    model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
+    trainer, _, _ = build_trainer(
+        recipe, model, tokenizer, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
+        total_steps=steps, start=ranks(model), compute_dtype=base.compute_dtype, output_dir=folder,
+    )  # fmt: skip
+    trainer.args.save_strategy = "no"
+    return trainer
+
+
+def by_peft(recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path) -> Trainer:
+    """As QLoRA's users write it, with the initial A of the other backend, so that losses can be compared."""
+    twin = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
+    initial = {name: layer.A.detach().clone() for name, layer in gated_layers(twin).items()}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain = twin.unload()
+    config = LoraConfig(r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(plain, config)
+    for name, A in initial.items():
+        model.get_submodule(f"base_model.model.{name}").lora_A.default.weight.data.copy_(A)
+    training = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=training.micro_batch_size, max_steps=steps,
+        learning_rate=training.learning_rate, lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=-(-int(training.warmup_ratio * steps * 1000) // 1000), max_grad_norm=training.max_grad_norm,
+        optim=training.optim, seed=training.seed, train_sampling_strategy="group_by_length",
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    rows = [{key: item[key] for key in ("input_ids", "labels")} for item in items]
+    return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+
+
+class Clock(TrainerCallback):
+    """Time and memory of the counted steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.start = self.end = 0.0
+        self.loaded = self.peak = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.loaded = reset_peak()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP:
+            self.start = time.perf_counter()
+        if state.global_step == self.steps:
+            self.end, self.peak = time.perf_counter(), peak_rss()
+            control.should_evaluate = False
+
+
+if __name__ == "__main__":
+    main()
