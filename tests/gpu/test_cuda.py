@@ -10,6 +10,7 @@ from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.model import attach, gated_layers, ranks
 from qalora.adapter.surgery import apply_plan
 from qalora.base.quantized import quantize_
+from qalora.training.activations import set_checkpointing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -60,3 +61,19 @@ def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_
         on_host, on_device = (ablate(model, batch, chosen, memory=memory) for memory in (0, 1 << 30))
     assert on_host.drop == pytest.approx(on_device.drop, abs=2e-6)
     assert on_host.alone == pytest.approx(on_device.alone, abs=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_block_inputs_in_host_memory_give_the_same_gradients(tiny_llama, make_batch, randomize_B, rows):
+    model = randomize_B(attach(tiny_llama(num_hidden_layers=5).to("cuda"), r=4, alpha=8)).train()
+    batches = [{key: value.cuda() for key, value in make_batch(rows=rows, seed=seed).items()} for seed in (1, 2)]
+    gradients = []
+    for kind in ("blocks", "offload"):
+        set_checkpointing(model, kind)
+        model.zero_grad()
+        for batch in batches:
+            model(**batch).loss.backward()
+        gradients.append(
+            [grad.clone() for layer in gated_layers(model).values() for grad in (layer.A.grad, layer.B.grad)]
+        )
+    torch.testing.assert_close(gradients[1], gradients[0])
