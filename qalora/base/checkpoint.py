@@ -10,12 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -28,6 +36,8 @@ from qalora.errors import InputError
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
 
 PIECE = 64 << 20  # bytes of a piece, in the dtype of the file
+BLOCK = 64  # weights that share one absmax
+STRETCH = 1 << 22  # weights that are quantized or dequantized at a time; whole blocks
 
 
 class Checkpoint(Protocol):
@@ -64,22 +74,53 @@ def trained_weight(checkpoint: Checkpoint, name: str, quantization: Quantization
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if quantization is None:
         return checkpoint.tensor(name).to(torch.float32, copy=True)  # the caller adds to it
+    shape, dtype = checkpoint.shapes[name], quantization.compute_dtype
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
-        data = data.to(device)
+        codes, quant_type = data.to(device).view(-1), state.quant_type
         state.to(device)
+        absmax = state.absmax
+        if state.nested:
+            absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     else:
-        compute_dtype = quantization.compute_dtype
-        weight = checkpoint.tensor(name).to(storage_dtype(compute_dtype) if checkpoint.is_gguf else compute_dtype)
+        weight = checkpoint.tensor(name).to(storage_dtype(dtype) if checkpoint.is_gguf else dtype)
+        quant_type = quantization.quant_type
+        codes, absmax = _quantized(weight.view(-1), quantization, device)
+        del weight
+    out = torch.empty(torch.Size(shape).numel())
+    code = get_4bit_type(quant_type, device=device)
+    for start in range(0, len(out), STRETCH):
+        count = min(STRETCH, len(out) - start)
+        part = QuantState(
+            absmax=absmax[start // BLOCK : ceil((start + count) / BLOCK)].float().contiguous(),
+            shape=torch.Size((1, count)), code=code, blocksize=BLOCK, quant_type=quant_type, dtype=dtype,
+        )  # fmt: skip
+        packed = codes[start // 2 : (start + count + 1) // 2].view(-1, 1)
+        out[start : start + count] = dequantize_4bit(packed, part).view(-1).cpu()
+    return out.view(shape)
+
+
+def _quantized(weight: Tensor, quantization: Quantization, device: str) -> tuple[Tensor, Tensor]:
+    """(n,) → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes makes of the whole.
+
+    Its own call takes some six fp32 copies of the weight at a time. In stretches of whole blocks it takes as many of a
+    stretch; the absmax are quantized together, as they would be.
+    """
+    codes, absmax = [], []
+    for part in weight.split(STRETCH):
         # As one row: bitsandbytes on a CPU lays blocks along rows, but quantizes the flattened matrix.
         data, state = quantize_4bit(
-            weight.to(device, compute_dtype).view(1, -1),
-            compress_statistics=quantization.double_quant,
-            quant_type=quantization.quant_type,
-        )
-        del weight
-    state.dtype = quantization.compute_dtype
-    return dequantize_4bit(data, state).view(checkpoint.shapes[name]).float().cpu()
+            part.to(device, quantization.compute_dtype).view(1, -1),
+            blocksize=BLOCK, compress_statistics=False, quant_type=quantization.quant_type,
+        )  # fmt: skip
+        codes.append(data.view(-1))
+        absmax.append(state.absmax.view(-1))
+    scales = torch.cat(absmax)
+    if quantization.double_quant:
+        offset = scales.mean()
+        nested, state = quantize_blockwise(scales - offset, blocksize=256)
+        scales = dequantize_blockwise(nested, state) + offset
+    return torch.cat(codes), scales
 
 
 def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
