@@ -54,7 +54,7 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("qalora.deploy.merging.trained_weight", never)
+    monkeypatch.setattr("qalora.deploy.merging.trained_pieces", never)
     (tmp_path / "note.txt").write_text("mine")
     values = {"model": str(folder), "adapter": str(adapter), "output": str(tmp_path / "merged")}
     values[wrong] = {"model": "no-such-model", "adapter": str(folder), "output": str(tmp_path)}[wrong]

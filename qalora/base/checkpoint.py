@@ -69,12 +69,16 @@ class Quantization:
     compute_dtype: torch.dtype
 
 
-def trained_weight(checkpoint: Checkpoint, name: str, quantization: Quantization | None) -> Tensor:
-    """(out, in) fp32 weight of a frozen map as the training computed with it; None: of an unquantized base."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization | None) -> Iterator[Tensor]:
+    """Consecutive blocks of rows, in fp32, of a frozen map as the training computed with it; None: of an unquantized base.
+
+    The codes of the whole map are in memory, its values only for the block at hand.
+    """
     if quantization is None:
-        return checkpoint.tensor(name).to(torch.float32, copy=True)  # the caller adds to it
-    shape, dtype = checkpoint.shapes[name], quantization.compute_dtype
+        yield from (piece.to(torch.float32, copy=True) for piece in checkpoint.pieces(name))  # the caller adds to it
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
         codes, quant_type = data.to(device).view(-1), state.quant_type
@@ -83,31 +87,36 @@ def trained_weight(checkpoint: Checkpoint, name: str, quantization: Quantization
         if state.nested:
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     else:
-        weight = checkpoint.tensor(name).to(storage_dtype(dtype) if checkpoint.is_gguf else dtype)
-        quant_type = quantization.quant_type
-        codes, absmax = _quantized(weight.view(-1), quantization, device)
-        del weight
-    out = torch.empty(torch.Size(shape).numel())
+        codes, absmax = _quantized(_from_storage(checkpoint, name, dtype), quantization, device)
     code = get_4bit_type(quant_type, device=device)
-    for start in range(0, len(out), STRETCH):
-        count = min(STRETCH, len(out) - start)
+    step = BLOCK * max(1, STRETCH // (BLOCK * fan_in))  # rows that hold whole blocks, however wide they are
+    for row in range(0, fan_out, step):
+        start, stop = row * fan_in, min(row + step, fan_out) * fan_in
         part = QuantState(
-            absmax=absmax[start // BLOCK : ceil((start + count) / BLOCK)].float().contiguous(),
-            shape=torch.Size((1, count)), code=code, blocksize=BLOCK, quant_type=quant_type, dtype=dtype,
+            absmax=absmax[start // BLOCK : ceil(stop / BLOCK)].float().contiguous(),
+            shape=torch.Size((1, stop - start)), code=code, blocksize=BLOCK, quant_type=quant_type, dtype=dtype,
         )  # fmt: skip
-        packed = codes[start // 2 : (start + count + 1) // 2].view(-1, 1)
-        out[start : start + count] = dequantize_4bit(packed, part).view(-1).cpu()
-    return out.view(shape)
+        packed = codes[start // 2 : (stop + 1) // 2].view(-1, 1)
+        yield dequantize_4bit(packed, part).view(-1, fan_in).to("cpu", torch.float32)
 
 
-def _quantized(weight: Tensor, quantization: Quantization, device: str) -> tuple[Tensor, Tensor]:
-    """(n,) → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes makes of the whole.
+def _from_storage(checkpoint: Checkpoint, name: str, compute_dtype: torch.dtype) -> Iterator[Tensor]:
+    """Flat parts of whole blocks, in the dtype that the weight was loaded in before it was quantized."""
+    whole_blocks = checkpoint.shapes[name][1] % BLOCK == 0
+    for piece in checkpoint.pieces(name) if whole_blocks else [checkpoint.tensor(name)]:
+        piece = piece.to(storage_dtype(compute_dtype) if checkpoint.is_gguf else compute_dtype)
+        yield from piece.reshape(-1).split(STRETCH)
 
-    Its own call takes some six fp32 copies of the weight at a time. In stretches of whole blocks it takes as many of a
-    stretch; the absmax are quantized together, as they would be.
+
+def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str) -> tuple[Tensor, Tensor]:
+    """Flat parts of a map → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes makes
+    of the whole.
+
+    Its own call takes some six fp32 copies of the weight at a time. By parts it takes as many of a part; the absmax are
+    quantized together, as they would be.
     """
     codes, absmax = [], []
-    for part in weight.split(STRETCH):
+    for part in parts:
         # As one row: bitsandbytes on a CPU lays blocks along rows, but quantizes the flattened matrix.
         data, state = quantize_4bit(
             part.to(device, quantization.compute_dtype).view(1, -1),

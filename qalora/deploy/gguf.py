@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
-from qalora.base.gguf_names import architecture, gguf_name, permuted, unpermuted
+from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
 from qalora.base.registry import ModelSource
 from qalora.errors import InputError
 
@@ -137,10 +137,10 @@ def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
 def _encoded(
     name: str, shape: tuple[int, ...], pieces: Iterator[Tensor], kind: GGMLQuantizationType, config: PreTrainedConfig
 ) -> Any:
-    """The tensor's bytes; rows are quantized as their piece arrives."""
+    """The tensor's bytes; rows are quantized as their piece arrives, but for a tensor whose rows change places."""
     out = np.empty(_bytes(shape, kind), dtype=np.uint8)
     at = 0
-    for piece in pieces:
+    for piece in [torch.cat(list(pieces))] if is_permuted(name, config) else pieces:
         rows = permuted(name, piece, config).float().contiguous().numpy()
         if kind == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
             raise InputError(f"{name}: a merged value is beyond the range of f16; pass --gguf-type bf16.")

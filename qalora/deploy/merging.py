@@ -2,10 +2,10 @@
 
     W_merged = round( W + s · B A )        per linear map: W as the training computed with it, the sum in fp32, one rounding
 
-    checkpoint ─ trained_weight ─ + s·B A ─ round ─┐
+    checkpoint ─ trained_pieces ─ + s·B A ─ round ─┐
                └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file ─ read back ─ compared
 
-No more than one tensor of the model is in memory at a time, in the comparison neither.
+No more than some rows of one tensor are in memory at a time, and of a map its 4-bit codes; in the comparison neither.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from qalora.base.checkpoint import (
     expected_shapes,
     open_checkpoint,
     open_folder,
-    trained_weight,
+    trained_pieces,
 )
+from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import load_tokenizer, storage_dtype
 from qalora.base.registry import ModelSource
 from qalora.deploy.output import REPORT, check_output, free_disk, written_beside
@@ -138,8 +139,10 @@ def merged_pieces(
             yield from base_pieces(checkpoint, quantization, config, name)
             return
         A, B, s = update
-        weight = trained_weight(checkpoint, name, quantization)
-        yield weight.addmm_(B, A, alpha=s)
+        row = 0
+        for piece in trained_pieces(checkpoint, name, quantization):
+            yield piece.addmm_(B[row : row + len(piece)], A, alpha=s)
+            row += len(piece)
 
     return pieces
 
@@ -150,7 +153,7 @@ def base_pieces(
     """A tensor of the base as the training computed with it: linear maps of the blocks dequantized, all else as it is, but
     for a GGUF file's tensors, which a 4-bit base was loaded from in the dtype of its storage."""
     if is_map(name):
-        yield trained_weight(checkpoint, name, quantization)
+        yield from trained_pieces(checkpoint, name, quantization)
         return
     for piece in checkpoint.pieces(name):
         if quantization is not None and checkpoint.is_gguf:
@@ -203,11 +206,18 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
     disk, free = int(sum(sizes.values()) * bits / 8), free_disk(output_dir)
     if free < disk:
         raise InputError(f"{output_dir}: the merge takes {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free.")
-    # A map is held as fp32 sum and rounded copy; other tensors pass in pieces, but a GGUF file's are written whole.
+    # Tensors pass in pieces, but the codes of a map, and what a GGUF file is written from: a whole tensor, and before
+    # its rows change places a q or k in fp32.
+    in_gguf = not hasattr(torch, stored)
     largest = max(
-        int(size * (4 + bits / 8)) if is_map(name) else int(size * bits / 8) + 3 * PIECE for name, size in sizes.items()
+        int(
+            (size * 0.6 if is_map(name) else 0)
+            + (size * bits / 8 if in_gguf else 0)
+            + (size * 8 if in_gguf and is_permuted(name, config) else 0)
+        )
+        for name, size in sizes.items()
     )
-    memory, available = largest + (200 << 20), psutil.virtual_memory().available
+    memory, available = largest + 4 * PIECE + (200 << 20), psutil.virtual_memory().available
     if available < memory:
         raise InputError(
             f"--model: the merge takes {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; close "

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qalora.base.checkpoint import Quantization, open_checkpoint, trained_weight
+from qalora.base import checkpoint as checkpoint_module
+from qalora.base.checkpoint import Quantization, open_checkpoint, trained_pieces
 from qalora.base.loading import load_base
 from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
@@ -18,17 +19,21 @@ def folder(save_tiny_llama, tmp_path_factory):
     return save_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.parametrize("stretch", [1 << 22, 2048], ids=["whole", "in parts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double quant", "single"])
-def test_trained_weights_are_those_that_loading_for_training_gives(folder, dtype, double_quant):
+def test_trained_weights_are_those_that_loading_for_training_gives(folder, dtype, double_quant, stretch, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "STRETCH", stretch)
+    monkeypatch.setattr(checkpoint_module, "PIECE", 8 * stretch)
     source = resolve(str(folder))
     name = str(dtype).removeprefix("torch.")
     maps = linear_maps(load_base(source, dtype=name, double_quant=double_quant).model)
     checkpoint, _ = open_checkpoint(source)
     assert len(maps) == 14
     for module, linear in maps.items():
-        ours = trained_weight(checkpoint, f"{module}.weight", Quantization("nf4", double_quant, dtype))
-        assert torch.equal(ours, dequantize(linear, dtype).float()), module
+        parts = list(trained_pieces(checkpoint, f"{module}.weight", Quantization("nf4", double_quant, dtype)))
+        assert (len(parts) > 1) == (linear.weight.quant_state.shape.numel() > max(stretch, 64 * linear.in_features))
+        assert torch.equal(torch.cat(parts), dequantize(linear, dtype).float()), module
 
 
 def test_a_folder_saved_in_4_bits_is_read_as_it_stands(folder, tmp_path):
@@ -36,8 +41,8 @@ def test_a_folder_saved_in_4_bits_is_read_as_it_stands(folder, tmp_path):
     loaded.model.save_pretrained(tmp_path / "4bit")
     checkpoint, _ = open_checkpoint(resolve(str(tmp_path / "4bit")))
     for module, linear in linear_maps(loaded.model).items():
-        ours = trained_weight(checkpoint, f"{module}.weight", Quantization("nf4", True, torch.bfloat16))
-        assert torch.equal(ours, dequantize(linear, torch.bfloat16).float()), module
+        parts = list(trained_pieces(checkpoint, f"{module}.weight", Quantization("nf4", True, torch.bfloat16)))
+        assert torch.equal(torch.cat(parts), dequantize(linear, torch.bfloat16).float()), module
 
 
 @pytest.mark.parametrize("damage", ["missing weight", "no weights", "garbage", "other shape"])
