@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from qalora.base.quantized import is_4bit
 from qalora.base.stretches import stretches
+
+
+Part = tuple[Any, ...]  # an index of base/stretches.py
 
 
 class GatedLinear(nn.Module, LoraLayer):
@@ -55,16 +59,21 @@ class GatedLinear(nn.Module, LoraLayer):
     def s(self) -> float:
         return self.scaling[self.active_adapters[0]]
 
+    @property
+    def drops(self) -> bool:
+        """Whether a forward now would drop some of the adapter's input."""
+        return self.training and isinstance(self.lora_dropout[self.active_adapters[0]], nn.Dropout)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, tokens, in) → (batch, tokens, out), in the dtype of x."""
         if self.disable_adapters or self.closed:
             return self._frozen(x)
-        dropout = self.lora_dropout[self.active_adapters[0]]
-        x_low = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
+        x_low = self.lora_dropout[self.active_adapters[0]](x) if self.drops else None
         if torch.is_grad_enabled():
-            return _GatedLinear.apply(x, x_low, self.A, self.B, self.gate, self.s, self.base_layer)
+            low_rank = LowRank.of(self)
+            return _GatedLinear.apply(x, x_low, low_rank, low_rank.A, low_rank.B, low_rank.gate)
         z = self._frozen(x)
-        _add_low_rank(z, x, self.A, self.B, self.gate, self.s, self.base_layer)
+        _add_low_rank(z, x, LowRank.of(self))
         return z
 
     def _frozen(self, x: Tensor) -> Tensor:
@@ -77,58 +86,128 @@ class GatedLinear(nn.Module, LoraLayer):
         return F.linear(x, _weight(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
-class _GatedLinear(torch.autograd.Function):
-    """Base and update in one node: x is kept once, in its own dtype, with the (…, r) product A x; the 4-bit weight is
-    dequantized for the forward and again for the backward, and never kept. fp32 copies of a 16-bit x or grad_z are as
-    wide as the map, so they exist for a stretch of tokens at a time."""
+@dataclass(frozen=True)
+class LowRank:
+    """A frozen map and what the adapter adds to it now: s · B diag(gate) A, or nothing where A is None."""
+
+    base: Any
+    s: float = 0.0
+    A: Tensor | None = None
+    B: Tensor | None = None
+    gate: Tensor | None = None
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x_low: Tensor | None, A: Tensor, B: Tensor, gate: Tensor | None, s: float, base: nn.Linear
-    ) -> Tensor:
-        z = F.linear(x, _weight(base, x.dtype), base.bias)
-        low = _add_low_rank(z, x if x_low is None else x_low, A, B, gate, s, base)
-        ctx.s, ctx.base = s, base
-        ctx.save_for_backward(x, x_low, A, B, gate, low)
+    def of(layer: nn.Module) -> LowRank:
+        """Of a gated layer, or of a map that has none (any more)."""
+        if not isinstance(layer, GatedLinear):
+            return LowRank(layer)
+        if layer.disable_adapters or layer.closed:
+            return LowRank(layer.base_layer)
+        return LowRank(layer.base_layer, layer.s, layer.A, layer.B, layer.gate)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """Base and update in one node: x is kept once, in its own dtype, with the (…, r) product A x; the 4-bit weight is
+    dequantized for the forward and again for the backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_low: Tensor | None, m: LowRank, *trained: Tensor | None) -> Tensor:
+        z, low = map_forward(x, m, x_low)
+        ctx.base, ctx.s = m.base, m.s
+        ctx.save_for_backward(x, x_low, low, *trained)
         return z
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_low, A, B, gate, low = ctx.saved_tensors
-        need_x, need_x_low, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
-        inputs = x if x_low is None else x_low
-        grad_A = torch.zeros_like(A) if need_A else None
-        grad_B = torch.zeros_like(B) if need_B else None
-        grad_gate = torch.zeros_like(gate) if need_gate else None
-        with torch.autocast(x.device.type, enabled=False):
-            grad_x = grad_z @ _weight(ctx.base, grad_z.dtype) if need_x else None
-            grad_inputs = grad_x if x_low is None else torch.zeros_like(x_low) if need_x_low else None
-            for part in stretches(x, max(A.shape[1], B.shape[0])):
-                grad_out = grad_z[part].to(B.dtype)
-                grad_gated = (grad_out @ B).mul_(ctx.s)
-                if grad_gate is not None:
-                    grad_gate += (grad_gated * low[part]).sum_to_size(gate.shape)
-                if grad_B is not None:
-                    gated = low[part] if gate is None else low[part] * gate
-                    grad_B.addmm_(grad_out.flatten(0, -2).T, gated.flatten(0, -2), alpha=ctx.s)
-                grad_low = grad_gated if gate is None else grad_gated * gate
-                if grad_A is not None:
-                    grad_A.addmm_(grad_low.flatten(0, -2).T, inputs[part].flatten(0, -2).to(A.dtype))
-                if grad_inputs is not None:
-                    grad_inputs[part] += grad_low @ A
-        return grad_x, None if x_low is None else grad_inputs, grad_A, grad_B, grad_gate, None, None
+        x, x_low, low, *trained = ctx.saved_tensors
+        need_x, need_x_low, _, *needs = ctx.needs_input_grad
+        grad_x = frozen_backward(grad_z, ctx.base) if need_x else None
+        inputs, grad_inputs = x, grad_x
+        if x_low is not None:
+            inputs, grad_inputs = x_low, torch.zeros_like(x_low) if need_x_low else None
+        m = LowRank(ctx.base, ctx.s, *trained)
+        grads = low_rank_backward(grad_z, inputs.__getitem__, low, m, needs, grad_inputs)
+        return grad_x, None if x_low is None else grad_inputs, None, *grads
 
 
-def _add_low_rank(z: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, s: float, base: nn.Module) -> Tensor:
-    """z += s · B diag(α) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
+# ------------------------------------------------------------------------------ one map, forward and backward, by hand
+
+
+def map_forward(x: Tensor, m: LowRank, x_low: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """W x + s · B diag(gate) A x, and A x in fp32; the adapter sees `x_low` in the place of x where it is given.
+
+    Args:
+        x: (…, tokens, in).
+    """
+    z = F.linear(x, _weight(m.base, x.dtype), m.base.bias)
+    return z, None if m.A is None else _add_low_rank(z, x if x_low is None else x_low, m)
+
+
+def frozen_backward(grad_z: Tensor, base: Any, onto: Tensor | None = None) -> Tensor:
+    """grad_z W, in the dtype of grad_z; added to `onto`, in place, where it is given."""
+    with torch.autocast(grad_z.device.type, enabled=False):
+        weight = _weight(base, grad_z.dtype)
+        if onto is None:
+            return grad_z @ weight
+        onto.view(-1, onto.shape[-1]).addmm_(grad_z.reshape(-1, grad_z.shape[-1]), weight)
+        return onto
+
+
+def low_rank_backward(
+    grad_z: Tensor,
+    inputs: Callable[[Part], Tensor],
+    low: Tensor | None,
+    m: LowRank,
+    needs: Sequence[bool],
+    grad_inputs: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (A, B, gate), those of `needs`; that of the adapter's input is added to `grad_inputs`, in place.
+
+    fp32 copies of 16-bit activations are as wide as the map, so they exist for a stretch of tokens at a time.
+
+    Args:
+        grad_z: (…, tokens, out).
+        inputs: gives a stretch of the adapter's input (…, tokens, in).
+        low: A x; None: it is computed again.
+    """
+    if m.A is None or m.B is None:
+        return None, None, None
+    A, B, gate = m.A, m.B, m.gate
+    need_A, need_B, need_gate = needs
+    grad_A = torch.zeros_like(A) if need_A else None
+    grad_B = torch.zeros_like(B) if need_B else None
+    grad_gate = torch.zeros_like(gate) if need_gate and gate is not None else None
+    with torch.autocast(grad_z.device.type, enabled=False):
+        for part in stretches(grad_z, max(A.shape[1], B.shape[0])):
+            grad_out = grad_z[part].to(B.dtype)
+            grad_gated = (grad_out @ B).mul_(m.s)
+            x = inputs(part).to(A.dtype) if need_A or low is None else None
+            low_part = F.linear(x, A) if low is None else low[part]
+            if grad_gate is not None:
+                grad_gate += (grad_gated * low_part).sum_to_size(grad_gate.shape)
+            if grad_B is not None:
+                gated = low_part if gate is None else low_part * gate
+                grad_B.addmm_(grad_out.flatten(0, -2).T, gated.flatten(0, -2), alpha=m.s)
+            grad_low = grad_gated if gate is None else grad_gated * gate
+            if grad_A is not None:
+                grad_A.addmm_(grad_low.flatten(0, -2).T, x.flatten(0, -2))
+            x = None  # before there is another fp32 tensor of this width
+            if grad_inputs is not None:
+                grad_inputs[part] += grad_low @ A
+    return grad_A, grad_B, grad_gate
+
+
+def _add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
+    """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
+    A, B, gate = m.A, m.B, m.gate
     low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for part in stretches(x, max(A.shape[1], B.shape[0])):
             low[part] = F.linear(x[part].to(A.dtype), A)
-            update = F.linear(low[part] if gate is None else low[part] * gate, B).mul_(s)
+            update = F.linear(low[part] if gate is None else low[part] * gate, B).mul_(m.s)
             # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit
             # follows it, so that the saved adapter is the function that was trained.
-            z[part] += update.to(z.dtype) if is_4bit(base) else update
+            z[part] += update.to(z.dtype) if is_4bit(m.base) else update
     return low
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalora.adapter.layer import GatedLinear
+from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.errors import InputError
 
@@ -282,4 +283,5 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
+    use_fused_mlps(peft_model)
     return peft_model

@@ -25,7 +25,8 @@ def apply_plan(
 ) -> None:
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
-    A new rank has a random row of A and a zero column of B, so growing leaves the function unchanged bit for bit.
+    A new rank has a random row of A and a zero column of B, so growing leaves the function unchanged, but for the
+    order in which a processor sums.
 
     Args:
         model: the adapter model.

@@ -110,21 +110,23 @@ def _activations(
     # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
     attention = 3 * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
     rotation = tokens * 2 * shape.head_dim * size
-    mlp = 4 * tile * f * size  # gate, its silu, up, their product
+    inner = 2 * tile * f * size  # gate x and up x, which the backward writes its gradients into
     weight = d * f * size + d * f // QUANT_BLOCK * 4 if load_in_4bit else 0
 
     def wide(count: int, width: int) -> int:
         """An fp32 temporary beside a tensor of the compute dtype."""
         return min(FP32_TEMPORARY, 4 * count * width)
 
-    down = mlp + tile * f * size + hidden + max(weight, wide(tile, f) + (wide(tile, d) if size < 4 else 0))
+    # Beside them the gradient of their product, and a dequantized weight, or the product and its copy in fp32.
+    product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
+    down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
     block = attention + rotation + max(down, norm)
     loss = 4 * hidden + rotation + 2 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     if checkpointing:
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
-        own = attention + (mlp if tile == tokens else 0)  # a tiled MLP is computed again
+        own = attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
         kept, loss = hidden * blocks + own * (blocks - 1), loss + own
     return {
         "checkpoints" if checkpointing else "kept by the blocks": kept,

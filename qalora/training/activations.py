@@ -3,7 +3,7 @@
 none       everything that a block's backward needs
 blocks     the input of every block; its inside is computed again in the backward
 offload    the same inputs, in pinned host memory: copied out behind the forward, fetched one block ahead of the backward
-mlp_tile   while a block is computed again, its MLP a stretch of tokens at a time: a long context's widest tensors
+mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
 
 forward    block 0 → block 1 → … → block n        backward    block n → … → block 1 → block 0
               │         │             │                         ↑            ↑         ↑
@@ -13,6 +13,7 @@ host          └→ input  └→ input      └→ input                  └ 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qalora.adapter.swiglu import output_unused
+from qalora.errors import InputError
+
 Checkpointing = Literal["none", "blocks", "offload"]
 
 
@@ -28,45 +32,48 @@ def set_checkpointing(model: nn.Module, kind: Checkpointing) -> None:
     """Chooses what every block of the model keeps from now on. Non-reentrant, so adapters get their gradients though no
     input of the first block needs one."""
     store = _HostStore()
-    recompute = partial(checkpoint, use_reentrant=False)
     for block in blocks_of(model):
         block.gradient_checkpointing = kind != "none"
-        block._gradient_checkpointing_func = partial(_offloaded, store) if kind == "offload" else recompute
+        block._gradient_checkpointing_func = partial(_offloaded, store) if kind == "offload" else _recomputed
 
 
 def checkpointing_of(model: nn.Module) -> Checkpointing:
     block = blocks_of(model)[0]
     if not block.gradient_checkpointing:
         return "none"
-    return "offload" if block._gradient_checkpointing_func.func is _offloaded else "blocks"
+    return "blocks" if block._gradient_checkpointing_func is _recomputed else "offload"
 
 
 def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
-    """Has every MLP work on at most `tokens` positions of a row at a time, each stretch checkpointed; None: on all."""
+    """Has every MLP work on at most `tokens` positions of a row at a time; None: on all.
+
+    Raises:
+        InputError: an MLP of another kind than LLaMA's.
+    """
     for block in blocks_of(model):
-        mlp = block.mlp
-        mlp.__dict__.pop("forward", None)
-        if tokens is not None:
-            mlp.forward = partial(_tiled, mlp.forward, tokens)
+        if hasattr(block.mlp, "mlp_tile"):
+            block.mlp.mlp_tile = tokens
+        elif tokens is not None:
+            raise InputError(f"training.mlp_tile={tokens}: {type(block.mlp).__name__} cannot be tiled; leave it out.")
 
 
 def blocks_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _tiled(forward: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
-    """(rows, tokens, d) → the same; positions do not mix in an MLP."""
-    if hidden.shape[1] <= tokens:
-        return forward(hidden)
-    if torch.is_grad_enabled():
-        forward = partial(checkpoint, forward, use_reentrant=False)
-    return torch.cat([forward(part) for part in hidden.split(tokens, dim=1)], dim=1)
+def _recomputed(block: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> tuple[Any, Any]:
+    """Around a block's forward, and around its repetition."""
+    return nullcontext(), output_unused()
 
 
 def _offloaded(store: _HostStore, block: Callable[..., Any], *inputs: Any) -> Any:
     # The hooks see what checkpoint saves, which is the inputs: inside the block it sets hooks of its own.
     with torch.autograd.graph.saved_tensors_hooks(store.keep, store.fetched):
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return _recomputed(block, *inputs)
 
 
 class _Kept:

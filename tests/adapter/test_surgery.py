@@ -104,11 +104,13 @@ def test_pruning_closed_ranks_leaves_the_logits(tiny_adapter, make_batch, four_b
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_growing_leaves_the_logits_bit_for_bit(tiny_adapter, make_batch, four_bit, dtype):
+def test_growing_leaves_the_logits(tiny_adapter, make_batch, four_bit, dtype):
     model, tokens = tiny_adapter(r=4, four_bit=four_bit, dtype=dtype), make_batch()["input_ids"]
     before = model(tokens).logits
     apply_plan(model, AllocationPlan({}, {Q: 1, V: 3, DOWN: 8}))
-    assert torch.equal(model(tokens).logits, before)
+    # A processor may sum the old rows' products in another order once there are more rows.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 0}[dtype]
+    torch.testing.assert_close(model(tokens).logits, before, rtol=tolerance, atol=tolerance)
     assert [ranks(model)[name] for name in (Q, V, DOWN)] == [5, 7, 12]
 
 

@@ -1,0 +1,159 @@
+"""The MLP of a LLaMA block over gated low-rank maps, as one node.
+
+    z = down(silu(gate x) ∘ up x)        gate, up, down: W x + s · B diag(α) A x each (adapter/layer.py)
+
+Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their product.
+Two of them give the others, so two are kept, and the backward writes their gradients into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qalora.adapter.layer import GatedLinear, LowRank, Part, frozen_backward, low_rank_backward, map_forward
+from qalora.base.stretches import stretches
+
+# What a block is made of whose MLP's output is added to the residual and read by nothing else.
+BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+SILU = ("SiLU", "SiLUActivation")
+
+_output_unused: ContextVar[bool] = ContextVar("output_unused", default=False)
+
+
+@contextmanager
+def output_unused() -> Iterator[None]:
+    """For computing a block again in the backward: what its MLP puts out is the block's last summand and nobody's input,
+    so its down map, a quarter of the block's work, is left out."""
+    token = _output_unused.set(True)
+    try:
+        yield
+    finally:
+        _output_unused.reset(token)
+
+
+def use_fused_mlps(model: nn.Module) -> None:
+    """Has the MLP of every LLaMA block run as one node; blocks that are built otherwise stay as they are."""
+    for block in list(model.modules()):
+        if _children(block) == BLOCK and _children(block.mlp) == MLP and type(block.mlp.act_fn).__name__ in SILU:
+            block.mlp.mlp_tile = None
+            block.mlp.forward = MethodType(_forward, block.mlp)
+
+
+def _children(module: Any) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    """x: (rows, tokens, d) → (rows, tokens, d); at most `self.mlp_tile` tokens at a time."""
+    layers = (self.gate_proj, self.up_proj, self.down_proj)
+    # Layers that somebody else put around the maps, after ours were taken off, keep their own forward.
+    known = all(isinstance(layer, nn.Linear) or isinstance(layer, GatedLinear) and not layer.drops for layer in layers)
+    if not known or not torch.is_grad_enabled():
+        parts = [x] if self.mlp_tile is None else x.split(self.mlp_tile, dim=1)
+        return torch.cat([self.down_proj(F.silu(self.gate_proj(part)) * self.up_proj(part)) for part in parts], dim=1)
+    maps = [LowRank.of(layer) for layer in layers]
+    frozen = [(m.base, m.s) for m in maps]
+    trained = [tensor for m in maps for tensor in (m.A, m.B, m.gate)]
+    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, _output_unused.get(), *trained)
+
+
+class _GatedSwiGLU(torch.autograd.Function):
+    """Keeps gate x and up x, or, in tiles, x alone: each tile's are computed again when its turn in the backward comes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frozen: Sequence[tuple[nn.Module, float]],
+        tile: int | None,
+        unused: bool,
+        *trained: Tensor | None,
+    ) -> Tensor:
+        maps = _maps(frozen, trained)
+        ctx.frozen, ctx.tile = frozen, tile
+        z = x.new_zeros(()).expand_as(x) if unused else torch.empty_like(x)
+        inner: Sequence[Tensor | None] = [None] * 4
+        for part in _tiles(x, tile):
+            if unused and tile is not None:
+                break
+            inner = _inner(x[part], maps)
+            if not unused:
+                z[part] = map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
+        ctx.save_for_backward(x, *(inner if tile is None else [None] * 4), *trained)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        inner, trained = kept[:4], kept[4:]
+        need_x, _, _, _, *needs = ctx.needs_input_grad
+        maps = _maps(ctx.frozen, trained)
+        if ctx.tile is None:
+            return _backward(grad_z, x, inner, maps, need_x, needs)
+        grad_x = torch.empty_like(x) if need_x else None
+        grads: list[Tensor | None] = [None] * len(trained)
+        for part in _tiles(x, ctx.tile):
+            own, _, _, _, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
+            if grad_x is not None:
+                grad_x[part] = own
+            grads = [b if a is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
+        return grad_x, None, None, None, *grads
+
+
+def _tiles(x: Tensor, tile: int | None) -> list[Part]:
+    """Indices of at most `tile` of the tokens of x: (rows, tokens, d); positions do not mix in an MLP."""
+    tokens = x.shape[1]
+    return [(slice(None), slice(start, start + (tile or tokens))) for start in range(0, tokens, tile or tokens)]
+
+
+def _inner(x: Tensor, maps: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """gate x and up x, and their low-rank products."""
+    (gate, low_gate), (up, low_up) = map_forward(x, maps[0]), map_forward(x, maps[1])
+    return gate, up, low_gate, low_up
+
+
+def _backward(
+    grad_z: Tensor,
+    x: Tensor,
+    inner: Sequence[Any],
+    maps: Sequence[LowRank],
+    need_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the forward's arguments; `inner` is written over."""
+    (to_gate, to_up, to_down), (gate, up, low_gate, low_up) = maps, inner
+
+    def product(part: Part) -> Tensor:
+        return F.silu(gate[part]).mul_(up[part])
+
+    grad_product = frozen_backward(grad_z, to_down.base)
+    grads_down = low_rank_backward(grad_z, product, None, to_down, needs[6:], grad_product)
+    grad_gate, grad_up = _through_product(grad_product, gate, up)
+    grad_x = frozen_backward(grad_up, to_up.base) if need_x else None
+    grads_up = low_rank_backward(grad_up, x.__getitem__, low_up, to_up, needs[3:6], grad_x)
+    if grad_x is not None:
+        frozen_backward(grad_gate, to_gate.base, onto=grad_x)
+    grads_gate = low_rank_backward(grad_gate, x.__getitem__, low_gate, to_gate, needs[:3], grad_x)
+    return grad_x, None, None, None, *grads_gate, *grads_up, *grads_down
+
+
+def _maps(frozen: Sequence[tuple[nn.Module, float]], trained: Sequence[Tensor | None]) -> list[LowRank]:
+    return [LowRank(base, s, *trained[3 * i : 3 * i + 3]) for i, (base, s) in enumerate(frozen)]
+
+
+def _through_product(grad_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up from that of silu(gate) ∘ up, in the memory of `up` and of `grad_product`."""
+    up.mul_(grad_product)
+    for part in stretches(gate, gate.shape[-1]):
+        grad_product[part].mul_(F.silu(gate[part]))
+    torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=up)
+    return up, grad_product
