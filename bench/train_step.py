@@ -1,10 +1,16 @@
 """Speed and memory of training steps: qalora against PEFT's own layers under Hugging Face's own Trainer.
 
     python bench/train_step.py --recipe e2e --data ../shared/data/e2e/train.jsonl
-    python bench/train_step.py --recipe alpaca --data ../shared/data/alpaca/train.jsonl
+    python bench/train_step.py --recipe alpaca --data ../shared/data/alpaca/train.jsonl --micro-batch-size 4
 
-The same rows in the same batches (length-grouped, padded to the longest), the same NF4 base of SmolLM2-135M and compute dtype,
-r = 8 on every linear map, blocks checkpointed, AdamW. Each backend in a process of its own, in turns; the fastest turn counts.
+The same rows, the same NF4 base of SmolLM2-135M and compute dtype, r = 8 on every linear map, AdamW. Each backend in a
+process of its own, in turns; the fastest turn counts.
+
+qalora          training.gradient_checkpointing=selective
+qalora-blocks   training.gradient_checkpointing=true, the default
+peft            as QLoRA's users write it, checkpointed, in qalora's batches (length-grouped, padded to the longest)
+peft-random     the same in the batches that the Trainer makes by itself (random rows, padded to the longest)
+peft-adalora    AdaLoRA at the same average rank, in qalora's batches
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from typing import Any
 
 import torch
 from common import environment, peak_rss, reset_peak, table, write_results
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from qalora.adapter.allocation import Schedule
@@ -31,8 +37,7 @@ from qalora.data.tokenization import load_dataset
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import build_trainer
 
-BACKENDS = ("qalora", "peft")
-WARM_UP = 2  # steps that are not counted
+BACKENDS = ("qalora", "qalora-blocks", "peft", "peft-random", "peft-adalora")
 
 
 def main() -> None:
@@ -40,27 +45,30 @@ def main() -> None:
     if args.worker:
         print(json.dumps(work(args)))
         return
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in BACKENDS}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in args.backends}
     for _ in range(args.turns):
-        for name in BACKENDS:
+        for name in args.backends:
             turns[name].append(run(name))
     best = {name: min(found, key=lambda turn: turn["seconds"]) for name, found in turns.items()}
-    ours, theirs = best["qalora"], best["peft"]
-    ratios = {
-        "rows a second": theirs["seconds"] / ours["seconds"],
-        "peak memory over the loaded model": ours["peak MB"] / theirs["peak MB"],
-    }
-    difference = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    rows = [{"backend": name, **{k: v for k, v in turn.items() if k != "losses"}} for name, turn in best.items()]
-    results = {**environment(), "turns": turns, "ratios": ratios, "largest_loss_difference": difference}
+    ours = best["qalora"]
+    rows = [
+        {
+            "backend": name,
+            **{k: v for k, v in turn.items() if k != "losses"},
+            "qalora's rows/s": f"{turn['seconds'] / ours['seconds']:.2f} x",
+            "qalora's memory": f"{ours['peak MB'] / turn['peak MB']:.2f} x",
+        }
+        for name, turn in best.items()
+    ]
+    difference = max(abs(a - b) for a, b in zip(ours["losses"], best["peft"]["losses"], strict=True))
+    results = {**environment(), "turns": turns, "largest_loss_difference_to_peft": difference}
     text = (
-        f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, micro-batches of {args.micro_batch_size} rows, "
-        f"{args.steps} steps after {WARM_UP}, the fastest of {args.turns} turns.\n{results['device']}; torch {results['torch']}, "
-        f"transformers {results['transformers']}, peft {results['peft']}, bitsandbytes {results['bitsandbytes']}; "
-        f"{results['date']}, commit {results['commit']}.\n\n    {results['command']}\n\n{table(rows)}\n"
-        f"qalora works through {ratios['rows a second']:.2f} times the rows a second, in "
-        f"{ratios['peak memory over the loaded model']:.2f} times the memory over the loaded model; the losses of the steps "
-        f"differ by at most {difference:.1e}.\n"
+        f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, {args.steps} micro-batches of "
+        f"{args.micro_batch_size} rows, the fastest of {args.turns} turns. Memory is the peak over the loaded model.\n"
+        f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft {results['peft']}, "
+        f"bitsandbytes {results['bitsandbytes']}; {results['date']}, commit {results['commit']}.\n\n"
+        f"    {results['command']}\n\n{table(rows)}\n"
+        f"The losses of the steps differ from peft's, on the same batches, by at most {difference:.1e}.\n"
     )
     write_results(f"train_step-{args.recipe}", results, text)
 
@@ -70,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="e2e")
     parser.add_argument("--data", type=Path, required=True, help="rows in the recipe's columns")
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="all of them are counted, after one that is not")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="qalora and peft, and more")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtype", default="float32", help="to compute in")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
@@ -86,7 +95,7 @@ def run(backend: str) -> dict[str, Any]:
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     """The steps of one backend in this process."""
-    steps = WARM_UP + args.steps
+    steps = args.steps
     own_columns = [("data.columns", {})] if args.recipe == "e2e" else []
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(
@@ -112,21 +121,36 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         )
         base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
         set_seed(recipe.training.seed)
-        make = by_qalora if args.worker == "qalora" else by_peft
-        clock = Clock(steps)
-        trainer = make(recipe, base, tokenizer, data.items, steps, Path(folder))
+        make = by_qalora if args.worker.startswith("qalora") else by_peft
+        trainer = make(args.worker, recipe, base, tokenizer, data.items, steps, Path(folder))
+        loaded = reset_peak()
+        warm_up(trainer, args.micro_batch_size)
+        clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    seconds = clock.end - clock.start
     return {
-        "seconds": round(seconds, 2),
-        "rows/s": round(args.steps * args.micro_batch_size / seconds, 2),
-        "peak MB": round((clock.peak - clock.loaded) / 1e6),
+        "seconds": round(clock.end - clock.start, 2),
+        "rows/s": round(args.steps * args.micro_batch_size / (clock.end - clock.start), 2),
+        "peak MB": round((peak_rss() - loaded) / 1e6),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
-def by_qalora(recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path) -> Trainer:
+def warm_up(trainer: Trainer, rows: int) -> None:
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+    batch.pop("rows", None)
+    trainer.model.train()
+    trainer.model(**trainer._prepare_inputs(batch)).loss.backward()
+    trainer.model.zero_grad()
+
+
+def by_qalora(
+    backend: str, recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path
+) -> Trainer:
+    if backend == "qalora":
+        recipe = recipe.model_copy(
+            update={"training": recipe.training.model_copy(update={"gradient_checkpointing": "selective"})}
+        )
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
         recipe, model, tokenizer, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
@@ -136,46 +160,62 @@ def by_qalora(recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps
     return trainer
 
 
-def by_peft(recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path) -> Trainer:
+def by_peft(
+    backend: str, recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path
+) -> Trainer:
     """As QLoRA's users write it, with the initial A of the other backend, so that losses can be compared."""
     twin = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     initial = {name: layer.A.detach().clone() for name, layer in gated_layers(twin).items()}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     plain = twin.unload()
-    config = LoraConfig(r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(plain, config)
-    for name, A in initial.items():
-        model.get_submodule(f"base_model.model.{name}").lora_A.default.weight.data.copy_(A)
+    shared = {"lora_alpha": recipe.lora.alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    if backend == "peft-adalora":
+        r = recipe.lora.r
+        model = get_peft_model(
+            plain, AdaLoraConfig(init_r=r * 3 // 2, target_r=r, tinit=1, tfinal=1, total_step=steps + 3, **shared)
+        )
+    else:
+        model = get_peft_model(plain, LoraConfig(r=recipe.lora.r, **shared))
+        for name, A in initial.items():
+            model.get_submodule(f"base_model.model.{name}").lora_A.default.weight.data.copy_(A)
     training = recipe.training
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=training.micro_batch_size, max_steps=steps,
         learning_rate=training.learning_rate, lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=-(-int(training.warmup_ratio * steps * 1000) // 1000), max_grad_norm=training.max_grad_norm,
-        optim=training.optim, seed=training.seed, train_sampling_strategy="group_by_length",
+        optim=training.optim, seed=training.seed,
+        train_sampling_strategy="random" if backend == "peft-random" else "group_by_length",
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     rows = [{key: item[key] for key in ("input_ids", "labels")} for item in items]
-    return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    if backend == "peft-adalora":
+        trainer.add_callback(Allocate(model))
+    return trainer
 
 
 class Clock(TrainerCallback):
-    """Time and memory of the counted steps."""
+    """Time from the first step's start to the last one's end."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
-        self.start = self.end = 0.0
-        self.loaded = self.peak = 0
+    start = end = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.loaded = reset_peak()
+        self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == WARM_UP:
-            self.start = time.perf_counter()
-        if state.global_step == self.steps:
-            self.end, self.peak = time.perf_counter(), peak_rss()
-            control.should_evaluate = False
+        self.end = time.perf_counter()
+        control.should_evaluate = False
+
+
+class Allocate(TrainerCallback):
+    """What AdaLoRA's users have to call after every step, while the gradients are there."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.base_model.update_and_allocate(state.global_step + 1)
 
 
 if __name__ == "__main__":

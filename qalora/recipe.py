@@ -120,8 +120,10 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
-    gradient_checkpointing: bool | Literal["offload"] = Field(
-        True, description="compute blocks again in the backward; offload: with their inputs in host memory"
+    gradient_checkpointing: bool | Literal["selective", "offload"] = Field(
+        True,
+        description="compute blocks again in the backward; selective: all but what their maps put out; offload: blocks, with "
+        "their inputs in host memory",
     )
     mlp_tile: int | None = Field(None, ge=1, description="tokens of a row that an MLP works on at a time; null: all")
     fit: Literal["auto"] | None = Field(

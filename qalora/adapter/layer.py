@@ -13,9 +13,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from qalora.adapter.recompute import kept
 from qalora.base.quantized import is_4bit
 from qalora.base.stretches import stretches
-
 
 Part = tuple[Any, ...]  # an index of base/stretches.py
 
@@ -112,7 +112,7 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_low: Tensor | None, m: LowRank, *trained: Tensor | None) -> Tensor:
-        z, low = map_forward(x, m, x_low)
+        z, low = kept(lambda: map_forward(x, m, x_low))
         ctx.base, ctx.s = m.base, m.s
         ctx.save_for_backward(x, x_low, low, *trained)
         return z
@@ -193,7 +193,7 @@ def low_rank_backward(
                 grad_A.addmm_(grad_low.flatten(0, -2).T, x.flatten(0, -2))
             x = None  # before there is another fp32 tensor of this width
             if grad_inputs is not None:
-                grad_inputs[part] += grad_low @ A
+                _add_product(grad_inputs[part], grad_low, A)
     return grad_A, grad_B, grad_gate
 
 
@@ -204,11 +204,23 @@ def _add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         for part in stretches(x, max(A.shape[1], B.shape[0])):
             low[part] = F.linear(x[part].to(A.dtype), A)
-            update = F.linear(low[part] if gate is None else low[part] * gate, B).mul_(m.s)
+            gated = low[part] if gate is None else low[part] * gate
+            if z.dtype == B.dtype:
+                _add_product(z[part], gated, B.T, m.s)
+                continue
+            update = F.linear(gated, B).mul_(m.s)
             # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit
             # follows it, so that the saved adapter is the function that was trained.
             z[part] += update.to(z.dtype) if is_4bit(m.base) else update
     return low
+
+
+def _add_product(z: Tensor, a: Tensor, b: Tensor, s: float = 1.0) -> None:
+    """z += s · a b, in place; without another tensor as wide as z where that has the dtype of b."""
+    if z.dtype == b.dtype and z.is_contiguous():
+        z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b, alpha=s)
+    else:
+        z += (a @ b).mul_(s)
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:

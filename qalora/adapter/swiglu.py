@@ -8,9 +8,7 @@ Two of them give the others, so two are kept, and the backward writes their grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -19,25 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qalora.adapter.layer import GatedLinear, LowRank, Part, frozen_backward, low_rank_backward, map_forward
+from qalora.adapter.recompute import kept, output_unused
 from qalora.base.stretches import stretches
 
 # What a block is made of whose MLP's output is added to the residual and read by nothing else.
 BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = ("SiLU", "SiLUActivation")
-
-_output_unused: ContextVar[bool] = ContextVar("output_unused", default=False)
-
-
-@contextmanager
-def output_unused() -> Iterator[None]:
-    """For computing a block again in the backward: what its MLP puts out is the block's last summand and nobody's input,
-    so its down map, a quarter of the block's work, is left out."""
-    token = _output_unused.set(True)
-    try:
-        yield
-    finally:
-        _output_unused.reset(token)
 
 
 def use_fused_mlps(model: nn.Module) -> None:
@@ -56,14 +42,16 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """x: (rows, tokens, d) → (rows, tokens, d); at most `self.mlp_tile` tokens at a time."""
     layers = (self.gate_proj, self.up_proj, self.down_proj)
     # Layers that somebody else put around the maps, after ours were taken off, keep their own forward.
-    known = all(isinstance(layer, nn.Linear) or isinstance(layer, GatedLinear) and not layer.drops for layer in layers)
+    known = all(
+        isinstance(layer, nn.Linear) or (isinstance(layer, GatedLinear) and not layer.drops) for layer in layers
+    )
     if not known or not torch.is_grad_enabled():
         parts = [x] if self.mlp_tile is None else x.split(self.mlp_tile, dim=1)
         return torch.cat([self.down_proj(F.silu(self.gate_proj(part)) * self.up_proj(part)) for part in parts], dim=1)
     maps = [LowRank.of(layer) for layer in layers]
     frozen = [(m.base, m.s) for m in maps]
     trained = [tensor for m in maps for tensor in (m.A, m.B, m.gate)]
-    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, _output_unused.get(), *trained)
+    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, output_unused(), *trained)
 
 
 class _GatedSwiGLU(torch.autograd.Function):
@@ -85,7 +73,7 @@ class _GatedSwiGLU(torch.autograd.Function):
         for part in _tiles(x, tile):
             if unused and tile is not None:
                 break
-            inner = _inner(x[part], maps)
+            inner = kept(lambda: _inner(x, maps)) if tile is None else _inner(x[part], maps)
             if not unused:
                 z[part] = map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
         ctx.save_for_backward(x, *(inner if tile is None else [None] * 4), *trained)
@@ -93,8 +81,8 @@ class _GatedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        inner, trained = kept[:4], kept[4:]
+        x, *saved = ctx.saved_tensors
+        inner, trained = saved[:4], saved[4:]
         need_x, _, _, _, *needs = ctx.needs_input_grad
         maps = _maps(ctx.frozen, trained)
         if ctx.tile is None:

@@ -9,14 +9,15 @@ from typing import Any, Literal
 from qalora.base.memory import MemoryPlan
 
 Plan = Callable[..., MemoryPlan]  # plan_memory with everything set but what is chosen here
-Checkpointing = bool | Literal["offload"]
+Checkpointing = bool | Literal["selective", "offload"]
 
 MLP_TILE = 1024  # tokens; from there on one tile's tensors are small beside one block input
 FULL_FORWARD = 1024  # tokens of a forward from which on more of them hardly raise the tokens a second
 HEADROOM = 0.92  # of the memory; the rest is the allocator's, and the plan's error
-# From fast to frugal: nothing is computed twice; blocks are; block inputs wait in host memory; MLPs go piece by piece.
+# From fast to frugal: nothing is computed twice; all but the maps is; blocks are; block inputs wait in host memory; MLPs go piece by piece.
 LEVELS: tuple[tuple[Checkpointing, int | None], ...] = (
     (False, None),
+    ("selective", None),
     (True, None),
     ("offload", None),
     ("offload", MLP_TILE),

@@ -44,7 +44,7 @@ def plan_memory(
     double_quant: bool = True,
     compute_dtype: str = "bfloat16",
     optim: str = "adamw_torch",
-    gradient_checkpointing: bool | Literal["offload"] = True,
+    gradient_checkpointing: bool | Literal["selective", "offload"] = True,
     mlp_tile: int | None = None,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -55,7 +55,8 @@ def plan_memory(
         ranks: of every module, or full module name → rank.
         micro_batch_size: rows a forward.
         seq_len: tokens a row.
-        gradient_checkpointing: "offload" keeps the block inputs in host memory, all but two.
+        gradient_checkpointing: "selective" keeps the outputs of maps beside the block inputs; "offload" keeps the
+            inputs in host memory, all but two.
         mlp_tile: tokens of a row that an MLP works on at a time; None: all.
         device: cuda adds the context's own memory.
     """
@@ -102,9 +103,11 @@ def _activations(
     q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
     low: dict[str, int] = {}
+    low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
-        index = name.split(".layers.")[1].split(".")[0]
+        index, part, which = name.split(".layers.")[1].split(".")
         low[index] = low.get(index, 0) + rank
+        low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
 
     hidden = tokens * d * size
     # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
@@ -122,8 +125,14 @@ def _activations(
     down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
     block = attention + rotation + max(down, norm)
-    loss = 4 * hidden + rotation + 2 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
-    if checkpointing:
+    logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
+    loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
+    if checkpointing == "selective":
+        low_rank = 4 * tokens * low_kept
+        outputs = tokens * size * (q + 2 * kv + d) + (inner if tile == tokens else 0)
+        kept = (hidden + outputs) * blocks + low_rank
+        block -= outputs - tokens * size * d + low_rank // blocks  # the last block's are counted as kept
+    elif checkpointing:
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
         own = attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again

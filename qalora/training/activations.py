@@ -1,7 +1,8 @@
 """What a step keeps between forward and backward.
 
 none       everything that a block's backward needs
-blocks     the input of every block; its inside is computed again in the backward
+selective  the input of every block and what its maps put out; norms, rotations and attention are computed again in the backward
+blocks     the input of every block; its inside is computed again
 offload    the same inputs, in pinned host memory: copied out behind the forward, fetched one block ahead of the backward
 mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
 
@@ -13,7 +14,6 @@ host          └→ input  └→ input      └→ input                  └ 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -22,26 +22,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.adapter.swiglu import output_unused
+from qalora.adapter.recompute import both_runs
 from qalora.errors import InputError
 
-Checkpointing = Literal["none", "blocks", "offload"]
+Checkpointing = Literal["none", "selective", "blocks", "offload"]
 
 
 def set_checkpointing(model: nn.Module, kind: Checkpointing) -> None:
     """Chooses what every block of the model keeps from now on. Non-reentrant, so adapters get their gradients though no
     input of the first block needs one."""
-    store = _HostStore()
+    recompute = {
+        "selective": partial(_recomputed, partial(both_runs, keep=True)),
+        "blocks": partial(_recomputed, partial(both_runs, keep=False)),
+        "offload": partial(_offloaded, _HostStore()),
+    }
     for block in blocks_of(model):
+        block.kept = kind
         block.gradient_checkpointing = kind != "none"
-        block._gradient_checkpointing_func = partial(_offloaded, store) if kind == "offload" else _recomputed
+        block._gradient_checkpointing_func = recompute.get(kind)
 
 
 def checkpointing_of(model: nn.Module) -> Checkpointing:
-    block = blocks_of(model)[0]
-    if not block.gradient_checkpointing:
-        return "none"
-    return "blocks" if block._gradient_checkpointing_func is _recomputed else "offload"
+    return getattr(blocks_of(model)[0], "kept", "none")
 
 
 def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
@@ -61,19 +63,14 @@ def blocks_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _recomputed(block: Callable[..., Any], *inputs: Any) -> Any:
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=_contexts)
-
-
-def _contexts() -> tuple[Any, Any]:
-    """Around a block's forward, and around its repetition."""
-    return nullcontext(), output_unused()
+def _recomputed(contexts: Callable[[], Any], block: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _offloaded(store: _HostStore, block: Callable[..., Any], *inputs: Any) -> Any:
     # The hooks see what checkpoint saves, which is the inputs: inside the block it sets hooks of its own.
     with torch.autograd.graph.saved_tensors_hooks(store.keep, store.fetched):
-        return _recomputed(block, *inputs)
+        return _recomputed(partial(both_runs, keep=False), block, *inputs)
 
 
 class _Kept:

@@ -1,8 +1,7 @@
 """What a step does when memory runs out: smaller pieces of the micro-batch first, then less kept, never another result.
 
 halve the micro-batch, and again      the same rows an optimizer step, the same loss
-checkpoint the blocks                 where they were not
-keep the block inputs in host memory
+keep of a block what its maps put out, then its input alone, then that in host memory
 take every MLP a stretch of tokens at a time
 """
 
@@ -17,9 +16,16 @@ from torch import Tensor, nn
 
 from qalora.base.fitting import MLP_TILE
 from qalora.errors import AnswerNo
-from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.training.activations import Checkpointing, checkpointing_of, set_checkpointing, set_mlp_tile
 
 Inputs = dict[str, Any]
+
+# What is kept → what to keep next, the setting that keeps it from the start, and what that does.
+LOWER: dict[Checkpointing, tuple[Checkpointing, str, str]] = {
+    "none": ("selective", "selective", "norms and attention are computed again in the backward"),
+    "selective": ("blocks", "true", "blocks are computed again in the backward"),
+    "blocks": ("offload", "offload", "block inputs wait in host memory"),
+}
 
 
 class Ladder:
@@ -68,12 +74,11 @@ class Ladder:
         if any(_halves(piece) for piece in pieces(inputs, self.halvings)):
             self.halvings += 1
             return f"micro-batches are worked through in {2**self.halvings} pieces from now on, with the same result"
-        if checkpointing_of(self.model) == "none":
-            set_checkpointing(self.model, "blocks")
-            return "blocks are computed again in the backward from now on (training.gradient_checkpointing=true)"
-        if checkpointing_of(self.model) == "blocks":
-            set_checkpointing(self.model, "offload")
-            return "block inputs wait in host memory from now on (training.gradient_checkpointing=offload)"
+        lower = LOWER.get(checkpointing_of(self.model))
+        if lower is not None:
+            kind, setting, what = lower
+            set_checkpointing(self.model, kind)
+            return f"{what} from now on (training.gradient_checkpointing={setting})"
         if not self.tiled:
             set_mlp_tile(self.model, MLP_TILE)
             self.tiled = True

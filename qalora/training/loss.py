@@ -50,12 +50,17 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
-                log_probs = F.log_softmax(F.linear(hidden[part], head).float(), dim=-1)
-                losses[part] = -log_probs.gather(1, targets[part, None]).squeeze(1)
+                logits = F.linear(hidden[part], head).float()
+                logits -= logits.amax(-1, keepdim=True)
+                chosen = logits.gather(1, targets[part, None])
+                sums = logits.exp_().sum(-1, keepdim=True)  # in place: the logits are the widest tensor of a step
+                losses[part] = (sums.log() - chosen).squeeze(1)
                 if grad is not None:
-                    probs = log_probs.exp_()
+                    probs = logits.div_(sums)
                     probs[torch.arange(len(probs), device=probs.device), targets[part]] -= 1
                     grad[part] = probs.to(head.dtype) @ head
+                    del probs
+                del logits  # before the next chunk's
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses

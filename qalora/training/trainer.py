@@ -37,7 +37,7 @@ from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
-from qalora.training.activations import Checkpointing, set_checkpointing, set_mlp_tile
+from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, console
 from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
@@ -164,8 +164,8 @@ def build_trainer(
     base = cast(PreTrainedModel, model.get_base_model())
     use_label_only_loss(base)
     use_lean_norms(base)
-    kind = {False: "none", True: "blocks", "offload": "offload"}[training.gradient_checkpointing]
-    set_checkpointing(base, cast(Checkpointing, kind))
+    kind = training.gradient_checkpointing
+    set_checkpointing(base, kind if isinstance(kind, str) else "blocks" if kind else "none")
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     allocator = AllocationCallback(

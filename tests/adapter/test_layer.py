@@ -57,25 +57,31 @@ def random_input(dtype=torch.float32, rows=3, tokens=5, width=64):
 # ----------------------------------------------------------------------------------------------------- invariant 1
 
 
+def assert_same(found, expected):
+    """Bit for bit in 16 bit. In fp32 the update is summed onto z instead of added to it: the last bits may differ."""
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 0}[found.dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_gates_open_is_plain_peft_bit_for_bit(twins, make_batch, four_bit, dtype, grad):
+def test_gates_open_is_plain_peft(twins, make_batch, four_bit, dtype, grad):
     ours, plain = twins(four_bit, dtype)
     tokens = make_batch()["input_ids"]
     with torch.set_grad_enabled(grad):
-        assert torch.equal(ours(tokens).logits, plain(tokens).logits)
+        assert_same(ours(tokens).logits, plain(tokens).logits)
 
 
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)
-def test_layer_with_bias_is_plain_peft_bit_for_bit(twins, four_bit, dtype):
+def test_layer_with_bias_is_plain_peft(twins, four_bit, dtype):
     ours, plain = twins(four_bit, dtype, attention_bias=True)
     layer, other = gated_layers(ours)[Q], plain.base_model.model.get_submodule(Q)
     bias = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(dtype)
     layer.base_layer.bias.data, other.base_layer.bias.data = bias, bias.clone()
     x = random_input(dtype)
-    assert torch.equal(layer(x), other(x))
+    assert_same(layer(x), other(x))
     with torch.no_grad():
-        assert torch.equal(layer(x), other(x))
+        assert_same(layer(x), other(x))
 
 
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)

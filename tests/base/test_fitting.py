@@ -34,13 +34,14 @@ def test_what_is_chosen_fits_and_keeps_the_batch(memory, batch_size, seq_len):
 
 def test_a_faster_level_is_taken_only_where_its_forward_is_full():
     def plan(micro_batch_size, seq_len, gradient_checkpointing, mlp_tile):
-        return MemoryPlan({"rows": micro_batch_size * (2 if gradient_checkpointing else 8)})
+        return MemoryPlan({"rows": micro_batch_size * {False: 8, "selective": 4}.get(gradient_checkpointing, 2)})
 
     def chosen(memory, seq_len):
         found = fit(plan, memory, batch_size=16, seq_len=seq_len)
         return found and (found.micro_batch_size, found.gradient_checkpointing)
 
     assert chosen(1000, 8) == (16, False)
+    assert chosen(80, 8) == (16, "selective")
     assert chosen(40, 8) == (16, True)  # 4 rows of 8 tokens would fit without
     assert chosen(40, FULL_FORWARD // 4) == (4, False)  # and are a full forward
     assert chosen(20, 8) == (8, True)

@@ -152,6 +152,11 @@ STEPS = {
     "short": dict(gradient_checkpointing=True, compute_dtype="bfloat16", micro_batch_size=2, seq_len=64),
     "kept, bf16": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=512),
     "kept, fp32": dict(gradient_checkpointing=False, compute_dtype="float32", seq_len=512),
+    "selective, bf16": dict(gradient_checkpointing="selective", compute_dtype="bfloat16", seq_len=512),
+    "selective, fp32": dict(gradient_checkpointing="selective", compute_dtype="float32", seq_len=512),
+    "selective and tiled": dict(
+        gradient_checkpointing="selective", compute_dtype="float32", seq_len=1024, mlp_tile=128
+    ),
     "tiled, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=1024, mlp_tile=128),
     "tiled, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=1024, mlp_tile=128),
     "kept and tiled": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=1024, mlp_tile=128),
@@ -176,7 +181,7 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
     )  # fmt: skip
     model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"]).train()
     use_lean_norms(model)
-    set_checkpointing(model, "blocks" if settings["gradient_checkpointing"] else "none")
+    set_checkpointing(model, {True: "blocks", False: "none"}.get(settings["gradient_checkpointing"], "selective"))
     set_mlp_tile(model, settings["mlp_tile"])
     ids = torch.randint(0, shape.vocab_size, (settings["micro_batch_size"], settings["seq_len"]))
 

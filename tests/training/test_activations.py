@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qalora.adapter import layer, swiglu
 from qalora.adapter.model import gated_layers
 from qalora.training import activations
 from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
@@ -19,7 +20,7 @@ def gradients(model, batch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("tile", [None, 5], ids=["whole MLP", "tiled MLP"])
-@pytest.mark.parametrize("kind", ["none", "blocks", "offload"])
+@pytest.mark.parametrize("kind", ["none", "selective", "blocks", "offload"])
 def test_gradients_are_those_of_the_plain_step(tiny_adapter, make_batch, kind, tile, four_bit):
     model, batch = tiny_adapter(four_bit=four_bit), make_batch()
     expected = gradients(model, batch)
@@ -30,6 +31,39 @@ def test_gradients_are_those_of_the_plain_step(tiny_adapter, make_batch, kind, t
     set_checkpointing(model, "none")
     set_mlp_tile(model, None)
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, batch), expected, strict=True))
+
+
+def test_selective_runs_no_map_a_second_time(tiny_adapter, make_batch, monkeypatch):
+    """Per block: four maps of attention and three of the MLP forward; nothing but norms and attention again."""
+    calls = []
+    plain = swiglu.map_forward
+    for module in (layer, swiglu):
+        monkeypatch.setattr(module, "map_forward", lambda *args: calls.append(args[1].base) or plain(*args))
+    model = tiny_adapter()
+    expected = {"none": 7, "selective": 7, "blocks": 7 + 6}  # the down map's output is nobody's input
+    for kind, per_block in expected.items():
+        calls.clear()
+        set_checkpointing(model, kind)
+        gradients(model, make_batch())
+        assert len(calls) == 2 * per_block
+
+
+def test_selective_lets_go_of_what_it_kept(tiny_adapter, make_batch, monkeypatch):
+    queues = []
+    plain = activations.both_runs
+
+    def watched(**kwargs):
+        contexts = plain(**kwargs)
+        queues.append(contexts[0].args[0].kept)
+        return contexts
+
+    monkeypatch.setattr(activations, "both_runs", watched)
+    model = tiny_adapter()
+    set_checkpointing(model, "selective")
+    loss = model.train()(**make_batch()).loss
+    assert [len(queue) for queue in queues] == [5, 5]  # q, k, v, o, and gate with up
+    loss.backward()
+    assert [len(queue) for queue in queues] == [0, 0]
 
 
 def test_offload_hands_the_block_inputs_to_the_store_and_nothing_else(tiny_adapter, make_batch, monkeypatch):

@@ -31,6 +31,15 @@ def test_row_losses_are_the_full_logits_cross_entropy(problem):
     assert label_only_loss(*problem)[1] == 0
 
 
+def test_sums_over_a_large_vocabulary_lose_nothing():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = 4 * torch.randn(1, 9, 16, generator=generator), torch.randn(50_000, 16, generator=generator)
+    labels = torch.randint(0, 50_000, (1, 9), generator=generator)
+    logits = F.linear(hidden, head).double()
+    exact = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    torch.testing.assert_close(label_only_loss(hidden, labels, head)[0].double(), exact, rtol=1e-6, atol=0)
+
+
 def test_gradient_is_autograds(problem):
     hidden, labels, head = problem
     weights = torch.tensor([1.0, 5.0, -0.5])  # a factor of its own for each row
