@@ -4,7 +4,7 @@
     python bench/train_step.py --recipe alpaca --data ../shared/data/alpaca/train.jsonl --micro-batch-size 4
 
 The same rows, the same NF4 base of SmolLM2-135M and compute dtype, r = 8 on every linear map, AdamW. Each backend in a
-process of its own, in turns; the fastest turn counts.
+process of its own, in turns; of every step its fastest turn counts, for other work on a machine only ever adds.
 
 qalora          training.gradient_checkpointing=selective
 qalora-blocks   training.gradient_checkpointing=true, the default
@@ -49,22 +49,29 @@ def main() -> None:
     for _ in range(args.turns):
         for name in args.backends:
             turns[name].append(run(name))
-    best = {name: min(found, key=lambda turn: turn["seconds"]) for name, found in turns.items()}
-    ours = best["qalora"]
+    seconds = {
+        name: sum(map(min, zip(*(turn["step_seconds"] for turn in found), strict=True)))
+        for name, found in turns.items()
+    }
+    peak = {name: min(turn["peak_bytes"] for turn in found) for name, found in turns.items()}
     rows = [
         {
             "backend": name,
-            **{k: v for k, v in turn.items() if k != "losses"},
-            "qalora's rows/s": f"{turn['seconds'] / ours['seconds']:.2f} x",
-            "qalora's memory": f"{ours['peak MB'] / turn['peak MB']:.2f} x",
+            "s a step": f"{seconds[name] / args.steps:.2f}",
+            "rows/s": f"{args.steps * args.micro_batch_size / seconds[name]:.2f}",
+            "real tokens/s": f"{turns[name][0]['tokens'] / seconds[name]:.0f}",
+            "peak MB": round(peak[name] / 1e6),
+            "qalora's rows/s": f"{seconds[name] / seconds['qalora']:.2f} x",
+            "qalora's memory": f"{peak['qalora'] / peak[name]:.2f} x",
         }
-        for name, turn in best.items()
+        for name in turns
     ]
-    difference = max(abs(a - b) for a, b in zip(ours["losses"], best["peft"]["losses"], strict=True))
+    losses = (turns[name][0]["losses"] for name in ("qalora", "peft"))
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     results = {**environment(), "turns": turns, "largest_loss_difference_to_peft": difference}
     text = (
         f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, {args.steps} micro-batches of "
-        f"{args.micro_batch_size} rows, the fastest of {args.turns} turns. Memory is the peak over the loaded model.\n"
+        f"{args.micro_batch_size} rows, of every step the fastest of {args.turns} turns. Memory is the peak over the loaded model.\n"
         f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft {results['peft']}, "
         f"bitsandbytes {results['bitsandbytes']}; {results['date']}, commit {results['commit']}.\n\n"
         f"    {results['command']}\n\n{table(rows)}\n"
@@ -129,9 +136,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         trainer.add_callback(clock)
         trainer.train()
     return {
-        "seconds": round(clock.end - clock.start, 2),
-        "rows/s": round(args.steps * args.micro_batch_size / (clock.end - clock.start), 2),
-        "peak MB": round((peak_rss() - loaded) / 1e6),
+        "step_seconds": clock.seconds,
+        "tokens": sum(len(item["input_ids"]) for item in data.items),
+        "peak_bytes": peak_rss() - loaded,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
@@ -139,6 +146,8 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 def warm_up(trainer: Trainer, rows: int) -> None:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
     batch.pop("rows", None)
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model.train()
     trainer.model(**trainer._prepare_inputs(batch)).loss.backward()
     trainer.model.zero_grad()
@@ -196,15 +205,16 @@ def by_peft(
 
 
 class Clock(TrainerCallback):
-    """Time from the first step's start to the last one's end."""
+    """Seconds of every step."""
 
-    start = end = 0.0
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end = time.perf_counter()
+        self.seconds.append(time.perf_counter() - self.start)
         control.should_evaluate = False
 
 
