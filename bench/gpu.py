@@ -37,7 +37,7 @@ from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.round import RoundSettings, allocation_round
 from qalora.adapter.scoring import score_ranks
 from qalora.base.fitting import MLP_TILE, fit, largest
-from qalora.base.memory import CUDA_CONTEXT, plan_memory
+from qalora.base.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 from qalora.base.norm import use_lean_norms
 from qalora.base.registry import MODELS, ModelShape
 from qalora.training.activations import set_checkpointing, set_mlp_tile
@@ -80,7 +80,7 @@ class Case:
     r: int = 8
     dtype: str = "bfloat16"
     optim: str = "paged_adamw_32bit"
-    kept: bool | str = True
+    kept: Checkpointing = True
     tile: int | None = None
     card: int | None = None
     warm_up: int = 3
@@ -100,6 +100,7 @@ CASES = {
     "7b-fp16-15gb": T4,
     "7b-scoring": Case("scoring", "llama-7b", rows=8, tokens=128),
     "8b-packed-on-device": replace(LLAMA_8B, tokens=4096, samples=2),
+    "8b-selective": replace(LLAMA_8B, tokens=4096, samples=2, kept="selective"),
     "8b-rows": replace(LLAMA_8B, rows=2, tokens=2048, kept="offload"),
     "7b-fp16-15gb-fit": replace(T4, rows=16),
     "7b-8bit": Case("train", "llama-7b", optim="paged_adamw_8bit"),
@@ -366,7 +367,7 @@ def by_qalora(case: Case, shape: ModelShape, device: str) -> Any:
     model = attach(base, r=case.r, alpha=2 * case.r)
     use_label_only_loss(base)
     use_lean_norms(base)
-    set_checkpointing(base, {False: "none", True: "blocks"}.get(case.kept, "offload"))  # type: ignore[arg-type, call-overload]
+    set_checkpointing(base, case.kept)
     set_mlp_tile(base, case.tile)
     return model.train()
 
@@ -569,7 +570,12 @@ def bar_row(bar: str, cases: Sequence[Mapping[str, Any]], ask: Callable[..., Ans
 
 def step_row(name: str, case: Mapping[str, Any]) -> dict[str, Any]:
     packed = f", {case['samples']} packed" if case["samples"] > 1 else ""
-    kept = {False: "all", True: "block inputs", "offload": "block inputs, on the host"}[case["kept"]]
+    kept = {
+        False: "all",
+        True: "block inputs",
+        "offload": "block inputs, on the host",
+        "selective": "block inputs, maps' outputs",
+    }[case["kept"]]
     planned = f"{case['planned'] / GIB:.3f} ({case['plan_error']:+.1%})" if "planned" in case else None
     return {
         "case": name,

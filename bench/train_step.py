@@ -162,7 +162,7 @@ def by_qalora(
         )
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
-        recipe, model, tokenizer, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
+        recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
         total_steps=steps, start=ranks(model), compute_dtype=base.compute_dtype, output_dir=folder,
     )  # fmt: skip
     trainer.args.save_strategy = "no"

@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qalora.adapter.allocation import parse_duration
+from qalora.base.memory import Checkpointing
 from qalora.errors import InputError
 
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
@@ -78,6 +79,12 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    init: Literal["kaiming", "gradient"] = Field(
+        "kaiming",
+        description="where ranks point when they are born; gradient: along the leading directions of dL/dW on init_rows "
+        "training rows; B is zero either way",
+    )
+    init_rows: int = Field(16, ge=1, description="training rows that init=gradient looks at")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
     )
@@ -120,7 +127,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
-    gradient_checkpointing: bool | Literal["selective", "offload"] = Field(
+    gradient_checkpointing: Checkpointing = Field(
         True,
         description="compute blocks again in the backward; selective: all but what their maps put out; offload: blocks, with "
         "their inputs in host memory",

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     use_label_only_loss(base.model)
     use_lean_norms(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)
-    set_checkpointing(base.model, "blocks")
+    set_checkpointing(base.model, True)
     batch = [
         {key: value.to(base.model.device) for key, value in micro.items() if key != "rows"}
         for micro in micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id))

@@ -268,6 +268,22 @@ def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
     assert losses(resumed) == losses(straight)
 
 
+def test_a_start_along_the_gradient_learns_faster_and_resumes_exactly(finetune):
+    _, plain = finetune("allocation.rounds=0")
+    _, straight = finetune("lora.init=gradient", "lora.init_rows=8", output="straight")
+    assert losses(straight)[1] == pytest.approx(losses(plain)[1], rel=1e-5)  # B is zero: the function is the base's
+    assert losses(straight)[4] < losses(plain)[4]  # before the first round
+    assert sum(records(straight)[0]["grown"].values()) > 0
+    finetune("lora.init=gradient", "lora.init_rows=8", output="resumed")
+    _, resumed = finetune(
+        "lora.init=gradient", "lora.init_rows=8", "--resume-from-checkpoint",
+        str(straight.parent / "resumed" / "checkpoint-3"), output="resumed",
+    )  # fmt: skip
+    assert losses(resumed) == losses(straight)
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, resumed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune):
     _, folder = finetune()
     for step in (9, 12):
@@ -293,11 +309,12 @@ def test_rounds_work_with_every_optimizer(finetune, optim):
     "settings",
     [
         ["training.gradient_checkpointing=false"],
+        ["training.gradient_checkpointing=selective"],
         ["training.gradient_checkpointing=offload"],
         ["training.mlp_tile=4"],
         ["training.fit=auto"],
     ],
-    ids=["kept", "offload", "tiled", "fitted"],
+    ids=["kept", "selective", "offload", "tiled", "fitted"],
 )
 def test_what_a_step_keeps_changes_no_loss(finetune, settings):
     _, plain = finetune()

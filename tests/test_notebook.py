@@ -37,7 +37,9 @@ def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    after_parameters = 1 + next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    after_parameters = 1 + next(
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
+    )
     notebook.cells.insert(after_parameters, nbformat.v4.new_code_cell(SMALL))
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
 

@@ -92,9 +92,9 @@ class LowRank:
 
     base: Any
     s: float = 0.0
-    A: Tensor | None = None
-    B: Tensor | None = None
-    gate: Tensor | None = None
+    A: Any = None
+    B: Any = None
+    gate: Any = None
 
     @staticmethod
     def of(layer: nn.Module) -> LowRank:
@@ -181,7 +181,7 @@ def low_rank_backward(
         for part in stretches(grad_z, max(A.shape[1], B.shape[0])):
             grad_out = grad_z[part].to(B.dtype)
             grad_gated = (grad_out @ B).mul_(m.s)
-            x = inputs(part).to(A.dtype) if need_A or low is None else None
+            x: Any = inputs(part).to(A.dtype) if need_A or low is None else None
             low_part = F.linear(x, A) if low is None else low[part]
             if grad_gate is not None:
                 grad_gate += (grad_gated * low_part).sum_to_size(grad_gate.shape)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]  # or None, where there is none
 
 
 @dataclass

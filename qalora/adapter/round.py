@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import plan
+from qalora.adapter.gradient_start import FORWARDS, gradient_directions, starting_rows
 from qalora.adapter.model import ranks
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
@@ -49,11 +50,13 @@ def allocation_round(
     settings: RoundSettings,
     step: int,
     spent: float = 0.0,
+    growth: Sequence[MicroBatch] = (),
 ) -> tuple[dict[str, Any], RankScores]:
     """Runs one round on the model and its optimizer.
 
     Args:
         spent: forwards of the batch that earlier rounds took.
+        growth: training rows whose gradient new ranks are pointed along; none: they point anywhere.
 
     Returns:
         (a line of allocation.jsonl without its scores' file, the scores that decided).
@@ -82,7 +85,11 @@ def allocation_round(
     )
     # Seeded by step, so that a resumed run grows the same ranks as a straight one.
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    apply_plan(model, decision, optimizer, generator=generator)
+    new_rows = {}
+    if growth and decision.grown:
+        directions = gradient_directions(model, growth, decision.grown, generator)
+        new_rows = {name: starting_rows(found) for name, found in directions.items()}
+    apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
     now = ranks(model)
     if sum(now.values()) > settings.budget:
         raise RuntimeError(f"step {step}: total rank {sum(now.values())} is above the budget {settings.budget}")
@@ -94,7 +101,8 @@ def allocation_round(
         "total_rank": sum(now.values()),
         "budget": settings.budget,
         "seconds": time.perf_counter() - start,
-        "forward_equivalents": scores.forward_equivalents,
+        "forward_equivalents": scores.forward_equivalents
+        + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),
         "certified": scores.certified,
         "exact_evaluations": scores.exact_evaluations,
     }
@@ -109,10 +117,15 @@ def _method(
         return settings.scoring, None
     if settings.importance == "path":
         return "path", None
-    tokens = sum(micro["input_ids"].numel() for micro in batch)
-    trained = 3.0 * step * settings.step_tokens / tokens  # forwards of the batch that the training so far amounts to
+    trained = (
+        3.0 * step * settings.step_tokens / _tokens(batch)
+    )  # forwards of the batch that the training so far amounts to
     left = SHARE * trained - spent - FIRST_ORDER
     return ("certified", left) if left >= LEAST_CERTIFIED else ("first-order", None)
+
+
+def _tokens(batch: Sequence[MicroBatch]) -> int:
+    return sum(micro["input_ids"].numel() for micro in batch)
 
 
 def spare_memory() -> int:

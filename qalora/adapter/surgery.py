@@ -7,7 +7,7 @@ stop training in silence. So `.data` is replaced, and the optimizer's moments ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,24 @@ from qalora.adapter.model import gated_layers, remove_layer, sync_config
 
 
 def apply_plan(
-    model: PeftModel, plan: AllocationPlan, optimizer: Any = None, *, generator: torch.Generator | None = None
+    model: PeftModel,
+    plan: AllocationPlan,
+    optimizer: Any = None,
+    *,
+    generator: torch.Generator | None = None,
+    new_rows: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
-    A new rank has a random row of A and a zero column of B, so growing leaves the function unchanged, but for the
+    A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function unchanged, but for the
     order in which a processor sums.
 
     Args:
         model: the adapter model.
         plan: what leaves and what enters.
         optimizer: torch's or bitsandbytes' AdamW, or accelerate's wrapper of one.
-        generator: CPU generator for the new rows of A, for runs that can be repeated.
+        generator: CPU generator for the random rows of A, for runs that can be repeated.
+        new_rows: module → (n, in), the first rows of A of its new ranks.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     layers = gated_layers(model)
@@ -45,16 +51,21 @@ def apply_plan(
             _forget(optimizer, layer.A, layer.B)
             remove_layer(model, name)
         else:
-            _resize(layer, optimizer, keep, grow, generator)
+            rows = _random_rows(grow, layer.A.shape[1], generator)
+            given = (new_rows or {}).get(name, rows[:0])[:grow]
+            rows[: len(given)] = given
+            _resize(layer, optimizer, keep, rows)
     sync_config(model)
 
 
-def _resize(
-    layer: GatedLinear, optimizer: Any, keep: Sequence[int], grow: int, generator: torch.Generator | None
-) -> None:
-    scaling, fan_in = layer.s, layer.A.shape[1]
-    # PEFT's start of A: Kaiming-uniform with a = √5, which is uniform in ± 1 / √in.
-    new_rows = (torch.rand(grow, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+def _random_rows(count: int, fan_in: int, generator: torch.Generator | None) -> Tensor:
+    """PEFT's start of A: Kaiming-uniform with a = √5, which is uniform in ± 1 / √in."""
+    return (torch.rand(count, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+
+
+def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], new_rows: Tensor) -> None:
+    """Keeps some ranks and adds one for each of the new rows of A."""
+    scaling, grow = layer.s, len(new_rows)
     for parameter, rank_dim, new in (
         (layer.A, 0, new_rows.to(layer.A)),
         (layer.B, 1, layer.B.new_zeros(layer.B.shape[0], grow)),

@@ -28,6 +28,7 @@ SILU = ("SiLU", "SiLUActivation")
 
 def use_fused_mlps(model: nn.Module) -> None:
     """Has the MLP of every LLaMA block run as one node; blocks that are built otherwise stay as they are."""
+    block: Any
     for block in list(model.modules()):
         if _children(block) == BLOCK and _children(block.mlp) == MLP and type(block.mlp.act_fn).__name__ in SILU:
             block.mlp.mlp_tile = None
@@ -69,7 +70,7 @@ class _GatedSwiGLU(torch.autograd.Function):
         maps = _maps(frozen, trained)
         ctx.frozen, ctx.tile = frozen, tile
         z = x.new_zeros(()).expand_as(x) if unused else torch.empty_like(x)
-        inner: Sequence[Tensor | None] = [None] * 4
+        inner: Sequence[Any] = [None] * 4
         for part in _tiles(x, tile):
             if unused and tile is not None:
                 break
@@ -87,8 +88,8 @@ class _GatedSwiGLU(torch.autograd.Function):
         maps = _maps(ctx.frozen, trained)
         if ctx.tile is None:
             return _backward(grad_z, x, inner, maps, need_x, needs)
-        grad_x = torch.empty_like(x) if need_x else None
-        grads: list[Tensor | None] = [None] * len(trained)
+        grad_x: Any = torch.empty_like(x) if need_x else None
+        grads: list[Any] = [None] * len(trained)
         for part in _tiles(x, ctx.tile):
             own, _, _, _, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
             if grad_x is not None:

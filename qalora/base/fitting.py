@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from qalora.base.memory import MemoryPlan
+from qalora.base.memory import Checkpointing, MemoryPlan
 
 Plan = Callable[..., MemoryPlan]  # plan_memory with everything set but what is chosen here
-Checkpointing = bool | Literal["selective", "offload"]
 
 MLP_TILE = 1024  # tokens; from there on one tile's tensors are small beside one block input
 FULL_FORWARD = 1024  # tokens of a forward from which on more of them hardly raise the tokens a second

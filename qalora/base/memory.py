@@ -14,6 +14,9 @@ from typing import Literal
 
 from qalora.base.registry import ModelShape
 
+# What a step keeps of its blocks: all; block inputs and what maps put out; block inputs; those, in host memory.
+Checkpointing = bool | Literal["selective", "offload"]
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANT_BLOCK = 64  # weights that share one absmax in NF4
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
@@ -44,7 +47,7 @@ def plan_memory(
     double_quant: bool = True,
     compute_dtype: str = "bfloat16",
     optim: str = "adamw_torch",
-    gradient_checkpointing: bool | Literal["selective", "offload"] = True,
+    gradient_checkpointing: Checkpointing = True,
     mlp_tile: int | None = None,
     device: str = "cuda",
 ) -> MemoryPlan:

@@ -1,8 +1,8 @@
 """What a step keeps between forward and backward.
 
-none       everything that a block's backward needs
+False      everything that a block's backward needs
 selective  the input of every block and what its maps put out; norms, rotations and attention are computed again in the backward
-blocks     the input of every block; its inside is computed again
+True       the input of every block; its inside is computed again
 offload    the same inputs, in pinned host memory: copied out behind the forward, fetched one block ahead of the backward
 mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +23,26 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalora.adapter.recompute import both_runs
+from qalora.base.memory import Checkpointing
 from qalora.errors import InputError
 
-Checkpointing = Literal["none", "selective", "blocks", "offload"]
 
-
-def set_checkpointing(model: nn.Module, kind: Checkpointing) -> None:
+def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
     """Chooses what every block of the model keeps from now on. Non-reentrant, so adapters get their gradients though no
     input of the first block needs one."""
     recompute = {
         "selective": partial(_recomputed, partial(both_runs, keep=True)),
-        "blocks": partial(_recomputed, partial(both_runs, keep=False)),
+        True: partial(_recomputed, partial(both_runs, keep=False)),
         "offload": partial(_offloaded, _HostStore()),
     }
     for block in blocks_of(model):
-        block.kept = kind
-        block.gradient_checkpointing = kind != "none"
-        block._gradient_checkpointing_func = recompute.get(kind)
+        block.kept = kept
+        block.gradient_checkpointing = bool(kept)
+        block._gradient_checkpointing_func = recompute.get(kept)
 
 
 def checkpointing_of(model: nn.Module) -> Checkpointing:
-    return getattr(blocks_of(model)[0], "kept", "none")
+    return getattr(blocks_of(model)[0], "kept", False)
 
 
 def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:

@@ -25,8 +25,15 @@ class AllocationCallback(TrainerCallback):
     already see the new ranks.
     """
 
-    def __init__(self, rounds: Schedule, settings: RoundSettings, batch: Sequence[MicroBatch], output_dir: Path):
-        self.rounds, self.settings, self.batch = rounds, settings, batch
+    def __init__(
+        self,
+        rounds: Schedule,
+        settings: RoundSettings,
+        batch: Sequence[MicroBatch],
+        growth: Sequence[MicroBatch],
+        output_dir: Path,
+    ):
+        self.rounds, self.settings, self.batch, self.growth = rounds, settings, batch, growth
         self.file = output_dir / "allocation.jsonl"
         self.scores_dir = output_dir / "scores"
         self.history = read_history(self.file)
@@ -51,14 +58,14 @@ class AllocationCallback(TrainerCallback):
             control.should_evaluate = True  # else the last weights could not be the best
         if state.global_step not in self.rounds.steps:
             return
-        batch = [{key: value.to(args.device) for key, value in micro.items() if key != "rows"} for micro in self.batch]
         record, scores = allocation_round(
             model,
             optimizer,
-            batch,
+            on_device(self.batch, args.device),
             self.settings,
             state.global_step,
             spent=sum(earlier["forward_equivalents"] for earlier in self.history),
+            growth=on_device(self.growth, args.device),
         )
         scores_file = self.scores_dir / f"step-{state.global_step}.json"
         scores_file.parent.mkdir(exist_ok=True)
@@ -80,6 +87,11 @@ class AllocationCallback(TrainerCallback):
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
+
+
+def on_device(batch: Sequence[MicroBatch], device: Any) -> list[MicroBatch]:
+    """What the model takes of a collator's micro-batches."""
+    return [{key: value.to(device) for key, value in micro.items() if key != "rows"} for micro in batch]
 
 
 class InterruptCallback(TrainerCallback):

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qalora.base.fitting import MLP_TILE
+from qalora.base.memory import Checkpointing
 from qalora.errors import AnswerNo
-from qalora.training.activations import Checkpointing, checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 Inputs = dict[str, Any]
 
-# What is kept → what to keep next, the setting that keeps it from the start, and what that does.
-LOWER: dict[Checkpointing, tuple[Checkpointing, str, str]] = {
-    "none": ("selective", "selective", "norms and attention are computed again in the backward"),
-    "selective": ("blocks", "true", "blocks are computed again in the backward"),
-    "blocks": ("offload", "offload", "block inputs wait in host memory"),
+# gradient_checkpointing → the next setting, and what that does.
+LOWER: dict[Checkpointing, tuple[Checkpointing, str]] = {
+    False: ("selective", "norms and attention are computed again in the backward"),
+    "selective": (True, "blocks are computed again in the backward"),
+    True: ("offload", "block inputs wait in host memory"),
 }
 
 
@@ -76,9 +77,9 @@ class Ladder:
             return f"micro-batches are worked through in {2**self.halvings} pieces from now on, with the same result"
         lower = LOWER.get(checkpointing_of(self.model))
         if lower is not None:
-            kind, setting, what = lower
-            set_checkpointing(self.model, kind)
-            return f"{what} from now on (training.gradient_checkpointing={setting})"
+            setting, what = lower
+            set_checkpointing(self.model, setting)
+            return f"{what} from now on (training.gradient_checkpointing={str(setting).lower()})"
         if not self.tiled:
             set_mlp_tile(self.model, MLP_TILE)
             self.tiled = True

@@ -7,6 +7,8 @@ no gradient: d loss / d hidden = (softmax − one-hot) W is formed in the forwar
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CHUNK_BYTES = 64 * 2**20
+Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
 
 
 def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
@@ -37,6 +40,24 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     else:
         losses = _cross_entropy_by_vocabulary(states, targets, head)
     return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
+
+
+def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, fused: Fused | None = None) -> Tensor:
+    """Cross-entropy summed over all supervised tokens, () in nats; `fused` computes it where it is given."""
+    if fused is None:
+        return label_only_loss(hidden, labels, head).sum()
+    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return fused(head, hidden[rows, positions], labels[rows, positions + 1])
+
+
+def liger_loss() -> Fused | None:
+    """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that the
+    losses of rows, which scores are made of, stay our own."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -83,7 +104,7 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
 
     The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
-    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums, and
+    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums of a mean, and
     `model.row_losses_of(hidden, labels)` gives them from final hidden states. Without labels the model is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
     """
     plain_forward = model.forward
@@ -93,9 +114,13 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     ) -> Any:
         if labels is None:
             return plain_forward(*args, **kwargs)
-        row_losses = self.row_losses_of(self.base_model(*args, **kwargs).last_hidden_state, labels)
-        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
-        output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        if num_items_in_batch is not None:
+            fused = liger_loss() if hidden.is_cuda else None
+            loss = summed_loss(hidden, labels, self.get_output_embeddings().weight, fused)
+            return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
+        row_losses = self.row_losses_of(hidden, labels)
+        output = CausalLMOutputWithPast(loss=row_losses.sum() / (labels[:, 1:] != -100).sum().clamp(min=1))
         output["row_losses"] = row_losses
         return output
 

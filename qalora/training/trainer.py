@@ -8,6 +8,7 @@ A batch: the collator pads rows or packs them → `training_step` → the decode
 from __future__ import annotations
 
 import math
+import random
 import resource
 import sys
 import time
@@ -143,6 +144,7 @@ def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    rows: list[dict[str, Any]],
     train: list[dict[str, Any]],
     validation: list[dict[str, Any]],
     scoring: list[dict[str, Any]],
@@ -155,7 +157,8 @@ def build_trainer(
     """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
 
     Args:
-        train: tokenized rows, or packed sequences of them.
+        rows: tokenized training rows.
+        train: the same, or packed sequences of them.
         validation: tokenized rows for the loss during training.
         scoring: B_val, tokenized rows that score the ranks.
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
@@ -164,8 +167,7 @@ def build_trainer(
     base = cast(PreTrainedModel, model.get_base_model())
     use_label_only_loss(base)
     use_lean_norms(base)
-    kind = training.gradient_checkpointing
-    set_checkpointing(base, kind if isinstance(kind, str) else "blocks" if kind else "none")
+    set_checkpointing(base, training.gradient_checkpointing)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     allocator = AllocationCallback(
@@ -184,6 +186,7 @@ def build_trainer(
             * training.gradient_accumulation_steps,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
+        starting_batch(recipe, rows, collate),
         output_dir,
     )
     interrupt = InterruptCallback()
@@ -205,6 +208,14 @@ def build_trainer(
     if not recipe.logging.quiet:
         trainer.add_callback(ProgressLine(allocator))
     return trainer, allocator, interrupt
+
+
+def starting_batch(recipe: Recipe, rows: list[dict[str, Any]], collate: Collator) -> list[dict[str, Tensor]]:
+    """The training rows whose gradient ranks are pointed along when they are born; none where they point anywhere."""
+    if recipe.lora.init != "gradient":
+        return []
+    chosen = random.Random(recipe.training.seed).sample(rows, min(recipe.lora.init_rows, len(rows)))
+    return micro_batches(chosen, recipe.training.micro_batch_size, collate)
 
 
 def training_items(recipe: Recipe, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -102,6 +102,16 @@ def test_pruning_closed_ranks_leaves_the_logits(tiny_adapter, make_batch, four_b
     assert (now[Q], now[DOWN], now[GATE]) == (2, 3, 4) and V not in now
 
 
+def test_given_rows_come_first_and_the_rest_is_random(tiny_adapter):
+    model = tiny_adapter(r=4)
+    rows = {Q: torch.eye(64)[:2], V: torch.eye(64)[:5]}
+    apply_plan(model, AllocationPlan({}, {Q: 3, V: 3}), new_rows=rows, generator=torch.Generator().manual_seed(0))
+    A = gated_layers(model)[Q].A
+    assert torch.equal(A[4:6], rows[Q]) and 0 < A[6].abs().max() <= 1 / 8
+    assert torch.equal(gated_layers(model)[V].A[4:], rows[V][:3])
+    assert not gated_layers(model)[Q].B[:, 4:].any()
+
+
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_growing_leaves_the_logits(tiny_adapter, make_batch, four_bit, dtype):

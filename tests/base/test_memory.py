@@ -181,7 +181,7 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
     )  # fmt: skip
     model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"]).train()
     use_lean_norms(model)
-    set_checkpointing(model, {True: "blocks", False: "none"}.get(settings["gradient_checkpointing"], "selective"))
+    set_checkpointing(model, settings["gradient_checkpointing"])
     set_mlp_tile(model, settings["mlp_tile"])
     ids = torch.randint(0, shape.vocab_size, (settings["micro_batch_size"], settings["seq_len"]))
 

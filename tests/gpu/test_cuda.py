@@ -11,6 +11,8 @@ from qalora.adapter.model import attach, gated_layers, ranks
 from qalora.adapter.surgery import apply_plan
 from qalora.base.quantized import quantize_
 from qalora.training.activations import set_checkpointing
+from qalora.training.ladder import Ladder
+from qalora.training.loss import liger_loss, summed_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -64,12 +66,12 @@ def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_block_inputs_in_host_memory_give_the_same_gradients(tiny_llama, make_batch, randomize_B, rows):
+def test_what_a_step_keeps_does_not_change_its_gradients(tiny_llama, make_batch, randomize_B, rows):
     model = randomize_B(attach(tiny_llama(num_hidden_layers=5).to("cuda"), r=4, alpha=8)).train()
     batches = [{key: value.cuda() for key, value in make_batch(rows=rows, seed=seed).items()} for seed in (1, 2)]
     gradients = []
-    for kind in ("blocks", "offload"):
-        set_checkpointing(model, kind)
+    for kept in (True, "offload", "selective"):
+        set_checkpointing(model, kept)
         model.zero_grad()
         for batch in batches:
             model(**batch).loss.backward()
@@ -77,3 +79,81 @@ def test_block_inputs_in_host_memory_give_the_same_gradients(tiny_llama, make_ba
             [grad.clone() for layer in gated_layers(model).values() for grad in (layer.A.grad, layer.B.grad)]
         )
     torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_fp16_with_a_grad_scaler_trains_fp32_adapters(tiny_llama, make_batch):
+    base = tiny_llama().to("cuda", torch.float16)
+    quantize_(base, compute_dtype=torch.float16)
+    model = attach(base, r=4, alpha=8).train()
+    set_checkpointing(model, True)
+    parameters = [p for layer in gated_layers(model).values() for p in (layer.A, layer.B)]
+    optimizer, scaler = torch.optim.AdamW(parameters, lr=3e-3), torch.amp.GradScaler("cuda")
+    batch = {key: value.cuda() for key, value in make_batch().items()}
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cuda", torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert all(p.grad.dtype == p.dtype == torch.float32 for p in parameters)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]  # also False for nan
+
+
+def test_the_ladder_gives_the_same_gradients_after_a_real_out_of_memory(tiny_llama, make_batch, randomize_B):
+    base = tiny_llama(
+        torch.bfloat16, four_bit=False, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
+        max_position_embeddings=512,
+    ).to("cuda")  # fmt: skip
+    model = randomize_B(attach(base, r=4, alpha=8)).train()
+    batch = {key: value.cuda() for key, value in make_batch(rows=32, tokens=512).items()}
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    parameters = [p for layer in gated_layers(model).values() for p in (layer.A, layer.B)]
+
+    def work(inputs):
+        loss = model(**inputs, num_items_in_batch=count).loss
+        loss.backward()
+        return loss.detach()
+
+    def gradients():
+        found = [p.grad.clone() for p in parameters]
+        model.zero_grad()
+        return torch.cat([grad.flatten() for grad in found])
+
+    said: list[str] = []
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole = Ladder(model, said.append).run(batch, work)
+    expected, peak = gradients(), torch.cuda.max_memory_allocated()
+    assert not said
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / total)
+    try:
+        loss = Ladder(model, said.append).run(batch, work)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said and "in 2 pieces" in said[0]
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-4)
+    assert torch.cosine_similarity(gradients(), expected, dim=0) > 0.999
+
+
+def test_liger_computes_our_loss():
+    pytest.importorskip("liger_kernel")
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(2, 40, 256, device="cuda", generator=generator, dtype=torch.bfloat16)
+    head = torch.randn(5000, 256, device="cuda", generator=generator, dtype=torch.bfloat16) / 16
+    labels = torch.randint(0, 5000, (2, 40), device="cuda", generator=generator)
+    results = []
+    for fused in (None, liger_loss()):
+        leaf = hidden.clone().requires_grad_()
+        loss = summed_loss(leaf, labels, head, fused)
+        loss.backward()
+        results.append((loss.float(), leaf.grad.float()))
+    (ours, grad), (theirs, other) = results
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=0)
+    assert (other - grad).norm() <= 2e-2 * grad.norm()

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from qalora.training import loss as module
-from qalora.training.loss import label_only_loss, use_label_only_loss
+from qalora.training.loss import label_only_loss, liger_loss, summed_loss, use_label_only_loss
 
 
 @pytest.fixture
@@ -50,6 +55,34 @@ def test_gradient_is_autograds(problem):
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
     assert not gradients[0][1].any() and not gradients[0][:, -1].any()
+
+
+def test_a_fused_loss_gets_the_supervised_positions(problem):
+    hidden, labels, head = problem
+    leaf, other = (hidden.clone().requires_grad_() for _ in range(2))
+
+    def fused(head, states, targets):
+        return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
+
+    expected = summed_loss(leaf, labels, head)
+    found = summed_loss(other, labels, head, fused)
+    for loss in (expected, found):
+        loss.backward()
+    torch.testing.assert_close(found, reference(*problem).sum(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_liger_is_taken_where_it_is_installed(monkeypatch):
+    package, transformers = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
+    package.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
+    transformers.LigerFusedLinearCrossEntropyLoss = lambda reduction: ("liger", reduction)
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+    assert liger_loss() == ("liger", "sum")
+    monkeypatch.delitem(sys.modules, "liger_kernel")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert liger_loss() is None
 
 
 @pytest.mark.parametrize("tokens_a_chunk", [1, 2, 3, 100])

@@ -1,0 +1,440 @@
+"""Does moving ranks pay? Methods of equal budget on real tasks: the same 4-bit base, rows, order and steps.
+
+    python bench/quality.py --data ../shared/data                  # the core grid; runs that are in the file are skipped
+    python bench/quality.py --data ../shared/data --grid full      # everything, for a GPU
+    python bench/quality.py --data ../shared/data --only e2e/lora e2e/alora      # some of it, by the beginnings of names
+    python bench/quality.py --data ../shared/data --smoke          # minutes: every method for two steps; nothing is kept
+    python bench/quality.py --report                               # the table of what is there
+
+First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
+that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
+filled in pieces and on several machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, table
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from qalora.adapter import round as rounds_module
+from qalora.adapter.gradient_start import start_along_gradient
+from qalora.adapter.model import attach, ranks
+from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.registry import resolve
+from qalora.data.tokenization import TokenizedDataset, load_dataset
+from qalora.metrics import evaluate
+from qalora.recipe import Recipe, load_recipe
+from qalora.training.callback import on_device
+from qalora.training.loss import use_label_only_loss
+from qalora.training.trainer import build_trainer, schedule_of
+
+FILE = RESULTS / "quality.jsonl"
+LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+SEEDS = (0, 1, 2)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Task:
+    """Steps of 8 rows that take about three minutes on 2 CPU cores, and how the result is measured.
+
+    Attributes:
+        measure: what decides, of evaluate()'s results; losses are better when lower.
+        columns: recipe settings that the files need.
+    """
+
+    steps: int
+    measure: str
+    metrics: tuple[str, ...]
+    test_rows: int
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.measure == "loss"
+
+
+TASKS = {
+    "e2e": Task(36, "loss", ("loss",), 500, (("data.columns", {}), ("data.max_seq_len", 192))),
+    "sst2": Task(80, "accuracy", ("accuracy", "loss"), 500),
+    "boolq": Task(20, "accuracy", ("accuracy", "loss"), 500, (("data.max_seq_len", 384),)),
+    "gsm8k": Task(20, "loss", ("loss",), 500, (("data.max_seq_len", 256),)),
+    "alpaca": Task(20, "loss", ("loss",), 250, (("data.max_seq_len", 256),)),
+}
+CHOSEN_ON = ("sst2", "e2e")  # in the core grid, a method's learning rate is chosen once, on these
+
+
+@dataclass(frozen=True)
+class Method:
+    """`kind` builds and trains; the settings are the recipe's."""
+
+    kind: str = "qalora"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ours(**settings: Any) -> Method:
+    return Method(settings={name.replace("__", "."): value for name, value in settings.items()})
+
+
+ALLOCATION = dict(
+    allocation__rounds=4, allocation__warmup="0.3", allocation__interval="0.08", allocation__val_batch_size=16
+)
+CORE = {
+    "lora": ours(allocation__rounds=0),
+    "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
+    "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
+    "adalora": Method("adalora"),
+    "eva": Method("eva"),
+    "random": replace(ours(**ALLOCATION), kind="random"),
+    "alora": ours(**ALLOCATION),
+    "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
+}
+FULL = CORE | {
+    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
+    "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
+    "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
+    "alora-path": ours(**ALLOCATION, allocation__importance="path", allocation__scoring="path"),
+    "lora-r2": ours(allocation__rounds=0, lora__r=2, lora__alpha=4),
+    "lora-gradient-r2": ours(allocation__rounds=0, lora__init="gradient", lora__r=2, lora__alpha=4),
+    "alora-gradient-r2": ours(**ALLOCATION, lora__init="gradient", lora__r=2, lora__alpha=4),
+    "alora-gradient-r16": ours(**ALLOCATION, lora__init="gradient", lora__r=16, lora__alpha=32),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    method: str
+    seed: int
+    learning_rate: float
+    split: str  # measured on: validation, which chooses the learning rate, or test
+    steps: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.task, self.method, self.seed, self.learning_rate, self.split, self.steps)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.worker:
+        print(json.dumps(work(Run(**json.loads(args.worker)), args)))
+    elif args.report:
+        print(report(read(FILE)))
+    elif args.smoke:
+        for name in FULL:
+            found = process(Run("e2e", name, 0, 5e-4, "validation", 2), args)
+            print(f"{name}: loss {found['result']['loss']:.4f}, {found['seconds']:.0f} s", file=sys.stderr)
+    else:
+        fill(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl, validation.jsonl and test.jsonl")
+    parser.add_argument("--grid", choices=("core", "full"), default="core")
+    parser.add_argument("--only", nargs="+", metavar="TASK/METHOD", help="beginnings of names")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def fill(args: argparse.Namespace) -> None:
+    """Runs what the file lacks, learning rates first, and appends each result as it comes."""
+    methods = CORE if args.grid == "core" else FULL
+    names = [
+        (task, method)
+        for task in TASKS
+        for method in methods
+        if not args.only or f"{task}/{method}".startswith(tuple(args.only))
+    ]
+
+    def run_all(runs: Iterator[Run] | list[Run]) -> None:
+        for run in runs:
+            if run.key in {Run(**line["run"]).key for line in read(FILE)}:
+                continue
+            line = json.dumps(process(run, args))
+            with FILE.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+
+    choosing = CHOSEN_ON if args.grid == "core" else tuple(TASKS)
+    run_all(
+        Run(task, method, SEEDS[0], rate, "validation", TASKS[task].steps)
+        for task, method in names
+        if task in choosing
+        for rate in LEARNING_RATES
+    )
+    lines = read(FILE)
+    run_all(
+        Run(task, method, seed, rate, "test", TASKS[task].steps)
+        for seed in args.seeds
+        for task, method in names
+        if (rate := best_rate(lines, method, (task,) if args.grid == "full" else CHOSEN_ON)) is not None
+    )
+
+
+def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
+    """The learning rate with the best mean rank over the tasks' validation runs; None where a run is missing."""
+    places = dict.fromkeys(LEARNING_RATES, 0)
+    for task in tasks:
+        found = {
+            line["run"]["learning_rate"]: line["result"]["loss"]
+            for line in lines
+            if (line["run"]["task"], line["run"]["method"], line["run"]["split"]) == (task, method, "validation")
+        }
+        if set(found) != set(LEARNING_RATES):
+            return None
+        for place, rate in enumerate(sorted(found, key=found.__getitem__)):
+            places[rate] += place
+    return min(places, key=places.__getitem__)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def process(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
+    command = [sys.executable, __file__, "--data", str(args.data), "--dtype", args.dtype, "--worker"]
+    done = subprocess.run([*command, json.dumps(vars(run))], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-3000:]}\n{run}: exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------- in a worker
+
+
+def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, measures, and says what it took."""
+    task, method = TASKS[run.task], FULL[run.method]
+    recipe = recipe_of(run, task, method, args)
+    tokenizer = load_tokenizer(resolve(recipe.model))
+    # GSM8K has no validation split: the rows behind those that are trained on take its place.
+    has_validation = (args.data / run.task / "validation.jsonl").is_file()
+    needed = 8 * run.steps
+
+    def rows(split: str, limit: int) -> TokenizedDataset:
+        return load_dataset(
+            str(args.data / run.task / f"{split}.jsonl"), tokenizer, split=split, limit=limit, **recipe.data.reading()
+        )
+
+    train = rows("train", needed if has_validation else needed + 400)
+    items = train.items[:needed]
+    validation = rows("validation", 400) if has_validation else train.subset(range(needed, len(train)))
+    scoring = validation.subset(range(200, min(len(validation), 200 + recipe.allocation.val_batch_size)))
+    measured = rows("test", task.test_rows) if run.split == "test" else validation.subset(range(200))
+    base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
+    set_seed(run.seed)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        train_with = {"adalora": by_peft, "eva": by_peft}.get(method.kind, by_qalora)
+        model = train_with(method, recipe, base, tokenizer, items, scoring.items, run, Path(folder))
+    seconds = time.perf_counter() - start
+    result = evaluate(
+        model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
+    )
+    return {
+        "run": vars(run),
+        "result": result,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
+        "ranks": ranks(model) if method.kind in ("qalora", "random") else None,
+        **{key: value for key, value in environment().items() if key != "command"},
+    }
+
+
+def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) -> Recipe:
+    return load_recipe(
+        run.task,
+        [
+            *task.settings,
+            ("model", "smollm2-135m"),
+            ("data.train", str(args.data / run.task / "train.jsonl")),
+            ("quantization.bnb_4bit_compute_dtype", args.dtype),
+            ("training.micro_batch_size", 8),
+            ("training.gradient_accumulation_steps", 1),
+            ("training.gradient_checkpointing", "selective"),
+            ("training.max_steps", run.steps),
+            ("training.eval_steps", 10_000),
+            ("training.save_steps", 10_000),
+            ("training.learning_rate", run.learning_rate),
+            ("training.seed", run.seed),
+            ("allocation.rounds", 0),
+            ("logging.quiet", True),
+            *method.settings.items(),
+        ],
+    )
+
+
+def by_qalora(
+    method: Method,
+    recipe: Recipe,
+    base: Any,
+    tokenizer: Any,
+    items: list[Any],
+    scoring: list[Any],
+    run: Run,
+    folder: Path,
+) -> Any:
+    """LoRA, and ALoRA with its own scores or, as a control, with random ones."""
+    model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=run.seed)
+    if method.kind == "random":
+        scored, draw = rounds_module.score_ranks, random.Random(run.seed)
+
+        def at_random(*args: Any, **kwargs: Any) -> Any:
+            scores = scored(*args, **kwargs)
+            drawn = {name: [draw.random() for _ in values] for name, values in scores.importance.items()}
+            return replace(scores, importance=drawn)
+
+        rounds_module.score_ranks = at_random
+    trainer, allocator, _ = build_trainer(
+        recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=scoring,
+        rounds=schedule_of(recipe, run.steps, run.steps), total_steps=run.steps, start=ranks(model),
+        compute_dtype=base.compute_dtype, output_dir=folder,
+    )  # fmt: skip
+    trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+    trainer.args.load_best_model_at_end = False
+    trainer.add_callback(NoEvaluation())
+    if allocator.growth:
+        generator = torch.Generator().manual_seed(run.seed)
+        start_along_gradient(model, on_device(allocator.growth, trainer.args.device), generator=generator)
+    trainer.train()
+    return model
+
+
+def by_peft(
+    method: Method,
+    recipe: Recipe,
+    base: Any,
+    tokenizer: Any,
+    items: list[Any],
+    scoring: list[Any],
+    run: Run,
+    folder: Path,
+) -> Any:
+    """PEFT's own adapters under Hugging Face's Trainer, in the batches that our trainer makes of the same rows."""
+    r, alpha = recipe.lora.r, recipe.lora.alpha
+    shared: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    template, _, _ = build_trainer(
+        recipe, attach(base.model, r=r, alpha=alpha, seed=0), tokenizer, rows=items, train=items, validation=items[:1],
+        scoring=items[:1], rounds=schedule_of(recipe, run.steps, run.steps), total_steps=run.steps, start={"": 0},
+        compute_dtype=base.compute_dtype, output_dir=folder,
+    )  # fmt: skip
+    plain = template.model.unload()
+    use_label_only_loss(plain)
+    if method.kind == "adalora":
+        # AdaLoRA multiplies by alpha alone, whatever the rank: LoRA's alpha / r is what matches it.
+        config: LoraConfig = AdaLoraConfig(
+            init_r=2 * r, target_r=r, lora_alpha=alpha // r, tinit=run.steps // 5, tfinal=run.steps // 3,
+            deltaT=max(1, run.steps // 20), total_step=run.steps, **shared,
+        )  # fmt: skip
+        model = get_peft_model(plain, config)
+    else:
+        config = LoraConfig(
+            r=r, lora_alpha=alpha, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0, whiten=False), **shared
+        )
+        model = get_peft_model(plain, config, low_cpu_mem_usage=True)
+        batches = DataLoader(items, batch_size=8, shuffle=False, collate_fn=template.data_collator)  # type: ignore[arg-type]
+        initialize_lora_eva_weights(model, [on_device([batch], "cpu")[0] for batch in batches], show_progress_bar=False)
+    arguments: TrainingArguments = template.args
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    arguments.load_best_model_at_end, arguments.remove_unused_columns = False, True
+    trainer = Trainer(model, arguments, train_dataset=items, data_collator=RowsLeftOut(template.data_collator))
+    trainer.model_accepts_loss_kwargs = True
+    if method.kind == "adalora":
+        trainer.add_callback(Allocate(model))
+    trainer.train()
+    return model
+
+
+class RowsLeftOut:
+    """Our collator's batches without the row numbers, which only our trainer takes."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in self.collate(items).items() if key != "rows"}
+
+
+class NoEvaluation(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = False
+
+
+class Allocate(TrainerCallback):
+    """What AdaLoRA's users have to call after every step, while the gradients are there."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.base_model.update_and_allocate(state.global_step + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- reporting
+
+
+def report(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Median over the seeds, every point, and the paired difference to LoRA with a bootstrap interval."""
+    parts = ["# quality\n"]
+    for name, task in TASKS.items():
+        points: dict[str, dict[int, float]] = {}
+        facts: dict[str, Mapping[str, Any]] = {}
+        for line in lines:
+            if line["run"]["task"] == name and line["run"]["split"] == "test":
+                points.setdefault(line["run"]["method"], {})[line["run"]["seed"]] = line["result"][task.measure]
+                facts[line["run"]["method"]] = line
+        if not points:
+            continue
+        parts.append(f"## {name}: {task.measure} ({'lower' if task.lower_is_better else 'higher'} is better)\n")
+        parts.append(table([row_of(method, points, facts[method]) for method in FULL if method in points]))
+    return "\n".join(parts) if len(parts) > 1 else "nothing was measured on test rows yet"
+
+
+def row_of(method: str, points: Mapping[str, Mapping[int, float]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    own, lora = points[method], points.get("lora", {})
+    paired = [own[seed] - lora[seed] for seed in sorted(own) if seed in lora]
+    low, high = interval(paired) if len(paired) > 1 else (float("nan"), float("nan"))
+    return {
+        "method": method,
+        "median": f"{statistics.median(own.values()):.4f}",
+        "by seed": ", ".join(f"{value:.4f}" for _, value in sorted(own.items())),
+        "minus LoRA": f"{statistics.fmean(paired):+.4f} ({low:+.4f} … {high:+.4f})" if len(paired) > 1 else None,
+        "lr": f"{facts['run']['learning_rate']:g}",
+        "parameters": f"{facts['parameters']:,}",
+        "seconds": f"{facts['seconds']:.0f}",
+    }
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(differences, k=len(differences))) for _ in range(BOOTSTRAP))
+    return means[int(0.025 * BOOTSTRAP)], means[int(0.975 * BOOTSTRAP) - 1]
+
+
+if __name__ == "__main__":
+    main()

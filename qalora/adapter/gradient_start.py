@@ -1,0 +1,128 @@
+"""Where a frozen map would move if it could: the leading directions of ∂L/∂W, without ever holding ∂L/∂W.
+
+Ranks with A = 0 add nothing to z = W x + s · B A x, whatever B is, and their gradient is ∂L/∂A = s · Bᵀ ∂L/∂W: for a random B, a
+random mixture of the rows of ∂L/∂W. Let Q span these mixtures. Ranks with A = Q and B = 0 add nothing either, and ∂L/∂B =
+s · ∂L/∂W Qᵀ, whose singular vectors are those of ∂L/∂W within that span. These are the two passes of a randomized SVD
+(Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.1 and 5.1), each a forward and backward like any other: in
+micro-batches, under checkpointing, over a 4-bit base; the memory is that of a few more ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from qalora.adapter.ablation import MicroBatch, scoring_mode
+from qalora.adapter.layer import GatedLinear
+from qalora.adapter.model import gated_layers
+
+OVERSAMPLING = 4  # columns of the sketch beyond those asked for
+START_NORM = 1 / math.sqrt(
+    3
+)  # of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same
+FORWARDS = 6.0  # two forwards with their backwards
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Of one module: singular values of ∂L/∂W, largest first, and its right-singular vectors.
+
+    Attributes:
+        values: (n,) nats per unit of W, of the batch's mean loss per supervised token.
+        rows: (n, in), orthonormal, fp32.
+    """
+
+    values: Tensor
+    rows: Tensor
+
+
+def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, generator: torch.Generator) -> None:
+    """Points every rank of an adapter whose B is zero along ∂L/∂W's leading directions; the function does not change.
+
+    Args:
+        batch: training rows.
+        generator: CPU generator of the sketch, for runs that can be repeated.
+    """
+    layers = gated_layers(model)
+    found = gradient_directions(model, batch, {name: len(layer.A) for name, layer in layers.items()}, generator)
+    for name, directions in found.items():
+        rows = starting_rows(directions)
+        layers[name].A.data[: len(rows)] = rows
+
+
+def starting_rows(directions: Directions) -> Tensor:
+    """(n, in) rows for A; those that the gradient says nothing about are left out."""
+    known = directions.values > 1e-6 * directions.values[:1]
+    return START_NORM * directions.rows[known]
+
+
+def gradient_directions(
+    model: PeftModel, batch: Sequence[MicroBatch], counts: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Directions]:
+    """The leading `counts` directions of ∂L/∂W for each of the named modules; fewer where a map has fewer."""
+    layers = {name: gated_layers(model)[name] for name in counts}
+    sizes = {
+        name: min(counts[name] + OVERSAMPLING, layer.B.shape[0], layer.A.shape[1]) for name, layer in layers.items()
+    }
+    mixing = {name: torch.randn(layer.B.shape[0], sizes[name], generator=generator) for name, layer in layers.items()}
+    nothing = {name: torch.zeros(sizes[name], layer.A.shape[1]) for name, layer in layers.items()}
+    mixtures = _gradients(model, batch, layers, nothing, mixing, of="A")
+    spans = {name: torch.linalg.qr(mixture.T).Q.T.contiguous() for name, mixture in mixtures.items()}
+    nothing = {name: torch.zeros_like(matrix) for name, matrix in mixing.items()}
+    projections = _gradients(model, batch, layers, spans, nothing, of="B")
+    found = {}
+    for name, projection in projections.items():
+        _, values, inner = torch.linalg.svd(projection, full_matrices=False)
+        count = counts[name]
+        found[name] = Directions(values[:count] / layers[name].s, (inner @ spans[name])[:count])
+    return found
+
+
+def _gradients(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    layers: Mapping[str, GatedLinear],
+    A: Mapping[str, Tensor],
+    B: Mapping[str, Tensor],
+    of: str,
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss for the A, or the B, of further ranks."""
+    tokens = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
+    with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
+        trained: dict[str, nn.Parameter] = {name: getattr(layer, of) for name, layer in layers.items()}
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+        for micro in batch:
+            loss = model(**micro).row_losses.sum() / tokens
+            for name, gradient in zip(sums, torch.autograd.grad(loss, list(trained.values())), strict=True):
+                sums[name] += gradient
+    return {
+        name: gradient[-len(A[name]) :] if of == "A" else gradient[:, -len(A[name]) :]
+        for name, gradient in sums.items()
+    }
+
+
+@contextmanager
+def _further_ranks(
+    layers: Mapping[str, GatedLinear], A: Mapping[str, Tensor], B: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Appends ranks to the tensors of the layers, and takes them away at the end, also after an error."""
+    before = {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+    gradients = {name: (layer.A.grad, layer.B.grad) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.A.grad = layer.B.grad = None  # of another shape
+            layer.A.data = torch.cat([layer.A.data, A[name].to(layer.A)])
+            layer.B.data = torch.cat([layer.B.data, B[name].to(layer.B)], dim=1)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.A.data, layer.B.data = before[name]
+            layer.A.grad, layer.B.grad = gradients[name]
