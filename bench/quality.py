@@ -1,14 +1,15 @@
 """Does moving ranks pay? Methods of equal budget on real tasks: the same 4-bit base, rows, order and steps.
 
-    python bench/quality.py --data ../shared/data                  # the core grid; runs that are in the file are skipped
-    python bench/quality.py --data ../shared/data --grid full      # everything, for a GPU
-    python bench/quality.py --data ../shared/data --only e2e/lora e2e/alora      # some of it, by the beginnings of names
-    python bench/quality.py --data ../shared/data --smoke          # minutes: every method for two steps; nothing is kept
-    python bench/quality.py --report                               # the table of what is there
+    python bench/quality.py --data data                          # the core grid; runs that are in the file are skipped
+    python bench/quality.py --data data --grid full              # everything, for a GPU
+    python bench/quality.py --data data --only e2e/lora     # some of it, by the beginnings of names
+    python bench/quality.py --data data --smoke                  # minutes: every method for two steps; nothing is kept
+    python bench/quality.py --report                             # the table of what is there
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
 that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
-filled in pieces and on several machines.
+filled in pieces and on several machines. `data` is a folder with e2e, sst2, boolq, gsm8k and alpaca, each with train.jsonl,
+test.jsonl and, but for gsm8k, validation.jsonl.
 """
 
 from __future__ import annotations

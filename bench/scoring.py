@@ -1,7 +1,7 @@
 """AB-LoRA scores at a fraction of their cost: the naive loop, the exact engine, first order, and certified.
 
-    python bench/scoring.py --recipe e2e --data ../shared/data/e2e             # about 5 minutes after training
-    python bench/scoring.py --recipe e2e --data ../shared/data/e2e --full      # every rank ablated: an hour on a CPU
+    python bench/scoring.py --recipe e2e --data data/e2e             # about 5 minutes after training
+    python bench/scoring.py --recipe e2e --data data/e2e --full      # every rank ablated: an hour on a CPU
     python bench/scoring.py --shape llama-7b                                   # cost alone, random weights, for a GPU
 
 DATA is a folder with train.jsonl and validation.jsonl in the recipe's columns. An adapter (r = 8, every linear map) is

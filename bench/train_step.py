@@ -1,7 +1,7 @@
 """Speed and memory of training steps: qalora against PEFT's own layers under Hugging Face's own Trainer.
 
-    python bench/train_step.py --recipe e2e --data ../shared/data/e2e/train.jsonl
-    python bench/train_step.py --recipe alpaca --data ../shared/data/alpaca/train.jsonl --micro-batch-size 4
+    python bench/train_step.py --recipe e2e --data data/e2e/train.jsonl
+    python bench/train_step.py --recipe alpaca --data data/alpaca/train.jsonl --micro-batch-size 4
 
 The same rows, the same NF4 base of SmolLM2-135M and compute dtype, r = 8 on every linear map, AdamW. Each backend in a
 process of its own, in turns; of every step its fastest turn counts, for other work on a machine only ever adds.

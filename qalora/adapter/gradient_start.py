@@ -95,9 +95,7 @@ def _gradients(
     """Gradients of the mean loss for the A, or the B, of further ranks."""
     tokens = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
     with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
-        trained: dict[str, nn.Parameter] = {name: getattr(layer, of) for name, layer in layers.items()}
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
+        trained: dict[str, nn.Parameter] = {name: getattr(layer, of).requires_grad_() for name, layer in layers.items()}
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         for micro in batch:
             loss = model(**micro).row_losses.sum() / tokens
@@ -113,16 +111,19 @@ def _gradients(
 def _further_ranks(
     layers: Mapping[str, GatedLinear], A: Mapping[str, Tensor], B: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Appends ranks to the tensors of the layers, and takes them away at the end, also after an error."""
-    before = {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
-    gradients = {name: (layer.A.grad, layer.B.grad) for name, layer in layers.items()}
+    """Layers with other, longer matrices in the places of theirs, which are back at the end, also after an error."""
+    own = {name: (layer.A, layer.B) for name, layer in layers.items()}
+
+    def put(layer: GatedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
+        adapter = layer.active_adapters[0]
+        layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = A, B
+
     try:
         for name, layer in layers.items():
-            layer.A.grad = layer.B.grad = None  # of another shape
-            layer.A.data = torch.cat([layer.A.data, A[name].to(layer.A)])
-            layer.B.data = torch.cat([layer.B.data, B[name].to(layer.B)], dim=1)
+            longer_A = torch.cat([layer.A.data, A[name].to(layer.A)])
+            longer_B = torch.cat([layer.B.data, B[name].to(layer.B)], dim=1)
+            put(layer, nn.Parameter(longer_A, requires_grad=False), nn.Parameter(longer_B, requires_grad=False))
         yield
     finally:
         for name, layer in layers.items():
-            layer.A.data, layer.B.data = before[name]
-            layer.A.grad, layer.B.grad = gradients[name]
+            put(layer, *own[name])
