@@ -218,7 +218,7 @@ def _add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
 def _add_product(z: Tensor, a: Tensor, b: Tensor, s: float = 1.0) -> None:
     """z += s · a b, in place; without another tensor as wide as z where that has the dtype of b."""
     if z.dtype == b.dtype and z.is_contiguous():
-        z.view(-1, z.shape[-1]).addmm_(a.reshape(-1, a.shape[-1]), b, alpha=s)
+        z.flatten(0, -2).addmm_(a.flatten(0, -2), b, alpha=s)
     else:
         z += (a @ b).mul_(s)
 
