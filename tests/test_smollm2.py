@@ -81,7 +81,8 @@ assert not any(name.startswith("qalora") for name in sys.modules)
     ours = load_adapter(load_base(resolve("smollm2-135m"), dtype="float32").model, run / "adapter").eval()
     with torch.no_grad():
         logits = ours(input_ids=torch.arange(100, 132)[None]).logits
-    assert torch.equal(logits, torch.load(tmp_path / "logits.pt", weights_only=True))
+    # fp32, through 30 blocks: PEFT adds the update to the map's output, we sum it on.
+    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt", weights_only=True), rtol=0, atol=5e-4)
 
 
 def test_vanilla_transformers_computes_the_adapter_model_from_the_merged_folder(run, run_python, tmp_path):
