@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from qalora.base.quantized import guard_cpu_packing, linear_maps, quantized
 from qalora.base.registry import ModelShape
 
 RESULTS = Path(__file__).parent / "results"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -117,3 +118,13 @@ def _cpu() -> str:
     file = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+class AllocateAdaLora(TrainerCallback):
+    """What AdaLoRA's users have to call after every step, while the gradients are there."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.base_model.update_and_allocate(state.global_step + 1)

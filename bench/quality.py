@@ -27,29 +27,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import RESULTS, environment, table
+from common import RESULTS, TARGETS, AllocateAdaLora, environment, table
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from qalora.adapter import round as rounds_module
-from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.model import attach, ranks
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
+from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset
 from qalora.metrics import evaluate
 from qalora.recipe import Recipe, load_recipe
-from qalora.training.callback import on_device
-from qalora.training.loss import use_label_only_loss
-from qalora.training.trainer import build_trainer, schedule_of
+from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
 
 FILE = RESULTS / "quality.jsonl"
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 SEEDS = (0, 1, 2)
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BOOTSTRAP = 2000
 
 
@@ -59,7 +55,7 @@ class Task:
 
     Attributes:
         measure: what decides, of evaluate()'s results; losses are better when lower.
-        columns: recipe settings that the files need.
+        settings: of the recipe, for these files and lengths.
     """
 
     steps: int
@@ -244,14 +240,19 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     train = rows("train", needed if has_validation else needed + 400)
     items = train.items[:needed]
     validation = rows("validation", 400) if has_validation else train.subset(range(needed, len(train)))
-    scoring = validation.subset(range(200, min(len(validation), 200 + recipe.allocation.val_batch_size)))
-    measured = rows("test", task.test_rows) if run.split == "test" else validation.subset(range(200))
+    # The rows that score ranks do not also choose the learning rate.
+    first = min(recipe.allocation.val_batch_size, len(validation) // 2)
+    scoring, others = (
+        validation.subset(range(first)),
+        validation.subset(range(first, min(len(validation), first + 200))),
+    )
+    measured = rows("test", task.test_rows) if run.split == "test" else others
     base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
     set_seed(run.seed)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_with = {"adalora": by_peft, "eva": by_peft}.get(method.kind, by_qalora)
-        model = train_with(method, recipe, base, tokenizer, items, scoring.items, run, Path(folder))
+        model = train_with(Setup(method, recipe, base, tokenizer, items, scoring.items, run, Path(folder)))
     seconds = time.perf_counter() - start
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
@@ -289,20 +290,37 @@ def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) ->
     )
 
 
-def by_qalora(
-    method: Method,
-    recipe: Recipe,
-    base: Any,
-    tokenizer: Any,
-    items: list[Any],
-    scoring: list[Any],
-    run: Run,
-    folder: Path,
-) -> Any:
+@dataclass(frozen=True)
+class Setup:
+    """What the methods share, so that nothing else differs."""
+
+    method: Method
+    recipe: Recipe
+    base: Any
+    tokenizer: Any
+    items: list[Any]
+    scoring: list[Any]
+    run: Run
+    folder: Path
+
+    def trainer(self) -> QaloraTrainer:
+        """Of an adapter like the recipe's; it saves nothing."""
+        recipe, steps, items = self.recipe, self.run.steps, self.items
+        model = attach(self.base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=self.run.seed)
+        trainer, _, _ = build_trainer(
+            recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
+            rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
+            compute_dtype=self.base.compute_dtype, output_dir=self.folder,
+        )  # fmt: skip
+        trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+        trainer.args.load_best_model_at_end = False
+        return trainer
+
+
+def by_qalora(setup: Setup) -> Any:
     """LoRA, and ALoRA with its own scores or, as a control, with random ones."""
-    model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=run.seed)
-    if method.kind == "random":
-        scored, draw = rounds_module.score_ranks, random.Random(run.seed)
+    if setup.method.kind == "random":
+        scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
 
         def at_random(*args: Any, **kwargs: Any) -> Any:
             scores = scored(*args, **kwargs)
@@ -310,46 +328,22 @@ def by_qalora(
             return replace(scores, importance=drawn)
 
         rounds_module.score_ranks = at_random
-    trainer, allocator, _ = build_trainer(
-        recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=scoring,
-        rounds=schedule_of(recipe, run.steps, run.steps), total_steps=run.steps, start=ranks(model),
-        compute_dtype=base.compute_dtype, output_dir=folder,
-    )  # fmt: skip
-    trainer.args.save_strategy = trainer.args.eval_strategy = "no"
-    trainer.args.load_best_model_at_end = False
-    trainer.add_callback(NoEvaluation())
-    if allocator.growth:
-        generator = torch.Generator().manual_seed(run.seed)
-        start_along_gradient(model, on_device(allocator.growth, trainer.args.device), generator=generator)
+    trainer = setup.trainer()
     trainer.train()
-    return model
+    return trainer.model
 
 
-def by_peft(
-    method: Method,
-    recipe: Recipe,
-    base: Any,
-    tokenizer: Any,
-    items: list[Any],
-    scoring: list[Any],
-    run: Run,
-    folder: Path,
-) -> Any:
+def by_peft(setup: Setup) -> Any:
     """PEFT's own adapters under Hugging Face's Trainer, in the batches that our trainer makes of the same rows."""
-    r, alpha = recipe.lora.r, recipe.lora.alpha
+    ours, steps = setup.trainer(), setup.run.steps
+    r, alpha = setup.recipe.lora.r, setup.recipe.lora.alpha
+    plain, collate = ours.model.unload(), RowsLeftOut(ours.data_collator)
     shared: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    template, _, _ = build_trainer(
-        recipe, attach(base.model, r=r, alpha=alpha, seed=0), tokenizer, rows=items, train=items, validation=items[:1],
-        scoring=items[:1], rounds=schedule_of(recipe, run.steps, run.steps), total_steps=run.steps, start={"": 0},
-        compute_dtype=base.compute_dtype, output_dir=folder,
-    )  # fmt: skip
-    plain = template.model.unload()
-    use_label_only_loss(plain)
-    if method.kind == "adalora":
+    if setup.method.kind == "adalora":
         # AdaLoRA multiplies by alpha alone, whatever the rank: LoRA's alpha / r is what matches it.
         config: LoraConfig = AdaLoraConfig(
-            init_r=2 * r, target_r=r, lora_alpha=alpha // r, tinit=run.steps // 5, tfinal=run.steps // 3,
-            deltaT=max(1, run.steps // 20), total_step=run.steps, **shared,
+            init_r=2 * r, target_r=r, lora_alpha=alpha // r, tinit=steps // 5, tfinal=steps // 3,
+            deltaT=max(1, steps // 20), total_step=steps, **shared,
         )  # fmt: skip
         model = get_peft_model(plain, config)
     else:
@@ -357,15 +351,12 @@ def by_peft(
             r=r, lora_alpha=alpha, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0, whiten=False), **shared
         )
         model = get_peft_model(plain, config, low_cpu_mem_usage=True)
-        batches = DataLoader(items, batch_size=8, shuffle=False, collate_fn=template.data_collator)  # type: ignore[arg-type]
-        initialize_lora_eva_weights(model, [on_device([batch], "cpu")[0] for batch in batches], show_progress_bar=False)
-    arguments: TrainingArguments = template.args
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.load_best_model_at_end, arguments.remove_unused_columns = False, True
-    trainer = Trainer(model, arguments, train_dataset=items, data_collator=RowsLeftOut(template.data_collator))
+        batches = DataLoader(setup.items, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    trainer = Trainer(model, ours.args, train_dataset=setup.items, data_collator=collate)
     trainer.model_accepts_loss_kwargs = True
-    if method.kind == "adalora":
-        trainer.add_callback(Allocate(model))
+    if setup.method.kind == "adalora":
+        trainer.add_callback(AllocateAdaLora(model))
     trainer.train()
     return model
 
@@ -377,22 +368,7 @@ class RowsLeftOut:
         self.collate = collate
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in self.collate(items).items() if key != "rows"}
-
-
-class NoEvaluation(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = control.should_save = False
-
-
-class Allocate(TrainerCallback):
-    """What AdaLoRA's users have to call after every step, while the gradients are there."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.base_model.update_and_allocate(state.global_step + 1)
+        return on_device([self.collate(items)], "cpu")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- reporting

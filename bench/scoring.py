@@ -31,7 +31,7 @@ from qalora.adapter.round import free_memory
 from qalora.adapter.scoring import RankScores, score_ranks
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve, shape_of
-from qalora.data.batching import Collator, micro_batches
+from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
 from qalora.recipe import load_recipe
 from qalora.training.loss import use_label_only_loss
@@ -85,12 +85,8 @@ def real_job(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     use_label_only_loss(base.model)
     model = load_adapter(base.model, adapter, trainable=True)
     base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    device = base.model.device
-    batch = [
-        {key: value.to(device) for key, value in micro.items() if key != "rows"}
-        for micro in micro_batches(rows.items, args.batch_size, Collator(tokenizer.pad_token_id))
-    ]
-    return model, batch
+    batch = micro_batches(rows.items, args.batch_size, Collator(tokenizer.pad_token_id))
+    return model, on_device(batch, base.model.device)
 
 
 def train(recipe: str, data: Path, output: Path, settings: list[str]) -> None:

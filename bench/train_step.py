@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, peak_rss, reset_peak, table, write_results
+from common import TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak, table, write_results
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -175,9 +175,8 @@ def by_peft(
     """As QLoRA's users write it, with the initial A of the other backend, so that losses can be compared."""
     twin = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     initial = {name: layer.A.detach().clone() for name, layer in gated_layers(twin).items()}
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     plain = twin.unload()
-    shared = {"lora_alpha": recipe.lora.alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    shared = {"lora_alpha": recipe.lora.alpha, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if backend == "peft-adalora":
         r = recipe.lora.r
         model = get_peft_model(
@@ -200,7 +199,7 @@ def by_peft(
     rows = [{key: item[key] for key in ("input_ids", "labels")} for item in items]
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
     if backend == "peft-adalora":
-        trainer.add_callback(Allocate(model))
+        trainer.add_callback(AllocateAdaLora(model))
     return trainer
 
 
@@ -216,16 +215,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
         control.should_evaluate = False
-
-
-class Allocate(TrainerCallback):
-    """What AdaLoRA's users have to call after every step, while the gradients are there."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.base_model.update_and_allocate(state.global_step + 1)
 
 
 if __name__ == "__main__":

@@ -127,17 +127,14 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
-    import torch
     from transformers import set_seed
 
-    from qalora.adapter.gradient_start import start_along_gradient
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.cli import DONE, INTERRUPTED
     from qalora.errors import AnswerNo
     from qalora.metrics import evaluate
-    from qalora.training.callback import on_device
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
     if checkpoint is not None:
@@ -202,9 +199,6 @@ def finetune(
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
     )
-    if checkpoint is None and allocator.growth:
-        generator = torch.Generator().manual_seed(recipe.training.seed)
-        start_along_gradient(model, on_device(allocator.growth, trainer.args.device), generator=generator)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.norm import use_lean_norms
-    from qalora.data.batching import Collator, micro_batches
+    from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
     from qalora.training.activations import set_checkpointing
     from qalora.training.loss import use_label_only_loss
@@ -101,10 +101,7 @@ def main(argv: list[str]) -> int:
     use_lean_norms(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)
     set_checkpointing(base.model, True)
-    batch = [
-        {key: value.to(base.model.device) for key, value in micro.items() if key != "rows"}
-        for micro in micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id))
-    ]
+    batch = on_device(micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id)), base.model.device)
     prune = args.prune or len(ranks(model))
     start = time.perf_counter()
     scores = score_ranks(

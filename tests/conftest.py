@@ -140,6 +140,7 @@ def run_python():
             [sys.executable, "-c", code, *map(str, arguments)],
             capture_output=True,
             text=True,
+            timeout=1200,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         )
         assert done.returncode == 0, done.stderr

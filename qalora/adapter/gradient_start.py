@@ -18,14 +18,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qalora.adapter.ablation import MicroBatch, scoring_mode
+from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import gated_layers
 
 OVERSAMPLING = 4  # columns of the sketch beyond those asked for
-START_NORM = 1 / math.sqrt(
-    3
-)  # of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same
+# Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
+START_NORM = 1 / math.sqrt(3)
 FORWARDS = 6.0  # two forwards with their backwards
 
 
@@ -93,7 +92,7 @@ def _gradients(
     of: str,
 ) -> dict[str, Tensor]:
     """Gradients of the mean loss for the A, or the B, of further ranks."""
-    tokens = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
+    tokens = supervised_tokens(batch)
     with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
         trained: dict[str, nn.Parameter] = {name: getattr(layer, of).requires_grad_() for name, layer in layers.items()}
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}

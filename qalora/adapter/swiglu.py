@@ -47,12 +47,18 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         isinstance(layer, nn.Linear) or (isinstance(layer, GatedLinear) and not layer.drops) for layer in layers
     )
     if not known or not torch.is_grad_enabled():
-        parts = [x] if self.mlp_tile is None else x.split(self.mlp_tile, dim=1)
-        return torch.cat([self.down_proj(F.silu(self.gate_proj(part)) * self.up_proj(part)) for part in parts], dim=1)
+        if self.mlp_tile is None:
+            return _one_by_one(layers, x)
+        return torch.cat([_one_by_one(layers, part) for part in x.split(self.mlp_tile, dim=1)], dim=1)
     maps = [LowRank.of(layer) for layer in layers]
     frozen = [(m.base, m.s) for m in maps]
     trained = [tensor for m in maps for tensor in (m.A, m.B, m.gate)]
-    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, output_unused(), *trained)
+    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, *trained)
+
+
+def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    gate, up, down = layers
+    return down(F.silu(gate(x)) * up(x))
 
 
 class _GatedSwiGLU(torch.autograd.Function):
@@ -64,50 +70,53 @@ class _GatedSwiGLU(torch.autograd.Function):
         x: Tensor,
         frozen: Sequence[tuple[nn.Module, float]],
         tile: int | None,
-        unused: bool,
         *trained: Tensor | None,
     ) -> Tensor:
         maps = _maps(frozen, trained)
         ctx.frozen, ctx.tile = frozen, tile
-        z = x.new_zeros(()).expand_as(x) if unused else torch.empty_like(x)
-        inner: Sequence[Any] = [None] * 4
+        inner = kept(lambda: _inner(x, maps)) if tile is None else (None,) * 4
+        ctx.save_for_backward(x, *inner, *trained)
+        if output_unused():
+            return x.new_zeros(()).expand_as(x)
+        if tile is None:
+            return _down(inner, maps)
+        z = torch.empty_like(x)
         for part in _tiles(x, tile):
-            if unused and tile is not None:
-                break
-            inner = kept(lambda: _inner(x, maps)) if tile is None else _inner(x[part], maps)
-            if not unused:
-                z[part] = map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
-        ctx.save_for_backward(x, *(inner if tile is None else [None] * 4), *trained)
+            z[part] = _down(_inner(x[part], maps), maps)
         return z
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         inner, trained = saved[:4], saved[4:]
-        need_x, _, _, _, *needs = ctx.needs_input_grad
+        need_x, _, _, *needs = ctx.needs_input_grad
         maps = _maps(ctx.frozen, trained)
         if ctx.tile is None:
-            return _backward(grad_z, x, inner, maps, need_x, needs)
-        grad_x: Any = torch.empty_like(x) if need_x else None
-        grads: list[Any] = [None] * len(trained)
+            grad_x, *grads = _backward(grad_z, x, inner, maps, need_x, needs)
+            return grad_x, None, None, *grads
+        grad_x = torch.empty_like(x) if need_x else None
+        grads = [None] * len(trained)
         for part in _tiles(x, ctx.tile):
-            own, _, _, _, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
+            own, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
             if grad_x is not None:
                 grad_x[part] = own
             grads = [b if a is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
-        return grad_x, None, None, None, *grads
+        return grad_x, None, None, *grads
 
 
-def _tiles(x: Tensor, tile: int | None) -> list[Part]:
+def _tiles(x: Tensor, tile: int) -> list[Part]:
     """Indices of at most `tile` of the tokens of x: (rows, tokens, d); positions do not mix in an MLP."""
-    tokens = x.shape[1]
-    return [(slice(None), slice(start, start + (tile or tokens))) for start in range(0, tokens, tile or tokens)]
+    return [(slice(None), slice(start, start + tile)) for start in range(0, x.shape[1], tile)]
 
 
 def _inner(x: Tensor, maps: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """gate x and up x, and their low-rank products."""
     (gate, low_gate), (up, low_up) = map_forward(x, maps[0]), map_forward(x, maps[1])
     return gate, up, low_gate, low_up
+
+
+def _down(inner: Sequence[Any], maps: Sequence[LowRank]) -> Tensor:
+    return map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
 
 
 def _backward(
@@ -117,8 +126,8 @@ def _backward(
     maps: Sequence[LowRank],
     need_x: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of the forward's arguments; `inner` is written over."""
+) -> tuple[Any, ...]:
+    """Gradients of x and of the trained tensors; `inner` is written over."""
     (to_gate, to_up, to_down), (gate, up, low_gate, low_up) = maps, inner
 
     def product(part: Part) -> Tensor:
@@ -132,7 +141,7 @@ def _backward(
     if grad_x is not None:
         frozen_backward(grad_gate, to_gate.base, onto=grad_x)
     grads_gate = low_rank_backward(grad_gate, x.__getitem__, low_gate, to_gate, needs[:3], grad_x)
-    return grad_x, None, None, None, *grads_gate, *grads_up, *grads_down
+    return grad_x, *grads_gate, *grads_up, *grads_down
 
 
 def _maps(frozen: Sequence[tuple[nn.Module, float]], trained: Sequence[Tensor | None]) -> list[LowRank]:

@@ -39,6 +39,11 @@ def micro_batches(items: Sequence[Mapping[str, Any]], size: int, collate: Collat
     return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
+def on_device(batch: Sequence[Mapping[str, Tensor]], device: Any) -> list[dict[str, Tensor]]:
+    """What a model takes of the micro-batches of a collator, which number their rows."""
+    return [{key: value.to(device) for key, value in micro.items() if key != "rows"} for micro in batch]
+
+
 def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str, Any]]:
     """Several rows in one sequence of at most `max_seq_len` tokens: the longest row first, each into the first
     sequence that has room for it (first-fit decreasing).

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule
+from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.round import RoundSettings, allocation_round
+from qalora.data.batching import on_device
 
 console = Console(stderr=True)
 
 
 class AllocationCallback(TrainerCallback):
-    """Runs a round of Algorithm 1 after each step of the schedule and keeps its record in allocation.jsonl.
+    """Points new adapters where they are to point, runs a round of Algorithm 1 after each step of the schedule and keeps its
+    record in allocation.jsonl.
 
     It acts in on_step_end: gradients are zeroed by then, and the log line, validation and checkpoint of the same step
     already see the new ranks.
@@ -39,8 +43,11 @@ class AllocationCallback(TrainerCallback):
         self.history = read_history(self.file)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if self.growth and not state.global_step:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            start_along_gradient(model, on_device(self.growth, args.device), generator=generator)
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
@@ -87,11 +94,6 @@ class AllocationCallback(TrainerCallback):
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
-
-
-def on_device(batch: Sequence[MicroBatch], device: Any) -> list[MicroBatch]:
-    """What the model takes of a collator's micro-batches."""
-    return [{key: value.to(device) for key, value in micro.items() if key != "rows"} for micro in batch]
 
 
 class InterruptCallback(TrainerCallback):

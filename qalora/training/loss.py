@@ -33,8 +33,7 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     Returns:
         (rows,) fp32, nats.
     """
-    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    states, targets = hidden[rows, positions], labels[rows, positions + 1]
+    rows, states, targets = _supervised(hidden, labels)
     if states.dtype == head.dtype or states.requires_grad:
         losses = _FrozenHeadCrossEntropy.apply(states, targets, head)
     else:
@@ -42,12 +41,16 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
 
 
-def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, fused: Fused | None = None) -> Tensor:
-    """Cross-entropy summed over all supervised tokens, () in nats; `fused` computes it where it is given."""
-    if fused is None:
-        return label_only_loss(hidden, labels, head).sum()
+def fused_loss(hidden: Tensor, labels: Tensor, head: Tensor, fused: Fused) -> Tensor:
+    """The sum of `label_only_loss` over the rows, () in nats, as `fused` computes it."""
+    _, states, targets = _supervised(hidden, labels)
+    return fused(head, states, targets)
+
+
+def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) rows, (n, d) states and (n,) targets of the supervised tokens."""
     rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    return fused(head, hidden[rows, positions], labels[rows, positions + 1])
+    return rows, hidden[rows, positions], labels[rows, positions + 1]
 
 
 def liger_loss() -> Fused | None:
@@ -104,10 +107,12 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
 
     The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
-    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums of a mean, and
+    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums, which
+    Liger-Kernel, where it computes a training step's sum, does not give; and
     `model.row_losses_of(hidden, labels)` gives them from final hidden states. Without labels the model is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
     """
     plain_forward = model.forward
+    fused = liger_loss() if torch.cuda.is_available() else None
 
     def forward(
         self: Any, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
@@ -115,12 +120,12 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
         if labels is None:
             return plain_forward(*args, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        if num_items_in_batch is not None:
-            fused = liger_loss() if hidden.is_cuda else None
-            loss = summed_loss(hidden, labels, self.get_output_embeddings().weight, fused)
+        if num_items_in_batch is not None and fused is not None and hidden.is_cuda:
+            loss = fused_loss(hidden, labels, self.get_output_embeddings().weight, fused)
             return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
         row_losses = self.row_losses_of(hidden, labels)
-        output = CausalLMOutputWithPast(loss=row_losses.sum() / (labels[:, 1:] != -100).sum().clamp(min=1))
+        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
+        output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
         output["row_losses"] = row_losses
         return output
 

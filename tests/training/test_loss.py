@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qalora.training import loss as module
-from qalora.training.loss import label_only_loss, liger_loss, summed_loss, use_label_only_loss
+from qalora.training.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_a_fused_loss_gets_the_supervised_positions(problem):
     def fused(head, states, targets):
         return F.cross_entropy(F.linear(states, head), targets, reduction="sum")
 
-    expected = summed_loss(leaf, labels, head)
-    found = summed_loss(other, labels, head, fused)
+    expected = label_only_loss(leaf, labels, head).sum()
+    found = fused_loss(other, labels, head, fused)
     for loss in (expected, found):
         loss.backward()
     torch.testing.assert_close(found, reference(*problem).sum(), rtol=1e-6, atol=1e-5)
