@@ -91,9 +91,7 @@ def ours(**settings: Any) -> Method:
     return Method(settings={name.replace("__", "."): value for name, value in settings.items()})
 
 
-ALLOCATION = dict(
-    allocation__rounds=4, allocation__warmup="0.3", allocation__interval="0.08", allocation__val_batch_size=16
-)
+ALLOCATION = dict(allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08)
 CORE = {
     "lora": ours(allocation__rounds=0),
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
@@ -283,7 +281,9 @@ def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) ->
             ("training.save_steps", 10_000),
             ("training.learning_rate", run.learning_rate),
             ("training.seed", run.seed),
+            ("training.early_stopping_patience", None),
             ("allocation.rounds", 0),
+            ("allocation.val_batch_size", 16),
             ("logging.quiet", True),
             *method.settings.items(),
         ],
