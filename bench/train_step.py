@@ -4,13 +4,14 @@
     python bench/train_step.py --recipe alpaca --data data/alpaca/train.jsonl --micro-batch-size 4
 
 The same rows, the same NF4 base of SmolLM2-135M and compute dtype, r = 8 on every linear map, AdamW. Each backend in a
-process of its own, in turns; of every step its fastest turn counts, for other work on a machine only ever adds.
+process of its own; they take their steps in turns, one at a time, so that a machine's slow minutes fall on all of them.
 
-qalora          training.gradient_checkpointing=selective
-qalora-blocks   training.gradient_checkpointing=true, the default
-peft            as QLoRA's users write it, checkpointed, in qalora's batches (length-grouped, padded to the longest)
-peft-random     the same in the batches that the Trainer makes by itself (random rows, padded to the longest)
-peft-adalora    AdaLoRA at the same average rank, in qalora's batches
+qalora            training.gradient_checkpointing=false: short rows are small beside what PEFT's logits take
+qalora-selective  training.gradient_checkpointing=selective
+qalora-blocks     training.gradient_checkpointing=true, the default
+peft              as QLoRA's users write it, checkpointed, in qalora's batches (length-grouped, padded to the longest)
+peft-random       the same in the batches that the Trainer makes by itself (random rows, padded to the longest)
+peft-adalora      AdaLoRA at the same average rank, in qalora's batches
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +33,43 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.model import attach, gated_layers, ranks
+from qalora.base.memory import Checkpointing
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.tokenization import load_dataset
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import build_trainer
 
-BACKENDS = ("qalora", "qalora-blocks", "peft", "peft-random", "peft-adalora")
+READY, GO = "ready", "go"
+PAUSE = 0.3  # seconds, in which a worker's idle threads go to sleep
+BACKENDS = ("qalora", "qalora-selective", "qalora-blocks", "peft", "peft-random", "peft-adalora")
 
 
 def main() -> None:
     args = parser().parse_args()
     if args.worker:
-        print(json.dumps(work(args)))
+        work(args)
         return
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in args.backends}
-    for _ in range(args.turns):
-        for name in args.backends:
-            turns[name].append(run(name))
-    seconds = {
-        name: sum(map(min, zip(*(turn["step_seconds"] for turn in found), strict=True)))
-        for name, found in turns.items()
-    }
-    peak = {name: min(turn["peak_bytes"] for turn in found) for name, found in turns.items()}
+    found = in_turns(args.backends, args.steps)
+    seconds = {name: sum(worker["step_seconds"]) for name, worker in found.items()}
     rows = [
         {
             "backend": name,
             "s a step": f"{seconds[name] / args.steps:.2f}",
             "rows/s": f"{args.steps * args.micro_batch_size / seconds[name]:.2f}",
-            "real tokens/s": f"{turns[name][0]['tokens'] / seconds[name]:.0f}",
-            "peak MB": round(peak[name] / 1e6),
+            "tokens of the rows/s": f"{worker['tokens'] / seconds[name]:.0f}",
+            "peak MB": round(worker["peak_bytes"] / 1e6),
             "qalora's rows/s": f"{seconds[name] / seconds['qalora']:.2f} x",
-            "qalora's memory": f"{peak['qalora'] / peak[name]:.2f} x",
+            "qalora's memory": f"{found['qalora']['peak_bytes'] / worker['peak_bytes']:.2f} x",
         }
-        for name in turns
+        for name, worker in found.items()
     ]
-    losses = (turns[name][0]["losses"] for name in ("qalora", "peft"))
-    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    results = {**environment(), "turns": turns, "largest_loss_difference_to_peft": difference}
+    pairs = zip(found["qalora"]["losses"], found["peft"]["losses"], strict=True)
+    difference = max(abs(ours - theirs) for ours, theirs in pairs)
+    results = {**environment(), "backends": found, "largest_loss_difference_to_peft": difference}
     text = (
         f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, {args.steps} micro-batches of "
-        f"{args.micro_batch_size} rows, of every step the fastest of {args.turns} turns. Memory is the peak over the loaded model.\n"
+        f"{args.micro_batch_size} rows, step by step in turns. Memory is the peak over the loaded model.\n"
         f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft {results['peft']}, "
         f"bitsandbytes {results['bitsandbytes']}; {results['date']}, commit {results['commit']}.\n\n"
         f"    {results['command']}\n\n{table(rows)}\n"
@@ -85,23 +83,47 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="e2e")
     parser.add_argument("--data", type=Path, required=True, help="rows in the recipe's columns")
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="all of them are counted, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="all of them are counted, after a forward and backward that are not"
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="qalora and peft, and more")
-    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--dtype", default="float32", help="to compute in")
     parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
     return parser
 
 
-def run(backend: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", backend]
-    print(backend, file=sys.stderr)
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_turns(backends: Sequence[str], steps: int) -> dict[str, dict[str, Any]]:
+    """Starts a worker for each backend, lets each take a step after the other, and returns what they report."""
+    workers = {}
+    for name in backends:  # one at a time: loading takes every core too
+        print(name, file=sys.stderr)
+        workers[name] = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        hear(workers[name], READY)
+    for step in range(steps):
+        print(f"step {step + 1} of {steps}", file=sys.stderr)
+        for worker in workers.values():
+            print(GO, file=worker.stdin, flush=True)
+            hear(worker, READY)
+            time.sleep(PAUSE)
+    found = {}
+    for name, worker in workers.items():
+        print(GO, file=worker.stdin, flush=True)
+        found[name] = json.loads(worker.stdout.readlines()[-1])
+    return found
 
 
-def work(args: argparse.Namespace) -> dict[str, Any]:
-    """The steps of one backend in this process."""
+def hear(worker: subprocess.Popen[str], word: str) -> None:
+    """Waits until a worker says the word."""
+    while (line := worker.stdout.readline()).strip() != word:
+        if not line:
+            sys.exit(f"a worker ended early: {worker.args}")
+
+
+def work(args: argparse.Namespace) -> None:
+    """The steps of one backend in this process, each when the other side of the pipe says so, and a report in the end."""
     steps = args.steps
     own_columns = [("data.columns", {})] if args.recipe == "e2e" else []
     with tempfile.TemporaryDirectory() as folder:
@@ -135,12 +157,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    return {
+    found = {
         "step_seconds": clock.seconds,
         "tokens": sum(len(item["input_ids"]) for item in data.items),
         "peak_bytes": peak_rss() - loaded,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
+    print(json.dumps(found))
 
 
 def warm_up(trainer: Trainer, rows: int) -> None:
@@ -156,10 +179,8 @@ def warm_up(trainer: Trainer, rows: int) -> None:
 def by_qalora(
     backend: str, recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path
 ) -> Trainer:
-    if backend == "qalora":
-        recipe = recipe.model_copy(
-            update={"training": recipe.training.model_copy(update={"gradient_checkpointing": "selective"})}
-        )
+    kept: Checkpointing = {"qalora": False, "qalora-selective": "selective", "qalora-blocks": True}[backend]
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"gradient_checkpointing": kept})})
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
         recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
@@ -204,17 +225,22 @@ def by_peft(
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step."""
+    """Seconds of every step, which begins when it is this backend's turn."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        print(READY, flush=True)
+        sys.stdin.readline()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
         control.should_evaluate = False
+        if state.global_step == state.max_steps:
+            print(READY, flush=True)
+            sys.stdin.readline()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qalora.base.prefixes import final_hidden
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
@@ -146,7 +147,7 @@ def row_losses(
             inputs = collate([items[i] for i in batch])
             inputs = {key: inputs[key].to(causal_lm.device) for key in ("input_ids", "attention_mask", "labels")}
             labels = inputs.pop("labels")
-            hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = final_hidden(causal_lm, **inputs, use_cache=False)
             sums = label_only_loss(hidden, labels, causal_lm.get_output_embeddings().weight)
             for i, loss in zip(batch, sums.tolist(), strict=True):
                 losses[i] = loss

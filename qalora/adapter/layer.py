@@ -64,6 +64,11 @@ class GatedLinear(nn.Module, LoraLayer):
         """Whether a forward now would drop some of the adapter's input."""
         return self.training and isinstance(self.lora_dropout[self.active_adapters[0]], nn.Dropout)
 
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether equal inputs of two rows have different outputs now (base/prefixes.py)."""
+        return self.gate is not None and self.gate.ndim > 1
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, tokens, in) → (batch, tokens, out), in the dtype of x."""
         if self.disable_adapters or self.closed:
@@ -104,6 +109,24 @@ class LowRank:
         if layer.disable_adapters or layer.closed:
             return LowRank(layer.base_layer)
         return LowRank(layer.base_layer, layer.s, layer.A, layer.B, layer.gate)
+
+
+Frozen = Sequence[tuple[nn.Module, float]]  # of several maps: the base and s of each
+
+
+def can_fuse(layers: Sequence[nn.Module]) -> bool:
+    """Whether `LowRank` says all about these layers: nothing drops out, and nobody else put layers of their own in place."""
+    return all(isinstance(layer, nn.Linear) or (isinstance(layer, GatedLinear) and not layer.drops) for layer in layers)
+
+
+def taken_apart(layers: Sequence[nn.Module]) -> tuple[Frozen, list[Tensor | None]]:
+    """What an autograd function over several maps takes: the frozen parts, and A, B and gate of each in a row."""
+    maps = [LowRank.of(layer) for layer in layers]
+    return [(m.base, m.s) for m in maps], [tensor for m in maps for tensor in (m.A, m.B, m.gate)]
+
+
+def put_together(frozen: Frozen, trained: Sequence[Tensor | None]) -> list[LowRank]:
+    return [LowRank(base, s, *trained[3 * i : 3 * i + 3]) for i, (base, s) in enumerate(frozen)]
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -174,27 +197,29 @@ def low_rank_backward(
         return None, None, None
     A, B, gate = m.A, m.B, m.gate
     need_A, need_B, need_gate = needs
+    # Of B's transpose, in whose layout thin products take half to a quarter of the time (BLAS on a CPU).
+    B_t = B.T.contiguous()
     grad_A = torch.zeros_like(A) if need_A else None
-    grad_B = torch.zeros_like(B) if need_B else None
+    grad_B_t = torch.zeros_like(B_t) if need_B else None
     grad_gate = torch.zeros_like(gate) if need_gate and gate is not None else None
     with torch.autocast(grad_z.device.type, enabled=False):
         for part in stretches(grad_z, max(A.shape[1], B.shape[0])):
             grad_out = grad_z[part].to(B.dtype)
-            grad_gated = (grad_out @ B).mul_(m.s)
+            grad_gated = F.linear(grad_out, B_t).mul_(m.s)
             x: Any = inputs(part).to(A.dtype) if need_A or low is None else None
             low_part = F.linear(x, A) if low is None else low[part]
             if grad_gate is not None:
                 grad_gate += (grad_gated * low_part).sum_to_size(grad_gate.shape)
-            if grad_B is not None:
+            if grad_B_t is not None:
                 gated = low_part if gate is None else low_part * gate
-                grad_B.addmm_(grad_out.flatten(0, -2).T, gated.flatten(0, -2), alpha=m.s)
+                grad_B_t.addmm_(gated.flatten(0, -2).T, grad_out.flatten(0, -2), alpha=m.s)
             grad_low = grad_gated if gate is None else grad_gated * gate
             if grad_A is not None:
                 grad_A.addmm_(grad_low.flatten(0, -2).T, x.flatten(0, -2))
             x = None  # before there is another fp32 tensor of this width
             if grad_inputs is not None:
                 _add_product(grad_inputs[part], grad_low, A)
-    return grad_A, grad_B, grad_gate
+    return grad_A, None if grad_B_t is None else grad_B_t.T, grad_gate
 
 
 def _add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:

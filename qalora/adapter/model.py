@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
@@ -284,4 +285,5 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     use_fused_mlps(peft_model)
+    use_fused_attention(peft_model)
     return peft_model

@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qalora.adapter.layer import GatedLinear, LowRank, Part, frozen_backward, low_rank_backward, map_forward
+from qalora.adapter.layer import (
+    Frozen,
+    LowRank,
+    Part,
+    can_fuse,
+    frozen_backward,
+    low_rank_backward,
+    map_forward,
+    put_together,
+    taken_apart,
+)
 from qalora.adapter.recompute import kept, output_unused
 from qalora.base.stretches import stretches
 
@@ -42,17 +52,11 @@ def _children(module: Any) -> set[str]:
 def _forward(self: Any, x: Tensor) -> Tensor:
     """x: (rows, tokens, d) → (rows, tokens, d); at most `self.mlp_tile` tokens at a time."""
     layers = (self.gate_proj, self.up_proj, self.down_proj)
-    # Layers that somebody else put around the maps, after ours were taken off, keep their own forward.
-    known = all(
-        isinstance(layer, nn.Linear) or (isinstance(layer, GatedLinear) and not layer.drops) for layer in layers
-    )
-    if not known or not torch.is_grad_enabled():
+    if not can_fuse(layers) or not torch.is_grad_enabled():
         if self.mlp_tile is None:
             return _one_by_one(layers, x)
         return torch.cat([_one_by_one(layers, part) for part in x.split(self.mlp_tile, dim=1)], dim=1)
-    maps = [LowRank.of(layer) for layer in layers]
-    frozen = [(m.base, m.s) for m in maps]
-    trained = [tensor for m in maps for tensor in (m.A, m.B, m.gate)]
+    frozen, trained = taken_apart(layers)
     return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, *trained)
 
 
@@ -68,11 +72,11 @@ class _GatedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        frozen: Sequence[tuple[nn.Module, float]],
+        frozen: Frozen,
         tile: int | None,
         *trained: Tensor | None,
     ) -> Tensor:
-        maps = _maps(frozen, trained)
+        maps = put_together(frozen, trained)
         ctx.frozen, ctx.tile = frozen, tile
         inner = kept(lambda: _inner(x, maps)) if tile is None else (None,) * 4
         ctx.save_for_backward(x, *inner, *trained)
@@ -90,7 +94,7 @@ class _GatedSwiGLU(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         inner, trained = saved[:4], saved[4:]
         need_x, _, _, *needs = ctx.needs_input_grad
-        maps = _maps(ctx.frozen, trained)
+        maps = put_together(ctx.frozen, trained)
         if ctx.tile is None:
             grad_x, *grads = _backward(grad_z, x, inner, maps, need_x, needs)
             return grad_x, None, None, *grads
@@ -142,10 +146,6 @@ def _backward(
         frozen_backward(grad_gate, to_gate.base, onto=grad_x)
     grads_gate = low_rank_backward(grad_gate, x.__getitem__, low_gate, to_gate, needs[:3], grad_x)
     return grad_x, *grads_gate, *grads_up, *grads_down
-
-
-def _maps(frozen: Sequence[tuple[nn.Module, float]], trained: Sequence[Tensor | None]) -> list[LowRank]:
-    return [LowRank(base, s, *trained[3 * i : 3 * i + 3]) for i, (base, s) in enumerate(frozen)]
 
 
 def _through_product(grad_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

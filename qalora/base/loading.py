@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
 from qalora.base.registry import ModelSource
 from qalora.errors import InputError
@@ -152,7 +153,7 @@ def _from_pretrained(
     source: ModelSource, dtype: torch.dtype, device: str, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
     """With `quantization` each weight is quantized as it is read: the 16-bit model never exists as a whole."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "device_map": {"": device}}
     if source.gguf_file:
         # transformers keeps a GGUF file's weights packed unless asked to dequantize them.
         options["quantization_config"] = GgufConfig(dequantize=True)

@@ -106,10 +106,12 @@ def _activations(
     q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
     low: dict[str, int] = {}
+    transposed = 0  # the largest B, of which a backward makes a transposed copy
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
         index, part, which = name.split(".layers.")[1].split(".")
         low[index] = low.get(index, 0) + rank
+        transposed = max(transposed, 4 * rank * (f if which in ("gate_proj", "up_proj") else d))
         low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
 
     hidden = tokens * d * size
@@ -127,7 +129,7 @@ def _activations(
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
     down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
-    block = attention + rotation + max(down, norm)
+    block = attention + rotation + max(down, norm) + transposed
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qalora.base.prefixes import final_hidden
+
 CHUNK_BYTES = 64 * 2**20
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
 
@@ -119,7 +121,7 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     ) -> Any:
         if labels is None:
             return plain_forward(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = final_hidden(self, *args, **kwargs)
         if num_items_in_batch is not None and fused is not None and hidden.is_cuda:
             loss = fused_loss(hidden, labels, self.get_output_embeddings().weight, fused)
             return CausalLMOutputWithPast(loss=loss / num_items_in_batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 
@@ -28,13 +30,13 @@ def problem(tiny_adapter, make_batch):
             weight = (dequantize(layer.base_layer) if four_bit else layer.base_layer.weight).detach().clone()
             delta = torch.zeros_like(weight, requires_grad=True)
             hook = layer.register_forward_hook(lambda _, x, z, delta=delta: z + x[0] @ delta.T)
-            # The fused MLP does not call its maps' forwards, so the whole MLP goes the plain way here.
-            mlp = model.get_base_model().get_submodule("model.layers.1.mlp")
-            fused, mlp.forward = mlp.forward, lambda x, mlp=mlp: type(mlp).forward(mlp, x)
+            # Fused modules do not call their maps' forwards, so the whole module goes the plain way here.
+            module = model.get_base_model().get_submodule(name.rpartition(".")[0])
+            fused, module.forward = module.forward, MethodType(type(module).forward, module)
             loss = sum(model(**micro).row_losses.sum() for micro in batches) / tokens
             wanted[name] = torch.autograd.grad(loss, delta)[0].double()
             hook.remove()
-            mlp.forward = fused
+            module.forward = fused
         return model, batches, wanted
 
     return make

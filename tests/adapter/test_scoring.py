@@ -205,7 +205,7 @@ def test_padding_changes_nothing(tiny_adapter, make_batch):
 @pytest.mark.parametrize("four_bit", BASES)
 def test_checkpointing_is_kept_and_changes_nothing(tiny_adapter, make_batch, four_bit):
     model, batch, calls = tiny_adapter(r=2, four_bit=four_bit), make_batch(), []
-    gated_layers(model)[V].register_forward_hook(lambda *_: calls.append(1))
+    gated_layers(model)["model.layers.0.self_attn.o_proj"].register_forward_hook(lambda *_: calls.append(1))
     plain = score_ranks(model, [batch])
     assert len(calls) == 2
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qalora.adapter import layer, swiglu
+from qalora.adapter import attention, layer, swiglu
 from qalora.adapter.model import gated_layers
 from qalora.training import activations
 from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
@@ -37,7 +37,7 @@ def test_selective_runs_no_map_a_second_time(tiny_adapter, make_batch, monkeypat
     """Per block: four maps of attention and three of the MLP forward; nothing but norms and attention again."""
     calls = []
     plain = swiglu.map_forward
-    for module in (layer, swiglu):
+    for module in (layer, attention, swiglu):
         monkeypatch.setattr(module, "map_forward", lambda *args: calls.append(args[1].base) or plain(*args))
     model = tiny_adapter()
     expected = {False: 7, "selective": 7, True: 7 + 6}  # the down map's output is nobody's input
@@ -61,7 +61,7 @@ def test_selective_lets_go_of_what_it_kept(tiny_adapter, make_batch, monkeypatch
     model = tiny_adapter()
     set_checkpointing(model, "selective")
     loss = model.train()(**make_batch()).loss
-    assert [len(queue) for queue in queues] == [5, 5]  # q, k, v, o, and gate with up
+    assert [len(queue) for queue in queues] == [3, 3]  # q with k and v, o, and gate with up
     loss.backward()
     assert [len(queue) for queue in queues] == [0, 0]
 

@@ -1,0 +1,129 @@
+"""Queries, keys and values of a LLaMA block over gated low-rank maps, rotated to their positions, as one node.
+
+    q, k = rotate(map(x)), v = map(x)        each map: W x + s · B diag(α) A x (adapter/layer.py)
+
+Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x are made and
+added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one another.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from qalora.adapter.layer import (
+    Frozen,
+    can_fuse,
+    frozen_backward,
+    low_rank_backward,
+    map_forward,
+    put_together,
+    taken_apart,
+)
+from qalora.adapter.recompute import kept
+
+# Attentions of transformers that rotate halves of whole heads, with nothing between the maps and the rotation.
+KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+
+
+def use_fused_attention(model: nn.Module) -> None:
+    """Has the three maps into attention run as one node in every block of a known kind; others stay as they are."""
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ in KNOWN:
+            module.forward = MethodType(_forward, module)
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """hidden_states: (rows, tokens, d) → (rows, tokens, d)."""
+    layers = (self.q_proj, self.k_proj, self.v_proj)
+    if (
+        not can_fuse(layers)
+        or past_key_values is not None
+        or position_embeddings is None
+        or not torch.is_grad_enabled()
+    ):
+        return type(self).forward(
+            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, **options,
+        )  # fmt: skip
+    frozen, trained = taken_apart(layers)
+    states = _RotatedQKV.apply(hidden_states, self.head_dim, *position_embeddings, frozen, *trained)
+    query, key, value = (state.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for state in states)
+    out, weights = AttentionInterface().get_interface(self.config._attn_implementation, None)(
+        self, query, key, value, attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
+        sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)), **options,
+    )  # fmt: skip
+    return self.o_proj(out.flatten(2).contiguous()), weights
+
+
+class _RotatedQKV(torch.autograd.Function):
+    """x, cos, sin → q, k, v: (rows, tokens, heads · head_dim)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        head_dim: int,
+        cos: Tensor,
+        sin: Tensor,
+        frozen: Frozen,
+        *trained: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        maps = put_together(frozen, trained)
+
+        def compute() -> tuple[Tensor | None, ...]:
+            found = [map_forward(x, m) for m in maps]
+            for z, _ in found[:2]:
+                rotate_(z, cos, sin, head_dim)
+            return tuple(z for z, _ in found) + tuple(low for _, low in found)
+
+        states = kept(compute)
+        ctx.frozen, ctx.head_dim = frozen, head_dim
+        ctx.save_for_backward(x, cos, sin, *states[3:], *trained)
+        return states[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, *rest = ctx.saved_tensors
+        low, trained = rest[:3], rest[3:]
+        need_x, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[5:]
+        grad_x, found = None, []
+        for i, (grad, m) in enumerate(zip(grads, put_together(ctx.frozen, trained), strict=True)):
+            if i < 2:
+                grad = grad.clone(memory_format=torch.contiguous_format)
+                rotate_(grad, cos, -sin, ctx.head_dim)  # a rotation's gradient turns back
+            if need_x:
+                grad_x = frozen_backward(grad, m.base, onto=grad_x)
+            found += low_rank_backward(grad, x.__getitem__, low[i], m, needs[3 * i : 3 * i + 3], grad_x)
+        return grad_x, None, None, None, None, *found
+
+
+def rotate_(z: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
+    """Rotary position embedding (arXiv 2104.09864) of every head, in place, with pairs as transformers lays them: i and
+    i + head_dim / 2.
+
+    Args:
+        z: (rows, tokens, heads · head_dim).
+        cos, sin: (rows or 1, tokens, head_dim), whose two halves are equal.
+    """
+    first, second = z.unflatten(-1, (-1, head_dim)).chunk(2, dim=-1)
+    half = head_dim // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    # Every product rounded before the sum, as transformers has it.
+    across, back = first * sin, second * sin
+    first.mul_(cos).sub_(back)
+    second.mul_(cos).add_(across)

@@ -1,0 +1,118 @@
+"""What rows of a batch begin with alike is worked through once, and padding not at all.
+
+In a causal model a token's hidden state depends on the tokens before it and on nothing else, so two rows with one prompt, or one
+template, have the same states as far as they agree. The maps of a block see each distinct state once, in one sequence without
+padding; attention alone sees rows, whose queries, keys and values it gathers:
+
+    rows      A b c d        tokens    A b c d   e f   x y z        places    0 1 2 3      where in `tokens` a position of
+              A b e f                  (1, 9)                                 0 1 4 5      a row is; of padding, anywhere
+              x y z ·                                                         6 7 8 0
+
+Gradients of the rows add up in what they share, as they do in a padded batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "sdpa_over_rows"  # the name of attention that can gather rows, for from_pretrained
+WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Attributes:
+    tokens: (T,) positions in the flattened padded batch, each distinct state's first.
+    places: (rows, width) indices into `tokens`.
+    """
+
+    tokens: Tensor
+    places: Tensor
+
+
+def final_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
+
+    Args:
+        model: loaded with `ATTENTION`; every other one computes row by row.
+        input_ids, attention_mask: (rows, width), padded on the right.
+
+    Returns:
+        (rows, width, d); what stands at padding means nothing.
+    """
+    shared = None
+    if attention_mask is not None and attention_mask.ndim == 2 and can_share(model, input_ids.shape[1]):
+        shared = share(input_ids, attention_mask)
+    if shared is None:
+        return model.base_model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
+    hidden = model.base_model(
+        input_ids.flatten()[shared.tokens][None],
+        # A mask of four dimensions is handed on to the attention as it is.
+        attention_mask=shared.places[None, None],
+        position_ids=(shared.tokens % input_ids.shape[1])[None],
+        shared_prefixes=shared,
+        **options,
+    ).last_hidden_state
+    return F.embedding(shared.places, hidden[0])
+
+
+def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
+    """Finds the distinct prefixes of a batch, padded on the right; None where there is too little to save."""
+    rows, width = input_ids.shape
+    alive = attention_mask.bool()
+    same = (input_ids[:, None] == input_ids) & alive[:, None] & alive
+    same = same.cumprod(-1, dtype=torch.uint8)  # (rows, rows, width): whether two rows agree up to here
+    first = same.argmax(1)  # the first row that begins like this one
+    own = alive & (first == torch.arange(rows, device=first.device)[:, None])
+    tokens = own.flatten().nonzero().squeeze(1)
+    if len(tokens) > WORTH_IT * rows * width:
+        return None
+    numbers = own.flatten().cumsum(0).view(rows, width) - 1
+    return Shared(tokens, numbers.gather(0, first).masked_fill(~alive, 0))
+
+
+def can_share(model: Any, width: int) -> bool:
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention reaches back
+    to a row's first token."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    return config._attn_implementation == ATTENTION and (window is None or width <= window) and not any(
+        getattr(module, "differs_by_row", False) or (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+        for module in model.modules()
+    )  # fmt: skip
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    shared_prefixes: Shared | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """(1, heads, T, head_dim) queries, keys and values of distinct states → (1, T, heads, head_dim)."""
+    if shared_prefixes is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def of_rows(states: Tensor) -> Tensor:
+        """→ (rows, heads, width, head_dim)"""
+        _, heads, tokens, size = states.shape
+        flat = states.transpose(1, 2).reshape(tokens, heads * size)
+        return F.embedding(shared_prefixes.places, flat).unflatten(-1, (heads, size)).transpose(1, 2)
+
+    # Causal without a mask: padding comes after every token of its row.
+    out, _ = sdpa_attention_forward(module, of_rows(query), of_rows(key), of_rows(value), None, **options)
+    return F.embedding(shared_prefixes.tokens, out.flatten(2).flatten(0, 1)).unflatten(-1, out.shape[2:])[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,147 @@
+"""Shared prefixes against the same rows computed one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qalora.adapter.layer import gated
+from qalora.adapter.model import gated_layers
+from qalora.base import prefixes
+from qalora.base.prefixes import ATTENTION, can_share, final_hidden, share
+from qalora.training.activations import set_checkpointing
+
+ROWS = [  # prompts in common, a whole row in common, nothing in common, a row that ends where another goes on
+    [5, 6, 7, 8, 9, 10, 11],
+    [5, 6, 7, 8, 20, 21],
+    [5, 6, 7, 8, 9, 10, 11],
+    [30, 6, 7, 8],
+    [5, 6, 7],
+]
+
+
+def padded(rows: list[list[int]], pad: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    return ids, (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).long()
+
+
+@pytest.fixture
+def batch():
+    ids, mask = padded(ROWS)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Positions that the decoder was given, a call each."""
+    calls = []
+    plain = prefixes.share
+
+    def watched(*args):
+        found = plain(*args)
+        calls.append(None if found is None else len(found.tokens))
+        return found
+
+    monkeypatch.setattr(prefixes, "share", watched)
+    return calls
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6).filter(
+        lambda rows: (
+            len({tuple(row[: i + 1]) for row in rows for i in range(len(row))}) <= 0.9 * len(rows) * max(map(len, rows))
+        )
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_there_is_one_token_for_each_distinct_prefix(rows):
+    ids, mask = padded(rows)
+    shared = share(ids, mask)
+    prefixes_of_rows = [tuple(row[: i + 1]) for row in rows for i in range(len(row))]
+    assert len(shared.tokens) == len(set(prefixes_of_rows))
+    by_token = {}
+    width = ids.shape[1]
+    for r, row in enumerate(rows):
+        for i in range(len(row)):
+            token = int(shared.places[r, i])
+            assert by_token.setdefault(token, tuple(row[: i + 1])) == tuple(row[: i + 1])
+            assert shared.tokens[token] % width == i and ids.flatten()[shared.tokens[token]] == row[i]
+
+
+def test_rows_with_little_in_common_are_left_padded():
+    ids = torch.arange(3, 51).view(4, 12)
+    assert share(ids, torch.ones_like(ids)) is None
+
+
+@pytest.mark.parametrize("kept", [False, "selective", True])
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_those_of_the_padded_batch(tiny_adapter, batch, counted, kept, four_bit, dtype):
+    model = tiny_adapter(four_bit=four_bit, dtype=dtype).train()
+    set_checkpointing(model, kept)
+    padded_out = model(**batch)
+    expected = gradients(model, padded_out.loss)
+    model.get_base_model().set_attn_implementation(ATTENTION)
+    out = model(**batch)
+    found = gradients(model, out.loss)
+    assert counted == [13]  # 7 of the first row, 2 of the second, 4 of the fourth, where 35 were padded
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(out.row_losses, padded_out.row_losses, rtol=tolerance, atol=tolerance)
+    for name, want in expected.items():
+        assert (found[name] - want).norm() <= tolerance * want.norm() + 1e-7, name
+
+
+def test_hidden_states_are_those_of_each_row_alone(tiny_adapter, batch):
+    model = tiny_adapter().get_base_model()
+    model.set_attn_implementation(ATTENTION)
+    with torch.no_grad():
+        hidden = final_hidden(model, batch["input_ids"], batch["attention_mask"])
+        for row, ids in enumerate(ROWS):
+            alone = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+            torch.testing.assert_close(hidden[row, : len(ids)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_where_rows_would_differ_nothing_is_shared(tiny_adapter, batch, counted):
+    dropping = tiny_adapter(dropout=0.5).train()
+    gated_model = tiny_adapter()
+    other = tiny_adapter()
+    windowed = tiny_adapter()
+    for model in (dropping, gated_model, windowed):
+        model.get_base_model().set_attn_implementation(ATTENTION)
+    dropping(**batch)
+    name, layer = next(iter(gated_layers(gated_model).items()))
+    with gated(gated_layers(gated_model), {name: torch.ones(len(ROWS), 1, len(layer.A))}):
+        gated_model(**batch)
+    other(**batch)  # sdpa
+    windowed.config.sliding_window = 6
+    windowed.get_base_model().config.sliding_window = 6
+    windowed(**batch)
+    assert counted == []
+    assert can_share(windowed.get_base_model(), 6) and not can_share(windowed.get_base_model(), 7)
+    dropping.eval()(**batch)
+    with gated(gated_layers(gated_model), {name: torch.ones(len(layer.A))}):
+        gated_model(**batch)
+    assert len(counted) == 2
+
+
+def test_a_model_with_this_attention_generates_and_pads_as_with_sdpa(tiny_llama):
+    ids, mask = padded(ROWS)
+    models = [tiny_llama(), tiny_llama()]
+    models[1].set_attn_implementation(ATTENTION)
+    left = [torch.tensor([[1, 1, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])]
+    with torch.no_grad():
+        assert torch.equal(*(model(ids, attention_mask=mask).logits for model in models))
+        answers = [
+            model.generate(left[0], attention_mask=left[1], max_new_tokens=5, do_sample=False) for model in models
+        ]
+    assert torch.equal(*answers)
