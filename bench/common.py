@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() or None,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

@@ -91,7 +91,9 @@ def ours(**settings: Any) -> Method:
     return Method(settings={name.replace("__", "."): value for name, value in settings.items()})
 
 
-ALLOCATION = dict(allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08)
+ALLOCATION = dict(
+    allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
+)
 CORE = {
     "lora": ours(allocation__rounds=0),
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),

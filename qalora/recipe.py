@@ -109,6 +109,11 @@ class AllocationConfig(Section):
     )
     min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
     max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
+    budget: Literal["ranks", "parameters"] = Field(
+        "ranks",
+        description="what never rises above the start: the number of ranks, or that and their parameters, for a rank of a wide "
+        "map has more of them",
+    )
 
     @property
     def kind(self) -> Literal["sum", "drop", "alone", "path"]:

@@ -25,7 +25,13 @@ class AllocationPlan:
 
 
 def plan(
-    importance: Mapping[str, Sequence[float]], *, prune: int, min_rank: int = 0, max_rank: int | None = None
+    importance: Mapping[str, Sequence[float]],
+    *,
+    prune: int,
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    cost: Mapping[str, int] | None = None,
+    parameters: int | None = None,
 ) -> AllocationPlan:
     """One round of Algorithm 1: the least important ranks go, the modules that lost none share their budget.
 
@@ -37,6 +43,8 @@ def plan(
         prune: n_A, how many ranks go (fewer when `min_rank` protects the rest).
         min_rank: ranks that every module keeps.
         max_rank: ranks that no module exceeds by growing.
+        cost: module → parameters of one of its ranks; needed with `parameters`.
+        parameters: what all ranks together never exceed by growing; None: only their number counts, as in the paper.
 
     Raises:
         ValueError: an importance that is not finite.
@@ -51,7 +59,11 @@ def plan(
     room = {module: math.inf if max_rank is None else max(max_rank - ranks[module], 0) for module in kept_whole}
     average = {module: sum(importance[module]) / ranks[module] for module in kept_whole}
     freed = sum(len(indices) for indices in pruned.values())
-    return AllocationPlan(pruned, share_out(freed, room, average))
+    grown = share_out(freed, room, average)
+    if parameters is not None and cost is not None:
+        kept = sum(cost[module] * (rank - len(pruned.get(module, ()))) for module, rank in ranks.items())
+        grown = affordable(grown, cost, parameters - kept, average)
+    return AllocationPlan(pruned, grown)
 
 
 def least_important(
@@ -129,6 +141,22 @@ def share_out(count: int, room: Mapping[str, float], average: Mapping[str, float
             grown[module] += given
             count -= given
     return {module: n for module, n in grown.items() if n}
+
+
+def affordable(
+    grown: Mapping[str, int], cost: Mapping[str, int], parameters: int, average: Mapping[str, float]
+) -> dict[str, int]:
+    """The new ranks that together have at most so many parameters: one after another is given up, each time in the module with
+    the lowest average importance of those that still gain."""
+    left = dict(grown)
+    excess = sum(cost[module] * n for module, n in grown.items()) - parameters
+    while excess > 0 and left:
+        module = min(left, key=lambda module: average[module])
+        left[module] -= 1
+        excess -= cost[module]
+        if not left[module]:
+            del left[module]
+    return left
 
 
 @dataclass(frozen=True)

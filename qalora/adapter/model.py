@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,6 +159,13 @@ def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
 def ranks(model: PeftModel) -> dict[str, int]:
     """Full module name → its present rank."""
     return {name: len(layer.A) for name, layer in gated_layers(model).items()}
+
+
+def rank_parameters(model: PeftModel, names: Iterable[str]) -> dict[str, int]:
+    """Full module name → parameters of one rank: a row of A and a column of B."""
+    base: Any = model.get_base_model()
+    maps = {name: base.get_submodule(name) for name in names}
+    return {name: module.in_features + module.out_features for name, module in maps.items()}
 
 
 def sync_config(model: PeftModel) -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import plan
 from qalora.adapter.gradient_start import FORWARDS, gradient_directions, starting_rows
-from qalora.adapter.model import ranks
+from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
 
@@ -27,6 +27,7 @@ class RoundSettings:
 
     Attributes:
         budget: R, which the total never exceeds.
+        parameters: what the parameters of all ranks never exceed; None: their number alone counts.
         prune: n_A, ranks that leave in a round.
         scoring: auto is first order, then exact evaluations nearest the threshold as far as 3 % of the training so far
             allow. Cost is counted in tokens through the model, not in seconds, so that a run repeats exactly.
@@ -41,6 +42,7 @@ class RoundSettings:
     max_rank: int | None
     seed: int
     step_tokens: float
+    parameters: int | None = None
 
 
 def allocation_round(
@@ -82,6 +84,8 @@ def allocation_round(
         prune=settings.prune,
         min_rank=settings.min_rank,
         max_rank=settings.max_rank,
+        cost=rank_parameters(model, scores.importance),
+        parameters=settings.parameters,
     )
     # Seeded by step, so that a resumed run grows the same ranks as a straight one.
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
@@ -100,6 +104,7 @@ def allocation_round(
         "ranks": now,
         "total_rank": sum(now.values()),
         "budget": settings.budget,
+        "parameters": sum(cost * now.get(name, 0) for name, cost in rank_parameters(model, now).items()),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents
         + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),

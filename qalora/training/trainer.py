@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from qalora.adapter.allocation import Schedule, schedule
-from qalora.adapter.model import load_adapter, ranks, write_adapter
+from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
 from qalora.adapter.round import RoundSettings
 from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
@@ -184,6 +184,9 @@ def build_trainer(
             / len(train)
             * training.micro_batch_size
             * training.gradient_accumulation_steps,
+            parameters=sum(start[name] * cost for name, cost in rank_parameters(model, start).items())
+            if allocation.budget == "parameters"
+            else None,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
         starting_batch(recipe, rows, collate),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalora.adapter.allocation import (
+    affordable,
     in_steps,
     least_important,
     parse_duration,
@@ -146,6 +147,32 @@ def test_ties_of_the_average_go_by_module():
 def test_what_a_full_module_cannot_take_goes_to_the_others():
     decision = plan({"q": [0.0] * 5, "k": [9.0, 9.0], "v": [8.0], "o": [7.0]}, prune=5, max_rank=3)
     assert decision.grown == {"k": 1, "v": 2, "o": 2}
+
+
+@given(rounds(), st.integers(0, 60), st.randoms())
+def test_parameters_never_rise_above_what_is_allowed(round_, slack, random):
+    importance = round_["importance"]
+    cost = {module: random.randint(1, 9) for module in importance}
+    before = sum(cost[module] * len(ranks) for module, ranks in importance.items())
+    plain = plan(**round_)
+    decision = plan(**round_, cost=cost, parameters=before + slack)
+    assert decision.pruned == plain.pruned
+    spent = sum(cost[module] * rank for module, rank in after(importance, decision).items())
+    assert spent <= before + slack
+    assert all(n <= plain.grown[module] for module, n in decision.grown.items())
+    given_up = {module for module in plain.grown if decision.grown.get(module, 0) < plain.grown[module]}
+    if given_up:  # not one rank more than had to be
+        best = max(given_up, key=lambda module: sum(importance[module]) / len(importance[module]))
+        assert spent + cost[best] > before + slack
+
+
+def test_the_least_important_gains_are_given_up_by_hand():
+    grown, cost = {"a": 2, "b": 3, "c": 1}, {"a": 10, "b": 1, "c": 5}
+    average = {"a": 0.5, "b": 0.1, "c": 0.9}
+    assert affordable(grown, cost, 28, average) == grown
+    assert affordable(grown, cost, 26, average) == {"a": 2, "b": 1, "c": 1}
+    assert affordable(grown, cost, 24, average) == {"a": 1, "c": 1}
+    assert affordable(grown, cost, 0, average) == {}
 
 
 def test_scores_that_are_not_finite_are_refused():

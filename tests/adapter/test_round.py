@@ -46,3 +46,19 @@ def test_auto_with_time_enough_is_certified_and_decides_as_exact_does(run_round)
 def test_auto_with_path_importance_integrates(run_round):
     record, scores = run_round(step=10, importance="path")
     assert (scores.method, record["forward_equivalents"]) == ("path", 18)
+
+
+def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
+    """Ranks of the wide maps of the MLP have twice the parameters of attention's, and the total rank stays at most the same."""
+    model = tiny_adapter(r=4)
+    start = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    settings = RoundSettings(
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        parameters=start,
+    )  # fmt: skip
+    for step in range(1, 6):
+        record, _ = allocation_round(model, optimizer, [make_batch()], settings, step)
+        now = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        assert record["parameters"] == now <= start
+        assert record["total_rank"] <= 56
