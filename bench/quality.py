@@ -4,7 +4,7 @@
     python bench/quality.py --data data --grid full              # everything, for a GPU
     python bench/quality.py --data data --only e2e/lora     # some of it, by the beginnings of names
     python bench/quality.py --data data --smoke                  # minutes: every method for two steps; nothing is kept
-    python bench/quality.py --report                             # the table of what is there
+    python bench/quality.py --report                             # table and plot of what is there
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
 that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, TARGETS, AllocateAdaLora, environment, table
+from common import RESULTS, TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from quality_report import Measure, report
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
@@ -46,7 +46,6 @@ from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
 FILE = RESULTS / "quality.jsonl"
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 SEEDS = (0, 1, 2)
-BOOTSTRAP = 2000
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,6 @@ class Task:
     metrics: tuple[str, ...]
     test_rows: int
     settings: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.measure == "loss"
 
 
 TASKS = {
@@ -135,7 +130,10 @@ def main() -> None:
     if args.worker:
         print(json.dumps(work(Run(**json.loads(args.worker)), args)))
     elif args.report:
-        print(report(read(FILE)))
+        measures = {name: Measure(task.measure, task.measure == "loss") for name, task in TASKS.items()}
+        text = report(read(FILE), measures, list(FULL), RESULTS / "quality.png")
+        (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
     elif args.smoke:
         for name in FULL:
             found = process(Run("e2e", name, 0, 5e-4, "validation", 2), args)
@@ -249,11 +247,11 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     measured = rows("test", task.test_rows) if run.split == "test" else others
     base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
     set_seed(run.seed)
-    start = time.perf_counter()
+    start, cpu_start, loaded = time.perf_counter(), time.process_time(), reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         train_with = {"adalora": by_peft, "eva": by_peft}.get(method.kind, by_qalora)
         model = train_with(Setup(method, recipe, base, tokenizer, items, scoring.items, run, Path(folder)))
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, peak_rss()
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
     )
@@ -261,6 +259,8 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "run": vars(run),
         "result": result,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_bytes": peak - loaded,
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
         "ranks": ranks(model) if method.kind in ("qalora", "random") else None,
         **{key: value for key, value in environment().items() if key != "command"},
@@ -371,48 +371,6 @@ class RowsLeftOut:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return on_device([self.collate(items)], "cpu")[0]
-
-
-# ------------------------------------------------------------------------------------------------------------- reporting
-
-
-def report(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Median over the seeds, every point, and the paired difference to LoRA with a bootstrap interval."""
-    parts = ["# quality\n"]
-    for name, task in TASKS.items():
-        points: dict[str, dict[int, float]] = {}
-        facts: dict[str, Mapping[str, Any]] = {}
-        for line in lines:
-            if line["run"]["task"] == name and line["run"]["split"] == "test":
-                points.setdefault(line["run"]["method"], {})[line["run"]["seed"]] = line["result"][task.measure]
-                facts[line["run"]["method"]] = line
-        if not points:
-            continue
-        parts.append(f"## {name}: {task.measure} ({'lower' if task.lower_is_better else 'higher'} is better)\n")
-        parts.append(table([row_of(method, points, facts[method]) for method in FULL if method in points]))
-    return "\n".join(parts) if len(parts) > 1 else "nothing was measured on test rows yet"
-
-
-def row_of(method: str, points: Mapping[str, Mapping[int, float]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    own, lora = points[method], points.get("lora", {})
-    paired = [own[seed] - lora[seed] for seed in sorted(own) if seed in lora]
-    low, high = interval(paired) if len(paired) > 1 else (float("nan"), float("nan"))
-    return {
-        "method": method,
-        "median": f"{statistics.median(own.values()):.4f}",
-        "by seed": ", ".join(f"{value:.4f}" for _, value in sorted(own.items())),
-        "minus LoRA": f"{statistics.fmean(paired):+.4f} ({low:+.4f} … {high:+.4f})" if len(paired) > 1 else None,
-        "lr": f"{facts['run']['learning_rate']:g}",
-        "parameters": f"{facts['parameters']:,}",
-        "seconds": f"{facts['seconds']:.0f}",
-    }
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    draw = random.Random(0)
-    means = sorted(statistics.fmean(draw.choices(differences, k=len(differences))) for _ in range(BOOTSTRAP))
-    return means[int(0.025 * BOOTSTRAP)], means[int(0.975 * BOOTSTRAP) - 1]
 
 
 if __name__ == "__main__":

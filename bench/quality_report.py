@@ -1,0 +1,149 @@
+"""What bench/quality.py measured, as a table, a plot with every seed's point, and the ranks that methods end with."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import TARGETS, table
+
+BOOTSTRAP = 2000
+BASELINE = "lora"
+
+Line = Mapping[str, Any]  # of quality.jsonl
+
+
+class Measure(NamedTuple):
+    name: str
+    lower_is_better: bool
+
+
+def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequence[str], plot: Path) -> str:
+    """Markdown: for every task median, points by seed and paired differences to LoRA; then where the ranks went.
+
+    Args:
+        lines: of the runs that were measured on test rows, the rest is left out.
+        tasks: task → what decides there.
+        methods: in the order of the tables.
+        plot: where the picture goes.
+    """
+    measured = [line for line in lines if line["run"]["split"] == "test"]
+    found = {
+        (task, method): {line["run"]["seed"]: line for line in measured if _is(line, task, method)}
+        for task in tasks
+        for method in methods
+    }
+    found = {key: by_seed for key, by_seed in found.items() if by_seed}
+    if not found:
+        return "nothing was measured on test rows yet"
+    parts = ["# quality\n"]
+    for task, measure in tasks.items():
+        rows = [_row(found, task, method, measure) for method in methods if (task, method) in found]
+        if rows:
+            better = "lower" if measure.lower_is_better else "higher"
+            parts += [f"## {task}: {measure.name} ({better} is better)\n", table(rows)]
+    ranks = [_ranks(task, method, list(by_seed.values())) for (task, method), by_seed in found.items()]
+    ranks = [row for row in ranks if row is not None]
+    if ranks:
+        parts += [
+            "## Where the ranks are in the end\n\nOverlap is the share of the ranks that two seeds have in the same modules, on "
+            "average over the pairs of seeds; methods that move nothing have 1.\n",
+            table(ranks),
+        ]
+    draw(found, tasks, plot)
+    return "\n".join(parts)
+
+
+def _is(line: Line, task: str, method: str) -> bool:
+    return (line["run"]["task"], line["run"]["method"]) == (task, method)
+
+
+def _row(
+    found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, measure: Measure
+) -> dict[str, Any]:
+    own, lora = found[task, method], found.get((task, BASELINE), {})
+    values = {seed: line["result"][measure.name] for seed, line in sorted(own.items())}
+    paired = [values[seed] - lora[seed]["result"][measure.name] for seed in values if seed in lora]
+    difference = None
+    if len(paired) > 1 and method != BASELINE:
+        low, high = interval(paired)
+        difference = f"{statistics.fmean(paired):+.4f} ({low:+.4f} … {high:+.4f})"
+    first = next(iter(own.values()))
+    return {
+        "method": method,
+        "median": f"{statistics.median(values.values()):.4f}",
+        "by seed": ", ".join(f"{value:.4f}" for value in values.values()),
+        "minus LoRA": difference,
+        "lr": f"{first['run']['learning_rate']:g}",
+        "parameters": f"{max(line['parameters'] for line in own.values()):,}",
+        "CPU seconds": f"{statistics.median(line['cpu_seconds'] for line in own.values()):.0f}",
+        "peak MB": f"{statistics.median(line['peak_bytes'] for line in own.values()) / 1e6:.0f}",
+    }
+
+
+def _ranks(task: str, method: str, lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Ranks by kind of map, on average over the seeds."""
+    maps = [line["ranks"] for line in lines if line["ranks"]]
+    if not maps or all(len(set(ranks.values())) == 1 for ranks in maps):
+        return None
+    return {
+        "task": task,
+        "method": method,
+        **{
+            kind: f"{statistics.fmean(sum(r for name, r in ranks.items() if name.endswith(kind)) for ranks in maps):.0f}"
+            for kind in TARGETS
+        },
+        "overlap": f"{statistics.fmean(overlap(a, b) for a, b in combinations(maps, 2)):.2f}"
+        if len(maps) > 1
+        else None,
+    }
+
+
+def overlap(a: Mapping[str, int], b: Mapping[str, int]) -> float:
+    """Share of the ranks that two allocations have in the same modules: Σ min / the mean of their sums."""
+    common = sum(min(a.get(name, 0), b.get(name, 0)) for name in a.keys() | b.keys())
+    return 2 * common / (sum(a.values()) + sum(b.values()))
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    choose = random.Random(0)
+    means = sorted(statistics.fmean(choose.choices(differences, k=len(differences))) for _ in range(BOOTSTRAP))
+    return means[int(0.025 * BOOTSTRAP)], means[int(0.975 * BOOTSTRAP) - 1]
+
+
+def draw(found: Mapping[tuple[str, str], Mapping[int, Line]], tasks: Mapping[str, Measure], path: Path) -> None:
+    """A panel a task: every seed a point, the median a line, LoRA's median dashed across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [task for task in tasks if any(key[0] == task for key in found)]
+    figure, panels = plt.subplots(1, len(shown), figsize=(1 + 3.6 * len(shown), 3.8), squeeze=False)
+    for axes, task in zip(panels[0], shown, strict=True):
+        measure = tasks[task]
+        names = [method for of, method in found if of == task]
+        for x, method in enumerate(names):
+            values = _values(found[task, method].values(), measure)
+            axes.plot([x] * len(values), values, "o", color="#1f6fb2", alpha=0.6, markersize=5)
+            axes.hlines(statistics.median(values), x - 0.3, x + 0.3, color="#1f6fb2", linewidth=2)
+        if BASELINE in names:
+            middle = statistics.median(_values(found[task, BASELINE].values(), measure))
+            axes.axhline(middle, color="#d9822b", linestyle="--", linewidth=1)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_title(
+            f"{task}: {measure.name}, {'lower' if measure.lower_is_better else 'higher'} is better", fontsize=9
+        )
+        axes.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _values(lines: Iterable[Line], measure: Measure) -> list[float]:
+    return [line["result"][measure.name] for line in lines]
