@@ -48,10 +48,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """hidden_states: (rows, tokens, d) → (rows, tokens, d)."""
     layers = (self.q_proj, self.k_proj, self.v_proj)
+    attend = AttentionInterface().get(
+        self.config._attn_implementation
+    )  # none for eager, which each model has its own of
     if (
-        not can_fuse(layers)
+        attend is None
         or past_key_values is not None
         or position_embeddings is None
+        or not can_fuse(layers)
         or not torch.is_grad_enabled()
     ):
         return type(self).forward(
@@ -61,7 +65,7 @@ def _forward(
     frozen, trained = taken_apart(layers)
     states = _RotatedQKV.apply(hidden_states, self.head_dim, *position_embeddings, frozen, *trained)
     query, key, value = (state.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for state in states)
-    out, weights = AttentionInterface().get_interface(self.config._attn_implementation, None)(
+    out, weights = attend(
         self, query, key, value, attention_mask,
         dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
         sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)), **options,
@@ -101,7 +105,8 @@ class _RotatedQKV(torch.autograd.Function):
         low, trained = rest[:3], rest[3:]
         need_x, *_ = ctx.needs_input_grad
         needs = ctx.needs_input_grad[5:]
-        grad_x, found = None, []
+        grad_x: Tensor | None = None
+        found: list[Tensor | None] = []
         for i, (grad, m) in enumerate(zip(grads, put_together(ctx.frozen, trained), strict=True)):
             if i < 2:
                 grad = grad.clone(memory_format=torch.contiguous_format)

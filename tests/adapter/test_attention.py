@@ -150,6 +150,13 @@ def test_dropout_layers_of_others_and_inference_keep_their_own_forward(attention
         assert torch.equal(run(module, inputs()), by_maps(module, inputs()))
 
 
+def test_eager_attention_keeps_its_own_forward(attention):
+    model, module = attention()
+    model.get_base_model().set_attn_implementation("eager")
+    found = run(module, inputs())
+    assert "_RotatedQKVBackward" not in nodes(found) and torch.equal(found, by_maps(module, inputs()))
+
+
 def test_attention_of_another_kind_stays_as_it_is(tiny_llama):
     model = tiny_llama()
     for block in model.model.layers:
