@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_over_rows"  # the name of attention that can gather rows, for from_pretrained
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
+MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def final_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None = 
 def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
     """Finds the distinct prefixes of a batch, padded on the right; None where there is too little to save."""
     rows, width = input_ids.shape
+    if rows**2 * width > MOST_COMPARED:
+        return None
     alive = attention_mask.bool()
     same = (input_ids[:, None] == input_ids) & alive[:, None] & alive
     same = same.cumprod(-1, dtype=torch.uint8)  # (rows, rows, width): whether two rows agree up to here

@@ -83,6 +83,14 @@ def test_rows_with_little_in_common_are_left_padded():
     assert share(ids, torch.ones_like(ids)) is None
 
 
+def test_more_rows_than_can_be_compared_are_left_padded(monkeypatch):
+    ids, mask = padded(ROWS)
+    monkeypatch.setattr(prefixes, "MOST_COMPARED", 5 * 5 * 7 - 1)
+    assert share(ids, mask) is None
+    monkeypatch.setattr(prefixes, "MOST_COMPARED", 5 * 5 * 7)
+    assert share(ids, mask) is not None
+
+
 @pytest.mark.parametrize("kept", [False, "selective", True])
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
