@@ -7,7 +7,7 @@
     python bench/quality.py --report                             # table and plot of what is there
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
-that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
+that chose nothing. PEFT's LoRA-GA is not among the methods: it refuses a quantized base. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
 filled in pieces and on several machines. `data` is a folder with e2e, sst2, boolq, gsm8k and alpaca, each with train.jsonl,
 test.jsonl and, but for gsm8k, validation.jsonl.
 """
@@ -277,7 +277,7 @@ def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) ->
             ("quantization.bnb_4bit_compute_dtype", args.dtype),
             ("training.micro_batch_size", 8),
             ("training.gradient_accumulation_steps", 1),
-            ("training.gradient_checkpointing", "selective"),
+            ("training.gradient_checkpointing", False),
             ("training.max_steps", run.steps),
             ("training.eval_steps", 10_000),
             ("training.save_steps", 10_000),

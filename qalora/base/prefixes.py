@@ -30,9 +30,11 @@ MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memo
 
 @dataclass(frozen=True)
 class Shared:
-    """Attributes:
-    tokens: (T,) positions in the flattened padded batch, each distinct state's first.
-    places: (rows, width) indices into `tokens`.
+    """Of a padded batch (rows, width).
+
+    Attributes:
+        tokens: (T,) positions in the flattened batch, the first of each distinct state.
+        places: (rows, width) indices into `tokens`.
     """
 
     tokens: Tensor

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalora.adapter.layer import gated
-from qalora.adapter.model import gated_layers
+from qalora.adapter.model import attach, gated_layers
 from qalora.base import prefixes
 from qalora.base.prefixes import ATTENTION, can_share, final_hidden, share
 from qalora.training.activations import set_checkpointing
+from qalora.training.loss import use_label_only_loss
 
 ROWS = [  # prompts in common, a whole row in common, nothing in common, a row that ends where another goes on
     [5, 6, 7, 8, 9, 10, 11],
@@ -107,6 +111,36 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tiny_adapter, batch,
     torch.testing.assert_close(out.row_losses, padded_out.row_losses, rtol=tolerance, atol=tolerance)
     for name, want in expected.items():
         assert (found[name] - want).norm() <= tolerance * want.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_the_other_families(batch, counted, family):
+    """Their masks and windows take other ways through transformers; the reference has neither our attention nor our sharing."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=32, initializer_range=0.2, use_cache=False,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False)
+    use_label_only_loss(model)
+    adapter = attach(model, r=4, alpha=8, seed=1).train()
+    for index, layer in enumerate(gated_layers(adapter).values()):
+        layer.B.data.copy_(0.1 * torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(index)))
+    modules = [module for module in adapter.modules() if "forward" in vars(module) and module is not model]
+    fused = [module.forward for module in modules]
+    for module in modules:
+        module.forward = MethodType(type(module).forward, module)
+    padded_loss = adapter(**batch).loss
+    expected = gradients(adapter, padded_loss)
+    for module, forward in zip(modules, fused, strict=True):
+        module.forward = forward
+    model.set_attn_implementation(ATTENTION)
+    loss = adapter(**batch).loss
+    found = gradients(adapter, loss)
+    assert counted == [13] and len(modules) == 4
+    torch.testing.assert_close(loss, padded_loss, rtol=1e-6, atol=1e-6)
+    for name, want in expected.items():
+        assert (found[name] - want).norm() <= 1e-5 * want.norm() + 1e-7, name
 
 
 def test_hidden_states_are_those_of_each_row_alone(tiny_adapter, batch):
