@@ -7,9 +7,9 @@
     python bench/quality.py --report                             # table and plot of what is there
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
-that chose nothing. PEFT's LoRA-GA is not among the methods: it refuses a quantized base. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
+that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
 filled in pieces and on several machines. `data` is a folder with e2e, sst2, boolq, gsm8k and alpaca, each with train.jsonl,
-test.jsonl and, but for gsm8k, validation.jsonl.
+test.jsonl and, but for gsm8k, validation.jsonl. PEFT's LoRA-GA is not among the methods: it refuses a quantized base.
 """
 
 from __future__ import annotations
