@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from qalora.base import loading
 from qalora.base.loading import choose_compute_dtype, load_base, load_tokenizer
+from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import dequantize, is_4bit, linear_maps
 from qalora.base.registry import resolve
 from qalora.errors import InputError
@@ -60,7 +61,8 @@ def test_a_folder_loads_in_4_bit(saved, dtype, tied):
     base = load(path, dtype=dtype)
     compute = getattr(torch, dtype)
     assert (base.compute_dtype, base.quantized, base.source.kind) == (compute, True, "folder")
-    assert base.model.config._attn_implementation == "sdpa"
+    assert base.model.config._attn_implementation == ATTENTION
+    assert ATTENTION not in base.model.config.to_json_string()  # no other program knows it
     assert base.model.config.use_cache is False
     maps, plain = linear_maps(base.model), linear_maps(original)
     assert list(maps) == list(plain)
