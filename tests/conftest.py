@@ -102,6 +102,39 @@ def tiny_adapter(tiny_llama, randomize_B):
 
 
 @pytest.fixture
+def adapted_module(tiny_adapter):
+    """make(name, four_bit, dtype, …) → (a PeftModel that trains, that module of its base)."""
+
+    def make(name: str, four_bit: bool = False, dtype: torch.dtype = torch.float32, **kwargs):
+        model = tiny_adapter(four_bit=four_bit, dtype=dtype, **kwargs).train()
+        return model, model.get_base_model().get_submodule(name)
+
+    return make
+
+
+@pytest.fixture
+def inputs():
+    """make(dtype, rows, tokens) → (rows, tokens, 64) random hidden states that need a gradient."""
+
+    def make(dtype: torch.dtype = torch.float32, rows: int = 3, tokens: int = 7) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return torch.randn(rows, tokens, 64, generator=generator).to(dtype).requires_grad_()
+
+    return make
+
+
+@pytest.fixture
+def gradients():
+    """of(z, leaves) → the leaves' gradients of a weighted sum of z."""
+
+    def of(z: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        weights = torch.linspace(-1, 1, z.numel()).view(z.shape)
+        return list(torch.autograd.grad((z.float() * weights).sum(), leaves))
+
+    return of
+
+
+@pytest.fixture
 def randomize_B():
     """Gives every B (zero at birth) random values, in place."""
 

@@ -79,12 +79,13 @@ def allocation_round(
         budget=budget,
         seed=settings.seed,
     )
+    cost = rank_parameters(model, scores.importance)
     decision = plan(
         scores.importance,
         prune=settings.prune,
         min_rank=settings.min_rank,
         max_rank=settings.max_rank,
-        cost=rank_parameters(model, scores.importance),
+        cost=cost,
         parameters=settings.parameters,
     )
     # Seeded by step, so that a resumed run grows the same ranks as a straight one.
@@ -104,7 +105,7 @@ def allocation_round(
         "ranks": now,
         "total_rank": sum(now.values()),
         "budget": settings.budget,
-        "parameters": sum(cost * now.get(name, 0) for name, cost in rank_parameters(model, now).items()),
+        "parameters": sum(cost[name] * rank for name, rank in now.items()),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents
         + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),

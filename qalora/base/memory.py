@@ -106,12 +106,13 @@ def _activations(
     q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
     low: dict[str, int] = {}
-    transposed = 0  # the largest B, of which a backward makes a transposed copy
+    maps = shape.linear_maps()
+    # The largest B, of which a backward makes a transposed copy.
+    transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
         index, part, which = name.split(".layers.")[1].split(".")
         low[index] = low.get(index, 0) + rank
-        transposed = max(transposed, 4 * rank * (f if which in ("gate_proj", "up_proj") else d))
         low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
 
     hidden = tokens * d * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -27,19 +28,9 @@ MAPS = [f"{ATTENTION}.{name}_proj" for name in "qkv"]
 
 
 @pytest.fixture
-def attention(tiny_adapter):
+def attention(adapted_module):
     """make(four_bit, dtype, …) → (the model, the attention of its first block)."""
-
-    def make(four_bit=False, dtype=torch.float32, **kwargs):
-        model = tiny_adapter(four_bit=four_bit, dtype=dtype, **kwargs).train()
-        return model, model.get_base_model().get_submodule(ATTENTION)
-
-    return make
-
-
-def inputs(dtype=torch.float32, rows=3, tokens=7) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(rows, tokens, 64, generator=generator).to(dtype).requires_grad_()
+    return partial(adapted_module, ATTENTION)
 
 
 def angles(tokens=7, head_dim=16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,11 +52,6 @@ def by_maps(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         module.forward = own
 
 
-def gradients(z: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    weights = torch.linspace(-1, 1, z.numel()).view(z.shape)
-    return list(torch.autograd.grad((z.float() * weights).sum(), leaves))
-
-
 def nodes(z: torch.Tensor) -> set[str]:
     """Names of all functions in the graph of z."""
     found, waiting = {}, [z.grad_fn]
@@ -77,25 +63,31 @@ def nodes(z: torch.Tensor) -> set[str]:
     return {type(node).__name__ for node in found.values()}
 
 
-def assert_as_by_maps(module: nn.Module, extra=(), dtype=torch.float32) -> None:
-    x = inputs(dtype)
-    layers = [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
-    trained = [p for layer in layers if isinstance(layer, GatedLinear) and not layer.closed for p in (layer.A, layer.B)]
-    leaves = [x, *trained, *extra]
-    found, expected = run(module, x), by_maps(module, x)
-    assert "_RotatedQKVBackward" in nodes(found) and "_RotatedQKVBackward" not in nodes(expected)
-    assert torch.equal(found, expected)
-    for got, want in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
-        assert (got.float() - want.float()).norm() <= TOLERANCE[dtype] * want.float().norm()
+@pytest.fixture
+def assert_as_by_maps(inputs, gradients):
+    def check(module: nn.Module, extra=(), dtype=torch.float32) -> None:
+        x = inputs(dtype)
+        layers = [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+        trained = [
+            p for layer in layers if isinstance(layer, GatedLinear) and not layer.closed for p in (layer.A, layer.B)
+        ]
+        leaves = [x, *trained, *extra]
+        found, expected = run(module, x), by_maps(module, x)
+        assert "_RotatedQKVBackward" in nodes(found) and "_RotatedQKVBackward" not in nodes(expected)
+        assert torch.equal(found, expected)
+        for got, want in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
+            assert (got.float() - want.float()).norm() <= TOLERANCE[dtype] * want.float().norm()
+
+    return check
 
 
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)
-def test_values_are_equal_and_gradients_are_those_of_single_maps(attention, four_bit, dtype):
+def test_values_are_equal_and_gradients_are_those_of_single_maps(attention, four_bit, dtype, assert_as_by_maps):
     assert_as_by_maps(attention(four_bit, dtype)[1], dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 1, 4)], ids=["one gate", "a gate a row"])
-def test_gates_get_their_gradients(attention, shape):
+def test_gates_get_their_gradients(attention, shape, assert_as_by_maps):
     model, module = attention()
     generator = torch.Generator().manual_seed(3)
     gates = {name: torch.rand(shape, generator=generator).requires_grad_() for name in MAPS}
@@ -104,20 +96,20 @@ def test_gates_get_their_gradients(attention, shape):
 
 
 @pytest.mark.parametrize("bare", ["q_proj", "k_proj", "v_proj"])
-def test_a_map_that_lost_its_adapter(attention, bare):
+def test_a_map_that_lost_its_adapter(attention, bare, assert_as_by_maps):
     _, module = attention()
     setattr(module, bare, getattr(module, bare).base_layer)
     assert_as_by_maps(module)
 
 
-def test_biases(attention):
+def test_biases(attention, assert_as_by_maps):
     _, module = attention(attention_bias=True)
     for layer in (module.q_proj, module.k_proj, module.v_proj):
         layer.base_layer.bias.data = torch.linspace(-1, 1, len(layer.base_layer.bias))
     assert_as_by_maps(module)
 
 
-def test_an_input_that_needs_no_gradient(attention):
+def test_an_input_that_needs_no_gradient(attention, inputs, gradients):
     _, module = attention()
     x, leaves = inputs().detach(), [module.q_proj.A, module.v_proj.B]
     torch.testing.assert_close(
@@ -126,7 +118,7 @@ def test_an_input_that_needs_no_gradient(attention):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_second_run_has_the_gradients_of_the_first(attention, keep):
+def test_the_second_run_has_the_gradients_of_the_first(attention, keep, inputs, gradients):
     _, module = attention()
     x = inputs()
     leaves = [x, module.q_proj.A, module.k_proj.B, module.v_proj.A]
@@ -139,7 +131,7 @@ def test_the_second_run_has_the_gradients_of_the_first(attention, keep):
     torch.testing.assert_close(gradients(again, leaves), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_layers_of_others_and_inference_keep_their_own_forward(attention):
+def test_dropout_layers_of_others_and_inference_keep_their_own_forward(attention, inputs):
     _, dropping = attention(dropout=0.5)
     assert "_RotatedQKVBackward" not in nodes(run(dropping, inputs()))
     _, foreign = attention()
@@ -150,7 +142,7 @@ def test_dropout_layers_of_others_and_inference_keep_their_own_forward(attention
         assert torch.equal(run(module, inputs()), by_maps(module, inputs()))
 
 
-def test_eager_attention_keeps_its_own_forward(attention):
+def test_eager_attention_keeps_its_own_forward(attention, inputs):
     model, module = attention()
     model.get_base_model().set_attn_implementation("eager")
     found = run(module, inputs())

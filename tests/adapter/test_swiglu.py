@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,19 +27,9 @@ GATE, UP, DOWN = (f"{MLP}.{name}_proj" for name in ("gate", "up", "down"))
 
 
 @pytest.fixture
-def mlp(tiny_adapter):
+def mlp(adapted_module):
     """make(four_bit, dtype, …) → (the model, the MLP of its first block)."""
-
-    def make(four_bit=False, dtype=torch.float32, **kwargs):
-        model = tiny_adapter(four_bit=four_bit, dtype=dtype, **kwargs).train()
-        return model, model.get_base_model().get_submodule(MLP)
-
-    return make
-
-
-def inputs(dtype=torch.float32, rows=3, tokens=7) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(rows, tokens, 64, generator=generator).to(dtype).requires_grad_()
+    return partial(adapted_module, MLP)
 
 
 def map_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -55,26 +47,27 @@ def by_autograd(mlp, x: torch.Tensor) -> torch.Tensor:
     return map_of(mlp.down_proj, F.silu(map_of(mlp.gate_proj, x)) * map_of(mlp.up_proj, x))
 
 
-def gradients(z: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    weights = torch.linspace(-1, 1, z.numel()).view(z.shape)
-    return list(torch.autograd.grad((z.float() * weights).sum(), leaves))
+@pytest.fixture
+def assert_as_autograd(inputs, gradients):
+    def check(mlp, extra: list[torch.Tensor] = (), dtype=torch.float32) -> None:
+        x = inputs(dtype)
+        layers = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        trained = [
+            p for layer in layers if isinstance(layer, GatedLinear) and not layer.closed for p in (layer.A, layer.B)
+        ]
+        leaves = [x, *trained, *extra]
+        found, expected = mlp(x), by_autograd(mlp, x)
+        assert type(found.grad_fn).__name__ == "_GatedSwiGLUBackward" and found.dtype == dtype
+        pairs = zip([found, *gradients(found, leaves)], [expected, *gradients(expected, leaves)], strict=True)
+        for got, want in pairs:
+            assert (got.float() - want.float()).norm() <= TOLERANCE[dtype] * want.float().norm()
 
-
-def assert_as_autograd(mlp, extra: list[torch.Tensor] = (), dtype=torch.float32) -> None:
-    x = inputs(dtype)
-    layers = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    trained = [p for layer in layers if isinstance(layer, GatedLinear) and not layer.closed for p in (layer.A, layer.B)]
-    leaves = [x, *trained, *extra]
-    found, expected = mlp(x), by_autograd(mlp, x)
-    assert type(found.grad_fn).__name__ == "_GatedSwiGLUBackward" and found.dtype == dtype
-    pairs = zip([found, *gradients(found, leaves)], [expected, *gradients(expected, leaves)], strict=True)
-    for got, want in pairs:
-        assert (got.float() - want.float()).norm() <= TOLERANCE[dtype] * want.float().norm()
+    return check
 
 
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)
 @pytest.mark.parametrize("tile", [None, 3, 7, 100])
-def test_values_and_gradients_are_autograds(mlp, four_bit, dtype, tile):
+def test_values_and_gradients_are_autograds(mlp, four_bit, dtype, tile, assert_as_autograd):
     _, module = mlp(four_bit, dtype)
     module.mlp_tile = tile
     assert_as_autograd(module, dtype=dtype)
@@ -82,7 +75,7 @@ def test_values_and_gradients_are_autograds(mlp, four_bit, dtype, tile):
 
 @pytest.mark.parametrize("tile", [None, 3])
 @pytest.mark.parametrize("shape", [(4,), (3, 1, 4)], ids=["one gate", "a gate a row"])
-def test_gates_get_their_gradients(mlp, tile, shape):
+def test_gates_get_their_gradients(mlp, tile, shape, assert_as_autograd):
     model, module = mlp()
     module.mlp_tile = tile
     generator = torch.Generator().manual_seed(3)
@@ -93,26 +86,26 @@ def test_gates_get_their_gradients(mlp, tile, shape):
 
 @pytest.mark.parametrize("bare", ["gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize("tile", [None, 3])
-def test_a_map_that_lost_its_adapter(mlp, bare, tile):
+def test_a_map_that_lost_its_adapter(mlp, bare, tile, assert_as_autograd):
     _, module = mlp()
     module.mlp_tile = tile
     setattr(module, bare, getattr(module, bare).base_layer)
     assert_as_autograd(module)
 
 
-def test_a_closed_map(mlp):
+def test_a_closed_map(mlp, assert_as_autograd):
     _, module = mlp()
     module.up_proj.closed = True
     assert_as_autograd(module)
 
 
-def test_without_gradients_the_maps_run_one_after_the_other(mlp):
+def test_without_gradients_the_maps_run_one_after_the_other(mlp, inputs):
     _, module = mlp()
     with torch.no_grad():
         torch.testing.assert_close(module(inputs()), by_autograd(module, inputs()), rtol=1e-5, atol=1e-5)
 
 
-def test_an_input_that_needs_no_gradient(mlp):
+def test_an_input_that_needs_no_gradient(mlp, inputs, gradients):
     _, module = mlp()
     x, leaves = inputs().detach(), [module.gate_proj.A, module.down_proj.B]
     torch.testing.assert_close(
@@ -120,7 +113,7 @@ def test_an_input_that_needs_no_gradient(mlp):
     )
 
 
-def test_dropout_and_layers_of_others_keep_their_own_forward(mlp):
+def test_dropout_and_layers_of_others_keep_their_own_forward(mlp, inputs):
     _, dropping = mlp(dropout=0.5)
     assert type(dropping(inputs()).grad_fn).__name__ != "_GatedSwiGLUBackward"
     _, foreign = mlp()
@@ -141,7 +134,7 @@ def test_a_block_of_another_architecture_stays_as_it_is(mlp):
     assert plain and not hasattr(module, "mlp_tile") and "forward" not in vars(module)
 
 
-def test_the_backward_runs_once(mlp):
+def test_the_backward_runs_once(mlp, inputs):
     """It writes over what the forward kept, so a second one must fail, not give wrong gradients."""
     _, module = mlp()
     z = module(inputs()).sum()
@@ -152,7 +145,7 @@ def test_the_backward_runs_once(mlp):
 
 @pytest.mark.parametrize("tile", [None, 3])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_second_run_has_the_gradients_of_the_first(mlp, tile, keep):
+def test_the_second_run_has_the_gradients_of_the_first(mlp, tile, keep, inputs, gradients):
     _, module = mlp()
     module.mlp_tile = tile
     x = inputs()
