@@ -32,7 +32,7 @@ import torch
 from common import RESULTS, TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
-from quality_report import Measure, report
+from quality_report import Measure, answer_measures, report
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
@@ -41,8 +41,8 @@ from qalora.adapter.model import attach, ranks
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import on_device
-from qalora.data.tokenization import TokenizedDataset, load_dataset
-from qalora.metrics import evaluate
+from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
+from qalora.metrics import evaluate, generate_answers
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
 
@@ -58,22 +58,24 @@ class Task:
 
     Attributes:
         measure: what decides, of evaluate()'s results; losses are better when lower.
+        answers: what greedy answers are measured by, in the full grid; on a CPU they take longer than the training.
         settings: of the recipe, for these files and lengths.
     """
 
     steps: int
     measure: str
     metrics: tuple[str, ...]
+    answers: tuple[str, ...]
     test_rows: int
     settings: tuple[tuple[str, Any], ...] = ()
 
 
 TASKS = {
-    "e2e": Task(36, "loss", ("loss",), 500, (("data.columns", {}), ("data.max_seq_len", 192))),
-    "sst2": Task(80, "accuracy", ("accuracy", "loss"), 500),
-    "boolq": Task(20, "accuracy", ("accuracy", "loss"), 500, (("data.max_seq_len", 384),)),
-    "gsm8k": Task(20, "loss", ("loss",), 500, (("data.max_seq_len", 256),)),
-    "alpaca": Task(20, "loss", ("loss",), 250, (("data.max_seq_len", 256),)),
+    "e2e": Task(36, "loss", ("loss",), ("bleu", "rougeL"), 500, (("data.columns", {}), ("data.max_seq_len", 192))),
+    "sst2": Task(80, "accuracy", ("accuracy", "loss"), (), 500),
+    "boolq": Task(20, "accuracy", ("accuracy", "loss"), (), 500, (("data.max_seq_len", 384),)),
+    "gsm8k": Task(20, "loss", ("loss",), ("exact_match",), 500, (("data.max_seq_len", 256),)),
+    "alpaca": Task(20, "loss", ("loss",), ("rougeL",), 250, (("data.max_seq_len", 256),)),
 }
 CHOSEN_ON = ("sst2", "e2e")  # in the core grid, a method's learning rate is chosen once, on these
 
@@ -167,7 +169,7 @@ def fill(args: argparse.Namespace) -> None:
     ]
 
     def run_all(runs: Iterable[Run]) -> None:
-        there = {Run(**line["run"]).key for line in read(FILE)}
+        there = {Run(**line["run"]).key for line in read(FILE) if args.grid == "core" or complete(line)}
         for line in processes([run for run in runs if run.key not in there], args):
             with FILE.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
@@ -186,6 +188,12 @@ def fill(args: argparse.Namespace) -> None:
         for task, method in names
         if (rate := best_rate(lines, method, (task,) if args.grid == "full" else CHOSEN_ON)) is not None
     )
+
+
+def complete(line: Mapping[str, Any]) -> bool:
+    """Whether a line has all that the full grid measures."""
+    run = line["run"]
+    return run["split"] != "test" or set(TASKS[run["task"]].answers) <= set(line["result"])
 
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
@@ -268,6 +276,8 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
     )
+    if args.grid == "full" and run.split == "test" and task.answers:
+        result |= answered(model, tokenizer, rows("test", 10**9), task.answers, recipe)
     return {
         "run": vars(run),
         "result": result,
@@ -278,6 +288,21 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "ranks": ranks(model) if method.kind in ("qalora", "random") else None,
         **{key: value for key, value in environment().items() if key != "command"},
     }
+
+
+def answered(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: TokenizedDataset, measures: Sequence[str], recipe: Recipe
+) -> dict[str, float]:
+    """Greedy answers to 630 different prompts, or as many as there are, each against every reference that its prompt has."""
+    references: dict[tuple[int, ...], list[str]] = {}
+    for example in data.examples:
+        references.setdefault(tuple(tokenize_prompt(example, tokenizer)), []).append(example.reference.strip())
+    references = dict(list(references.items())[:630])  # E2E's test set has so many
+    evaluation = recipe.evaluation
+    answers = generate_answers(
+        model, tokenizer, list(references), max_new_tokens=evaluation.max_new_tokens, batch_size=64
+    )
+    return answer_measures(answers, list(references.values()), measures, evaluation.answer_pattern)
 
 
 def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) -> Recipe:

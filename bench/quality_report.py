@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from common import TARGETS, table
 
+from qalora.metrics import exact_match
+
 BOOTSTRAP = 2000
 BASELINE = "lora"
 
@@ -101,6 +103,33 @@ def _ranks(task: str, method: str, lines: Sequence[Line]) -> dict[str, Any] | No
         if len(maps) > 1
         else None,
     }
+
+
+def answer_measures(
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    measures: Iterable[str],
+    answer_pattern: str | None = None,
+) -> dict[str, float]:
+    """Answers against all references of their prompts: corpus BLEU as sacrebleu has it, the best ROUGE-L F1 of each, and exact
+    match with the first reference; all in percent."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    found = {}
+    if "bleu" in measures:
+        most = max(map(len, references))
+        columns = [[of[i] if i < len(of) else None for of in references] for i in range(most)]
+        found["bleu"] = sacrebleu.corpus_bleu(list(answers), columns).score
+    if "rougeL" in measures:
+        scorer = RougeScorer(["rougeL"])
+        best = [
+            scorer.score_multi(of, answer)["rougeL"].fmeasure for answer, of in zip(answers, references, strict=True)
+        ]
+        found["rougeL"] = 100 * statistics.fmean(best)
+    if "exact_match" in measures:
+        found["exact_match"] = exact_match(answers, [of[0] for of in references], answer_pattern)
+    return found
 
 
 def overlap(a: Mapping[str, int], b: Mapping[str, int]) -> float:
