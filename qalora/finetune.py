@@ -209,7 +209,7 @@ def finetune(
             f"interrupted after step {trainer.state.global_step}; continue with the same command and --resume-from-checkpoint auto",
         )
         return INTERRUPTED
-    if rounds.steps and not allocator.history:
+    if rounds.steps and not allocator.done():
         raise AnswerNo(
             f"the run ended after step {trainer.state.global_step}, before its first round of allocation (step {rounds.steps[0]}); "
             "lower allocation.warmup or raise training.early_stopping_patience."
@@ -220,7 +220,7 @@ def finetune(
     seconds = sum(record["seconds"] for record in allocator.history if record["step"] > begun)
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
-        "rounds": len(allocator.history),
+        "rounds": allocator.done(),
         "seconds": seconds,
         "share": seconds / metrics["train"]["seconds"],
         "budget": sum(start.values()),

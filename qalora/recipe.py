@@ -93,7 +93,16 @@ class LoraSettings(Section):
 class AllocationConfig(Section):
     """Algorithm 1 of ALoRA (arXiv 2403.16187); the defaults are the paper's (§4.3, appendix E)."""
 
-    rounds: int = Field(8, ge=0, description="N_A, rounds of pruning and growing at most; 0 is plain LoRA")
+    start: Literal["even", "gradient"] = Field(
+        "even",
+        description="how the budget is shared out before the first step; gradient: where dL/dW is largest on the rows of "
+        "lora.init=gradient, which it needs; 1 to twice lora.r ranks a module",
+    )
+    rounds: int = Field(
+        8,
+        ge=0,
+        description="N_A, rounds of pruning and growing at most; 0: ranks stay as they start, which is plain LoRA by default",
+    )
     prune_per_round: int | None = Field(None, ge=1, description="n_A, ranks; null: one per module")
     warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
     interval: Duration = Field("0.25 epochs", description="K2, between rounds: steps, share of the run, or epochs")
@@ -217,13 +226,19 @@ class Recipe(Section):
                 f"allocation.importance={kind} is not what allocation.scoring={scoring} measures: path goes with "
                 "scoring path or auto, the others with any but path"
             )
+        if self.allocation.start == "gradient" and self.lora.init != "gradient":
+            yield (
+                f"allocation.start=gradient shares ranks out along the directions that lora.init=gradient finds, and lora.init is "
+                f"{self.lora.init}: set lora.init=gradient too"
+            )
         low, high = self.allocation.min_rank, self.allocation.max_rank
         if high is not None and not low <= self.lora.r <= high:
             yield f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}"
         elif low > self.lora.r:
             yield f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r"
         scaling = self.lora.alpha / self.lora.r
-        if self.allocation.rounds and any((scaling * r) / r != scaling for r in range(1, 1025)):
+        moving = self.allocation.rounds or self.allocation.start != "even"
+        if moving and any((scaling * r) / r != scaling for r in range(1, 1025)):
             yield (
                 f"lora.alpha={self.lora.alpha} over lora.r={self.lora.r} is a scaling that PEFT cannot keep when ranks "
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"

@@ -228,9 +228,14 @@ def test_a_setting_of_several_types_is_named_once():
     [
         ([("data.val_set_size", 0)], "no validation rows: set data.validation"),
         ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
+        ([("allocation.start", "gradient")], "lora.init is kaiming: set lora.init=gradient too"),
         ([("allocation.max_rank", 4)], "lora.r=8 must lie between allocation.min_rank=0 and max_rank=4"),
         ([("allocation.min_rank", 9)], "allocation.min_rank=9 is above lora.r=8"),
         ([("lora.r", 12), ("lora.alpha", 16)], "make alpha a multiple of r, e.g. lora.alpha=24"),
+        (
+            [("lora.r", 12), ("allocation.rounds", 0), ("lora.init", "gradient"), ("allocation.start", "gradient")],
+            "make alpha a multiple of r, e.g. lora.alpha=24",
+        ),
         ([("allocation.warmup", 1.5)], "allocation.warmup=1.5: give optimizer steps (20), a share"),
         ([("allocation.interval", "soon")], "allocation.interval='soon': give optimizer steps"),
         ([("training.learning_rate", 0)], "training.learning_rate=0: input should be greater than 0"),

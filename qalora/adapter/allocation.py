@@ -143,6 +143,41 @@ def share_out(count: int, room: Mapping[str, float], average: Mapping[str, float
     return {module: n for module, n in grown.items() if n}
 
 
+def share_by_gain(
+    gains: Mapping[str, Sequence[float]],
+    cost: Mapping[str, int],
+    *,
+    ranks: int,
+    parameters: int | None = None,
+    least: int = 0,
+) -> dict[str, int]:
+    """How many ranks each module gets when the highest gains of all modules get one each.
+
+    Args:
+        gains: module → what its first rank would gain, its second, and so on, falling; as long as its ranks may be many.
+        cost: module → parameters of one of its ranks.
+        ranks: how many there are to give, in all.
+        parameters: what they have together at most, and then gains count by the parameter; None: only their number counts.
+        least: ranks that every module gets before any has more, where it may have so many.
+    """
+
+    def worth(module: str, rank: int) -> float:
+        return gains[module][rank] / (1 if parameters is None else cost[module])
+
+    order = {module: position for position, module in enumerate(gains)}
+    best_first = sorted(
+        (rank >= least, -worth(module, rank), order[module], rank, module)
+        for module, falling in gains.items()
+        for rank in range(len(falling))
+    )
+    shares, left = dict.fromkeys(gains, 0), math.inf if parameters is None else parameters
+    for _, _, _, _, module in best_first:
+        if ranks and cost[module] <= left:
+            shares[module] += 1
+            ranks, left = ranks - 1, left - cost[module]
+    return shares
+
+
 def affordable(
     grown: Mapping[str, int], cost: Mapping[str, int], parameters: int, average: Mapping[str, float]
 ) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
 from qalora.adapter.layer import GatedLinear
-from qalora.adapter.model import gated_layers
+from qalora.adapter.model import gated_layers, ranks
 
 OVERSAMPLING = 4  # columns of the sketch beyond those asked for
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
@@ -48,11 +48,20 @@ def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, gener
         batch: training rows.
         generator: CPU generator of the sketch, for runs that can be repeated.
     """
-    layers = gated_layers(model)
-    found = gradient_directions(model, batch, {name: len(layer.A) for name, layer in layers.items()}, generator)
-    for name, directions in found.items():
-        rows = starting_rows(directions)
-        layers[name].A.data[: len(rows)] = rows
+    point_along(model, gradient_directions(model, batch, ranks(model), generator))
+
+
+def point_along(model: PeftModel, found: Mapping[str, Directions]) -> None:
+    """Every rank of an adapter whose B is zero along its module's directions, as far as they are known."""
+    for name, layer in gated_layers(model).items():
+        rows = starting_rows(found[name])[: len(layer.A)]
+        layer.A.data[: len(rows)] = rows
+
+
+def expected_gains(directions: Directions, fan_out: int) -> list[float]:
+    """What a rank along each direction would gain at first under Adam, up to a factor that all modules share: the sum of the
+    magnitudes of ∂L/∂B's column, σ · ‖u‖₁, with ‖u‖₁ taken as √out, as it is for entries of like size."""
+    return [math.sqrt(fan_out) * value for value in directions.values.tolist()]
 
 
 def starting_rows(directions: Directions) -> Tensor:

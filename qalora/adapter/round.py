@@ -1,9 +1,9 @@
-"""One round of Algorithm 1: score every rank, decide, apply, record."""
+"""One round of Algorithm 1: score every rank, decide, apply, record. And, before the first step, the budget shared out by the gradient."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import plan
-from qalora.adapter.gradient_start import FORWARDS, gradient_directions, starting_rows
-from qalora.adapter.model import rank_parameters, ranks
+from qalora.adapter.allocation import AllocationPlan, plan, share_by_gain
+from qalora.adapter.gradient_start import FORWARDS, expected_gains, gradient_directions, point_along, starting_rows
+from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
 
 Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
+MOST = 2  # times the even share, which no module exceeds at the start; four times was no better on E2E (bench/results)
 SHARE = 0.03  # of the training so far, which `auto` may spend on scoring
 
 
@@ -95,17 +96,7 @@ def allocation_round(
         directions = gradient_directions(model, growth, decision.grown, generator)
         new_rows = {name: starting_rows(found) for name, found in directions.items()}
     apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
-    now = ranks(model)
-    if sum(now.values()) > settings.budget:
-        raise RuntimeError(f"step {step}: total rank {sum(now.values())} is above the budget {settings.budget}")
-    record = {
-        "step": step,
-        "pruned": {name: list(indices) for name, indices in decision.pruned.items()},
-        "grown": decision.grown,
-        "ranks": now,
-        "total_rank": sum(now.values()),
-        "budget": settings.budget,
-        "parameters": sum(cost[name] * rank for name, rank in now.items()),
+    record = _applied(model, decision, settings, step, cost) | {
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents
         + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),
@@ -113,6 +104,75 @@ def allocation_round(
         "exact_evaluations": scores.exact_evaluations,
     }
     return record, scores
+
+
+def share_out_start(
+    model: PeftModel,
+    optimizer: Any,
+    batch: Sequence[MicroBatch],
+    growth: Sequence[MicroBatch],
+    settings: RoundSettings,
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Shares the budget of an untrained adapter out to where ∂L/∂W is largest, and points every rank along it.
+
+    Not in the paper: scores by ablation need ranks that have learned something, for with B = 0 each has an importance of zero.
+    Every module keeps a rank, since one without could not come back, and has at most twice its even share.
+
+    Args:
+        batch: B_val; only its size counts.
+        growth: training rows.
+
+    Returns:
+        (a line of allocation.jsonl without its scores' file, module → the expected gain of each rank that it could have had).
+    """
+    start = time.perf_counter()
+    even = ranks(model)
+    most = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    found = gradient_directions(model, growth, most, generator)
+    cost, layers = rank_parameters(model, even), gated_layers(model)
+    gains = {name: expected_gains(directions, layers[name].B.shape[0]) for name, directions in found.items()}
+    shares = share_by_gain(
+        gains, cost, ranks=settings.budget, parameters=settings.parameters, least=max(1, settings.min_rank)
+    )
+    decision = AllocationPlan(
+        pruned={name: tuple(range(shares[name], rank)) for name, rank in even.items() if shares[name] < rank},
+        grown={name: shares[name] - rank for name, rank in even.items() if shares[name] > rank},
+    )
+    apply_plan(model, decision, optimizer, generator=generator)
+    point_along(model, found)
+    record = _applied(model, decision, settings, 0, cost) | {
+        "seconds": time.perf_counter() - start,
+        "forward_equivalents": FORWARDS * _tokens(growth) / _tokens(batch),
+        "certified": False,
+        "exact_evaluations": 0,
+    }
+    return record, gains
+
+
+def _applied(
+    model: PeftModel, decision: AllocationPlan, settings: RoundSettings, step: int, cost: Mapping[str, int]
+) -> dict[str, Any]:
+    """The part of a record that says what was done.
+
+    Raises:
+        RuntimeError: the total, or the parameters, are above the budget.
+    """
+    now = ranks(model)
+    parameters = sum(cost[name] * rank for name, rank in now.items())
+    if sum(now.values()) > settings.budget:
+        raise RuntimeError(f"step {step}: total rank {sum(now.values())} is above the budget {settings.budget}")
+    if settings.parameters is not None and parameters > settings.parameters:
+        raise RuntimeError(f"step {step}: {parameters} parameters are above the budget {settings.parameters}")
+    return {
+        "step": step,
+        "pruned": {name: list(indices) for name, indices in decision.pruned.items()},
+        "grown": decision.grown,
+        "ranks": now,
+        "total_rank": sum(now.values()),
+        "budget": settings.budget,
+        "parameters": parameters,
+    }
 
 
 def _method(

@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -15,14 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.gradient_start import start_along_gradient
-from qalora.adapter.round import RoundSettings, allocation_round
+from qalora.adapter.round import RoundSettings, allocation_round, share_out_start
 from qalora.data.batching import on_device
 
 console = Console(stderr=True)
 
 
 class AllocationCallback(TrainerCallback):
-    """Points new adapters where they are to point, runs a round of Algorithm 1 after each step of the schedule and keeps its
+    """Gives new adapters their start, runs a round of Algorithm 1 after each step of the schedule and keeps its
     record in allocation.jsonl.
 
     It acts in on_step_end: gradients are zeroed by then, and the log line, validation and checkpoint of the same step
@@ -35,22 +35,34 @@ class AllocationCallback(TrainerCallback):
         settings: RoundSettings,
         batch: Sequence[MicroBatch],
         growth: Sequence[MicroBatch],
+        start: Literal["even", "gradient"],
         output_dir: Path,
     ):
-        self.rounds, self.settings, self.batch, self.growth = rounds, settings, batch, growth
+        self.rounds, self.settings, self.batch, self.growth, self.start = rounds, settings, batch, growth, start
         self.file = output_dir / "allocation.jsonl"
         self.scores_dir = output_dir / "scores"
         self.history = read_history(self.file)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if self.growth and not state.global_step:
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            start_along_gradient(model, on_device(self.growth, args.device), generator=generator)
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+        if state.global_step or not self.growth:
+            return
+        growth = on_device(self.growth, args.device)
+        if self.start == "gradient":
+            record, gains = share_out_start(model, optimizer, self.batch, growth, self.settings)
+            self._keep(record, {"method": "gradient", "importance": gains})
+        else:
+            start_along_gradient(model, growth, generator=torch.Generator().manual_seed(self.settings.seed))
 
     def on_step_end(
         self,
@@ -74,22 +86,28 @@ class AllocationCallback(TrainerCallback):
             spent=sum(earlier["forward_equivalents"] for earlier in self.history),
             growth=on_device(self.growth, args.device),
         )
-        scores_file = self.scores_dir / f"step-{state.global_step}.json"
-        scores_file.parent.mkdir(exist_ok=True)
-        scores_file.write_text(
-            json.dumps(
-                {
-                    "method": scores.method,
-                    "loss": scores.loss,
-                    "base_loss": scores.base_loss,
-                    "drop": scores.drop,
-                    "alone": scores.alone,
-                    "importance": scores.importance,
-                    "stderr": scores.stderr,
-                    "exact": scores.exact,
-                }
-            )
+        self._keep(
+            record,
+            {
+                "method": scores.method,
+                "loss": scores.loss,
+                "base_loss": scores.base_loss,
+                "drop": scores.drop,
+                "alone": scores.alone,
+                "importance": scores.importance,
+                "stderr": scores.stderr,
+                "exact": scores.exact,
+            },
         )
+
+    def done(self) -> int:
+        """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
+        return sum(record["step"] > 0 for record in self.history)
+
+    def _keep(self, record: dict[str, Any], scores: dict[str, Any]) -> None:
+        scores_file = self.scores_dir / f"step-{record['step']}.json"
+        scores_file.parent.mkdir(exist_ok=True)
+        scores_file.write_text(json.dumps(scores))
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
@@ -151,6 +169,13 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        for record in self.allocator.history[:1]:
+            if record["step"] == state.global_step == 0:
+                console.print(
+                    f"budget shared out by the gradient: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
+                    f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
+                    highlight=False,
+                )
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
@@ -160,7 +185,7 @@ class ProgressLine(TrainerCallback):
         if history and history[-1]["step"] == state.global_step:
             pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
             self.bar.console.print(
-                f"round {len(history)}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
+                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
                 f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
                 f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
                 f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",

@@ -190,6 +190,7 @@ def build_trainer(
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
         starting_batch(recipe, rows, collate),
+        allocation.start,
         output_dir,
     )
     interrupt = InterruptCallback()

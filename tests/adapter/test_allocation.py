@@ -13,6 +13,7 @@ from qalora.adapter.allocation import (
     parse_duration,
     plan,
     schedule,
+    share_by_gain,
     share_out,
     undecided,
 )
@@ -173,6 +174,45 @@ def test_the_least_important_gains_are_given_up_by_hand():
     assert affordable(grown, cost, 26, average) == {"a": 2, "b": 1, "c": 1}
     assert affordable(grown, cost, 24, average) == {"a": 1, "c": 1}
     assert affordable(grown, cost, 0, average) == {}
+
+
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(st.floats(0, 9), max_size=6), min_size=1),
+    st.integers(0, 30),
+    st.none() | st.integers(0, 60),
+    st.integers(0, 3),
+    st.randoms(),
+)
+def test_no_other_sharing_out_gains_more(gains, ranks, parameters, least, random):
+    gains = {module: sorted(of, reverse=True) for module, of in gains.items()}
+    cost = {module: random.randint(1, 9) for module in gains}
+    shares = share_by_gain(gains, cost, ranks=ranks, parameters=parameters, least=least)
+    spent = sum(cost[module] * n for module, n in shares.items())
+    assert all(0 <= n <= len(gains[module]) for module, n in shares.items())
+    assert sum(shares.values()) <= ranks
+    assert parameters is None or spent <= parameters
+    room = [module for module, n in shares.items() if n < len(gains[module])]
+    if sum(shares.values()) < ranks:  # whatever was left is too dear
+        assert all(parameters is not None and spent + cost[module] > parameters for module in room)
+    poor = [module for module in gains if shares[module] < min(least, len(gains[module]))]
+    if poor:
+        assert all(n <= least for n in shares.values())
+    elif parameters is None:  # the worst that was given beats the best that was not
+        given = [gains[module][n - 1] for module, n in shares.items() if n > least]
+        assert not given or not room or min(given) >= max(gains[module][shares[module]] for module in room)
+
+
+def test_shares_by_gain_by_hand():
+    gains, cost = (
+        {"wide": [8.0, 6.0, 1.0], "narrow": [5.0, 2.0, 1.5], "idle": [0.1, 0.0]},
+        {"wide": 4, "narrow": 1, "idle": 1},
+    )
+    assert share_by_gain(gains, cost, ranks=4) == {"wide": 2, "narrow": 2, "idle": 0}
+    assert share_by_gain(gains, cost, ranks=4, least=1) == {"wide": 2, "narrow": 1, "idle": 1}
+    # By the parameter: narrow 5, 2, 1.5; wide 2, 1.5, 0.25; ties go by module order.
+    assert share_by_gain(gains, cost, ranks=9, parameters=9) == {"wide": 1, "narrow": 3, "idle": 2}
+    assert share_by_gain(gains, cost, ranks=9, parameters=11) == {"wide": 2, "narrow": 3, "idle": 0}
+    assert share_by_gain(gains, cost, ranks=3, parameters=100) == {"wide": 1, "narrow": 2, "idle": 0}
 
 
 def test_scores_that_are_not_finite_are_refused():

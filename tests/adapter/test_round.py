@@ -1,12 +1,14 @@
-"""What `auto` may spend, counted in tokens."""
+"""What `auto` may spend, counted in tokens; budgets; the sharing out before the first step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qalora.adapter.allocation import plan
-from qalora.adapter.round import RoundSettings, allocation_round
+from qalora.adapter.allocation import plan, share_by_gain
+from qalora.adapter.gradient_start import START_NORM, expected_gains, gradient_directions
+from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.round import RoundSettings, allocation_round, share_out_start
 
 
 @pytest.fixture
@@ -62,3 +64,34 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
         now = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         assert record["parameters"] == now <= start
         assert record["total_rank"] <= 56
+
+
+@pytest.mark.parametrize("counted", ["ranks", "parameters"])
+def test_the_budget_goes_where_the_gradient_is_largest(tiny_adapter, make_batch, counted):
+    model = tiny_adapter(r=4)
+    for layer in gated_layers(model).values():
+        layer.B.data.zero_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    rows, ids = [make_batch(rows=3, seed=5)], make_batch()["input_ids"]
+    before, even = model(ids).logits, ranks(model)
+    cost = rank_parameters(model, even)
+    parameters = sum(4 * n for n in cost.values()) if counted == "parameters" else None
+    found = gradient_directions(model, rows, dict.fromkeys(even, 8), torch.Generator().manual_seed(0))
+    gains = {name: expected_gains(of, gated_layers(model)[name].B.shape[0]) for name, of in found.items()}
+    wanted = share_by_gain(gains, cost, ranks=56, parameters=parameters, least=1)
+    settings = RoundSettings(
+        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        parameters=parameters,
+    )  # fmt: skip
+    record, scores = share_out_start(model, optimizer, [make_batch()], rows, settings)
+    assert (scores, record["ranks"], record["step"]) == (gains, wanted, 0)
+    assert len(set(wanted.values())) > 2 and min(wanted.values()) >= 1 and max(wanted.values()) <= 8
+    assert sum(wanted.values()) <= 56
+    live = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in gated_layers(model).items():
+        torch.testing.assert_close(layer.A.data, START_NORM * found[name].rows[: wanted[name]], rtol=1e-5, atol=1e-7)
+        assert not layer.B.any()
+        assert {id(layer.A), id(layer.B)} <= live
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-6, atol=1e-6)
+    now = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert now == record["parameters"] and (parameters is None or now <= parameters)
