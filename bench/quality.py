@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from qalora.adapter import round as rounds_module
+from qalora.adapter.gradient_start import Directions
 from qalora.adapter.model import attach, ranks
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -95,6 +96,7 @@ def ours(**settings: Any) -> Method:
 ALLOCATION = dict(
     allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
 )
+START = dict(lora__init="gradient", allocation__start="gradient", allocation__rounds=0, allocation__budget="parameters")
 CORE = {
     "lora": ours(allocation__rounds=0),
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
@@ -103,10 +105,13 @@ CORE = {
     "eva": Method("eva"),
     "random": replace(ours(**ALLOCATION), kind="random"),
     "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
+    "random-start": replace(ours(**START), kind="random"),
     "alora": ours(**ALLOCATION),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
+    "alora-start": ours(**START),
 }
 FULL = CORE | {
+    "alora-start-rounds": ours(**START | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
     "alora-path": ours(**ALLOCATION, allocation__importance="path", allocation__scoring="path"),
@@ -358,9 +363,13 @@ class Setup:
 
 
 def by_qalora(setup: Setup) -> Any:
-    """LoRA, and ALoRA with its own scores or, as a control, with random ones."""
+    """LoRA, and ALoRA with its own scores or, as a control, with random ones, at the start as in the rounds."""
     if setup.method.kind == "random":
         scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
+
+        def gain_at_random(directions: Directions, fan_out: int) -> list[float]:
+            parameters = fan_out + directions.rows.shape[1]  # by which gains are divided
+            return sorted((parameters * draw.random() for _ in directions.values), reverse=True)
 
         def at_random(*args: Any, **kwargs: Any) -> Any:
             scores = scored(*args, **kwargs)
@@ -368,6 +377,7 @@ def by_qalora(setup: Setup) -> Any:
             return replace(scores, importance=drawn)
 
         rounds_module.score_ranks = at_random
+        rounds_module.expected_gains = gain_at_random
     trainer = setup.trainer()
     trainer.train()
     return trainer.model
