@@ -2,7 +2,7 @@
 
     python bench/quality.py --data data                          # the core grid; runs that are in the file are skipped
     python bench/quality.py --data data --grid full              # everything, for a GPU
-    python bench/quality.py --data data --only e2e/lora         # some of it, by the beginnings of names
+    python bench/quality.py --data data --only e2e/lora '*/eva' # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2                # on a CPU: so many runs at a time, a thread each
     python bench/quality.py --data data --smoke                  # minutes: every method for two steps; nothing is kept
     python bench/quality.py --report                             # table and plot of what is there
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl, validation.jsonl and test.jsonl")
     parser.add_argument("--grid", choices=("core", "full"), default="core")
-    parser.add_argument("--only", nargs="+", metavar="TASK/METHOD", help="beginnings of names")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/METHOD", help="patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: each has one CPU thread")
@@ -170,7 +171,7 @@ def fill(args: argparse.Namespace) -> None:
         (task, method)
         for task in TASKS
         for method in methods
-        if not args.only or f"{task}/{method}".startswith(tuple(args.only))
+        if any(fnmatch(f"{task}/{method}", pattern) for pattern in args.only)
     ]
 
     def run_all(runs: Iterable[Run]) -> None:

@@ -33,7 +33,7 @@ from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve, shape_of
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
-from qalora.recipe import load_recipe
+from qalora.recipe import Recipe, load_recipe
 from qalora.training.loss import use_label_only_loss
 
 matplotlib.use("Agg")
@@ -72,6 +72,14 @@ def parser() -> argparse.ArgumentParser:
 
 def real_job(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     """SmolLM2-135M with an adapter trained on the task, and its first validation rows."""
+    model, tokenizer, recipe = trained(args)
+    rows = load_dataset(str(args.data / "validation.jsonl"), tokenizer, limit=args.rows, **recipe.data.reading())
+    batch = micro_batches(rows.items, args.batch_size, Collator(tokenizer.pad_token_id))
+    return model, on_device(batch, model.device)
+
+
+def trained(args: argparse.Namespace) -> tuple[Any, Any, Recipe]:
+    """(SmolLM2-135M with an adapter trained on the task, its tokenizer, the recipe)."""
     own_columns = [("data.columns", {})] if args.recipe == "e2e" else []
     length = [("data.max_seq_len", args.max_seq_len)] if args.max_seq_len else []
     recipe = load_recipe(args.recipe, [("model", "smollm2-135m"), *own_columns, *length])
@@ -80,13 +88,11 @@ def real_job(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
         train(args.recipe, args.data, adapter.parent, [f"{key}={value}" for key, value in own_columns + length])
     source = resolve("smollm2-135m")
     tokenizer = load_tokenizer(source)
-    rows = load_dataset(str(args.data / "validation.jsonl"), tokenizer, limit=args.rows, **recipe.data.reading())
     base = load_base(source, tokenizer=tokenizer, dtype=args.dtype)
     use_label_only_loss(base.model)
     model = load_adapter(base.model, adapter, trainable=True)
     base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch = micro_batches(rows.items, args.batch_size, Collator(tokenizer.pad_token_id))
-    return model, on_device(batch, base.model.device)
+    return model, tokenizer, recipe
 
 
 def train(recipe: str, data: Path, output: Path, settings: list[str]) -> None:

@@ -12,7 +12,14 @@ from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import AllocationPlan, plan, share_by_gain
-from qalora.adapter.gradient_start import FORWARDS, expected_gains, gradient_directions, point_along, starting_rows
+from qalora.adapter.gradient_start import (
+    FORWARDS,
+    Directions,
+    expected_gains,
+    gradient_directions,
+    point_along,
+    starting_rows,
+)
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
@@ -115,9 +122,6 @@ def share_out_start(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Shares the budget of an untrained adapter out to where ∂L/∂W is largest, and points every rank along it.
 
-    Not in the paper: scores by ablation need ranks that have learned something, for with B = 0 each has an importance of zero.
-    Every module keeps a rank, since one without could not come back, and has at most twice its even share.
-
     Args:
         batch: B_val; only its size counts.
         growth: training rows.
@@ -127,27 +131,46 @@ def share_out_start(
     """
     start = time.perf_counter()
     even = ranks(model)
-    most = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
     generator = torch.Generator().manual_seed(settings.seed)
-    found = gradient_directions(model, growth, most, generator)
-    cost, layers = rank_parameters(model, even), gated_layers(model)
-    gains = {name: expected_gains(directions, layers[name].B.shape[0]) for name, directions in found.items()}
-    shares = share_by_gain(
-        gains, cost, ranks=settings.budget, parameters=settings.parameters, least=max(1, settings.min_rank)
-    )
+    shares, gains, found = starting_shares(model, growth, settings, generator)
     decision = AllocationPlan(
         pruned={name: tuple(range(shares[name], rank)) for name, rank in even.items() if shares[name] < rank},
         grown={name: shares[name] - rank for name, rank in even.items() if shares[name] > rank},
     )
     apply_plan(model, decision, optimizer, generator=generator)
     point_along(model, found)
-    record = _applied(model, decision, settings, 0, cost) | {
+    record = _applied(model, decision, settings, 0, rank_parameters(model, even)) | {
         "seconds": time.perf_counter() - start,
         "forward_equivalents": FORWARDS * _tokens(growth) / _tokens(batch),
         "certified": False,
         "exact_evaluations": 0,
     }
     return record, gains
+
+
+def starting_shares(
+    model: PeftModel, growth: Sequence[MicroBatch], settings: RoundSettings, generator: torch.Generator
+) -> tuple[dict[str, int], dict[str, list[float]], dict[str, Directions]]:
+    """How the budget of an untrained adapter is shared out; nothing changes.
+
+    Not in the paper: scores by ablation need ranks that have learned something, for with B = 0 each has an importance of zero.
+    Every module keeps a rank, since one without could not come back, and has at most twice its even share.
+
+    Returns:
+        (module → ranks, module → the expected gain of each rank that it could have, module → the directions of these).
+    """
+    even, layers = ranks(model), gated_layers(model)
+    most = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
+    found = gradient_directions(model, growth, most, generator)
+    gains = {name: expected_gains(directions, layers[name].B.shape[0]) for name, directions in found.items()}
+    shares = share_by_gain(
+        gains,
+        rank_parameters(model, even),
+        ranks=settings.budget,
+        parameters=settings.parameters,
+        least=max(1, settings.min_rank),
+    )
+    return shares, gains, found
 
 
 def _applied(
