@@ -370,7 +370,7 @@ def by_qalora(setup: Setup) -> Any:
 
         def gain_at_random(directions: Directions, fan_out: int) -> list[float]:
             parameters = fan_out + directions.rows.shape[1]  # by which gains are divided
-            return sorted((parameters * draw.random() for _ in directions.values), reverse=True)
+            return sorted((parameters * draw.random() for _ in directions.slopes), reverse=True)
 
         def at_random(*args: Any, **kwargs: Any) -> Any:
             scores = scored(*args, **kwargs)

@@ -2,9 +2,14 @@
 
 Ranks with A = 0 add nothing to z = W x + s · B A x, whatever B is, and their gradient is ∂L/∂A = s · Bᵀ ∂L/∂W: for a random B, a
 random mixture of the rows of ∂L/∂W. Let Q span these mixtures. Ranks with A = Q and B = 0 add nothing either, and ∂L/∂B =
-s · ∂L/∂W Qᵀ, whose singular vectors are those of ∂L/∂W within that span. These are the two passes of a randomized SVD
-(Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.1 and 5.1), each a forward and backward like any other: in
-micro-batches, under checkpointing, over a 4-bit base; the memory is that of a few more ranks.
+s · ∂L/∂W Qᵀ, from which ∂L/∂W is known within that span. These are the two passes of a randomized SVD (Halko, Martinsson,
+Tropp 2011, arXiv 0909.4061, algorithms 4.1 and 5.1), each a forward and backward like any other: in micro-batches, under
+checkpointing, over a 4-bit base; the memory is that of a few more ranks.
+
+How far a rank moves the output depends on how much of the input lies along its row of A, and inputs lie along their mean for the
+most part: a row in its direction would learn twenty times as fast as a random one (SmolLM2). So directions are orthogonal, and
+of one length, in the metric of the inputs: with C = E[x xᵀ], in units of its mean eigenvalue, the rows are the right-singular
+vectors of ∂L/∂W (C + 1)^(−1/2), times (C + 1)^(−1/2). The 1 keeps directions without inputs from growing without bound.
 """
 
 from __future__ import annotations
@@ -15,30 +20,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import gated_layers, ranks
+from qalora.base.stretches import stretches
 
 OVERSAMPLING = 4  # columns of the sketch beyond those asked for
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
 START_NORM = 1 / math.sqrt(3)
-FORWARDS = 6.0  # two forwards with their backwards
+FORWARDS = 7.0  # two with their backwards, and one
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Of one module: singular values of ∂L/∂W, largest first, and its right-singular vectors.
+    """Of one module.
 
     Attributes:
-        values: (n,) nats per unit of W, of the batch's mean loss per supervised token.
-        rows: (n, in), orthonormal, fp32.
+        rows: (n, in) for A, the one along which the loss falls fastest first, fp32.
+        slopes: (n,) length of ∂L/∂W rowᵀ, which is that of ∂L/∂B's column over s: nats per unit of B, of the batch's mean loss
+            per supervised token.
     """
 
-    values: Tensor
     rows: Tensor
+    slopes: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """The rows about which the gradient says something."""
+        return self.rows[self.slopes > 1e-6 * self.slopes[:1]]
 
 
 def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, generator: torch.Generator) -> None:
@@ -54,20 +67,14 @@ def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, gener
 def point_along(model: PeftModel, found: Mapping[str, Directions]) -> None:
     """Every rank of an adapter whose B is zero along its module's directions, as far as they are known."""
     for name, layer in gated_layers(model).items():
-        rows = starting_rows(found[name])[: len(layer.A)]
+        rows = found[name].known[: len(layer.A)]
         layer.A.data[: len(rows)] = rows
 
 
 def expected_gains(directions: Directions, fan_out: int) -> list[float]:
     """What a rank along each direction would gain at first under Adam, up to a factor that all modules share: the sum of the
-    magnitudes of ∂L/∂B's column, σ · ‖u‖₁, with ‖u‖₁ taken as √out, as it is for entries of like size."""
-    return [math.sqrt(fan_out) * value for value in directions.values.tolist()]
-
-
-def starting_rows(directions: Directions) -> Tensor:
-    """(n, in) rows for A; those that the gradient says nothing about are left out."""
-    known = directions.values > 1e-6 * directions.values[:1]
-    return START_NORM * directions.rows[known]
+    magnitudes of ∂L/∂B's column, taken as its length times √out, as it is for entries of like size."""
+    return [math.sqrt(fan_out) * slope for slope in directions.slopes.tolist()]
 
 
 def gradient_directions(
@@ -82,14 +89,56 @@ def gradient_directions(
     nothing = {name: torch.zeros(sizes[name], layer.A.shape[1]) for name, layer in layers.items()}
     mixtures = _gradients(model, batch, layers, nothing, mixing, of="A")
     spans = {name: torch.linalg.qr(mixture.T).Q.T.contiguous() for name, mixture in mixtures.items()}
+    moments = _input_moments(model, batch, layers, spans)
+    rows = {
+        name: _inverse_root(moments[name] + torch.eye(len(span), device=span.device)) @ span
+        for name, span in spans.items()
+    }
     nothing = {name: torch.zeros_like(matrix) for name, matrix in mixing.items()}
-    projections = _gradients(model, batch, layers, spans, nothing, of="B")
+    projections = _gradients(model, batch, layers, rows, nothing, of="B")
     found = {}
     for name, projection in projections.items():
-        _, values, inner = torch.linalg.svd(projection, full_matrices=False)
+        _, values, inner = torch.linalg.svd(projection / layers[name].s, full_matrices=False)
         count = counts[name]
-        found[name] = Directions(values[:count] / layers[name].s, (inner @ spans[name])[:count])
+        found[name] = Directions(START_NORM * (inner @ rows[name])[:count], START_NORM * values[:count])
     return found
+
+
+def _input_moments(
+    model: PeftModel, batch: Sequence[MicroBatch], layers: Mapping[str, GatedLinear], spans: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Module → (n, n) Q E[x xᵀ] Qᵀ of its inputs x, in units of E|x|² / in, which a random direction has; padding left out."""
+    sums = {name: torch.zeros(len(span), len(span), device=span.device) for name, span in spans.items()}
+    energies = {name: torch.zeros((), device=span.device) for name, span in spans.items()}
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        if mask is not None and x.shape[:2] == mask.shape:
+            x = x[mask.bool()]
+        for part in stretches(x, x.shape[-1]):
+            inputs = x[part].to(torch.float32)
+            along = F.linear(inputs, spans[name]).flatten(0, -2)
+            sums[name] += along.T @ along
+            energies[name] += inputs.square().sum() / inputs.shape[-1]
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, layer in layers.items()
+    ]
+    try:
+        with scoring_mode(model), torch.no_grad():
+            for micro in batch:
+                mask = micro.get("attention_mask")
+                model(**micro)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sums[name] / energies[name] for name in spans}
+
+
+def _inverse_root(matrix: Tensor) -> Tensor:
+    """M^(−1/2) of a symmetric positive definite M."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.rsqrt() @ vectors.T
 
 
 def _gradients(

@@ -18,7 +18,6 @@ from qalora.adapter.gradient_start import (
     expected_gains,
     gradient_directions,
     point_along,
-    starting_rows,
 )
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
@@ -101,7 +100,7 @@ def allocation_round(
     new_rows = {}
     if growth and decision.grown:
         directions = gradient_directions(model, growth, decision.grown, generator)
-        new_rows = {name: starting_rows(found) for name, found in directions.items()}
+        new_rows = {name: found.known for name, found in directions.items()}
     apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
     record = _applied(model, decision, settings, step, cost) | {
         "seconds": time.perf_counter() - start,
