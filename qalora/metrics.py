@@ -64,12 +64,18 @@ def evaluate(
         "supervised_tokens": sum(predicted_tokens(item["labels"]) for item in dataset.items),
     }
     with inference(model):
+        own: Sequence[Mapping[str, Any]] = dataset.items if "loss" in metrics else []
+        choices_of = _choices_of(rows, options, tokenizer) if "accuracy" in metrics else []
+        # A row's reference is one of its choices, so most of `own` is among them.
+        distinct = {_key(item): item for item in [*own, *choices_of]}
+        losses = dict(
+            zip(distinct, row_losses(model, tokenizer, list(distinct.values()), batch_size, track), strict=True)
+        )
         if "loss" in metrics:
-            losses = row_losses(model, tokenizer, dataset.items, batch_size, track)
-            result["loss"] = math.fsum(losses) / result["supervised_tokens"]
+            result["loss"] = math.fsum(losses[_key(item)] for item in own) / result["supervised_tokens"]
             result["perplexity"] = math.exp(min(result["loss"], 700.0))  # exp overflows above 709
         if "accuracy" in metrics:
-            result["accuracy"] = _choice_accuracy(model, tokenizer, rows, options, batch_size, track)
+            result["accuracy"] = _choice_accuracy(rows, options, [losses[_key(item)] for item in choices_of])
         if {"exact_match", "rougeL"} & set(metrics):
             prompts = [tokenize_prompt(example, tokenizer) for example in rows]
             answers = generate_answers(
@@ -224,23 +230,29 @@ def with_answer(example: Example, answer: str) -> Example:
     return replace(example, turns=turns)
 
 
-def _choice_accuracy(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    options: Sequence[str],
-    batch_size: int,
-    track: Callable[[list[Any], str], Iterable[Any]],
-) -> float:
+def _choices_of(
+    rows: Sequence[Example], options: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Every row with every option in the place of its reference, row by row."""
+    return [tokenize(with_answer(row, option), tokenizer, max_seq_len=10**9) for row in rows for option in options]
+
+
+def _choice_accuracy(rows: Sequence[Example], options: Sequence[str], losses: Sequence[float]) -> float:
     """Percent of rows whose reference is the most likely of the options: summed log-likelihood of the option
-    and of what ends it, after the prompt; the first of equals."""
-    items = [tokenize(with_answer(row, option), tokenizer, max_seq_len=10**9) for row in rows for option in options]
-    losses = row_losses(model, tokenizer, items, batch_size, track)
+    and of what ends it, after the prompt; the first of equals.
+
+    Args:
+        losses: of `_choices_of`.
+    """
     correct = 0
     for i, row in enumerate(rows):
         own = losses[i * len(options) : (i + 1) * len(options)]
         correct += options[own.index(min(own))] == row.reference.strip()
     return 100 * correct / len(rows)
+
+
+def _key(item: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(item["input_ids"]), tuple(item["labels"])
 
 
 # ------------------------------------------------------------------------------------------ the model's side

@@ -119,6 +119,21 @@ def test_accuracy_of_a_model_that_knows(model, tokenizer, dataset, monkeypatch):
     assert metrics.evaluate(model, tokenizer, dataset, metrics=["accuracy"])["accuracy"] == 100.0
 
 
+def test_a_reference_that_is_a_choice_is_worked_through_once(model, tokenizer, dataset, monkeypatch):
+    apart = {name: metrics.evaluate(model, tokenizer, dataset, metrics=[name]) for name in ("loss", "accuracy")}
+    counts, row_losses = [], metrics.row_losses
+
+    def counted(model, tokenizer, items, *rest):
+        counts.append(len(items))
+        return row_losses(model, tokenizer, items, *rest)
+
+    monkeypatch.setattr(metrics, "row_losses", counted)
+    both = metrics.evaluate(model, tokenizer, dataset, metrics=["loss", "accuracy"])
+    assert counts == [3 * len(ROWS)]
+    assert both["accuracy"] == apart["accuracy"]["accuracy"]
+    assert both["loss"] == pytest.approx(apart["loss"]["loss"], rel=1e-6)
+
+
 def test_answers_are_scored_against_their_own_reference(model, tokenizer, dataset, monkeypatch):
     answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
     by_prompt = {tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)}

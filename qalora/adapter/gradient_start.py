@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import gated_layers, ranks
+from qalora.base.memory import OVERSAMPLING
 from qalora.base.stretches import stretches
 
-OVERSAMPLING = 4  # columns of the sketch beyond those asked for
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
 START_NORM = 1 / math.sqrt(3)
 FORWARDS = 7.0  # two with their backwards, and one
@@ -82,26 +82,34 @@ def gradient_directions(
 ) -> dict[str, Directions]:
     """The leading `counts` directions of ∂L/∂W for each of the named modules; fewer where a map has fewer."""
     layers = {name: gated_layers(model)[name] for name in counts}
-    sizes = {
-        name: min(counts[name] + OVERSAMPLING, layer.B.shape[0], layer.A.shape[1]) for name, layer in layers.items()
-    }
-    mixing = {name: torch.randn(layer.B.shape[0], sizes[name], generator=generator) for name, layer in layers.items()}
-    nothing = {name: torch.zeros(sizes[name], layer.A.shape[1]) for name, layer in layers.items()}
-    mixtures = _gradients(model, batch, layers, nothing, mixing, of="A")
-    spans = {name: torch.linalg.qr(mixture.T).Q.T.contiguous() for name, mixture in mixtures.items()}
+    spans = _spans(model, batch, layers, counts, generator)
     moments = _input_moments(model, batch, layers, spans)
     rows = {
         name: _inverse_root(moments[name] + torch.eye(len(span), device=span.device)) @ span
         for name, span in spans.items()
     }
-    nothing = {name: torch.zeros_like(matrix) for name, matrix in mixing.items()}
-    projections = _gradients(model, batch, layers, rows, nothing, of="B")
     found = {}
-    for name, projection in projections.items():
+    for name, projection in _gradients(model, batch, layers, A=rows).items():
         _, values, inner = torch.linalg.svd(projection / layers[name].s, full_matrices=False)
         count = counts[name]
         found[name] = Directions(START_NORM * (inner @ rows[name])[:count], START_NORM * values[:count])
     return found
+
+
+def _spans(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    layers: Mapping[str, GatedLinear],
+    counts: Mapping[str, int],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Module → (n, in) orthonormal rows that span most of ∂L/∂W's leading right-singular vectors; n is a few more than wanted."""
+    mixing = {}
+    for name, layer in layers.items():
+        fan_out, fan_in = layer.B.shape[0], layer.A.shape[1]
+        mixing[name] = torch.randn(fan_out, min(counts[name] + OVERSAMPLING, fan_out, fan_in), generator=generator)
+    mixtures = _gradients(model, batch, layers, B=mixing)
+    return {name: torch.linalg.qr(mixture.T).Q.T.contiguous() for name, mixture in mixtures.items()}
 
 
 def _input_moments(
@@ -145,30 +153,31 @@ def _gradients(
     model: PeftModel,
     batch: Sequence[MicroBatch],
     layers: Mapping[str, GatedLinear],
-    A: Mapping[str, Tensor],
-    B: Mapping[str, Tensor],
-    of: str,
+    *,
+    A: Mapping[str, Tensor] | None = None,
+    B: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss for the A, or the B, of further ranks."""
+    """Gradients of the mean loss for what further ranks lack: given their A, of their B, which is zero; or the other way round."""
     tokens = supervised_tokens(batch)
     with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
-        trained: dict[str, nn.Parameter] = {name: getattr(layer, of).requires_grad_() for name, layer in layers.items()}
+        trained: dict[str, Tensor] = {
+            name: (layer.A if A is None else layer.B).requires_grad_() for name, layer in layers.items()
+        }
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         for micro in batch:
             loss = model(**micro).row_losses.sum() / tokens
             for name, gradient in zip(sums, torch.autograd.grad(loss, list(trained.values())), strict=True):
                 sums[name] += gradient
-    return {
-        name: gradient[-len(A[name]) :] if of == "A" else gradient[:, -len(A[name]) :]
-        for name, gradient in sums.items()
-    }
+    own = {name: len(layer.A) for name, layer in layers.items()}
+    return {name: gradient[own[name] :] if A is None else gradient[:, own[name] :] for name, gradient in sums.items()}
 
 
 @contextmanager
 def _further_ranks(
-    layers: Mapping[str, GatedLinear], A: Mapping[str, Tensor], B: Mapping[str, Tensor]
+    layers: Mapping[str, GatedLinear], A: Mapping[str, Tensor] | None, B: Mapping[str, Tensor] | None
 ) -> Iterator[None]:
-    """Layers with other, longer matrices in the places of theirs, which are back at the end, also after an error."""
+    """Layers with other, longer matrices in the places of theirs, which are back at the end, also after an error; of further
+    ranks, A or B is zero."""
     own = {name: (layer.A, layer.B) for name, layer in layers.items()}
 
     def put(layer: GatedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
@@ -177,8 +186,10 @@ def _further_ranks(
 
     try:
         for name, layer in layers.items():
-            longer_A = torch.cat([layer.A.data, A[name].to(layer.A)])
-            longer_B = torch.cat([layer.B.data, B[name].to(layer.B)], dim=1)
+            count = len(A[name]) if A is not None else B[name].shape[1] if B is not None else 0
+            further_A = layer.A.new_zeros(count, layer.A.shape[1]) if A is None else A[name].to(layer.A)
+            further_B = layer.B.new_zeros(layer.B.shape[0], count) if B is None else B[name].to(layer.B)
+            longer_A, longer_B = torch.cat([layer.A.data, further_A]), torch.cat([layer.B.data, further_B], dim=1)
             put(layer, nn.Parameter(longer_A, requires_grad=False), nn.Parameter(longer_B, requires_grad=False))
         yield
     finally:

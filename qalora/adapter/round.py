@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import AllocationPlan, plan, share_by_gain
+from qalora.adapter.allocation import MOST, AllocationPlan, plan, share_by_gain
 from qalora.adapter.gradient_start import (
     FORWARDS,
     Directions,
@@ -24,7 +24,6 @@ from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Met
 from qalora.adapter.surgery import apply_plan
 
 Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
-MOST = 2  # times the even share, which no module exceeds at the start; four times was no better on E2E (bench/results)
 SHARE = 0.03  # of the training so far, which `auto` may spend on scoring
 
 

@@ -24,6 +24,7 @@ MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
 LOGITS_CHUNK = 64 * 2**20  # of fp32 logits
 FP32_TEMPORARY = 128 * 2**20  # of the adapters' and norms' fp32 arithmetic on 16-bit activations
 CUDA_CONTEXT = 500 * 2**20
+OVERSAMPLING = 4  # ranks of the gradient's sketch beyond the directions asked for
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ def plan_memory(
     optim: str = "adamw_torch",
     gradient_checkpointing: Checkpointing = True,
     mlp_tile: int | None = None,
+    directions: int = 0,
     device: str = "cuda",
 ) -> MemoryPlan:
-    """Bytes by term of one training step.
+    """Bytes by term of one training step, and what a start along the gradient takes beyond them.
 
     Args:
         shape: the base.
@@ -61,6 +63,7 @@ def plan_memory(
         gradient_checkpointing: "selective" keeps the outputs of maps beside the block inputs; "offload" keeps the
             inputs in host memory, all but two.
         mlp_tile: tokens of a row that an MLP works on at a time; None: all.
+        directions: of ∂L/∂W that are looked for in every module before the first step.
         device: cuda adds the context's own memory.
     """
     size, maps = DTYPE_BYTES[compute_dtype], shape.linear_maps()
@@ -70,9 +73,13 @@ def plan_memory(
     q = shape.num_attention_heads * shape.head_dim
     kv = shape.num_key_value_heads * shape.head_dim
     biases = (q + 2 * kv) * shape.num_hidden_layers if shape.attention_bias else 0
-    step = _activations(
-        shape, rank_of, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, mlp_tile or seq_len
-    )
+
+    def activations(ranks: Mapping[str, int]) -> dict[str, int]:
+        return _activations(
+            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, mlp_tile or seq_len
+        )
+
+    step = activations(rank_of)
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
@@ -86,6 +93,11 @@ def plan_memory(
         **step,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
+    if directions:
+        longer = {name: rank and rank + min(directions + OVERSAMPLING, *maps[name]) for name, rank in rank_of.items()}
+        trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step))
+        start = terms["adapter"] + _sketch(maps, rank_of, longer, activations(longer))
+        terms["gradient start beyond it"] = max(0, start - trained)
     return MemoryPlan({name: size for name, size in terms.items() if size})
 
 
@@ -148,6 +160,22 @@ def _activations(
         "block working set": block,
         "loss beyond it": max(0, loss - block),
     }
+
+
+def _sketch(
+    maps: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], longer: Mapping[str, int], step: dict[str, int]
+) -> int:
+    """What the second pass of the gradient's sketch holds beside the adapter (adapter/gradient_start.py): longer A and B in its
+    place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward, the gradients to add."""
+    matrices = spans = of_A = of_B = 0
+    for name, count in longer.items():
+        fan_in, fan_out = maps[name]
+        matrices += count * (fan_in + fan_out)
+        spans += 2 * (count - ranks[name]) * fan_in
+        of_A, of_B = of_A + count * fan_in, of_B + count * fan_out
+    gradients = 4 * max(of_A, of_B)
+    block = step["block working set"]
+    return 4 * (matrices + spans) + gradients + block + max(sum(step.values()) - block, gradients)
 
 
 def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[int, ...]:
