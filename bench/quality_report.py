@@ -15,6 +15,12 @@ from qalora.metrics import exact_match
 
 BOOTSTRAP = 2000
 BASELINE = "lora"
+# A method → what differs from it in the allocation alone: none, and a random one.
+CONTROLS = {
+    "alora": ("lora", "random"),
+    "alora-gradient": ("lora-gradient", "random-gradient"),
+    "alora-start": ("lora-gradient", "random-start"),
+}
 
 Line = Mapping[str, Any]  # of quality.jsonl
 
@@ -48,6 +54,14 @@ def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequenc
         if rows:
             better = "lower" if measure.lower_is_better else "higher"
             parts += [f"## {task}: {measure.name} ({better} is better)\n", table(rows)]
+    added = [_added(found, tasks, method, control) for method, controls in CONTROLS.items() for control in controls]
+    added = [row for row in added if any(row[task] for task in tasks)]
+    if added:
+        parts += [
+            "## What allocation adds\n\nThe mean over the seeds of the difference to the same start without allocation, and with a "
+            "random one (95 % bootstrap interval); below zero is better for a loss, above zero for an accuracy.\n",
+            table(added),
+        ]
     ranks = [_ranks(task, method, list(by_seed.values())) for (task, method), by_seed in found.items()]
     ranks = [row for row in ranks if row is not None]
     if ranks:
@@ -67,24 +81,50 @@ def _is(line: Line, task: str, method: str) -> bool:
 def _row(
     found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, measure: Measure
 ) -> dict[str, Any]:
-    own, lora = found[task, method], found.get((task, BASELINE), {})
+    own = found[task, method]
     values = {seed: line["result"][measure.name] for seed, line in sorted(own.items())}
-    paired = [values[seed] - lora[seed]["result"][measure.name] for seed in values if seed in lora]
-    difference = None
-    if len(paired) > 1 and method != BASELINE:
-        low, high = interval(paired)
-        difference = f"{statistics.fmean(paired):+.4f} ({low:+.4f} … {high:+.4f})"
+    difference = None if method == BASELINE else _difference(found, task, method, BASELINE, measure)
     first = next(iter(own.values()))
     return {
         "method": method,
         "median": f"{statistics.median(values.values()):.4f}",
         "by seed": ", ".join(f"{value:.4f}" for value in values.values()),
         "minus LoRA": difference,
+        **({} if measure.name == "loss" else {"median loss": f"{statistics.median(_losses(own)):.4f}"}),
         "lr": f"{first['run']['learning_rate']:g}",
         "parameters": f"{max(line['parameters'] for line in own.values()):,}",
         "CPU seconds": f"{statistics.median(line['cpu_seconds'] for line in own.values()):.0f}",
         "peak MB": f"{statistics.median(line['peak_bytes'] for line in own.values()) / 1e6:.0f}",
     }
+
+
+def _losses(by_seed: Mapping[int, Line]) -> list[float]:
+    return [line["result"]["loss"] for line in by_seed.values()]
+
+
+def _added(
+    found: Mapping[tuple[str, str], Mapping[int, Line]], tasks: Mapping[str, Measure], method: str, control: str
+) -> dict[str, Any]:
+    """A method against its control, task by task."""
+    differences = {task: _difference(found, task, method, control, measure) for task, measure in tasks.items()}
+    return {"method": method, "minus": control, **differences}
+
+
+def _difference(
+    found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, other: str, measure: Measure
+) -> str | None:
+    """Mean difference over the seeds that both have, and its interval where there is more than one."""
+    own, others = found.get((task, method), {}), found.get((task, other), {})
+    paired = [
+        own[seed]["result"][measure.name] - others[seed]["result"][measure.name] for seed in own if seed in others
+    ]
+    if not paired:
+        return None
+    mean = f"{statistics.fmean(paired):+.4f}"
+    if len(paired) == 1:
+        return f"{mean} (1 seed)"
+    low, high = interval(paired)
+    return f"{mean} ({low:+.4f} … {high:+.4f})"
 
 
 def _ranks(task: str, method: str, lines: Sequence[Line]) -> dict[str, Any] | None:
