@@ -203,8 +203,8 @@ def complete(line: Mapping[str, Any]) -> bool:
 
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
-    """The learning rate with the best mean rank over the tasks' validation runs; None where a run is missing."""
-    places = dict.fromkeys(LEARNING_RATES, 0)
+    """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is missing."""
+    sums = dict.fromkeys(LEARNING_RATES, 0.0)
     for task in tasks:
         found = {
             line["run"]["learning_rate"]: line["result"]["loss"]
@@ -214,9 +214,8 @@ def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[s
         }
         if set(found) != set(LEARNING_RATES):
             return None
-        for place, rate in enumerate(sorted(found, key=found.__getitem__)):
-            places[rate] += place
-    return min(places, key=places.__getitem__)
+        sums = {rate: total + found[rate] for rate, total in sums.items()}
+    return min(sums, key=sums.__getitem__)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
