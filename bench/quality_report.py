@@ -30,6 +30,9 @@ class Measure(NamedTuple):
     lower_is_better: bool
 
 
+LOSS = Measure("loss", lower_is_better=True)
+
+
 def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequence[str], plot: Path) -> str:
     """Markdown: for every task median, points by seed and paired differences to LoRA; then where the ranks went.
 
@@ -90,16 +93,12 @@ def _row(
         "median": f"{statistics.median(values.values()):.4f}",
         "by seed": ", ".join(f"{value:.4f}" for value in values.values()),
         "minus LoRA": difference,
-        **({} if measure.name == "loss" else {"median loss": f"{statistics.median(_losses(own)):.4f}"}),
+        **({} if measure.name == "loss" else {"median loss": f"{statistics.median(_values(own.values(), LOSS)):.4f}"}),
         "lr": f"{first['run']['learning_rate']:g}",
         "parameters": f"{max(line['parameters'] for line in own.values()):,}",
         "CPU seconds": f"{statistics.median(line['cpu_seconds'] for line in own.values()):.0f}",
         "peak MB": f"{statistics.median(line['peak_bytes'] for line in own.values()) / 1e6:.0f}",
     }
-
-
-def _losses(by_seed: Mapping[int, Line]) -> list[float]:
-    return [line["result"]["loss"] for line in by_seed.values()]
 
 
 def _added(

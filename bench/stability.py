@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qalora.adapter.ablation import gate_gradients, scoring_mode
 from qalora.adapter.allocation import least_important, plan
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.round import RoundSettings, starting_shares
-from qalora.data.batching import Collator, micro_batches
+from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
 
 Scores = dict[str, list[float]]  # module → a score a rank
@@ -37,22 +37,24 @@ def main() -> None:
     args = parser().parse_args()
     model, tokenizer, recipe = trained(args)
 
-    def batch(split: str, limit: int) -> list[dict[str, Any]]:
+    def rows_of(split: str, limit: int) -> list[dict[str, Any]]:
         rows = load_dataset(str(args.data / f"{split}.jsonl"), tokenizer, limit=limit, **recipe.data.reading())
         return rows.items
 
-    collate = Collator(tokenizer.pad_token_id)
-    validation = batch("validation", args.batches * max(args.sizes))
+    def batched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return on_device(micro_batches(rows, 16, Collator(tokenizer.pad_token_id)), model.device)
+
+    validation = rows_of("validation", args.batches * max(args.sizes))
     print(f"scoring {len(validation)} rows", file=sys.stderr)
-    scores = by_size(args.sizes, args.batches, RowScores.of(model, micro_batches(validation, 16, collate)))
+    scores = by_size(args.sizes, args.batches, RowScores.of(model, batched(validation)))
     fresh = attach(model.unload(), r=8, alpha=16, seed=0)
-    training = batch("train", args.samples * max(args.sizes))
+    training = rows_of("train", args.samples * max(args.sizes))
     starts = {}
     for size in args.sizes:
         print(f"starts from {size} rows", file=sys.stderr)
         parts = [training[i * size : (i + 1) * size] for i in range(args.samples)]
-        starts[size] = [shared_out(fresh, micro_batches(part, 16, collate), seed=i) for i, part in enumerate(parts)]
-    again = shared_out(fresh, micro_batches(training[: args.sizes[0]], 16, collate), seed=args.samples)
+        starts[size] = [shared_out(fresh, batched(part), seed=i) for i, part in enumerate(parts)]
+    again = shared_out(fresh, batched(training[: args.sizes[0]]), seed=args.samples)
     results = {
         **environment(),
         "recipe": args.recipe,
@@ -90,8 +92,8 @@ class RowScores:
     @classmethod
     def of(cls, model: Any, batch: Sequence[dict[str, Any]]) -> RowScores:
         with scoring_mode(model):
-            _, at_one, tokens = gate_gradients(model, inputs(batch), 1.0)
-            _, at_zero, _ = gate_gradients(model, inputs(batch), 0.0)
+            _, at_one, tokens = gate_gradients(model, batch, 1.0)
+            _, at_zero, _ = gate_gradients(model, batch, 0.0)
         # Rows come shortest first; batches are to be like each other.
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
         return cls({name: (at_one[name] + at_zero[name])[order] for name in at_one}, tokens[order])
@@ -147,7 +149,7 @@ def shared_out(model: Any, batch: Sequence[dict[str, Any]], seed: int) -> dict[s
         budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0, scoring="first-order",
         importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0,
     )  # fmt: skip
-    return starting_shares(model, inputs(batch), settings, torch.Generator().manual_seed(seed))[0]
+    return starting_shares(model, batch, settings, torch.Generator().manual_seed(seed))[0]
 
 
 def start_row(size: int, maps: Sequence[dict[str, int]]) -> dict[str, Any]:
@@ -165,11 +167,6 @@ def start_row(size: int, maps: Sequence[dict[str, int]]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------ small parts
-
-
-def inputs(batch: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Without the numbers of the rows, which no model takes."""
-    return [{key: value for key, value in micro.items() if key != "rows"} for micro in batch]
 
 
 def mean_of_pairs(values: Sequence[Any], agreement: Callable[[Any, Any], float]) -> float:

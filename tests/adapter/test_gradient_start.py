@@ -71,10 +71,9 @@ def test_directions_are_the_leading_singular_vectors_in_the_inputs_metric(proble
     model, batches, wanted = problem(four_bit)
     set_checkpointing(model, kept)
     found = gradient_directions(model, batches, dict.fromkeys(NAMES, 60), torch.Generator().manual_seed(0))
-    for name, (gradient, moments) in wanted.items():
-        if gradient.shape[1] > gradient.shape[0]:
-            continue  # a wide map's sketch has too few columns for an exact reference
-        # 64 columns are all that a map of width 64 has, so the sketch is exact.
+    for name in NAMES[:2]:
+        # 64 columns are all that a map of width 64 has, so the sketch is exact; of a wider one, some columns are arbitrary.
+        gradient, moments = wanted[name]
         in_metric, root = whitened(gradient, moments)
         _, values, vectors = torch.linalg.svd(in_metric, full_matrices=False)
         directions = found[name]
@@ -96,7 +95,11 @@ def test_rows_move_the_output_alike_and_slopes_are_their_gradients(problem):
         torch.testing.assert_close(
             rows @ metric @ rows.T, START_NORM**2 * torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-4
         )
-        torch.testing.assert_close((gradient @ rows.T).norm(dim=0).float(), found[name].slopes, rtol=1e-3, atol=1e-7)
+        columns, slopes = gradient @ rows.T, found[name].slopes.double()
+        torch.testing.assert_close(columns.norm(dim=0), slopes, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            columns.T @ columns, torch.diag(slopes**2), rtol=1e-2, atol=1e-3 * float(slopes[0]) ** 2
+        )
 
 
 def test_a_narrow_sketch_holds_most_of_what_there_is(problem):
