@@ -104,14 +104,14 @@ CORE = {
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
-    "random": replace(ours(**ALLOCATION), kind="random"),
-    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
     "random-start": replace(ours(**START), kind="random"),
     "alora": ours(**ALLOCATION),
-    "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
     "alora-start": ours(**START),
 }
 FULL = CORE | {
+    "random": replace(ours(**ALLOCATION), kind="random"),
+    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
+    "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
     "alora-start-rounds": ours(**START | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/METHOD", help="patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16", help="in which the 4-bit base computes; one for the whole file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: each has one CPU thread")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true")
@@ -166,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
 
 def fill(args: argparse.Namespace) -> None:
     """Runs what the file lacks, learning rates first, and appends each result as it comes."""
+    others = {line["dtype"] for line in read(FILE)} - {args.dtype}
+    if others:
+        sys.exit(f"{FILE} holds runs computed in {', '.join(others)}: go on with --dtype {others.pop()}")
     methods = CORE if args.grid == "core" else FULL
     names = [
         (task, method)
@@ -285,6 +288,7 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         result |= answered(model, tokenizer, rows("test", 10**9), task.answers, recipe)
     return {
         "run": vars(run),
+        "dtype": args.dtype,
         "result": result,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
