@@ -406,13 +406,18 @@ def by_peft(setup: Setup) -> Any:
         )
         model = get_peft_model(plain, config, low_cpu_mem_usage=True)
         batches = DataLoader(setup.items, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
-        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        initialize_lora_eva_weights(model, batches, forward_fn=row_by_row, show_progress_bar=False)
     trainer = Trainer(model, ours.args, train_dataset=setup.items, data_collator=collate)
     trainer.model_accepts_loss_kwargs = True
     if setup.method.kind == "adalora":
         trainer.add_callback(AllocateAdaLora(model))
     trainer.train()
     return model
+
+
+def row_by_row(model: Any, batch: Mapping[str, Any]) -> None:
+    """A forward whose maps see (rows, tokens, width), as EVA's mask expects; with labels our models share prefixes."""
+    model(batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
 
 
 class RowsLeftOut:
