@@ -40,13 +40,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from qalora.adapter import round as rounds_module
 from qalora.adapter.gradient_start import Directions
 from qalora.adapter.model import attach, ranks
+from qalora.adapter.quantization_start import original_weights, start_at_quantization_error
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
-from qalora.data.batching import on_device
+from qalora.data.batching import Collator, on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
 from qalora.metrics import evaluate, generate_answers
 from qalora.recipe import Recipe, load_recipe
-from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
+from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of, starting_batch
 
 MODEL = "smollm2-135m"
 FILE = RESULTS / "quality.jsonl"
@@ -101,6 +102,7 @@ START = dict(lora__init="gradient", allocation__start="gradient", allocation__ro
 CORE = {
     "lora": ours(allocation__rounds=0),
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
+    "lora-quantization": ours(allocation__rounds=0, lora__init="quantization"),
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
@@ -383,6 +385,12 @@ def by_qalora(setup: Setup) -> Any:
         rounds_module.score_ranks = at_random
         rounds_module.expected_gains = gain_at_random
     trainer = setup.trainer()
+    if setup.recipe.lora.init == "quantization":
+        rows = starting_batch(setup.recipe, setup.items, Collator(setup.tokenizer.pad_token_id))
+        generator = torch.Generator().manual_seed(setup.run.seed)
+        start_at_quantization_error(
+            trainer.model, on_device(rows, trainer.model.device), original_weights(setup.base.source), generator=generator
+        )
     trainer.train()
     return trainer.model
 

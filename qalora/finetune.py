@@ -127,15 +127,18 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
+    import torch
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
+    from qalora.adapter.quantization_start import original_weights, start_at_quantization_error
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.cli import DONE, INTERRUPTED
+    from qalora.data.batching import Collator, on_device
     from qalora.errors import AnswerNo
     from qalora.metrics import evaluate
-    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
+    from qalora.training.trainer import build_trainer, schedule_of, starting_batch, steps_of, training_items
 
     if checkpoint is not None:
         _as_it_began(recipe, output_dir)
@@ -152,7 +155,9 @@ def finetune(
         say(recipe, "the run is shorter than allocation.warmup + rounds · interval: the schedule is scaled to it")
 
     quantization, lora = recipe.quantization, recipe.lora
-    base = load_base(resolve(recipe.model), tokenizer=tokenizer, **quantization.loading())
+    source = resolve(recipe.model)
+    original = original_weights(source) if lora.init == "quantization" and checkpoint is None else None
+    base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -184,6 +189,12 @@ def finetune(
         metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"before: {_line(metrics['before'])}")
         _write_json(output_dir / "metrics.json", metrics)
+
+    if original is not None:
+        rows = starting_batch(recipe, data.train.items, Collator(tokenizer.pad_token_id))
+        generator = torch.Generator().manual_seed(recipe.training.seed)
+        start_at_quantization_error(model, on_device(rows, model.device), original, generator=generator)
+        say(recipe, f"ranks start as what quantization took from their maps, on {recipe.lora.init_rows} training rows")
 
     trainer, allocator, interrupt = build_trainer(
         recipe,

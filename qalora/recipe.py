@@ -79,12 +79,13 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    init: Literal["kaiming", "gradient"] = Field(
+    init: Literal["kaiming", "gradient", "quantization"] = Field(
         "kaiming",
         description="where ranks point when they are born; gradient: along the leading directions of dL/dW on init_rows "
-        "training rows; B is zero either way",
+        "training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took from it on "
+        "these rows, which needs the 16-bit weights",
     )
-    init_rows: int = Field(16, ge=1, description="training rows that init=gradient looks at")
+    init_rows: int = Field(16, ge=1, description="training rows that init=gradient and init=quantization look at")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
     )
@@ -219,6 +220,11 @@ class Recipe(Section):
             yield (
                 f"training.save_steps={self.training.save_steps} must be a multiple of "
                 f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
+            )
+        if self.lora.init == "quantization" and not self.quantization.load_in_4bit:
+            yield (
+                "lora.init=quantization gives back what 4 bits took, and quantization.load_in_4bit is false: nothing was taken; "
+                "set lora.init=kaiming or gradient"
             )
         scoring, kind = self.allocation.scoring, self.allocation.kind
         if (scoring == "path") != (kind == "path") and scoring != "auto":

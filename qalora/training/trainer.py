@@ -189,7 +189,7 @@ def build_trainer(
             else None,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
-        starting_batch(recipe, rows, collate),
+        starting_batch(recipe, rows, collate) if recipe.lora.init == "gradient" else [],
         allocation.start,
         output_dir,
     )
@@ -215,9 +215,7 @@ def build_trainer(
 
 
 def starting_batch(recipe: Recipe, rows: list[dict[str, Any]], collate: Collator) -> list[dict[str, Tensor]]:
-    """The training rows whose gradient ranks are pointed along when they are born; none where they point anywhere."""
-    if recipe.lora.init != "gradient":
-        return []
+    """The training rows that decide where ranks point when they are born."""
     chosen = random.Random(recipe.training.seed).sample(rows, min(recipe.lora.init_rows, len(rows)))
     return micro_batches(chosen, recipe.training.micro_batch_size, collate)
 

@@ -1,0 +1,124 @@
+"""Ranks that begin by giving back what quantization took from their map.
+
+A 4-bit map computes W₄ x where the model had W x: it errs by E x, with E = W − W₄. Among all B A of r ranks the one that leaves least
+of E x, in the mean square over inputs x, is s · B A = U Uᵀ E, where U (out, r) are the leading principal components of the errors E x
+themselves (Eckart–Young, in the metric of the inputs: arXiv 2410.21271 compensates a compressed model in it, LoftQ, 2310.08659, starts
+LoRA by E alone). Nothing beyond r ranks a map is added: training goes on from there with the same matrices.
+
+A few hundred tokens of training rows are enough to find U, so one forward keeps as many inputs of each map, in host memory, and then
+the 16-bit weights pass by, a map at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qalora.adapter.ablation import MicroBatch, scoring_mode
+from qalora.adapter.gradient_start import START_NORM
+from qalora.adapter.model import gated_layers
+from qalora.base.checkpoint import open_checkpoint
+from qalora.base.prefixes import final_hidden
+from qalora.base.quantized import dequantize
+from qalora.base.registry import ModelSource
+from qalora.errors import InputError
+
+TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
+
+Weights = Callable[[str], Tensor]  # name of a map → its (out, in) weight before quantization
+
+
+def start_at_quantization_error(
+    model: PeftModel, batch: Sequence[MicroBatch], original: Weights, *, generator: torch.Generator
+) -> None:
+    """Sets A and B of every gated layer to the best correction of its map's quantization error; the loss moves towards the 16-bit
+    model's.
+
+    Args:
+        model: an adapter that was not trained yet.
+        batch: training rows.
+        original: the weights that were quantized.
+        generator: CPU generator that chooses tokens, for runs that can be repeated.
+    """
+    inputs = sampled_inputs(model, batch, generator)
+    for name, layer in gated_layers(model).items():
+        weight = layer.A.device
+        error = original(name).to(weight, torch.float32) - dequantize(layer.base_layer)
+        A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
+        layer.A.data[: len(A)] = A
+        layer.B.data[:, : len(A)] = B / layer.s
+
+
+def original_weights(source: ModelSource) -> Weights:
+    """The 16-bit weights of a base, read a map at a time.
+
+    Raises:
+        InputError: the base cannot be read, or is stored in 4 bits and its 16-bit weights are not there.
+    """
+    checkpoint, _ = open_checkpoint(source)
+    if checkpoint.packed:
+        raise InputError(
+            f"lora.init=quantization gives back what 4 bits took, and --model {source.name} is stored in 4 bits: use the 16-bit model "
+            "that it was made from, or another lora.init."
+        )
+    return lambda name: checkpoint.tensor(f"{name}.weight")
+
+
+def correction(error: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The B A of at most `rank` ranks that leaves the least of `inputs` @ (error − B A)ᵀ, in the sum of squares.
+
+    Args:
+        error: (out, in), fp32.
+        inputs: (n, in), fp32.
+
+    Returns:
+        (A (k, in), B (out, k)), the rank that corrects most first; every row of A has the length of PEFT's start, and k is below
+        `rank` where fewer correct everything.
+    """
+    outputs = inputs @ error.T
+    squares, combinations = torch.linalg.eigh((outputs @ outputs.T).double())
+    # Largest first; of what is left over, fp32 says nothing.
+    squares, combinations = squares.flip(0)[:rank], combinations.flip(1)[:, :rank]
+    known = squares > 1e-6 * squares[:1].clamp(min=1e-30)
+    components = torch.linalg.qr(outputs.T @ combinations[:, known].to(outputs)).Q
+    rows = components.T @ error
+    lengths = rows.norm(dim=1)
+    return START_NORM * rows / lengths[:, None], components * lengths / START_NORM
+
+
+def sampled_inputs(
+    model: PeftModel, batch: Sequence[MicroBatch], generator: torch.Generator
+) -> Mapping[str, list[Tensor]]:
+    """Module → (n, in) inputs of some tokens of every micro-batch, `TOKENS` in all, in host memory; padding left out."""
+    layers = gated_layers(model)
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+    mask: Tensor | None = None
+    whole: Tensor | None = None  # the input that the last map saw, and what was kept of it: q, k and v see the same
+    chosen = torch.empty(0)
+    places: Tensor | None = None
+
+    def keep(name: str, x: Tensor) -> None:
+        nonlocal whole, chosen, places
+        if x is not whole:
+            tokens = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1)
+            if places is None:
+                places = torch.randperm(len(tokens), generator=generator)[: -(-TOKENS // len(batch))]
+            whole, chosen = x, tokens[places.to(x.device)].cpu()
+        kept[name].append(chosen)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        with scoring_mode(model), torch.no_grad():
+            for micro in batch:
+                mask, places = micro.get("attention_mask"), None
+                final_hidden(model.get_base_model(), micro["input_ids"], mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
