@@ -284,6 +284,20 @@ def test_a_start_along_the_gradient_learns_faster_and_resumes_exactly(finetune):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_start_at_the_quantization_error_begins_like_the_16_bit_model_and_resumes_exactly(finetune):
+    _, whole = finetune("--no-quantize", "allocation.rounds=0", output="whole")
+    _, plain = finetune("allocation.rounds=0", output="plain")
+    more = ("lora.init=quantization", "lora.r=32", "lora.alpha=64")
+    _, straight = finetune(*more, output="straight")
+    error = abs(losses(plain)[1] - losses(whole)[1])
+    assert abs(losses(straight)[1] - losses(whole)[1]) < 0.2 * error
+    finetune(*more, output="resumed")
+    _, resumed = finetune(
+        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
+    )
+    assert losses(resumed) == losses(straight)
+
+
 def test_a_budget_shared_out_by_the_gradient_is_recorded_and_resumes_exactly(finetune):
     more = ("lora.init=gradient", "lora.init_rows=8", "allocation.start=gradient", "allocation.budget=parameters")
     _, even = finetune("lora.init=gradient", "lora.init_rows=8", "allocation.rounds=0", output="even")

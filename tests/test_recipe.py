@@ -229,6 +229,10 @@ def test_a_setting_of_several_types_is_named_once():
         ([("data.val_set_size", 0)], "no validation rows: set data.validation"),
         ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
         ([("allocation.start", "gradient")], "lora.init is kaiming: set lora.init=gradient too"),
+        (
+            [("lora.init", "quantization"), ("quantization.load_in_4bit", False)],
+            "lora.init=quantization gives back what 4 bits took, and quantization.load_in_4bit is false",
+        ),
         ([("allocation.max_rank", 4)], "lora.r=8 must lie between allocation.min_rank=0 and max_rank=4"),
         ([("allocation.min_rank", 9)], "allocation.min_rank=9 is above lora.r=8"),
         ([("lora.r", 12), ("lora.alpha", 16)], "make alpha a multiple of r, e.g. lora.alpha=24"),
