@@ -38,16 +38,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from qalora.adapter import round as rounds_module
-from qalora.adapter.gradient_start import Directions
 from qalora.adapter.model import attach, ranks
-from qalora.adapter.quantization_start import original_weights, start_at_quantization_error
+from qalora.adapter.quantization_start import original_weights
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
-from qalora.data.batching import Collator, on_device
+from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
 from qalora.metrics import evaluate, generate_answers
 from qalora.recipe import Recipe, load_recipe
-from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of, starting_batch
+from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
 
 MODEL = "smollm2-135m"
 FILE = RESULTS / "quality.jsonl"
@@ -98,7 +97,12 @@ def ours(**settings: Any) -> Method:
 ALLOCATION = dict(
     allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
 )
-START = dict(lora__init="gradient", allocation__start="gradient", allocation__rounds=0, allocation__budget="parameters")
+GRADIENT = dict(
+    lora__init="gradient", allocation__start="gradient", allocation__rounds=0, allocation__budget="parameters"
+)
+SCORES = dict(
+    lora__init="quantization", allocation__start="scores", allocation__rounds=0, allocation__budget="parameters"
+)
 CORE = {
     "lora": ours(allocation__rounds=0),
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
@@ -106,15 +110,18 @@ CORE = {
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
-    "random-start": replace(ours(**START), kind="random"),
+    "random-scores": replace(ours(**SCORES), kind="random"),
     "alora": ours(**ALLOCATION),
-    "alora-start": ours(**START),
+    "alora-scores": ours(**SCORES),
 }
 FULL = CORE | {
     "random": replace(ours(**ALLOCATION), kind="random"),
+    "random-start": replace(ours(**GRADIENT), kind="random"),
+    "alora-start": ours(**GRADIENT),
     "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
-    "alora-start-rounds": ours(**START | ALLOCATION),
+    "alora-start-rounds": ours(**GRADIENT | ALLOCATION),
+    "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
     "alora-path": ours(**ALLOCATION, allocation__importance="path", allocation__scoring="path"),
@@ -362,6 +369,7 @@ class Setup:
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
             rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
             compute_dtype=self.base.compute_dtype, output_dir=self.folder,
+            original=original_weights(self.base.source) if recipe.lora.init == "quantization" else None,
         )  # fmt: skip
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False
@@ -371,11 +379,13 @@ class Setup:
 def by_qalora(setup: Setup) -> Any:
     """LoRA, and ALoRA with its own scores or, as a control, with random ones, at the start as in the rounds."""
     if setup.method.kind == "random":
-        scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
+        scored, shared, draw = rounds_module.score_ranks, rounds_module.share_by_gain, random.Random(setup.run.seed)
 
-        def gain_at_random(directions: Directions, fan_out: int) -> list[float]:
-            parameters = fan_out + directions.rows.shape[1]  # by which gains are divided
-            return sorted((parameters * draw.random() for _ in directions.slopes), reverse=True)
+        def share_at_random(gains: Mapping[str, Any], cost: Mapping[str, int], **limits: Any) -> dict[str, int]:
+            drawn = {
+                name: [cost[name] * draw.random() for _ in of] for name, of in gains.items()
+            }  # gains count by cost
+            return shared({name: sorted(of, reverse=True) for name, of in drawn.items()}, cost, **limits)
 
         def at_random(*args: Any, **kwargs: Any) -> Any:
             scores = scored(*args, **kwargs)
@@ -383,14 +393,8 @@ def by_qalora(setup: Setup) -> Any:
             return replace(scores, importance=drawn)
 
         rounds_module.score_ranks = at_random
-        rounds_module.expected_gains = gain_at_random
+        rounds_module.share_by_gain = share_at_random
     trainer = setup.trainer()
-    if setup.recipe.lora.init == "quantization":
-        rows = starting_batch(setup.recipe, setup.items, Collator(setup.tokenizer.pad_token_id))
-        generator = torch.Generator().manual_seed(setup.run.seed)
-        start_at_quantization_error(
-            trainer.model, on_device(rows, trainer.model.device), original_weights(setup.base.source), generator=generator
-        )
     trainer.train()
     return trainer.model
 

@@ -20,6 +20,7 @@ CONTROLS = {
     "alora": ("lora", "random"),
     "alora-gradient": ("lora-gradient", "random-gradient"),
     "alora-start": ("lora-gradient", "random-start"),
+    "alora-scores": ("lora-quantization", "random-scores"),
 }
 
 Line = Mapping[str, Any]  # of quality.jsonl

@@ -127,18 +127,16 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
-    import torch
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
-    from qalora.adapter.quantization_start import original_weights, start_at_quantization_error
+    from qalora.adapter.quantization_start import original_weights
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.cli import DONE, INTERRUPTED
-    from qalora.data.batching import Collator, on_device
     from qalora.errors import AnswerNo
     from qalora.metrics import evaluate
-    from qalora.training.trainer import build_trainer, schedule_of, starting_batch, steps_of, training_items
+    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
     if checkpoint is not None:
         _as_it_began(recipe, output_dir)
@@ -190,12 +188,6 @@ def finetune(
         say(recipe, f"before: {_line(metrics['before'])}")
         _write_json(output_dir / "metrics.json", metrics)
 
-    if original is not None:
-        rows = starting_batch(recipe, data.train.items, Collator(tokenizer.pad_token_id))
-        generator = torch.Generator().manual_seed(recipe.training.seed)
-        start_at_quantization_error(model, on_device(rows, model.device), original, generator=generator)
-        say(recipe, f"ranks start as what quantization took from their maps, on {recipe.lora.init_rows} training rows")
-
     trainer, allocator, interrupt = build_trainer(
         recipe,
         model,
@@ -209,6 +201,7 @@ def finetune(
         start=start,
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
+        original=original,
     )
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -94,10 +94,11 @@ class LoraSettings(Section):
 class AllocationConfig(Section):
     """Algorithm 1 of ALoRA (arXiv 2403.16187); the defaults are the paper's (§4.3, appendix E)."""
 
-    start: Literal["even", "gradient"] = Field(
+    start: Literal["even", "gradient", "scores"] = Field(
         "even",
-        description="how the budget is shared out before the first step; gradient: where dL/dW is largest on the rows of "
-        "lora.init=gradient, which it needs; 1 to twice lora.r ranks a module",
+        description="how the budget is shared out before the first step, 1 to twice lora.r ranks a module; gradient: where dL/dW is "
+        "largest on the rows of lora.init=gradient, which it needs; scores: of twice lora.r ranks of lora.init=quantization, "
+        "those whose ablation on its rows costs most",
     )
     rounds: int = Field(
         8,
@@ -232,10 +233,11 @@ class Recipe(Section):
                 f"allocation.importance={kind} is not what allocation.scoring={scoring} measures: path goes with "
                 "scoring path or auto, the others with any but path"
             )
-        if self.allocation.start == "gradient" and self.lora.init != "gradient":
+        needed = {"gradient": "gradient", "scores": "quantization"}.get(self.allocation.start, self.lora.init)
+        if self.lora.init != needed:
             yield (
-                f"allocation.start=gradient shares ranks out along the directions that lora.init=gradient finds, and lora.init is "
-                f"{self.lora.init}: set lora.init=gradient too"
+                f"allocation.start={self.allocation.start} chooses among the ranks that lora.init={needed} finds, and lora.init is "
+                f"{self.lora.init}: set lora.init={needed} too"
             )
         low, high = self.allocation.min_rank, self.allocation.max_rank
         if high is not None and not low <= self.lora.r <= high:

@@ -298,6 +298,25 @@ def test_a_start_at_the_quantization_error_begins_like_the_16_bit_model_and_resu
     assert losses(resumed) == losses(straight)
 
 
+def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetune):
+    more = ("lora.init=quantization", "allocation.start=scores", "allocation.budget=parameters")
+    _, even = finetune("allocation.rounds=0", output="even")
+    code, straight = finetune(*more, output="straight")
+    assert code == 0
+    first, *rounds = records(straight)
+    assert first["step"] == 0 and [record["step"] for record in rounds] == [4, 8]
+    assert len(set(first["ranks"].values())) > 1 and first["total_rank"] <= first["budget"]
+    parameters = sum(tensor.numel() for tensor in load_file(even / "adapter" / "adapter_model.safetensors").values())
+    assert all(record["parameters"] <= parameters for record in (first, *rounds))
+    candidates = json.loads((straight / first["scores"]).read_text())["importance"]
+    assert {len(values) for values in candidates.values()} == {2 * load_recipe(str(straight / "recipe.yaml")).lora.r}
+    finetune(*more, output="resumed")
+    _, resumed = finetune(
+        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
+    )
+    assert losses(resumed) == losses(straight)
+
+
 def test_a_budget_shared_out_by_the_gradient_is_recorded_and_resumes_exactly(finetune):
     more = ("lora.init=gradient", "lora.init_rows=8", "allocation.start=gradient", "allocation.budget=parameters")
     _, even = finetune("lora.init=gradient", "lora.init_rows=8", "allocation.rounds=0", output="even")

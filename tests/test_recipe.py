@@ -230,6 +230,10 @@ def test_a_setting_of_several_types_is_named_once():
         ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
         ([("allocation.start", "gradient")], "lora.init is kaiming: set lora.init=gradient too"),
         (
+            [("allocation.start", "scores"), ("lora.init", "gradient")],
+            "allocation.start=scores chooses among the ranks that lora.init=quantization finds, and lora.init is gradient",
+        ),
+        (
             [("lora.init", "quantization"), ("quantization.load_in_4bit", False)],
             "lora.init=quantization gives back what 4 bits took, and quantization.load_in_4bit is false",
         ),

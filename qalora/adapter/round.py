@@ -1,4 +1,5 @@
-"""One round of Algorithm 1: score every rank, decide, apply, record. And, before the first step, the budget shared out by the gradient."""
+"""One round of Algorithm 1: score every rank, decide, apply, record. And, before the first step, the budget shared out: by the gradient,
+or by the scores of ranks that start at their map's quantization error."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from qalora.adapter.gradient_start import (
     point_along,
 )
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
 from qalora.adapter.surgery import apply_plan
 
@@ -131,10 +133,7 @@ def share_out_start(
     even = ranks(model)
     generator = torch.Generator().manual_seed(settings.seed)
     shares, gains, found = starting_shares(model, growth, settings, generator)
-    decision = AllocationPlan(
-        pruned={name: tuple(range(shares[name], rank)) for name, rank in even.items() if shares[name] < rank},
-        grown={name: shares[name] - rank for name, rank in even.items() if shares[name] > rank},
-    )
+    decision = _moved(even, shares)
     apply_plan(model, decision, optimizer, generator=generator)
     point_along(model, found)
     record = _applied(model, decision, settings, 0, rank_parameters(model, even)) | {
@@ -157,18 +156,69 @@ def starting_shares(
     Returns:
         (module → ranks, module → the expected gain of each rank that it could have, module → the directions of these).
     """
-    even, layers = ranks(model), gated_layers(model)
-    most = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
-    found = gradient_directions(model, growth, most, generator)
+    layers = gated_layers(model)
+    found = gradient_directions(model, growth, _most(ranks(model), settings), generator)
     gains = {name: expected_gains(directions, layers[name].B.shape[0]) for name, directions in found.items()}
-    shares = share_by_gain(
+    return _shares(model, gains, settings), gains, found
+
+
+def keep_best_corrections(
+    model: PeftModel, optimizer: Any, batch: Sequence[MicroBatch], original: Weights, settings: RoundSettings
+) -> tuple[dict[str, Any], RankScores]:
+    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those whose ablation costs
+    most: a round of AB-LoRA before the first step, which these ranks allow, for their B is not zero.
+
+    Args:
+        batch: training rows.
+        original: the 16-bit weights (quantization_start.py).
+
+    Returns:
+        (a line of allocation.jsonl without its scores' file, the scores of all candidates).
+    """
+    start = time.perf_counter()
+    even, generator = ranks(model), torch.Generator().manual_seed(settings.seed)
+    candidates = _most(even, settings)
+    apply_plan(model, _moved(even, candidates), optimizer, generator=generator)
+    start_at_quantization_error(model, batch, original, generator=generator)
+    scores = score_ranks(
+        model, batch, "path" if settings.importance == "path" else "first-order", importance=settings.importance
+    )
+    importance = scores.importance
+    best_first = {name: sorted(range(len(of)), key=lambda rank: -of[rank]) for name, of in importance.items()}
+    shares = _shares(model, {name: [importance[name][rank] for rank in best_first[name]] for name in even}, settings)
+    left_out = {name: tuple(sorted(order[shares[name] :])) for name, order in best_first.items()}
+    apply_plan(model, AllocationPlan({name: of for name, of in left_out.items() if of}, {}), optimizer)
+    record = _applied(model, _moved(even, shares), settings, 0, rank_parameters(model, even)) | {
+        "seconds": time.perf_counter() - start,
+        "forward_equivalents": 1 + scores.forward_equivalents,
+        "certified": False,
+        "exact_evaluations": 0,
+    }
+    return record, scores
+
+
+def _most(even: Mapping[str, int], settings: RoundSettings) -> dict[str, int]:
+    """The ranks that a module may start with."""
+    return {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
+
+
+def _shares(model: PeftModel, gains: Mapping[str, Sequence[float]], settings: RoundSettings) -> dict[str, int]:
+    """Module → ranks, for falling gains of each; every module keeps one, since without any it could not come back."""
+    return share_by_gain(
         gains,
-        rank_parameters(model, even),
+        rank_parameters(model, gains),
         ranks=settings.budget,
         parameters=settings.parameters,
         least=max(1, settings.min_rank),
     )
-    return shares, gains, found
+
+
+def _moved(before: Mapping[str, int], after: Mapping[str, int]) -> AllocationPlan:
+    """From some numbers of ranks to others; where a module loses some, its last."""
+    return AllocationPlan(
+        pruned={name: tuple(range(after[name], rank)) for name, rank in before.items() if after[name] < rank},
+        grown={name: after[name] - rank for name, rank in before.items() if after[name] > rank},
+    )
 
 
 def _applied(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.gradient_start import start_along_gradient
-from qalora.adapter.round import RoundSettings, allocation_round, share_out_start
+from qalora.adapter.quantization_start import Weights, start_at_quantization_error
+from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections, share_out_start
+from qalora.adapter.scoring import RankScores
 from qalora.data.batching import on_device
 
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What new adapters are before the first step; ranks that point anywhere need nothing of this.
+
+    Attributes:
+        init, share: the recipe's lora.init and allocation.start.
+        batch: training rows that decide it.
+        original: the base's 16-bit weights, for init=quantization.
+    """
+
+    init: Literal["kaiming", "gradient", "quantization"]
+    share: Literal["even", "gradient", "scores"]
+    batch: Sequence[MicroBatch] = ()
+    original: Weights | None = None
 
 
 class AllocationCallback(TrainerCallback):
@@ -34,11 +53,10 @@ class AllocationCallback(TrainerCallback):
         rounds: Schedule,
         settings: RoundSettings,
         batch: Sequence[MicroBatch],
-        growth: Sequence[MicroBatch],
-        start: Literal["even", "gradient"],
+        start: Start,
         output_dir: Path,
     ):
-        self.rounds, self.settings, self.batch, self.growth, self.start = rounds, settings, batch, growth, start
+        self.rounds, self.settings, self.batch, self.start = rounds, settings, batch, start
         self.file = output_dir / "allocation.jsonl"
         self.scores_dir = output_dir / "scores"
         self.history = read_history(self.file)
@@ -55,14 +73,8 @@ class AllocationCallback(TrainerCallback):
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
         self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
-        if state.global_step or not self.growth:
-            return
-        growth = on_device(self.growth, args.device)
-        if self.start == "gradient":
-            record, gains = share_out_start(model, optimizer, self.batch, growth, self.settings)
-            self._keep(record, {"method": "gradient", "importance": gains})
-        else:
-            start_along_gradient(model, growth, generator=torch.Generator().manual_seed(self.settings.seed))
+        if state.global_step == 0 and self.start.init != "kaiming":
+            self._begin(model, optimizer, on_device(self.start.batch, args.device))
 
     def on_step_end(
         self,
@@ -84,25 +96,26 @@ class AllocationCallback(TrainerCallback):
             self.settings,
             state.global_step,
             spent=sum(earlier["forward_equivalents"] for earlier in self.history),
-            growth=on_device(self.growth, args.device),
+            growth=on_device(self.start.batch if self.start.init == "gradient" else (), args.device),
         )
-        self._keep(
-            record,
-            {
-                "method": scores.method,
-                "loss": scores.loss,
-                "base_loss": scores.base_loss,
-                "drop": scores.drop,
-                "alone": scores.alone,
-                "importance": scores.importance,
-                "stderr": scores.stderr,
-                "exact": scores.exact,
-            },
-        )
+        self._keep(record, _written(scores))
 
     def done(self) -> int:
         """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
         return sum(record["step"] > 0 for record in self.history)
+
+    def _begin(self, model: Any, optimizer: Any, batch: Sequence[MicroBatch]) -> None:
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        if self.start.original is None and self.start.share == "gradient":
+            record, gains = share_out_start(model, optimizer, self.batch, batch, self.settings)
+            self._keep(record, {"method": "gradient", "importance": gains})
+        elif self.start.original is None:
+            start_along_gradient(model, batch, generator=generator)
+        elif self.start.share == "scores":
+            record, scores = keep_best_corrections(model, optimizer, batch, self.start.original, self.settings)
+            self._keep(record, _written(scores))
+        else:
+            start_at_quantization_error(model, batch, self.start.original, generator=generator)
 
     def _keep(self, record: dict[str, Any], scores: dict[str, Any]) -> None:
         scores_file = self.scores_dir / f"step-{record['step']}.json"
@@ -112,6 +125,20 @@ class AllocationCallback(TrainerCallback):
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
+
+
+def _written(scores: RankScores) -> dict[str, Any]:
+    """What a file of scores/ holds."""
+    return {
+        "method": scores.method,
+        "loss": scores.loss,
+        "base_loss": scores.base_loss,
+        "drop": scores.drop,
+        "alone": scores.alone,
+        "importance": scores.importance,
+        "stderr": scores.stderr,
+        "exact": scores.exact,
+    }
 
 
 class InterruptCallback(TrainerCallback):
@@ -172,7 +199,7 @@ class ProgressLine(TrainerCallback):
         for record in self.allocator.history[:1]:
             if record["step"] == state.global_step == 0:
                 console.print(
-                    f"budget shared out by the gradient: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
+                    f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
                     f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
                     highlight=False,
                 )

@@ -32,6 +32,7 @@ from transformers import (
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
+from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
 from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
@@ -39,7 +40,7 @@ from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
 from qalora.training.activations import set_checkpointing, set_mlp_tile
-from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, console
+from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
 
@@ -153,6 +154,7 @@ def build_trainer(
     start: dict[str, int],
     compute_dtype: torch.dtype,
     output_dir: Path,
+    original: Weights | None = None,
 ) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
     """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
 
@@ -162,6 +164,7 @@ def build_trainer(
         validation: tokenized rows for the loss during training.
         scoring: B_val, tokenized rows that score the ranks.
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
+        original: the base's 16-bit weights, for lora.init=quantization.
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
@@ -189,8 +192,7 @@ def build_trainer(
             else None,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
-        starting_batch(recipe, rows, collate) if recipe.lora.init == "gradient" else [],
-        allocation.start,
+        Start(recipe.lora.init, allocation.start, starting_batch(recipe, rows, collate), original),
         output_dir,
     )
     interrupt = InterruptCallback()
