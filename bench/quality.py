@@ -38,8 +38,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from qalora.adapter import round as rounds_module
-from qalora.adapter.model import attach, ranks
+from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.quantization_start import original_weights
+from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import on_device
@@ -97,9 +98,6 @@ def ours(**settings: Any) -> Method:
 ALLOCATION = dict(
     allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
 )
-GRADIENT = dict(
-    lora__init="gradient", allocation__start="gradient", allocation__rounds=0, allocation__budget="parameters"
-)
 SCORES = dict(
     lora__init="quantization", allocation__start="scores", allocation__rounds=0, allocation__budget="parameters"
 )
@@ -116,11 +114,8 @@ CORE = {
 }
 FULL = CORE | {
     "random": replace(ours(**ALLOCATION), kind="random"),
-    "random-start": replace(ours(**GRADIENT), kind="random"),
-    "alora-start": ours(**GRADIENT),
     "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
-    "alora-start-rounds": ours(**GRADIENT | ALLOCATION),
     "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
@@ -340,6 +335,8 @@ def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) ->
             ("training.learning_rate", run.learning_rate),
             ("training.seed", run.seed),
             ("training.early_stopping_patience", None),
+            ("lora.init", "kaiming"),
+            ("allocation.start", "even"),
             ("allocation.rounds", 0),
             ("allocation.val_batch_size", 16),
             ("logging.quiet", True),
@@ -365,11 +362,12 @@ class Setup:
         """Of an adapter like the recipe's; it saves nothing."""
         recipe, steps, items = self.recipe, self.run.steps, self.items
         model = attach(self.base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=self.run.seed)
+        weights, _ = open_checkpoint(self.base.source)
         trainer, _, _ = build_trainer(
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
             rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
             compute_dtype=self.base.compute_dtype, output_dir=self.folder,
-            original=original_weights(self.base.source) if recipe.lora.init == "quantization" else None,
+            original=original_weights(weights, MODEL) if recipe.lora.init == "quantization" else None,
         )  # fmt: skip
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False
@@ -379,21 +377,19 @@ class Setup:
 def by_qalora(setup: Setup) -> Any:
     """LoRA, and ALoRA with its own scores or, as a control, with random ones, at the start as in the rounds."""
     if setup.method.kind == "random":
-        scored, shared, draw = rounds_module.score_ranks, rounds_module.share_by_gain, random.Random(setup.run.seed)
+        scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
 
-        def share_at_random(gains: Mapping[str, Any], cost: Mapping[str, int], **limits: Any) -> dict[str, int]:
-            drawn = {
-                name: [cost[name] * draw.random() for _ in of] for name, of in gains.items()
-            }  # gains count by cost
-            return shared({name: sorted(of, reverse=True) for name, of in drawn.items()}, cost, **limits)
-
-        def at_random(*args: Any, **kwargs: Any) -> Any:
+        def scores_at_random(*args: Any, **kwargs: Any) -> Any:
             scores = scored(*args, **kwargs)
             drawn = {name: [draw.random() for _ in values] for name, values in scores.importance.items()}
             return replace(scores, importance=drawn)
 
-        rounds_module.score_ranks = at_random
-        rounds_module.share_by_gain = share_at_random
+        def shares_at_random(model: Any, batch: Any) -> dict[str, list[float]]:
+            cost = rank_parameters(model, ranks(model))  # by which shares will be divided
+            return {name: [cost[name] * draw.random() for _ in range(rank)] for name, rank in ranks(model).items()}
+
+        rounds_module.score_ranks = scores_at_random
+        rounds_module.midpoint_shares = shares_at_random
     trainer = setup.trainer()
     trainer.train()
     return trainer.model

@@ -19,7 +19,6 @@ BASELINE = "lora"
 CONTROLS = {
     "alora": ("lora", "random"),
     "alora-gradient": ("lora-gradient", "random-gradient"),
-    "alora-start": ("lora-gradient", "random-start"),
     "alora-scores": ("lora-quantization", "random-scores"),
 }
 

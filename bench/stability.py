@@ -3,7 +3,7 @@
     python bench/stability.py --recipe e2e --data data/e2e      # half an hour on 2 CPU cores
 
 Scores: AB-LoRA's (first order) of one trained adapter (that of bench/scoring.py) on disjoint validation batches of growing size.
-Starts: the budget shared out by allocation.start=gradient from disjoint samples of training rows. DATA is a folder with
+Starts: the corrections of allocation.start=scores that are kept on disjoint samples of training rows. DATA is a folder with
 train.jsonl and validation.jsonl.
 """
 
@@ -26,7 +26,10 @@ from torch import Tensor
 from qalora.adapter.ablation import gate_gradients, scoring_mode
 from qalora.adapter.allocation import least_important, plan
 from qalora.adapter.model import attach, rank_parameters, ranks
-from qalora.adapter.round import RoundSettings, starting_shares
+from qalora.adapter.quantization_start import original_weights
+from qalora.adapter.round import RoundSettings, keep_best_corrections
+from qalora.base.checkpoint import Checkpoint, open_checkpoint
+from qalora.base.registry import resolve
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
 
@@ -47,20 +50,20 @@ def main() -> None:
     validation = rows_of("validation", args.batches * max(args.sizes))
     print(f"scoring {len(validation)} rows", file=sys.stderr)
     scores = by_size(args.sizes, args.batches, RowScores.of(model, batched(validation)))
-    fresh = attach(model.unload(), r=8, alpha=16, seed=0)
+    base, checkpoint = model.unload(), open_checkpoint(resolve(recipe.model))[0]
     training = rows_of("train", args.samples * max(args.sizes))
     starts = {}
     for size in args.sizes:
         print(f"starts from {size} rows", file=sys.stderr)
         parts = [training[i * size : (i + 1) * size] for i in range(args.samples)]
-        starts[size] = [shared_out(fresh, batched(part), seed=i) for i, part in enumerate(parts)]
-    again = shared_out(fresh, batched(training[: args.sizes[0]]), seed=args.samples)
+        starts[size] = [started(base, checkpoint, batched(part), seed=i) for i, part in enumerate(parts)]
+    again = started(base, checkpoint, batched(training[: args.sizes[0]]), seed=args.samples)
     results = {
         **environment(),
         "recipe": args.recipe,
         "scores": scores,
         "starts": [start_row(size, maps) for size, maps in starts.items()],
-        "same_rows_other_sketch": overlap(starts[args.sizes[0]][0], again),
+        "same_rows_other_tokens": overlap(starts[args.sizes[0]][0], again),
     }
     write_results(f"stability-{args.recipe}", results, report(results, args))
 
@@ -141,15 +144,18 @@ def after_a_round(scores: Scores) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------ starts
 
 
-def shared_out(model: Any, batch: Sequence[dict[str, Any]], seed: int) -> dict[str, int]:
-    """The ranks with which a run would start had it drawn these rows."""
+def started(base: Any, checkpoint: Checkpoint, batch: Sequence[dict[str, Any]], seed: int) -> dict[str, int]:
+    """The ranks with which a run would begin had it drawn these rows."""
+    model = attach(base, r=8, alpha=16, seed=0)
     even = ranks(model)
     cost = rank_parameters(model, even)
     settings = RoundSettings(
         budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0, scoring="first-order",
         importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0,
     )  # fmt: skip
-    return starting_shares(model, batch, settings, torch.Generator().manual_seed(seed))[0]
+    record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings)
+    model.unload()
+    return record["ranks"]
 
 
 def start_row(size: int, maps: Sequence[dict[str, int]]) -> dict[str, Any]:
@@ -185,10 +191,10 @@ def report(results: Mapping[str, Any], args: argparse.Namespace) -> str:
             "pairs: the share of the 210 pruned ranks that both prune (an eighth by chance), and the overlap of the two maps after "
             "one round. The standard error is that of a rank's score between batches, over the spread of scores between ranks.\n",
             table(r["scores"]),
-            f"Ranks at the start (allocation.start=gradient, 1 to 16 a module) from {args.samples} disjoint samples of training "
+            f"Ranks at the start (allocation.start=scores, 1 to 16 a module) from {args.samples} disjoint samples of training "
             "rows, in pairs, and against maps whose modules were shuffled.\n",
             table(r["starts"]),
-            f"The same {args.sizes[0]} rows with another random sketch: overlap {r['same_rows_other_sketch']:.3f}.\n",
+            f"The same {args.sizes[0]} rows, other tokens of theirs: overlap {r['same_rows_other_tokens']:.3f}.\n",
         ]
     )
 

@@ -131,6 +131,7 @@ def finetune(
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
     from qalora.adapter.quantization_start import original_weights
+    from qalora.base.checkpoint import open_checkpoint
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.cli import DONE, INTERRUPTED
@@ -154,7 +155,11 @@ def finetune(
 
     quantization, lora = recipe.quantization, recipe.lora
     source = resolve(recipe.model)
-    original = original_weights(source) if lora.init == "quantization" and checkpoint is None else None
+    original = None
+    if checkpoint is None:
+        weights, _ = open_checkpoint(source)
+        recipe.choose_start(sixteen_bit=not weights.packed)
+        original = original_weights(weights, source.name) if lora.init == "quantization" else None
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -353,7 +358,7 @@ def fit_to_device(recipe: Recipe, items: list[dict[str, Any]]) -> None:
 
 
 def _as_it_began(recipe: Recipe, output_dir: Path) -> None:
-    """A resumed run keeps what its beginning chose by itself: the dtype, and the settings that were fitted."""
+    """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted."""
     import yaml
 
     from qalora.plan import fitted
@@ -364,6 +369,7 @@ def _as_it_began(recipe: Recipe, output_dir: Path) -> None:
     begun = yaml.safe_load(file.read_text(encoding="utf-8"))
     if recipe.quantization.bnb_4bit_compute_dtype == "auto":
         recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
+    recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]
     if recipe.training.fit:
         for name in fitted(recipe):
             setattr(recipe.training, name, begun["training"][name])

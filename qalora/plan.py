@@ -72,14 +72,14 @@ def main(argv: list[str]) -> int:
 
 def planner(recipe: Recipe, device: str = "cuda") -> Plan:
     """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows."""
-    from qalora.adapter.allocation import MOST
     from qalora.base.memory import plan_memory
     from qalora.base.registry import resolve, shape_of
 
     shape = shape_of(resolve(recipe.model))
     targets = recipe.lora.target_modules
+    recipe = recipe.model_copy(deep=True)
+    recipe.choose_start(sixteen_bit=True)
     dtype = recipe.quantization.bnb_4bit_compute_dtype
-    directions = recipe.lora.r * (MOST if recipe.allocation.start == "gradient" else 1)
     return partial(
         plan_memory,
         shape,
@@ -96,7 +96,7 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
         optim=recipe.training.optim,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         mlp_tile=recipe.training.mlp_tile,
-        directions=directions if recipe.lora.init == "gradient" else 0,
+        directions=recipe.lora.r if recipe.lora.init == "gradient" else 0,
         device=device,
     )
 

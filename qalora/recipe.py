@@ -79,11 +79,12 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    init: Literal["kaiming", "gradient", "quantization"] = Field(
-        "kaiming",
-        description="where ranks point when they are born; gradient: along the leading directions of dL/dW on init_rows "
-        "training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took from it on "
-        "these rows, which needs the 16-bit weights",
+    init: Literal["auto", "kaiming", "gradient", "quantization"] = Field(
+        "auto",
+        description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
+        "dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took "
+        "from it on these rows, which needs the 16-bit weights; auto: quantization where it can be, else gradient, and kaiming "
+        "without rounds of allocation",
     )
     init_rows: int = Field(16, ge=1, description="training rows that init=gradient and init=quantization look at")
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -92,13 +93,15 @@ class LoraSettings(Section):
 
 
 class AllocationConfig(Section):
-    """Algorithm 1 of ALoRA (arXiv 2403.16187); the defaults are the paper's (§4.3, appendix E)."""
+    """Algorithm 1 of ALoRA (arXiv 2403.16187); schedule and scores are the paper's (§4.3, appendix E), the start is not."""
 
-    start: Literal["even", "gradient", "scores"] = Field(
-        "even",
-        description="how the budget is shared out before the first step, 1 to twice lora.r ranks a module; gradient: where dL/dW is "
-        "largest on the rows of lora.init=gradient, which it needs; scores: of twice lora.r ranks of lora.init=quantization, "
-        "those whose ablation on its rows costs most",
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: the paper's settings, for those that are not given beside it"
+    )
+    start: Literal["even", "scores"] | None = Field(
+        None,
+        description="ranks of a module before the first step; even: lora.r; scores: of twice as many, each a correction of "
+        "lora.init=quantization, those that lower the loss most on its rows; null: scores where these are, else even",
     )
     rounds: int = Field(
         8,
@@ -222,10 +225,17 @@ class Recipe(Section):
                 f"training.save_steps={self.training.save_steps} must be a multiple of "
                 f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
             )
-        if self.lora.init == "quantization" and not self.quantization.load_in_4bit:
+        init, start = self.lora.init, self.allocation.start
+        if start == "scores" and init not in ("auto", "quantization"):
             yield (
-                "lora.init=quantization gives back what 4 bits took, and quantization.load_in_4bit is false: nothing was taken; "
-                "set lora.init=kaiming or gradient"
+                f"allocation.start=scores chooses among the ranks of lora.init=quantization, and lora.init is {init}: set "
+                "lora.init=quantization too"
+            )
+        elif (start == "scores" or init == "quantization") and not self.quantization.load_in_4bit:
+            asked = "lora.init=quantization" if init == "quantization" else "allocation.start=scores"
+            yield (
+                f"{asked} gives back what 4 bits took, and quantization.load_in_4bit is false: nothing was taken; leave it out, or "
+                "set lora.init=gradient"
             )
         scoring, kind = self.allocation.scoring, self.allocation.kind
         if (scoring == "path") != (kind == "path") and scoring != "auto":
@@ -233,24 +243,33 @@ class Recipe(Section):
                 f"allocation.importance={kind} is not what allocation.scoring={scoring} measures: path goes with "
                 "scoring path or auto, the others with any but path"
             )
-        needed = {"gradient": "gradient", "scores": "quantization"}.get(self.allocation.start, self.lora.init)
-        if self.lora.init != needed:
-            yield (
-                f"allocation.start={self.allocation.start} chooses among the ranks that lora.init={needed} finds, and lora.init is "
-                f"{self.lora.init}: set lora.init={needed} too"
-            )
         low, high = self.allocation.min_rank, self.allocation.max_rank
         if high is not None and not low <= self.lora.r <= high:
             yield f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}"
         elif low > self.lora.r:
             yield f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r"
         scaling = self.lora.alpha / self.lora.r
-        moving = self.allocation.rounds or self.allocation.start != "even"
+        moving = self.allocation.rounds or start == "scores"
         if moving and any((scaling * r) / r != scaling for r in range(1, 1025)):
             yield (
                 f"lora.alpha={self.lora.alpha} over lora.r={self.lora.r} is a scaling that PEFT cannot keep when ranks "
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
             )
+
+    def choose_start(self, *, sixteen_bit: bool) -> None:
+        """Settles lora.init and allocation.start where they were left open.
+
+        Args:
+            sixteen_bit: the base's 16-bit weights are at hand; a base that is stored in 4 bits has none.
+        """
+        lora, allocation = self.lora, self.allocation
+        if lora.init == "auto":
+            if allocation.start == "scores" or (allocation.rounds and self.quantization.load_in_4bit and sixteen_bit):
+                lora.init = "quantization"
+            else:
+                lora.init = "gradient" if allocation.rounds else "kaiming"
+        if allocation.start is None:
+            allocation.start = "scores" if lora.init == "quantization" and allocation.rounds else "even"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -289,6 +308,20 @@ ALIASES = {
     "lora_rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_target": "lora.target_modules",
+}
+# allocation.preset → what it stands for.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "lora.init": "kaiming",
+        "allocation.start": "even",
+        "allocation.rounds": 8,
+        "allocation.prune_per_round": None,
+        "allocation.warmup": "1 epoch",
+        "allocation.interval": "0.25 epochs",
+        "allocation.val_batch_size": 32,
+        "allocation.importance": "sum",
+        "allocation.budget": "ranks",
+    }
 }
 FORMAT_ALIASES = {"input-output": "prompt-completion", "completion": "text"}
 
@@ -332,12 +365,18 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: s
         InputError: every problem of the file and of the overrides, in one message.
     """
     path = recipe_path(name)
-    settings = read_settings(path)
+    settings = with_preset(read_settings(path))
     if profile is not None:
         if profile not in profile_names():
             raise InputError(f"--profile {profile}: no such profile; there are {', '.join(profile_names())}.")
         settings += read_settings(recipes_dir() / "profiles" / f"{profile}.yaml")
-    return resolve([*settings, *overrides], origin=str(path))
+    return resolve([*settings, *with_preset(overrides)], origin=str(path))
+
+
+def with_preset(settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What allocation.preset stands for, and then the settings that were given beside it, which win."""
+    preset = PRESETS.get(str(dict(settings).get("allocation.preset")), {})
+    return [*preset.items(), *settings]
 
 
 def read_settings(path: Path) -> list[tuple[str, Any]]:

@@ -5,13 +5,22 @@ import yaml
 
 from qalora import recipe as module
 from qalora.errors import InputError
-from qalora.recipe import ALIASES, Recipe, load_recipe, parse_overrides, recipe_path, resolve, setting_types
+from qalora.recipe import (
+    ALIASES,
+    Recipe,
+    load_recipe,
+    parse_overrides,
+    recipe_path,
+    resolve,
+    setting_types,
+    with_preset,
+)
 
 MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return resolve([*MINIMAL, *settings, *more.items()], origin="test")
+    return resolve([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def get(recipe, key):
@@ -39,9 +48,10 @@ def write(tmp_path):
 # --------------------------------------------------------------------------------------------------------- defaults
 
 
-def test_the_papers_defaults():
+@pytest.mark.parametrize("settings", [(), (("allocation.preset", "paper"),)], ids=["defaults", "preset"])
+def test_the_papers_schedule(settings):
     """ALoRA, §4.3 and appendix E."""
-    recipe = build()
+    recipe = build(*settings)
     allocation = recipe.allocation
     assert (recipe.lora.r, allocation.rounds, allocation.prune_per_round, allocation.val_batch_size) == (
         8,
@@ -53,6 +63,39 @@ def test_the_papers_defaults():
     assert (recipe.training.learning_rate, recipe.training.lr_scheduler_type) == (1e-4, "linear")
     assert (recipe.training.warmup_ratio, recipe.training.eval_steps) == (0.06, 200)
     assert (recipe.training.early_stopping_patience, recipe.data.max_seq_len) == (10, 2048)
+
+
+def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_below(write):
+    file = write("model: m\ndata: {train: t}\nallocation: {rounds: 3, budget: parameters}\nlora: {init: gradient}\n")
+    below = load_recipe(file)
+    assert (below.allocation.rounds, below.allocation.budget, below.lora.init) == (3, "parameters", "gradient")
+    recipe = load_recipe(file, [("allocation.interval", 5), ("allocation.preset", "paper"), ("lora.r", 4)])
+    assert (recipe.lora.init, recipe.allocation.start, recipe.allocation.kind) == ("kaiming", "even", "sum")
+    assert (recipe.allocation.rounds, recipe.allocation.interval, recipe.lora.r) == (8, 5, 4)
+    assert recipe.allocation.budget == "ranks"
+    file = write("model: m\ndata: {train: t}\nallocation: {rounds: 3, preset: paper}\n")
+    assert load_recipe(file).allocation.rounds == 3
+    assert "allocation.preset='papers'" in refusal(("allocation.preset", "papers"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sixteen_bit", "init", "start"),
+    [
+        ([], True, "quantization", "scores"),
+        ([], False, "gradient", "even"),
+        ([("quantization.load_in_4bit", False)], True, "gradient", "even"),
+        ([("allocation.rounds", 0)], True, "kaiming", "even"),  # plain LoRA
+        ([("allocation.rounds", 0), ("lora.init", "quantization")], True, "quantization", "even"),
+        ([("allocation.rounds", 0), ("allocation.start", "scores")], True, "quantization", "scores"),
+        ([("allocation.start", "even")], True, "quantization", "even"),
+        ([("lora.init", "kaiming")], True, "kaiming", "even"),
+        ([("allocation.preset", "paper")], True, "kaiming", "even"),
+    ],
+)
+def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start):
+    recipe = build(*settings)
+    recipe.choose_start(sixteen_bit=sixteen_bit)
+    assert (recipe.lora.init, recipe.allocation.start) == (init, start)
 
 
 # ---------------------------------------------------------------------------------------------------------- aliases
@@ -228,20 +271,24 @@ def test_a_setting_of_several_types_is_named_once():
     [
         ([("data.val_set_size", 0)], "no validation rows: set data.validation"),
         ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
-        ([("allocation.start", "gradient")], "lora.init is kaiming: set lora.init=gradient too"),
+        ([("allocation.start", "gradient")], "allocation.start='gradient': input should be 'even' or 'scores'"),
         (
             [("allocation.start", "scores"), ("lora.init", "gradient")],
-            "allocation.start=scores chooses among the ranks that lora.init=quantization finds, and lora.init is gradient",
+            "allocation.start=scores chooses among the ranks of lora.init=quantization, and lora.init is gradient",
         ),
         (
             [("lora.init", "quantization"), ("quantization.load_in_4bit", False)],
             "lora.init=quantization gives back what 4 bits took, and quantization.load_in_4bit is false",
         ),
+        (
+            [("allocation.start", "scores"), ("quantization.load_in_4bit", False)],
+            "allocation.start=scores gives back what 4 bits took, and quantization.load_in_4bit is false",
+        ),
         ([("allocation.max_rank", 4)], "lora.r=8 must lie between allocation.min_rank=0 and max_rank=4"),
         ([("allocation.min_rank", 9)], "allocation.min_rank=9 is above lora.r=8"),
         ([("lora.r", 12), ("lora.alpha", 16)], "make alpha a multiple of r, e.g. lora.alpha=24"),
         (
-            [("lora.r", 12), ("allocation.rounds", 0), ("lora.init", "gradient"), ("allocation.start", "gradient")],
+            [("lora.r", 12), ("allocation.rounds", 0), ("allocation.start", "scores")],
             "make alpha a multiple of r, e.g. lora.alpha=24",
         ),
         ([("allocation.warmup", 1.5)], "allocation.warmup=1.5: give optimizer steps (20), a share"),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-MOST = 2  # times the even share, which no module exceeds at the start; four times was no better on E2E (bench/results)
+MOST = 2  # times the even share, which no module exceeds at the start
 
 
 @dataclass(frozen=True)
@@ -145,39 +145,46 @@ def share_out(count: int, room: Mapping[str, float], average: Mapping[str, float
     return {module: n for module, n in grown.items() if n}
 
 
-def share_by_gain(
-    gains: Mapping[str, Sequence[float]],
+def keep_best(
+    importance: Mapping[str, Sequence[float]],
     cost: Mapping[str, int],
     *,
     ranks: int,
     parameters: int | None = None,
     least: int = 0,
-) -> dict[str, int]:
-    """How many ranks each module gets when the highest gains of all modules get one each.
+) -> AllocationPlan:
+    """Of more ranks than there is budget for, the most important of all modules stay.
 
     Args:
-        gains: module → what its first rank would gain, its second, and so on, falling; as long as its ranks may be many.
+        importance: module → importance of each of its ranks, higher is better.
         cost: module → parameters of one of its ranks.
-        ranks: how many there are to give, in all.
-        parameters: what they have together at most, and then gains count by the parameter; None: only their number counts.
-        least: ranks that every module gets before any has more, where it may have so many.
+        ranks: how many stay, in all.
+        parameters: what they have together at most, and then importance counts by the parameter; None: only their number counts.
+        least: ranks of every module, its best, that stay before any others, where it has so many.
     """
-
-    def worth(module: str, rank: int) -> float:
-        return gains[module][rank] / (1 if parameters is None else cost[module])
-
-    order = {module: position for position, module in enumerate(gains)}
+    order = {module: position for position, module in enumerate(importance)}
     best_first = sorted(
-        (rank >= least, -worth(module, rank), order[module], rank, module)
-        for module, falling in gains.items()
-        for rank in range(len(falling))
+        (
+            place >= least,
+            -importance[module][rank] / (1 if parameters is None else cost[module]),
+            order[module],
+            rank,
+            module,
+        )
+        for module, scores in importance.items()
+        for place, rank in enumerate(sorted(range(len(scores)), key=lambda rank: -scores[rank]))
     )
-    shares, left = dict.fromkeys(gains, 0), math.inf if parameters is None else parameters
-    for _, _, _, _, module in best_first:
-        if ranks and cost[module] <= left:
-            shares[module] += 1
-            ranks, left = ranks - 1, left - cost[module]
-    return shares
+    kept: set[tuple[str, int]] = set()
+    left = math.inf if parameters is None else parameters
+    for _, _, _, rank, module in best_first:
+        if len(kept) < ranks and cost[module] <= left:
+            kept.add((module, rank))
+            left -= cost[module]
+    pruned = {
+        module: tuple(rank for rank in range(len(scores)) if (module, rank) not in kept)
+        for module, scores in importance.items()
+    }
+    return AllocationPlan({module: indices for module, indices in pruned.items() if indices}, {})
 
 
 def affordable(

@@ -61,20 +61,10 @@ def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, gener
         batch: training rows.
         generator: CPU generator of the sketch, for runs that can be repeated.
     """
-    point_along(model, gradient_directions(model, batch, ranks(model), generator))
-
-
-def point_along(model: PeftModel, found: Mapping[str, Directions]) -> None:
-    """Every rank of an adapter whose B is zero along its module's directions, as far as they are known."""
+    found = gradient_directions(model, batch, ranks(model), generator)
     for name, layer in gated_layers(model).items():
         rows = found[name].known[: len(layer.A)]
         layer.A.data[: len(rows)] = rows
-
-
-def expected_gains(directions: Directions, fan_out: int) -> list[float]:
-    """What a rank along each direction would gain at first under Adam, up to a factor that all modules share: the sum of the
-    magnitudes of ∂L/∂B's column, taken as its length times √out, as it is for entries of like size."""
-    return [math.sqrt(fan_out) * slope for slope in directions.slopes.tolist()]
 
 
 def gradient_directions(

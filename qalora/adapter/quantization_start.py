@@ -20,10 +20,9 @@ from torch import Tensor
 from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.gradient_start import START_NORM
 from qalora.adapter.model import gated_layers
-from qalora.base.checkpoint import open_checkpoint
+from qalora.base.checkpoint import Checkpoint
 from qalora.base.prefixes import final_hidden
 from qalora.base.quantized import dequantize
-from qalora.base.registry import ModelSource
 from qalora.errors import InputError
 
 TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
@@ -45,23 +44,21 @@ def start_at_quantization_error(
     """
     inputs = sampled_inputs(model, batch, generator)
     for name, layer in gated_layers(model).items():
-        weight = layer.A.device
-        error = original(name).to(weight, torch.float32) - dequantize(layer.base_layer)
+        error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A
         layer.B.data[:, : len(A)] = B / layer.s
 
 
-def original_weights(source: ModelSource) -> Weights:
+def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
     """The 16-bit weights of a base, read a map at a time.
 
     Raises:
-        InputError: the base cannot be read, or is stored in 4 bits and its 16-bit weights are not there.
+        InputError: the base is stored in 4 bits, and its 16-bit weights are not there; names it by `model`.
     """
-    checkpoint, _ = open_checkpoint(source)
     if checkpoint.packed:
         raise InputError(
-            f"lora.init=quantization gives back what 4 bits took, and --model {source.name} is stored in 4 bits: use the 16-bit model "
+            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
             "that it was made from, or another lora.init."
         )
     return lambda name: checkpoint.tensor(f"{name}.weight")

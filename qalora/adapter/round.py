@@ -1,5 +1,5 @@
-"""One round of Algorithm 1: score every rank, decide, apply, record. And, before the first step, the budget shared out: by the gradient,
-or by the scores of ranks that start at their map's quantization error."""
+"""One round of Algorithm 1: score every rank, decide, apply, record. And one before the first step, among ranks that start at their
+map's quantization error."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import MOST, AllocationPlan, plan, share_by_gain
-from qalora.adapter.gradient_start import (
-    FORWARDS,
-    Directions,
-    expected_gains,
-    gradient_directions,
-    point_along,
-)
-from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, plan
+from qalora.adapter.gradient_start import FORWARDS, gradient_directions
+from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
-from qalora.adapter.scoring import FIRST_ORDER, LEAST_CERTIFIED, Importance, Method, RankScores, score_ranks
+from qalora.adapter.scoring import (
+    FIRST_ORDER,
+    LEAST_CERTIFIED,
+    MIDPOINT,
+    Importance,
+    Method,
+    PerRank,
+    RankScores,
+    midpoint_shares,
+    score_ranks,
+)
 from qalora.adapter.surgery import apply_plan
 
 Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
@@ -113,59 +117,10 @@ def allocation_round(
     return record, scores
 
 
-def share_out_start(
-    model: PeftModel,
-    optimizer: Any,
-    batch: Sequence[MicroBatch],
-    growth: Sequence[MicroBatch],
-    settings: RoundSettings,
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Shares the budget of an untrained adapter out to where ∂L/∂W is largest, and points every rank along it.
-
-    Args:
-        batch: B_val; only its size counts.
-        growth: training rows.
-
-    Returns:
-        (a line of allocation.jsonl without its scores' file, module → the expected gain of each rank that it could have had).
-    """
-    start = time.perf_counter()
-    even = ranks(model)
-    generator = torch.Generator().manual_seed(settings.seed)
-    shares, gains, found = starting_shares(model, growth, settings, generator)
-    decision = _moved(even, shares)
-    apply_plan(model, decision, optimizer, generator=generator)
-    point_along(model, found)
-    record = _applied(model, decision, settings, 0, rank_parameters(model, even)) | {
-        "seconds": time.perf_counter() - start,
-        "forward_equivalents": FORWARDS * _tokens(growth) / _tokens(batch),
-        "certified": False,
-        "exact_evaluations": 0,
-    }
-    return record, gains
-
-
-def starting_shares(
-    model: PeftModel, growth: Sequence[MicroBatch], settings: RoundSettings, generator: torch.Generator
-) -> tuple[dict[str, int], dict[str, list[float]], dict[str, Directions]]:
-    """How the budget of an untrained adapter is shared out; nothing changes.
-
-    Not in the paper: scores by ablation need ranks that have learned something, for with B = 0 each has an importance of zero.
-    Every module keeps a rank, since one without could not come back, and has at most twice its even share.
-
-    Returns:
-        (module → ranks, module → the expected gain of each rank that it could have, module → the directions of these).
-    """
-    layers = gated_layers(model)
-    found = gradient_directions(model, growth, _most(ranks(model), settings), generator)
-    gains = {name: expected_gains(directions, layers[name].B.shape[0]) for name, directions in found.items()}
-    return _shares(model, gains, settings), gains, found
-
-
 def keep_best_corrections(
     model: PeftModel, optimizer: Any, batch: Sequence[MicroBatch], original: Weights, settings: RoundSettings
-) -> tuple[dict[str, Any], RankScores]:
-    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those whose ablation costs
+) -> tuple[dict[str, Any], PerRank]:
+    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that lower the loss
     most: a round of AB-LoRA before the first step, which these ranks allow, for their B is not zero.
 
     Args:
@@ -173,44 +128,26 @@ def keep_best_corrections(
         original: the 16-bit weights (quantization_start.py).
 
     Returns:
-        (a line of allocation.jsonl without its scores' file, the scores of all candidates).
+        (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see `midpoint_shares`).
     """
     start = time.perf_counter()
     even, generator = ranks(model), torch.Generator().manual_seed(settings.seed)
-    candidates = _most(even, settings)
+    candidates = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
     apply_plan(model, _moved(even, candidates), optimizer, generator=generator)
     start_at_quantization_error(model, batch, original, generator=generator)
-    scores = score_ranks(
-        model, batch, "path" if settings.importance == "path" else "first-order", importance=settings.importance
-    )
-    importance = scores.importance
-    best_first = {name: sorted(range(len(of)), key=lambda rank: -of[rank]) for name, of in importance.items()}
-    shares = _shares(model, {name: [importance[name][rank] for rank in best_first[name]] for name in even}, settings)
-    left_out = {name: tuple(sorted(order[shares[name] :])) for name, order in best_first.items()}
-    apply_plan(model, AllocationPlan({name: of for name, of in left_out.items() if of}, {}), optimizer)
-    record = _applied(model, _moved(even, shares), settings, 0, rank_parameters(model, even)) | {
+    importance = midpoint_shares(model, batch)
+    cost = rank_parameters(model, even)
+    # Every module keeps a rank, since one without any could not come back.
+    least = max(1, settings.min_rank)
+    decision = keep_best(importance, cost, ranks=settings.budget, parameters=settings.parameters, least=least)
+    apply_plan(model, decision, optimizer)
+    record = _applied(model, _moved(even, ranks(model)), settings, 0, cost) | {
         "seconds": time.perf_counter() - start,
-        "forward_equivalents": 1 + scores.forward_equivalents,
+        "forward_equivalents": 1 + MIDPOINT,
         "certified": False,
         "exact_evaluations": 0,
     }
-    return record, scores
-
-
-def _most(even: Mapping[str, int], settings: RoundSettings) -> dict[str, int]:
-    """The ranks that a module may start with."""
-    return {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
-
-
-def _shares(model: PeftModel, gains: Mapping[str, Sequence[float]], settings: RoundSettings) -> dict[str, int]:
-    """Module → ranks, for falling gains of each; every module keeps one, since without any it could not come back."""
-    return share_by_gain(
-        gains,
-        rank_parameters(model, gains),
-        ranks=settings.budget,
-        parameters=settings.parameters,
-        least=max(1, settings.min_rank),
-    )
+    return record, importance
 
 
 def _moved(before: Mapping[str, int], after: Mapping[str, int]) -> AllocationPlan:

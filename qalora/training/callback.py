@@ -17,8 +17,7 @@ from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
-from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections, share_out_start
-from qalora.adapter.scoring import RankScores
+from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.data.batching import on_device
 
 console = Console(stderr=True)
@@ -35,7 +34,7 @@ class Start:
     """
 
     init: Literal["kaiming", "gradient", "quantization"]
-    share: Literal["even", "gradient", "scores"]
+    share: Literal["even", "scores"]
     batch: Sequence[MicroBatch] = ()
     original: Weights | None = None
 
@@ -98,7 +97,8 @@ class AllocationCallback(TrainerCallback):
             spent=sum(earlier["forward_equivalents"] for earlier in self.history),
             growth=on_device(self.start.batch if self.start.init == "gradient" else (), args.device),
         )
-        self._keep(record, _written(scores))
+        names = ("method", "loss", "base_loss", "drop", "alone", "importance", "stderr", "exact")
+        self._keep(record, {name: getattr(scores, name) for name in names})
 
     def done(self) -> int:
         """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
@@ -106,14 +106,11 @@ class AllocationCallback(TrainerCallback):
 
     def _begin(self, model: Any, optimizer: Any, batch: Sequence[MicroBatch]) -> None:
         generator = torch.Generator().manual_seed(self.settings.seed)
-        if self.start.original is None and self.start.share == "gradient":
-            record, gains = share_out_start(model, optimizer, self.batch, batch, self.settings)
-            self._keep(record, {"method": "gradient", "importance": gains})
-        elif self.start.original is None:
+        if self.start.original is None:
             start_along_gradient(model, batch, generator=generator)
         elif self.start.share == "scores":
-            record, scores = keep_best_corrections(model, optimizer, batch, self.start.original, self.settings)
-            self._keep(record, _written(scores))
+            record, importance = keep_best_corrections(model, optimizer, batch, self.start.original, self.settings)
+            self._keep(record, {"method": "midpoint", "importance": importance})
         else:
             start_at_quantization_error(model, batch, self.start.original, generator=generator)
 
@@ -125,20 +122,6 @@ class AllocationCallback(TrainerCallback):
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
-
-
-def _written(scores: RankScores) -> dict[str, Any]:
-    """What a file of scores/ holds."""
-    return {
-        "method": scores.method,
-        "loss": scores.loss,
-        "base_loss": scores.base_loss,
-        "drop": scores.drop,
-        "alone": scores.alone,
-        "importance": scores.importance,
-        "stderr": scores.stderr,
-        "exact": scores.exact,
-    }
 
 
 class InterruptCallback(TrainerCallback):

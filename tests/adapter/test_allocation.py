@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from qalora.adapter.allocation import (
     affordable,
     in_steps,
+    keep_best,
     least_important,
     parse_duration,
     plan,
     schedule,
-    share_by_gain,
     share_out,
     undecided,
 )
@@ -177,42 +177,48 @@ def test_the_least_important_gains_are_given_up_by_hand():
 
 
 @given(
-    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(st.floats(0, 9), max_size=6), min_size=1),
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(scores, max_size=6), min_size=1),
     st.integers(0, 30),
     st.none() | st.integers(0, 60),
     st.integers(0, 3),
     st.randoms(),
 )
-def test_no_other_sharing_out_gains_more(gains, ranks, parameters, least, random):
-    gains = {module: sorted(of, reverse=True) for module, of in gains.items()}
-    cost = {module: random.randint(1, 9) for module in gains}
-    shares = share_by_gain(gains, cost, ranks=ranks, parameters=parameters, least=least)
-    spent = sum(cost[module] * n for module, n in shares.items())
-    assert all(0 <= n <= len(gains[module]) for module, n in shares.items())
-    assert sum(shares.values()) <= ranks
+def test_no_better_rank_goes_than_one_that_stays(importance, ranks, parameters, least, random):
+    cost = {module: random.randint(1, 9) for module in importance}
+    decision = keep_best(importance, cost, ranks=ranks, parameters=parameters, least=least)
+    gone = {(module, rank) for module, indices in decision.pruned.items() for rank in indices}
+    stay = {(module, rank) for module, of in importance.items() for rank in range(len(of))} - gone
+    spent = sum(cost[module] for module, _ in stay)
+    shares = {module: sum(of == module for of, _ in stay) for module in importance}
+    assert not decision.grown
+    assert len(stay) <= ranks
     assert parameters is None or spent <= parameters
-    room = [module for module, n in shares.items() if n < len(gains[module])]
-    if sum(shares.values()) < ranks:  # whatever was left is too dear
-        assert all(parameters is not None and spent + cost[module] > parameters for module in room)
-    poor = [module for module in gains if shares[module] < min(least, len(gains[module]))]
+    if len(stay) < ranks:  # whatever went is too dear
+        assert all(parameters is not None and spent + cost[module] > parameters for module, _ in gone)
+    for module, rank in stay:  # within a module, always the best
+        assert all(importance[module][rank] >= importance[of][other] for of, other in gone if of == module)
+    poor = [module for module, of in importance.items() if shares[module] < min(least, len(of))]
     if parameters is None and poor:
         assert all(n <= least for n in shares.values())
-    elif parameters is None:  # the worst that was given beats the best that was not
-        given = [gains[module][n - 1] for module, n in shares.items() if n > least]
-        assert not given or not room or min(given) >= max(gains[module][shares[module]] for module in room)
+    elif parameters is None:  # among those that no module was owed, the worst that stayed beats the best that went
+        free = [min(importance[of][rank] for of, rank in stay if of == m) for m, n in shares.items() if n > least]
+        assert not free or not gone or min(free) >= max(importance[module][rank] for module, rank in gone)
 
 
-def test_shares_by_gain_by_hand():
-    gains, cost = (
-        {"wide": [8.0, 6.0, 1.0], "narrow": [5.0, 2.0, 1.5], "idle": [0.1, 0.0]},
-        {"wide": 4, "narrow": 1, "idle": 1},
-    )
-    assert share_by_gain(gains, cost, ranks=4) == {"wide": 2, "narrow": 2, "idle": 0}
-    assert share_by_gain(gains, cost, ranks=4, least=1) == {"wide": 2, "narrow": 1, "idle": 1}
+def test_keep_best_by_hand():
+    importance = {"wide": [1.0, 8.0, 6.0], "narrow": [5.0, 1.5, 2.0], "idle": [0.0, 0.1]}
+    cost = {"wide": 4, "narrow": 1, "idle": 1}
+
+    def pruned(**limits):
+        return keep_best(importance, cost, **limits).pruned
+
+    assert pruned(ranks=4) == {"wide": (0,), "narrow": (1,), "idle": (0, 1)}
+    assert pruned(ranks=4, least=1) == {"wide": (0,), "narrow": (1, 2), "idle": (0,)}
     # By the parameter: narrow 5, 2, 1.5; wide 2, 1.5, 0.25; ties go by module order.
-    assert share_by_gain(gains, cost, ranks=9, parameters=9) == {"wide": 1, "narrow": 3, "idle": 2}
-    assert share_by_gain(gains, cost, ranks=9, parameters=11) == {"wide": 2, "narrow": 3, "idle": 0}
-    assert share_by_gain(gains, cost, ranks=3, parameters=100) == {"wide": 1, "narrow": 2, "idle": 0}
+    assert pruned(ranks=9, parameters=9) == {"wide": (0, 2)}
+    assert pruned(ranks=9, parameters=11) == {"wide": (0,), "idle": (0, 1)}
+    assert pruned(ranks=3, parameters=100) == {"wide": (0, 2), "narrow": (1,), "idle": (0, 1)}
+    assert pruned(ranks=8) == {}
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -14,6 +14,7 @@ from qalora.adapter.quantization_start import (
     sampled_inputs,
     start_at_quantization_error,
 )
+from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import load_base
 from qalora.base.quantized import dequantize
 from qalora.base.registry import resolve
@@ -107,7 +108,7 @@ def test_inputs_are_those_of_real_tokens_and_a_few_hundred(tiny_llama, make_batc
 def test_a_base_stored_in_4_bits_is_refused(save_tiny_llama, tmp_path):
     loaded = load_base(resolve(str(save_tiny_llama(tmp_path / "whole"))), dtype="float32")
     loaded.model.save_pretrained(tmp_path / "4bit")
-    weights = original_weights(resolve(str(tmp_path / "whole")))
+    weights = original_weights(open_checkpoint(resolve(str(tmp_path / "whole")))[0], "whole")
     assert weights("model.layers.0.mlp.up_proj").shape == (128, 64)
     with pytest.raises(InputError, match=r"4bit is stored in 4 bits: use the 16-bit model"):
-        original_weights(resolve(str(tmp_path / "4bit")))
+        original_weights(open_checkpoint(resolve(str(tmp_path / "4bit")))[0], "small-4bit")

@@ -13,7 +13,7 @@ from qalora.adapter.ablation import (
 from qalora.adapter.allocation import least_important
 from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers
-from qalora.adapter.scoring import score_ranks
+from qalora.adapter.scoring import midpoint_shares, score_ranks
 
 BASES = [pytest.param(False, id="plain"), pytest.param(True, id="4bit")]
 V = "model.layers.0.self_attn.v_proj"
@@ -335,6 +335,16 @@ def test_path_is_the_integral_of_the_gate_gradients(tiny_adapter, make_batch):
         rtol=0.01,
         atol=1e-5,
     )
+
+
+def test_midpoint_shares_are_the_slopes_half_way(tiny_adapter, randomize_B, make_batch):
+    """And the smaller the ranks, the nearer they are to the whole integral."""
+    model, batch = tiny_adapter(), make_batch(rows=4)
+    half = mean_gate_gradients(model, batch, 0.5)
+    assert_close(midpoint_shares(model, split(batch, 1, 3)), {name: (-of).tolist() for name, of in half.items()})
+    randomize_B(model, std=5e-3)
+    whole = score_ranks(model, [batch], "path", importance="path").importance
+    assert_close(midpoint_shares(model, [batch]), whole, rtol=2e-2, atol=1e-6)
 
 
 def test_path_goes_with_path(tiny_adapter, make_batch):
