@@ -158,7 +158,7 @@ def finetune(
     original = None
     if checkpoint is None:
         weights, _ = open_checkpoint(source)
-        recipe.choose_start(sixteen_bit=not weights.packed)
+        lora.init, recipe.allocation.start = recipe.chosen_start(sixteen_bit=not weights.packed)
         original = original_weights(weights, source.name) if lora.init == "quantization" else None
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
@@ -226,7 +226,7 @@ def finetune(
 
     model = trainer.model
     begun = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    seconds = sum(record["seconds"] for record in allocator.history if record["step"] > begun)
+    seconds = sum(record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > begun)
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
         "rounds": allocator.done(),

@@ -77,8 +77,7 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
 
     shape = shape_of(resolve(recipe.model))
     targets = recipe.lora.target_modules
-    recipe = recipe.model_copy(deep=True)
-    recipe.choose_start(sixteen_bit=True)
+    init, _ = recipe.chosen_start(sixteen_bit=True)
     dtype = recipe.quantization.bnb_4bit_compute_dtype
     return partial(
         plan_memory,
@@ -96,7 +95,7 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
         optim=recipe.training.optim,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         mlp_tile=recipe.training.mlp_tile,
-        directions=recipe.lora.r if recipe.lora.init == "gradient" else 0,
+        directions=recipe.lora.r if init == "gradient" else 0,
         device=device,
     )
 

@@ -21,6 +21,8 @@ from qalora.base.memory import Checkpointing
 from qalora.errors import InputError
 
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
+Init = Literal["kaiming", "gradient", "quantization"]
+Share = Literal["even", "scores"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 
 
@@ -79,7 +81,7 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    init: Literal["auto", "kaiming", "gradient", "quantization"] = Field(
+    init: Literal["auto"] | Init = Field(
         "auto",
         description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
         "dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took "
@@ -98,15 +100,16 @@ class AllocationConfig(Section):
     preset: Literal["paper"] | None = Field(
         None, description="paper: the paper's settings, for those that are not given beside it"
     )
-    start: Literal["even", "scores"] | None = Field(
+    start: Share | None = Field(
         None,
         description="ranks of a module before the first step; even: lora.r; scores: of twice as many, each a correction of "
         "lora.init=quantization, those that lower the loss most on its rows; null: scores where these are, else even",
     )
-    rounds: int = Field(
-        8,
+    rounds: int | None = Field(
+        None,
         ge=0,
-        description="N_A, rounds of pruning and growing at most; 0: ranks stay as they start, which is plain LoRA by default",
+        description="N_A, rounds of pruning and growing at most; null: the paper's 8, and no more than one for every 100 steps of the "
+        "run, for in runs of 36 to 160 steps they gave nothing; 0: ranks stay as they start, which is plain LoRA by default",
     )
     prune_per_round: int | None = Field(None, ge=1, description="n_A, ranks; null: one per module")
     warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
@@ -124,10 +127,14 @@ class AllocationConfig(Section):
     min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
     max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
     budget: Literal["ranks", "parameters"] = Field(
-        "ranks",
+        "parameters",
         description="what never rises above the start: the number of ranks, or that and their parameters, for a rank of a wide "
         "map has more of them",
     )
+
+    def rounds_in(self, total_steps: int) -> int:
+        """N_A of a run of so many optimizer steps."""
+        return min(8, total_steps // 100) if self.rounds is None else self.rounds
 
     @property
     def kind(self) -> Literal["sum", "drop", "alone", "path"]:
@@ -249,27 +256,26 @@ class Recipe(Section):
         elif low > self.lora.r:
             yield f"allocation.min_rank={low} is above lora.r={self.lora.r}: lower it, or raise lora.r"
         scaling = self.lora.alpha / self.lora.r
-        moving = self.allocation.rounds or start == "scores"
+        moving = self.allocation.rounds != 0 or start == "scores"
         if moving and any((scaling * r) / r != scaling for r in range(1, 1025)):
             yield (
                 f"lora.alpha={self.lora.alpha} over lora.r={self.lora.r} is a scaling that PEFT cannot keep when ranks "
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
             )
 
-    def choose_start(self, *, sixteen_bit: bool) -> None:
-        """Settles lora.init and allocation.start where they were left open.
+    def chosen_start(self, *, sixteen_bit: bool) -> tuple[Init, Share]:
+        """lora.init and allocation.start, settled where they were left open.
 
         Args:
             sixteen_bit: the base's 16-bit weights are at hand; a base that is stored in 4 bits has none.
         """
-        lora, allocation = self.lora, self.allocation
-        if lora.init == "auto":
-            if allocation.start == "scores" or (allocation.rounds and self.quantization.load_in_4bit and sixteen_bit):
-                lora.init = "quantization"
+        init, start, moving = self.lora.init, self.allocation.start, self.allocation.rounds != 0
+        if init == "auto":
+            if start == "scores" or (moving and self.quantization.load_in_4bit and sixteen_bit):
+                init = "quantization"
             else:
-                lora.init = "gradient" if allocation.rounds else "kaiming"
-        if allocation.start is None:
-            allocation.start = "scores" if lora.init == "quantization" and allocation.rounds else "even"
+                init = "gradient" if moving else "kaiming"
+        return init, start or ("scores" if init == "quantization" and moving else "even")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.registry import resolve
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import check_output_dir, find_checkpoint, main
 from qalora.recipe import load_recipe
@@ -300,22 +302,38 @@ def test_a_start_at_the_quantization_error_begins_like_the_16_bit_model_and_resu
 
 
 def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetune):
-    more = ("lora.init=quantization", "allocation.start=scores", "allocation.budget=parameters")
+    more = ("lora.init=auto", "allocation.start=null", "allocation.budget=parameters")  # as by default
     _, even = finetune("allocation.rounds=0", output="even")
     code, straight = finetune(*more, output="straight")
     assert code == 0
+    resolved = load_recipe(str(straight / "recipe.yaml"))
+    assert (resolved.lora.init, resolved.allocation.start) == ("quantization", "scores")
     first, *rounds = records(straight)
     assert first["step"] == 0 and [record["step"] for record in rounds] == [4, 8]
     assert len(set(first["ranks"].values())) > 1 and first["total_rank"] <= first["budget"]
     parameters = sum(tensor.numel() for tensor in load_file(even / "adapter" / "adapter_model.safetensors").values())
     assert all(record["parameters"] <= parameters for record in (first, *rounds))
     candidates = json.loads((straight / first["scores"]).read_text())["importance"]
-    assert {len(values) for values in candidates.values()} == {2 * load_recipe(str(straight / "recipe.yaml")).lora.r}
+    assert {len(values) for values in candidates.values()} == {2 * resolved.lora.r}
     finetune(*more, output="resumed")
     _, resumed = finetune(
         *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
     )
     assert losses(resumed) == losses(straight)
+
+
+def test_a_base_stored_in_4_bits_starts_along_the_gradient(finetune, model_dir, tmp_path):
+    stored = tmp_path / "stored-4bit"
+    source = resolve(str(model_dir))
+    tokenizer = load_tokenizer(source)
+    load_base(source, tokenizer=tokenizer, dtype="float32").model.save_pretrained(stored)
+    tokenizer.save_pretrained(stored)
+    open_to_choice = ("--model", str(stored), "lora.init=auto", "allocation.start=null")
+    code, folder = finetune(*open_to_choice, "allocation.rounds=null", "training.max_steps=3", output="stored")
+    assert code == 0
+    resolved = load_recipe(str(folder / "recipe.yaml"))
+    assert (resolved.lora.init, resolved.allocation.start) == ("gradient", "even")
+    assert not records(folder)  # so short a run has no rounds
 
 
 def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune):

@@ -53,16 +53,19 @@ def test_the_papers_schedule(settings):
     """ALoRA, §4.3 and appendix E."""
     recipe = build(*settings)
     allocation = recipe.allocation
-    assert (recipe.lora.r, allocation.rounds, allocation.prune_per_round, allocation.val_batch_size) == (
-        8,
-        8,
-        None,
-        32,
-    )
+    assert (recipe.lora.r, allocation.prune_per_round, allocation.val_batch_size) == (8, None, 32)
+    assert allocation.rounds_in(2000) == 8
     assert (allocation.warmup, allocation.interval) == ("1 epoch", "0.25 epochs")
     assert (recipe.training.learning_rate, recipe.training.lr_scheduler_type) == (1e-4, "linear")
     assert (recipe.training.warmup_ratio, recipe.training.eval_steps) == (0.06, 200)
     assert (recipe.training.early_stopping_patience, recipe.data.max_seq_len) == (10, 2048)
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(99, 0), (100, 1), (250, 2), (799, 7), (800, 8), (10_000, 8)])
+def test_a_round_for_every_hundred_steps_unless_it_is_given(steps, rounds):
+    assert build().allocation.rounds_in(steps) == rounds
+    assert build(("allocation.rounds", 5)).allocation.rounds_in(steps) == 5
+    assert build(("allocation.preset", "paper")).allocation.rounds_in(steps) == 8
 
 
 def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_below(write):
@@ -93,9 +96,7 @@ def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_belo
     ],
 )
 def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start):
-    recipe = build(*settings)
-    recipe.choose_start(sixteen_bit=sixteen_bit)
-    assert (recipe.lora.init, recipe.allocation.start) == (init, start)
+    assert build(*settings).chosen_start(sixteen_bit=sixteen_bit) == (init, start)
 
 
 # ---------------------------------------------------------------------------------------------------------- aliases

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.data.batching import on_device
+from qalora.recipe import Init, Share
 
 console = Console(stderr=True)
 
@@ -33,8 +34,8 @@ class Start:
         original: the base's 16-bit weights, for init=quantization.
     """
 
-    init: Literal["kaiming", "gradient", "quantization"]
-    share: Literal["even", "scores"]
+    init: Init
+    share: Share
     batch: Sequence[MicroBatch] = ()
     original: Weights | None = None
 

@@ -192,7 +192,7 @@ def build_trainer(
             else None,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
-        Start(recipe.lora.init, allocation.start, starting_batch(recipe, rows, collate), original),
+        Start(*recipe.chosen_start(sixteen_bit=original is not None), starting_batch(recipe, rows, collate), original),
         output_dir,
     )
     interrupt = InterruptCallback()
@@ -245,7 +245,7 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     rounds = schedule(
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        rounds=allocation.rounds,
+        rounds=allocation.rounds_in(total_steps),
         warmup=allocation.warmup,
         interval=allocation.interval,
     )
