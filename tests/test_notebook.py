@@ -53,7 +53,9 @@ def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch, run_pyth
     assert "4-bit weights" in printed["plan"]
     assert all(f"{when}: rows 2" in printed["look"] for when in ("before", "after"))
     run = tmp_path / "run"
-    assert json.loads((run / "allocation.jsonl").read_text())["total_rank"] == 1680 // 2
+    moves = [json.loads(line) for line in (run / "allocation.jsonl").read_text().splitlines()]
+    assert [move["step"] for move in moves] == [0, 2]
+    assert all(0.95 * move["budget"] < move["total_rank"] <= move["budget"] == 1680 // 2 for move in moves)
     assert (run / "merged" / "model.safetensors").exists() and list((run / "gguf").glob("*.gguf"))
     report = json.loads((run / "merged" / "merge.json").read_text())
     assert report["max_logit_difference"] >= 0 and report["greedy_agreement"] > 0.9

@@ -10,6 +10,8 @@ import torch
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.model import attach, gated_layers, ranks
+from qalora.adapter.quantization_start import start_at_quantization_error
+from qalora.adapter.round import RoundSettings, keep_best_corrections
 from qalora.adapter.surgery import apply_plan
 from qalora.base.quantized import quantize_
 from qalora.training.activations import set_checkpointing
@@ -55,6 +57,33 @@ def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama,
     assert ranks(model)[first] == 32
     assert ranks(model)[last] == 96
     assert losses[-1] < losses[3] < losses[0]
+
+
+def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_loss(tiny_llama, make_batch):
+    whole = tiny_llama(seed=3)
+    weights = {name: module.weight.detach() for name, module in whole.named_modules() if hasattr(module, "weight")}
+    batch = make_batch(rows=8, tokens=24)
+    on_card = {key: value.cuda() for key, value in batch.items()}
+
+    def model(r):
+        base = tiny_llama(seed=3).to("cuda", torch.bfloat16)
+        quantize_(base, compute_dtype=torch.bfloat16)
+        return attach(base, r=r, alpha=2 * r)
+
+    @torch.no_grad()
+    def losses(model, batch):
+        return model(**batch).row_losses.cpu()
+
+    wanted, corrected, best = losses(whole, batch), model(192), model(48)
+    before = losses(best, on_card)
+    start_at_quantization_error(corrected, [on_card], weights.__getitem__, generator=torch.Generator().manual_seed(0))
+    assert (losses(corrected, on_card) - wanted).abs().max() < 0.3 * (before - wanted).abs().max()
+    settings = RoundSettings(
+        budget=48 * 14, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
+    )
+    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings)
+    assert record["total_rank"] == 48 * 14
+    assert losses(best, on_card).sum() < before.sum()
 
 
 def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_batch, randomize_B):
