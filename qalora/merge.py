@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,6 @@ def main(argv: list[str]) -> int:
     from qalora.deploy.merging import merge
 
     original = args.base == "original" or args.no_quantize
-    if original:
-        warn_of_other_base(args.adapter, "--base original has nothing of that to correct")
     report = merge(
         source,
         args.adapter,
@@ -116,7 +113,6 @@ def main(argv: list[str]) -> int:
 def export(args: argparse.Namespace, source: Any) -> int:
     from qalora.deploy.export import export_adapter
 
-    warn_of_other_base(args.adapter, "the adapter alone fits that base (NF4 by bitsandbytes) best")
     report = export_adapter(args.adapter, args.output, args.format, source=source, overwrite=args.overwrite)
     print(
         f"{args.output}: {report['modules']} modules, largest rank {report['rank']}; s · B A differs by at most "
@@ -129,38 +125,6 @@ def export(args: argparse.Namespace, source: Any) -> int:
     return 0
 
 
-def run_of(adapter: str) -> tuple[Path, Mapping[str, Any]]:
-    """The recipe of the run that the adapter lies in, as a tree; an empty one for an adapter from elsewhere.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    import yaml
-
-    from qalora.errors import InputError
-
-    file = Path(adapter).resolve().parent / "recipe.yaml"
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: not the recipe of a run (a {type(tree).__name__}).")
-    return file, tree
-
-
-def warn_of_other_base(adapter: str, what: str) -> None:
-    """Says that an adapter which began as a correction of 4-bit weights is about to meet others."""
-    _, tree = run_of(adapter)
-    lora = tree.get("lora")
-    if isinstance(lora, dict) and lora.get("init") == "quantization":
-        print(
-            f"note: the ranks of this run began as corrections of its 4-bit weights (lora.init=quantization), and {what}; for 16-bit weights, "
-            "merge with --base dequantized, or train with lora.init=gradient",
-            file=sys.stderr,
-        )
-
-
 def trained_quantization(args: argparse.Namespace) -> Any:
     """How the weights of the training were quantized, None if not: by the flags, by the run that the adapter lies in,
     by default.
@@ -169,6 +133,7 @@ def trained_quantization(args: argparse.Namespace) -> Any:
         InputError: the run's recipe.yaml cannot be read.
     """
     import torch
+    import yaml
     from pydantic import ValidationError
 
     from qalora.base.checkpoint import Quantization
@@ -176,11 +141,12 @@ def trained_quantization(args: argparse.Namespace) -> Any:
     from qalora.errors import InputError
     from qalora.recipe import QuantizationConfig
 
-    file, tree = run_of(args.adapter)
+    run = Path(args.adapter).resolve().parent / "recipe.yaml"
     try:
+        tree = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else {}
         settings = QuantizationConfig.model_validate(tree.get("quantization", {}))
-    except ValidationError as error:
-        raise InputError(f"{file}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
+    except (yaml.YAMLError, AttributeError, ValidationError) as error:
+        raise InputError(f"{run}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
     if not settings.load_in_4bit:
         return None
     dtype = args.bnb_4bit_compute_dtype or settings.bnb_4bit_compute_dtype

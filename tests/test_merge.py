@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -71,23 +70,6 @@ def test_every_format_ends_in_its_file(folder, adapter, tmp_path, format):
     file = {"gguf": "model.gguf", "gguf-lora": "adapter.gguf"}.get(format, "adapter_model.safetensors")
     assert (output / file).is_file()
     assert json.loads((output / "merge.json").read_text())["format"] == format
-
-
-@pytest.mark.parametrize(
-    ("init", "flags", "noted"),
-    [
-        ("quantization", ["--base", "original"], True),
-        ("quantization", ["--format", "peft"], True),
-        ("quantization", [], False),
-        ("gradient", ["--base", "original"], False),
-    ],
-)
-def test_corrections_of_4_bit_weights_on_other_weights_are_noted(folder, adapter, tmp_path, capsys, init, flags, noted):
-    shutil.copytree(adapter, tmp_path / "adapter")
-    (tmp_path / "recipe.yaml").write_text(f"lora: {{init: {init}}}")
-    arguments = ["--model", str(folder), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
-    assert main([*arguments, "--no-verify", *flags]) == 0
-    assert ("lora.init=quantization" in capsys.readouterr().err) == noted
 
 
 def asked(adapter, *flags):
