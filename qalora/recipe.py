@@ -16,13 +16,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qalora.adapter.allocation import parse_duration
+from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.base.memory import Checkpointing
 from qalora.errors import InputError
 
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
-Init = Literal["kaiming", "gradient", "quantization"]
-Share = Literal["even", "scores"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 
 
@@ -325,7 +323,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation.warmup": "1 epoch",
         "allocation.interval": "0.25 epochs",
         "allocation.val_batch_size": 32,
-        "allocation.importance": "sum",
+        "allocation.importance": None,
         "allocation.budget": "ranks",
     }
 }

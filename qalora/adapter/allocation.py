@@ -9,7 +9,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+Init = Literal["kaiming", "gradient", "quantization"]  # where new ranks point
+Share = Literal["even", "scores"]  # how the budget is shared out before the first step
 MOST = 2  # times the even share, which no module exceeds at the start
 
 

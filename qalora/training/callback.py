@@ -14,12 +14,11 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Schedule
+from qalora.adapter.allocation import Init, Schedule, Share
 from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.data.batching import on_device
-from qalora.recipe import Init, Share
 
 console = Console(stderr=True)
 

@@ -340,7 +340,7 @@ def test_path_is_the_integral_of_the_gate_gradients(tiny_adapter, make_batch):
 def test_midpoint_shares_are_the_slopes_half_way(tiny_adapter, randomize_B, make_batch):
     """And the smaller the ranks, the nearer they are to the whole integral."""
     model, batch = tiny_adapter(), make_batch(rows=4)
-    half = mean_gate_gradients(model, batch, 0.5)
+    half = mean_gate_gradients(model, [batch], 0.5)
     assert_close(midpoint_shares(model, split(batch, 1, 3)), {name: (-of).tolist() for name, of in half.items()})
     randomize_B(model, std=5e-3)
     whole = score_ranks(model, [batch], "path", importance="path").importance
