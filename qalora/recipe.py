@@ -107,7 +107,7 @@ class AllocationConfig(Section):
         None,
         ge=0,
         description="N_A, rounds of pruning and growing at most; null: the paper's 8, and no more than one for every 100 steps of the "
-        "run, for in runs of 36 to 160 steps they gave nothing; 0: ranks stay as they start, which is plain LoRA by default",
+        "run, for in runs of 36 and 80 steps they gave nothing; 0: ranks stay as they start, which is plain LoRA by default",
     )
     prune_per_round: int | None = Field(None, ge=1, description="n_A, ranks; null: one per module")
     warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
