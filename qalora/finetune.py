@@ -157,9 +157,12 @@ def finetune(
     source = resolve(recipe.model)
     original = None
     if checkpoint is None:
-        weights, _ = open_checkpoint(source)
-        lora.init, recipe.allocation.start = recipe.chosen_start(sixteen_bit=not weights.packed)
-        original = original_weights(weights, source.name) if lora.init == "quantization" else None
+        init, _ = recipe.chosen_start(sixteen_bit=True)
+        weights = open_checkpoint(source)[0] if init == "quantization" else None  # no other start reads them
+        sixteen_bit = weights is not None and not weights.packed
+        lora.init, recipe.allocation.start = recipe.chosen_start(sixteen_bit=sixteen_bit)
+        if weights is not None and lora.init == "quantization":
+            original = original_weights(weights, source.name)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -315,11 +315,14 @@ def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetu
     assert all(record["parameters"] <= parameters for record in (first, *rounds))
     candidates = json.loads((straight / first["scores"]).read_text())["importance"]
     assert {len(values) for values in candidates.values()} == {2 * resolved.lora.r}
+    assert candidates.keys() == first["ranks"].keys()
+    assert json.loads((straight / "metrics.json").read_text())["allocation"]["rounds"] == 2
     finetune(*more, output="resumed")
     _, resumed = finetune(
         *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
     )
     assert losses(resumed) == losses(straight)
+    assert [record["ranks"] for record in records(resumed)] == [record["ranks"] for record in records(straight)]
 
 
 def test_a_base_stored_in_4_bits_starts_along_the_gradient(finetune, model_dir, tmp_path):

@@ -40,7 +40,7 @@ SAMPLE = 24  # ranks ablated at random, from which the residual of first order i
 MARGIN = 1.5  # the band over the largest residual that was seen
 NOISE_RANKS, NOISE_STEP = 6, 1 / 16
 FIRST_ORDER = 2 * 3.0  # forwards of first order: two passes of a forward and a backward
-MIDPOINT = 3.0
+MIDPOINT = 3.0  # of the midpoint rule: one such pass
 LEAST_CERTIFIED = 2 * (2 + NOISE_RANKS + SAMPLE)  # forwards below which certified scoring could ablate only its sample
 BUDGET = 0.04  # forwards of a certified scoring, as a share of the naive loop's 1 + 2R
 
