@@ -85,10 +85,11 @@ CHOSEN_ON = ("sst2", "e2e")  # in the core grid, a method's learning rate is cho
 
 @dataclass(frozen=True)
 class Method:
-    """`kind` builds and trains; the settings are the recipe's."""
+    """`kind` builds and trains; the settings are the recipe's; a control takes the learning rate of what it controls."""
 
     kind: str = "qalora"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    controls: str | None = None
 
 
 def ours(**settings: Any) -> Method:
@@ -108,13 +109,13 @@ CORE = {
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
-    "random-scores": replace(ours(**SCORES), kind="random"),
+    "random-scores": replace(ours(**SCORES), kind="random", controls="alora-scores"),
     "alora": ours(**ALLOCATION),
     "alora-scores": ours(**SCORES),
 }
 FULL = CORE | {
-    "random": replace(ours(**ALLOCATION), kind="random"),
-    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random"),
+    "random": replace(ours(**ALLOCATION), kind="random", controls="alora"),
+    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random", controls="alora-gradient"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
     "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
@@ -135,10 +136,7 @@ class Run:
     learning_rate: float
     split: str  # measured on: validation, which chooses the learning rate, or test
     steps: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.task, self.method, self.seed, self.learning_rate, self.split, self.steps)
+    dtype: str  # in which the 4-bit base computes
 
 
 def main() -> None:
@@ -149,7 +147,7 @@ def main() -> None:
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     elif args.smoke:
-        for line in processes([Run("e2e", name, 0, 1e-3, "validation", 2) for name in FULL], args):
+        for line in processes([Run("e2e", name, 0, 1e-3, "validation", 2, args.dtype) for name in FULL], args):
             print(f"{line['run']['method']}: loss {line['result']['loss']:.4f}, {line['seconds']:.0f} s")
     else:
         fill(args)
@@ -161,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", choices=("core", "full"), default="core")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/METHOD", help="patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--dtype", default="bfloat16", help="in which the 4-bit base computes; one for the whole file")
+    parser.add_argument("--dtype", default="bfloat16", help="to compute in: float32 on a CPU without bf16 products")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: each has one CPU thread")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true")
@@ -170,9 +168,6 @@ def parser() -> argparse.ArgumentParser:
 
 def fill(args: argparse.Namespace) -> None:
     """Runs what the file lacks, learning rates first, and appends each result as it comes."""
-    others = {line["dtype"] for line in read(FILE)} - {args.dtype}
-    if others:
-        sys.exit(f"{FILE} holds runs computed in {', '.join(others)}: go on with --dtype {others.pop()}")
     methods = CORE if args.grid == "core" else FULL
     names = [
         (task, method)
@@ -182,21 +177,22 @@ def fill(args: argparse.Namespace) -> None:
     ]
 
     def run_all(runs: Iterable[Run]) -> None:
-        there = {Run(**line["run"]).key for line in read(FILE) if args.grid == "core" or complete(line)}
-        for line in processes([run for run in runs if run.key not in there], args):
+        there = {Run(**line["run"]) for line in read(FILE) if args.grid == "core" or complete(line)}
+        for line in processes([run for run in runs if run not in there], args):
             with FILE.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
 
     choosing = CHOSEN_ON if args.grid == "core" else tuple(TASKS)
+    lines = read(FILE)
     run_all(
-        Run(task, method, SEEDS[0], rate, "validation", TASKS[task].steps)
+        Run(task, method, SEEDS[0], rate, "validation", TASKS[task].steps, args.dtype)
         for task, method in names
-        if task in choosing
+        if task in choosing and not methods[method].controls and validation_losses(lines, method, task) is None
         for rate in LEARNING_RATES
     )
     lines = read(FILE)
     run_all(
-        Run(task, method, seed, rate, "test", TASKS[task].steps)
+        Run(task, method, seed, rate, "test", TASKS[task].steps, args.dtype)
         for seed in args.seeds
         for task, method in names
         if (rate := best_rate(lines, method, (task,) if args.grid == "full" else CHOSEN_ON)) is not None
@@ -211,18 +207,20 @@ def complete(line: Mapping[str, Any]) -> bool:
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
     """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is missing."""
-    sums = dict.fromkeys(LEARNING_RATES, 0.0)
-    for task in tasks:
-        found = {
-            line["run"]["learning_rate"]: line["result"]["loss"]
-            for line in lines
-            if (line["run"]["task"], line["run"]["method"], line["run"]["split"]) == (task, method, "validation")
-            and line["run"]["learning_rate"] in LEARNING_RATES
-        }
-        if set(found) != set(LEARNING_RATES):
-            return None
-        sums = {rate: total + found[rate] for rate, total in sums.items()}
-    return min(sums, key=sums.__getitem__)
+    found = [validation_losses(lines, FULL[method].controls or method, task) for task in tasks]
+    if None in found:
+        return None
+    return min(LEARNING_RATES, key=lambda rate: sum(losses[rate] for losses in found if losses))
+
+
+def validation_losses(lines: Sequence[Mapping[str, Any]], method: str, task: str) -> dict[float, float] | None:
+    """Learning rate → loss on validation rows, all computed in one dtype; None where a rate is missing in each."""
+    found: dict[str, dict[float, float]] = {}
+    for line in lines:
+        run = line["run"]
+        if (run["task"], run["method"], run["split"]) == (task, method, "validation"):
+            found.setdefault(run["dtype"], {})[run["learning_rate"]] = line["result"]["loss"]
+    return next((losses for losses in found.values() if set(LEARNING_RATES) <= set(losses)), None)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -259,7 +257,7 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
     task, method = TASKS[run.task], FULL[run.method]
     recipe = recipe_of(run, task, method, args)
-    base, tokenizer = loaded(args.dtype)
+    base, tokenizer = loaded(run.dtype)
     # GSM8K has no validation split: the rows behind those that are trained on take its place.
     has_validation = (args.data / run.task / "validation.jsonl").is_file()
     needed = 8 * run.steps
@@ -292,7 +290,6 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         result |= answered(model, tokenizer, rows("test", 10**9), task.answers, recipe)
     return {
         "run": vars(run),
-        "dtype": args.dtype,
         "result": result,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
@@ -325,7 +322,7 @@ def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) ->
             *task.settings,
             ("model", MODEL),
             ("data.train", str(args.data / run.task / "train.jsonl")),
-            ("quantization.bnb_4bit_compute_dtype", args.dtype),
+            ("quantization.bnb_4bit_compute_dtype", run.dtype),
             ("training.micro_batch_size", 8),
             ("training.gradient_accumulation_steps", 1),
             ("training.gradient_checkpointing", False),

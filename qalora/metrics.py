@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -144,8 +145,8 @@ def row_losses(
     """Summed cross-entropy of each item over its supervised tokens: (rows,) floats, nats, in the order of
     `items`."""
     collate = Collator(tokenizer.pad_token_id)
-    by_length = sorted(range(len(items)), key=lambda i: -len(items[i]["input_ids"]))
-    batches = [by_length[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    order = _by_prompt(items)
+    batches = [order[i : i + batch_size] for i in range(0, len(items), batch_size)]
     causal_lm = _causal_lm(model)
     losses = [0.0] * len(items)
     with inference(model):
@@ -249,6 +250,16 @@ def _choice_accuracy(rows: Sequence[Example], options: Sequence[str], losses: Se
         own = losses[i * len(options) : (i + 1) * len(options)]
         correct += options[own.index(min(own))] == row.reference.strip()
     return 100 * correct / len(rows)
+
+
+def _by_prompt(items: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Indices of the items, longest first, but those of one prompt together: a batch computes it once for all of them."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, item in enumerate(items):
+        prompt = sum(1 for _ in takewhile(lambda label: label == IGNORE, item["labels"]))
+        alike.setdefault(tuple(item["input_ids"][:prompt]), []).append(i)
+    groups = sorted(alike.values(), key=lambda group: -max(len(items[i]["input_ids"]) for i in group))
+    return [i for group in groups for i in group]
 
 
 def _key(item: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
