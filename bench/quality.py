@@ -85,11 +85,11 @@ CHOSEN_ON = ("sst2", "e2e")  # in the core grid, a method's learning rate is cho
 
 @dataclass(frozen=True)
 class Method:
-    """`kind` builds and trains; the settings are the recipe's; a control takes the learning rate of what it controls."""
+    """`kind` builds and trains; the settings are the recipe's; a control, or another rank, has the rate of its original."""
 
     kind: str = "qalora"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    controls: str | None = None
+    rate_of: str | None = None
 
 
 def ours(**settings: Any) -> Method:
@@ -109,22 +109,24 @@ CORE = {
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
-    "random-scores": replace(ours(**SCORES), kind="random", controls="alora-scores"),
+    "random-scores": replace(ours(**SCORES), kind="random", rate_of="alora-scores"),
     "alora": ours(**ALLOCATION),
     "alora-scores": ours(**SCORES),
 }
 FULL = CORE | {
-    "random": replace(ours(**ALLOCATION), kind="random", controls="alora"),
-    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random", controls="alora-gradient"),
+    "random": replace(ours(**ALLOCATION), kind="random", rate_of="alora"),
+    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random", rate_of="alora-gradient"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
     "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
     "alora-path": ours(**ALLOCATION, allocation__importance="path", allocation__scoring="path"),
-    "lora-r2": ours(allocation__rounds=0, lora__r=2, lora__alpha=4),
-    "lora-gradient-r2": ours(allocation__rounds=0, lora__init="gradient", lora__r=2, lora__alpha=4),
-    "alora-gradient-r2": ours(**ALLOCATION, lora__init="gradient", lora__r=2, lora__alpha=4),
-    "alora-gradient-r16": ours(**ALLOCATION, lora__init="gradient", lora__r=16, lora__alpha=32),
+    **{
+        f"{name}-r{r}": replace(method, settings={**method.settings, "lora.r": r, "lora.alpha": 2 * r}, rate_of=name)
+        for r in (2, 16)
+        for name, method in CORE.items()
+        if name in ("lora", "lora-quantization", "alora-scores") and f"{name}-r{r}" not in CORE
+    },
 }
 
 
@@ -143,7 +145,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.report:
         measures = {name: Measure(task.measure, task.measure == "loss") for name, task in TASKS.items()}
-        text = report(read(FILE), measures, list(FULL), RESULTS / "quality.png")
+        defaults = {name: default_method(name) for name in TASKS}
+        text = report(read(FILE), measures, list(FULL), defaults, RESULTS / "quality.png")
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     elif args.smoke:
@@ -187,7 +190,7 @@ def fill(args: argparse.Namespace) -> None:
     run_all(
         Run(task, method, SEEDS[0], rate, "validation", TASKS[task].steps, args.dtype)
         for task, method in names
-        if task in choosing and not methods[method].controls and validation_losses(lines, method, task) is None
+        if task in choosing and not methods[method].rate_of and validation_losses(lines, method, task) is None
         for rate in LEARNING_RATES
     )
     lines = read(FILE)
@@ -207,7 +210,7 @@ def complete(line: Mapping[str, Any]) -> bool:
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
     """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is missing."""
-    found = [validation_losses(lines, FULL[method].controls or method, task) for task in tasks]
+    found = [validation_losses(lines, FULL[method].rate_of or method, task) for task in tasks]
     if None in found:
         return None
     return min(LEARNING_RATES, key=lambda rate: sum(losses[rate] for losses in found if losses))
@@ -256,7 +259,7 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Trains, measures, and says what it took."""
     print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
     task, method = TASKS[run.task], FULL[run.method]
-    recipe = recipe_of(run, task, method, args)
+    recipe = recipe_of(run, task, method, args.data)
     base, tokenizer = loaded(run.dtype)
     # GSM8K has no validation split: the rows behind those that are trained on take its place.
     has_validation = (args.data / run.task / "validation.jsonl").is_file()
@@ -315,13 +318,26 @@ def answered(
     return answer_measures(answers, list(references.values()), measures, evaluation.answer_pattern)
 
 
-def recipe_of(run: Run, task: Task, method: Method, args: argparse.Namespace) -> Recipe:
+def default_method(task: str) -> str:
+    """What `qalora finetune` does in a run of this length when nothing about the adapter is set."""
+    run = Run(task, "", 0, 1e-3, "test", TASKS[task].steps, "auto")
+    as_shipped = ours(
+        lora__init="auto", allocation__start=None, allocation__rounds=None, allocation__budget="parameters"
+    )
+    recipe = recipe_of(run, TASKS[task], as_shipped, Path())
+    if recipe.allocation.rounds_in(run.steps):
+        raise ValueError(f"{task}: a run of {run.steps} steps has rounds by default, and no method here has them")
+    _, start = recipe.chosen_start(sixteen_bit=True, total_steps=run.steps)
+    return {"even": "lora-quantization", "scores": "alora-scores"}[start]
+
+
+def recipe_of(run: Run, task: Task, method: Method, data: Path) -> Recipe:
     return load_recipe(
         run.task,
         [
             *task.settings,
             ("model", MODEL),
-            ("data.train", str(args.data / run.task / "train.jsonl")),
+            ("data.train", str(data / run.task / "train.jsonl")),
             ("quantization.bnb_4bit_compute_dtype", run.dtype),
             ("training.micro_batch_size", 8),
             ("training.gradient_accumulation_steps", 1),

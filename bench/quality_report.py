@@ -20,6 +20,8 @@ CONTROLS = {
     "alora": ("lora", "random"),
     "alora-gradient": ("lora-gradient", "random-gradient"),
     "alora-scores": ("lora-quantization", "random-scores"),
+    "alora-scores-r2": ("lora-quantization-r2",),
+    "alora-scores-r16": ("lora-quantization-r16",),
 }
 
 Line = Mapping[str, Any]  # of quality.jsonl
@@ -33,16 +35,19 @@ class Measure(NamedTuple):
 LOSS = Measure("loss", lower_is_better=True)
 
 
-def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequence[str], plot: Path) -> str:
+def report(
+    lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequence[str], defaults: Mapping[str, str], plot: Path
+) -> str:
     """Markdown: for every task median, points by seed and paired differences to LoRA; then where the ranks went.
 
     Args:
         lines: of the runs that were measured on test rows, the rest is left out.
         tasks: task → what decides there.
         methods: in the order of the tables.
+        defaults: task → the method that is the default in runs of its length.
         plot: where the picture goes.
     """
-    measured = [line for line in lines if line["run"]["split"] == "test"]
+    measured = comparable([line for line in lines if line["run"]["split"] == "test"])
     found = {
         (task, method): {line["run"]["seed"]: line for line in measured if _is(line, task, method)}
         for task in tasks
@@ -53,7 +58,7 @@ def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequenc
         return "nothing was measured on test rows yet"
     parts = ["# quality\n"]
     for task, measure in tasks.items():
-        rows = [_row(found, task, method, measure) for method in methods if (task, method) in found]
+        rows = [_row(found, task, method, measure, defaults[task]) for method in methods if (task, method) in found]
         if rows:
             better = "lower" if measure.lower_is_better else "higher"
             parts += [f"## {task}: {measure.name} ({better} is better)\n", table(rows)]
@@ -77,19 +82,30 @@ def report(lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequenc
     return "\n".join(parts)
 
 
+def comparable(lines: Sequence[Line]) -> list[Line]:
+    """Of every task and seed the lines of one dtype, in which most methods ran: a seed's differences are between runs that compute
+    alike, and a seed counts once."""
+    methods: dict[tuple[str, int], dict[str, set[str]]] = {}
+    for line in lines:
+        run = line["run"]
+        methods.setdefault((run["task"], run["seed"]), {}).setdefault(run["dtype"], set()).add(run["method"])
+    chosen = {key: max(by_dtype, key=lambda dtype: len(by_dtype[dtype])) for key, by_dtype in methods.items()}
+    return [line for line in lines if line["run"]["dtype"] == chosen[line["run"]["task"], line["run"]["seed"]]]
+
+
 def _is(line: Line, task: str, method: str) -> bool:
     return (line["run"]["task"], line["run"]["method"]) == (task, method)
 
 
 def _row(
-    found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, measure: Measure
+    found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, measure: Measure, default: str
 ) -> dict[str, Any]:
     own = found[task, method]
     values = {seed: line["result"][measure.name] for seed, line in sorted(own.items())}
     difference = None if method == BASELINE else _difference(found, task, method, BASELINE, measure)
     first = next(iter(own.values()))
     return {
-        "method": method,
+        "method": f"**{method}**, the default" if method == default else method,
         "median": f"{statistics.median(values.values()):.4f}",
         "by seed": ", ".join(f"{value:.4f}" for value in values.values()),
         "minus LoRA": difference,

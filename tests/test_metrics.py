@@ -134,6 +134,16 @@ def test_a_reference_that_is_a_choice_is_worked_through_once(model, tokenizer, d
     assert both["loss"] == pytest.approx(apart["loss"]["loss"], rel=1e-6)
 
 
+def test_rows_of_one_prompt_are_together_and_the_longest_come_first():
+    def item(prompt, answer):
+        return {"input_ids": [*prompt, *answer], "labels": [metrics.IGNORE] * len(prompt) + [*answer]}
+
+    items = [
+        item([1, 2], [3]), item([1, 2, 4], [5, 6]), item([1, 2], [7, 8, 9]), item([1, 3], [3, 3]), item([1, 2, 4], [5, 6, 7, 8])
+    ]  # fmt: skip
+    assert metrics._by_prompt(items) == [1, 4, 0, 2, 3]
+
+
 def test_answers_are_scored_against_their_own_reference(model, tokenizer, dataset, monkeypatch):
     answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
     by_prompt = {tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)}

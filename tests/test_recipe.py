@@ -99,6 +99,15 @@ def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start
     assert build(*settings).chosen_start(sixteen_bit=sixteen_bit) == (init, start)
 
 
+@pytest.mark.parametrize(("settings", "steps", "start"), [
+    ([], 32, "scores"), ([], 31, "even"), ([("lora.init_rows", 8)], 16, "scores"), ([("training.micro_batch_size", 1)], 127, "even"),
+    ([("allocation.start", "scores")], 1, "scores"),
+])  # fmt: skip
+def test_a_start_by_scores_is_for_runs_in_which_it_takes_little(settings, steps, start):
+    settings = [("training.gradient_accumulation_steps", 4), ("training.micro_batch_size", 4), *settings]
+    assert build(*settings).chosen_start(sixteen_bit=True, total_steps=steps) == ("quantization", start)
+
+
 # ---------------------------------------------------------------------------------------------------------- aliases
 
 VALUES = {

@@ -215,29 +215,32 @@ def _block_of(name: str) -> int:
 
 
 def gate_gradients(
-    model: PeftModel, batch: Sequence[MicroBatch], value: float
+    model: PeftModel, batch: Sequence[MicroBatch], value: float, *, by_row: bool = True
 ) -> tuple[float, dict[str, Tensor], Tensor]:
     """L with all gates at `value`, and ∂/∂α of every row's loss: one forward and backward of each micro-batch.
 
     A gate a row gives every row's own gradient from the same backward. It costs less than ⟨∂L/∂A_k, A_k⟩ (the same
     number at α = 1): the product with A x that it needs is there already, and ∂L/∂A is not formed.
 
+    Args:
+        by_row: without, one gate for all rows: only sums, but what rows begin with alike is computed once.
+
     Returns:
-        (loss, module → (rows, r) fp64 gradients of the rows' summed losses, (rows,) supervised tokens).
+        (loss, module → (rows, or micro-batches, r) fp64 gradients of their summed losses, (rows,) supervised tokens).
     """
     layers = gated_layers(model)
     gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
     total, counts = 0.0, []
     for micro in batch:
-        rows = len(micro["labels"])
+        shape = (len(micro["labels"]), 1) if by_row else ()
         gates = {
-            name: torch.full((rows, 1, len(layer.A)), value, device=layer.A.device, requires_grad=True)
+            name: torch.full((*shape, len(layer.A)), value, device=layer.A.device, requires_grad=True)
             for name, layer in layers.items()
         }
         with gated(layers, gates), torch.enable_grad():
             loss = model(**micro).row_losses.sum()
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                gradients[name].append(gradient.squeeze(1).double().cpu())
+                gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
         total += float(loss.detach().double())
         counts.append((micro["labels"][:, 1:] != -100).sum(1).cpu())
     tokens = torch.cat(counts)

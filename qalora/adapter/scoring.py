@@ -140,7 +140,7 @@ def midpoint_shares(model: PeftModel, batch: Sequence[MicroBatch]) -> PerRank:
     It is exact while the loss is quadratic in the gates: for ranks that correct a quantization error, which move it little.
     """
     with scoring_mode(model):
-        _, gradients, tokens = gate_gradients(model, batch, 0.5)
+        _, gradients, tokens = gate_gradients(model, batch, 0.5, by_row=False)
     return _mean(gradients, tokens)
 
 

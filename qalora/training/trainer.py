@@ -192,7 +192,11 @@ def build_trainer(
             else None,
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
-        Start(*recipe.chosen_start(sixteen_bit=original is not None), starting_batch(recipe, rows, collate), original),
+        Start(
+            *recipe.chosen_start(sixteen_bit=original is not None, total_steps=total_steps),
+            starting_batch(recipe, rows, collate),
+            original,
+        ),
         output_dir,
     )
     interrupt = InterruptCallback()
