@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from qalora.adapter import round as rounds_module
 from qalora.adapter.model import attach, rank_parameters, ranks
-from qalora.adapter.quantization_start import original_weights
+from qalora.adapter.quantization_start import Weights, original_weights
 from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -249,10 +249,12 @@ def processes(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[dict[st
 
 
 @cache
-def loaded(dtype: str) -> tuple[LoadedBase, PreTrainedTokenizerBase]:
+def loaded(dtype: str) -> tuple[LoadedBase, PreTrainedTokenizerBase, Weights]:
+    """The base, its tokenizer, and a way to its 16-bit weights, which are read when they are needed."""
     source = resolve(MODEL)
     tokenizer = load_tokenizer(source)
-    return load_base(source, tokenizer=tokenizer, dtype=dtype), tokenizer
+    original = original_weights(open_checkpoint(source)[0], MODEL)
+    return load_base(source, tokenizer=tokenizer, dtype=dtype), tokenizer, original
 
 
 def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -260,7 +262,7 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
     task, method = TASKS[run.task], FULL[run.method]
     recipe = recipe_of(run, task, method, args.data)
-    base, tokenizer = loaded(run.dtype)
+    base, tokenizer, original = loaded(run.dtype)
     # GSM8K has no validation split: the rows behind those that are trained on take its place.
     has_validation = (args.data / run.task / "validation.jsonl").is_file()
     needed = 8 * run.steps
@@ -284,7 +286,7 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     start, cpu_start, before = time.perf_counter(), time.process_time(), reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         train_with = {"adalora": by_peft, "eva": by_peft}.get(method.kind, by_qalora)
-        model = train_with(Setup(method, recipe, base, tokenizer, items, scoring.items, run, Path(folder)))
+        model = train_with(Setup(method, recipe, base, tokenizer, original, items, scoring.items, run, Path(folder)))
     seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, peak_rss()
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
@@ -366,6 +368,7 @@ class Setup:
     recipe: Recipe
     base: Any
     tokenizer: Any
+    original: Weights
     items: list[Any]
     scoring: list[Any]
     run: Run
@@ -380,7 +383,7 @@ class Setup:
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
             rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
             compute_dtype=self.base.compute_dtype, output_dir=self.folder,
-            original=original_weights(open_checkpoint(self.base.source)[0], MODEL) if quantized else None,
+            original=self.original if quantized else None,
         )  # fmt: skip
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False

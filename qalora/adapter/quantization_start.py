@@ -5,13 +5,14 @@ of E x, in the mean square over inputs x, is s · B A = U Uᵀ E, where U (out, 
 themselves (Eckart–Young, in the metric of the inputs: arXiv 2410.21271 compensates a compressed model in it, LoftQ, 2310.08659, starts
 LoRA by E alone). Nothing beyond r ranks a map is added: training goes on from there with the same matrices.
 
-A few hundred tokens of training rows are enough to find U, so one forward keeps as many inputs of each map, in host memory, and then
-the 16-bit weights pass by, a map at a time.
+A few hundred tokens of training rows are enough to find U, so a forward of some rows keeps as many inputs of each map, in host memory,
+and then the 16-bit weights pass by, a map at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,7 @@ from qalora.base.quantized import dequantize
 from qalora.errors import InputError
 
 TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
+FEWEST_ROWS = 4  # that these tokens are from: those of one text are alike
 
 Weights = Callable[[str], Tensor]  # name of a map → its (out, in) weight before quantization
 
@@ -42,7 +44,7 @@ def start_at_quantization_error(
         original: the weights that were quantized.
         generator: CPU generator that chooses tokens, for runs that can be repeated.
     """
-    inputs = sampled_inputs(model, batch, generator)
+    inputs = sampled_inputs(model, some_rows(batch, generator), generator)
     for name, layer in gated_layers(model).items():
         error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
@@ -86,13 +88,33 @@ def correction(error: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor
     return START_NORM * rows / lengths[:, None], components * lengths / START_NORM
 
 
+def some_rows(batch: Sequence[MicroBatch], generator: torch.Generator) -> list[MicroBatch]:
+    """Random rows of the batch, until they are `FEWEST_ROWS` and have twice as many tokens as will be kept; or all."""
+    masks = [_mask(micro) for micro in batch]
+    rows = [(i, row, length) for i, mask in enumerate(masks) for row, length in enumerate(mask.sum(1).tolist())]
+    chosen: list[list[int]] = [[] for _ in batch]
+    tokens = 0
+    for count, place in enumerate(torch.randperm(len(rows), generator=generator).tolist()):
+        if count >= FEWEST_ROWS and tokens >= 2 * TOKENS:
+            break
+        i, row, length = rows[place]
+        chosen[i].append(row)
+        tokens += length
+    return [
+        {key: value[sorted(kept)] for key, value in micro.items()}
+        for micro, kept in zip(batch, chosen, strict=True)
+        if kept
+    ]
+
+
 def sampled_inputs(
     model: PeftModel, batch: Sequence[MicroBatch], generator: torch.Generator
 ) -> Mapping[str, list[Tensor]]:
-    """Module → (n, in) inputs of some tokens of every micro-batch, `TOKENS` in all, in host memory; padding left out."""
+    """Module → (n, in) inputs of some tokens of every micro-batch, about `TOKENS` in all, in host memory; padding left out."""
     layers = gated_layers(model)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
-    mask: Tensor | None = None
+    masks = [_mask(micro) for micro in batch]
+    share = min(1.0, TOKENS / sum(int(mask.sum()) for mask in masks))
     whole: Tensor | None = None  # the input that the last map saw, and what was kept of it: q, k and v see the same
     chosen = torch.empty(0)
     places: Tensor | None = None
@@ -100,9 +122,9 @@ def sampled_inputs(
     def keep(name: str, x: Tensor) -> None:
         nonlocal whole, chosen, places
         if x is not whole:
-            tokens = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, 1)
+            tokens = x[mask.bool()] if x.shape[:2] == mask.shape else x.flatten(0, 1)
             if places is None:
-                places = torch.randperm(len(tokens), generator=generator)[: -(-TOKENS // len(batch))]
+                places = torch.randperm(len(tokens), generator=generator)[: ceil(share * len(tokens))]
             whole, chosen = x, tokens[places.to(x.device)].cpu()
         kept[name].append(chosen)
 
@@ -112,10 +134,15 @@ def sampled_inputs(
     ]
     try:
         with scoring_mode(model), torch.no_grad():
-            for micro in batch:
-                mask, places = micro.get("attention_mask"), None
+            for micro, mask in zip(batch, masks, strict=True):
+                places = None
                 final_hidden(model.get_base_model(), micro["input_ids"], mask)
     finally:
         for hook in hooks:
             hook.remove()
     return kept
+
+
+def _mask(micro: MicroBatch) -> Tensor:
+    """(rows, width), one where a token is."""
+    return micro["attention_mask"] if "attention_mask" in micro else torch.ones_like(micro["input_ids"])
