@@ -323,14 +323,12 @@ def answered(
 def default_method(task: str) -> str:
     """What `qalora finetune` does in a run of this length when nothing about the adapter is set."""
     run = Run(task, "", 0, 1e-3, "test", TASKS[task].steps, "auto")
-    as_shipped = ours(
-        lora__init="auto", allocation__start=None, allocation__rounds=None, allocation__budget="parameters"
-    )
+    as_shipped = ours(lora__init="auto", allocation__rounds=None, allocation__budget="parameters")
     recipe = recipe_of(run, TASKS[task], as_shipped, Path())
     if recipe.allocation.rounds_in(run.steps):
         raise ValueError(f"{task}: a run of {run.steps} steps has rounds by default, and no method here has them")
-    _, start = recipe.chosen_start(sixteen_bit=True, total_steps=run.steps)
-    return {"even": "lora-quantization", "scores": "alora-scores"}[start]
+    starts = {"quantization": "lora-quantization", "gradient": "lora-gradient", "kaiming": "lora"}
+    return starts[recipe.chosen_init(sixteen_bit=True)]
 
 
 def recipe_of(run: Run, task: Task, method: Method, data: Path) -> Recipe:

@@ -47,7 +47,7 @@ def report(
         defaults: task → the method that is the default in runs of its length.
         plot: where the picture goes.
     """
-    measured = comparable([line for line in lines if line["run"]["split"] == "test"])
+    measured = comparable([line for line in lines if line["run"]["split"] == "test"], defaults)
     found = {
         (task, method): {line["run"]["seed"]: line for line in measured if _is(line, task, method)}
         for task in tasks
@@ -82,14 +82,17 @@ def report(
     return "\n".join(parts)
 
 
-def comparable(lines: Sequence[Line]) -> list[Line]:
-    """Of every task and seed the lines of one dtype, in which most methods ran: a seed's differences are between runs that compute
-    alike, and a seed counts once."""
+def comparable(lines: Sequence[Line], defaults: Mapping[str, str]) -> list[Line]:
+    """Of every task and seed the lines of one dtype, that in which the default ran, or most methods: a seed's differences are between
+    runs that compute alike, and a seed counts once."""
     methods: dict[tuple[str, int], dict[str, set[str]]] = {}
     for line in lines:
         run = line["run"]
         methods.setdefault((run["task"], run["seed"]), {}).setdefault(run["dtype"], set()).add(run["method"])
-    chosen = {key: max(by_dtype, key=lambda dtype: len(by_dtype[dtype])) for key, by_dtype in methods.items()}
+    chosen = {
+        (task, seed): max(by_dtype, key=lambda dtype: (defaults[task] in by_dtype[dtype], len(by_dtype[dtype])))
+        for (task, seed), by_dtype in methods.items()
+    }
     return [line for line in lines if line["run"]["dtype"] == chosen[line["run"]["task"], line["run"]["seed"]]]
 
 

@@ -157,10 +157,10 @@ def finetune(
     source = resolve(recipe.model)
     original = None
     if checkpoint is None:
-        init, _ = recipe.chosen_start(sixteen_bit=True)
+        init = recipe.chosen_init(sixteen_bit=True)
         weights = open_checkpoint(source)[0] if init == "quantization" else None  # no other start reads them
         sixteen_bit = weights is not None and not weights.packed
-        lora.init, recipe.allocation.start = recipe.chosen_start(sixteen_bit=sixteen_bit, total_steps=total_steps)
+        lora.init = recipe.chosen_init(sixteen_bit=sixteen_bit)
         if weights is not None and lora.init == "quantization":
             original = original_weights(weights, source.name)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())

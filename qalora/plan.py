@@ -77,7 +77,6 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
 
     shape = shape_of(resolve(recipe.model))
     targets = recipe.lora.target_modules
-    init, _ = recipe.chosen_start(sixteen_bit=True)
     dtype = recipe.quantization.bnb_4bit_compute_dtype
     return partial(
         plan_memory,
@@ -95,7 +94,7 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
         optim=recipe.training.optim,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         mlp_tile=recipe.training.mlp_tile,
-        directions=recipe.lora.r if init == "gradient" else 0,
+        directions=recipe.lora.r if recipe.chosen_init(sixteen_bit=True) == "gradient" else 0,
         device=device,
     )
 

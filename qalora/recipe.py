@@ -23,10 +23,6 @@ from qalora.errors import InputError
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 
-# Times lora.init_rows: choosing among corrections takes what training on half as many rows again would, 5 % of so long a run. In
-# shorter ones it gave nothing either (bench/results).
-SCORES_FROM = 32
-
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
@@ -102,11 +98,10 @@ class AllocationConfig(Section):
     preset: Literal["paper"] | None = Field(
         None, description="paper: the paper's settings, for those that are not given beside it"
     )
-    start: Share | None = Field(
-        None,
+    start: Share = Field(
+        "even",
         description="ranks of a module before the first step; even: lora.r; scores: of twice as many, each a correction of "
-        "lora.init=quantization, those that lower the loss most on its rows; null: scores where these are and the run is of "
-        f"{SCORES_FROM} times lora.init_rows or more, else even",
+        "lora.init=quantization, those that lower the loss most on its rows, which gave nothing on E2E (bench/results)",
     )
     rounds: int | None = Field(
         None,
@@ -266,25 +261,18 @@ class Recipe(Section):
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
             )
 
-    def chosen_start(self, *, sixteen_bit: bool, total_steps: int | None = None) -> tuple[Init, Share]:
-        """lora.init and allocation.start, settled where they were left open.
+    def chosen_init(self, *, sixteen_bit: bool) -> Init:
+        """lora.init, settled where it was left open.
 
         Args:
             sixteen_bit: the base's 16-bit weights are at hand; a base that is stored in 4 bits has none.
-            total_steps: optimizer steps of the run; None: many.
         """
-        init, start, moving = self.lora.init, self.allocation.start, self.allocation.rounds != 0
-        if init == "auto":
-            if start == "scores" or (moving and self.quantization.load_in_4bit and sixteen_bit):
-                init = "quantization"
-            else:
-                init = "gradient" if moving else "kaiming"
-        if start is None:
-            training = self.training
-            step = training.micro_batch_size * training.gradient_accumulation_steps
-            worth_it = total_steps is None or total_steps * step >= SCORES_FROM * self.lora.init_rows
-            start = "scores" if init == "quantization" and moving and worth_it else "even"
-        return init, start
+        if self.lora.init != "auto":
+            return self.lora.init
+        moving, chosen = self.allocation.rounds != 0, self.allocation.start == "scores"
+        if chosen or (moving and self.quantization.load_in_4bit and sixteen_bit):
+            return "quantization"
+        return "gradient" if moving else "kaiming"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -302,8 +302,7 @@ def test_a_start_at_the_quantization_error_begins_like_the_16_bit_model_and_resu
 
 
 def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetune):
-    # As by default, in a run that is long for so few rows.
-    more = ("lora.init=auto", "allocation.start=null", "allocation.budget=parameters", "lora.init_rows=2")
+    more = ("lora.init=auto", "allocation.start=scores", "allocation.budget=parameters")
     _, even = finetune("allocation.rounds=0", output="even")
     code, straight = finetune(*more, output="straight")
     assert code == 0
@@ -332,7 +331,7 @@ def test_a_base_stored_in_4_bits_starts_along_the_gradient(finetune, model_dir, 
     tokenizer = load_tokenizer(source)
     load_base(source, tokenizer=tokenizer, dtype="float32").model.save_pretrained(stored)
     tokenizer.save_pretrained(stored)
-    open_to_choice = ("--model", str(stored), "lora.init=auto", "allocation.start=null")
+    open_to_choice = ("--model", str(stored), "lora.init=auto")
     code, folder = finetune(*open_to_choice, "allocation.rounds=null", "training.max_steps=3", output="stored")
     assert code == 0
     resolved = load_recipe(str(folder / "recipe.yaml"))

@@ -84,28 +84,20 @@ def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_belo
 @pytest.mark.parametrize(
     ("settings", "sixteen_bit", "init", "start"),
     [
-        ([], True, "quantization", "scores"),
+        ([], True, "quantization", "even"),
+        ([("allocation.start", "scores")], False, "quantization", "scores"),
         ([], False, "gradient", "even"),
         ([("quantization.load_in_4bit", False)], True, "gradient", "even"),
         ([("allocation.rounds", 0)], True, "kaiming", "even"),  # plain LoRA
         ([("allocation.rounds", 0), ("lora.init", "quantization")], True, "quantization", "even"),
         ([("allocation.rounds", 0), ("allocation.start", "scores")], True, "quantization", "scores"),
-        ([("allocation.start", "even")], True, "quantization", "even"),
         ([("lora.init", "kaiming")], True, "kaiming", "even"),
         ([("allocation.preset", "paper")], True, "kaiming", "even"),
     ],
 )
 def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start):
-    assert build(*settings).chosen_start(sixteen_bit=sixteen_bit) == (init, start)
-
-
-@pytest.mark.parametrize(("settings", "steps", "start"), [
-    ([], 32, "scores"), ([], 31, "even"), ([("lora.init_rows", 8)], 16, "scores"), ([("training.micro_batch_size", 1)], 127, "even"),
-    ([("allocation.start", "scores")], 1, "scores"),
-])  # fmt: skip
-def test_a_start_by_scores_is_for_runs_in_which_it_takes_little(settings, steps, start):
-    settings = [("training.gradient_accumulation_steps", 4), ("training.micro_batch_size", 4), *settings]
-    assert build(*settings).chosen_start(sixteen_bit=True, total_steps=steps) == ("quantization", start)
+    assert build(*settings).chosen_init(sixteen_bit=sixteen_bit) == init
+    assert build(*settings).allocation.start == start
 
 
 # ---------------------------------------------------------------------------------------------------------- aliases

@@ -193,7 +193,8 @@ def build_trainer(
         ),
         micro_batches(scoring, training.micro_batch_size, collate),
         Start(
-            *recipe.chosen_start(sixteen_bit=original is not None, total_steps=total_steps),
+            recipe.chosen_init(sixteen_bit=original is not None),
+            allocation.start,
             starting_batch(recipe, rows, collate),
             original,
         ),

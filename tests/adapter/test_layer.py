@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from qalora.adapter.layer import gated
+from qalora.adapter.layer import THIN, gated, thin_product
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import dequantize
 
@@ -265,7 +265,7 @@ def test_dropout_is_plain_pefts(twins, make_batch):
     for model in (ours.train(), plain.train()):
         torch.manual_seed(11)
         logits.append(model(make_batch()["input_ids"]).logits)
-    assert torch.equal(*logits)
+    assert_same(*logits)
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
@@ -287,3 +287,14 @@ def test_the_frozen_base_gets_no_gradient(tiny_adapter, make_batch):
     model(**make_batch()).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("r", [1, 7, THIN - 1, THIN])
+def test_a_thin_product_is_the_product(r):
+    generator = torch.Generator().manual_seed(r)
+    x = torch.randn(3, 6, 48, dtype=torch.float64, generator=generator).transpose(0, 1)  # not contiguous
+    A = torch.randn(r, 48, dtype=torch.float64, generator=generator)
+    found = thin_product(x, A)
+    assert found.shape == (6, 3, r)
+    torch.testing.assert_close(found, torch.einsum("abi,ri->abr", x, A))
+    found.mul_(2)  # in place, as the caller scales it
