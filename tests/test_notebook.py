@@ -54,7 +54,7 @@ def test_every_cell_runs_and_leaves_what_it_says(tmp_path, monkeypatch, run_pyth
     assert all(f"{when}: rows 2" in printed["look"] for when in ("before", "after"))
     run = tmp_path / "run"
     moves = [json.loads(line) for line in (run / "allocation.jsonl").read_text().splitlines()]
-    assert [move["step"] for move in moves] == [0, 2]
+    assert [move["step"] for move in moves] == [2]
     assert all(0.8 * move["budget"] < move["total_rank"] <= move["budget"] == 1680 // 2 for move in moves)
     assert (run / "merged" / "model.safetensors").exists() and list((run / "gguf").glob("*.gguf"))
     report = json.loads((run / "merged" / "merge.json").read_text())

@@ -102,7 +102,7 @@ def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, run_pytho
         ours = model(torch.arange(24).view(2, 12)).logits
         with model.disable_adapter():
             base = model(torch.arange(24).view(2, 12)).logits
-    assert torch.equal(found["adapter"], ours)
+    torch.testing.assert_close(found["adapter"], ours, rtol=5e-6, atol=5e-6)  # thin products sum in another order
     assert (ours - base).abs().max() > 0.1  # the adapter is no whisper
     if kind == "16bit":
         torch.testing.assert_close(found["merged"], ours, rtol=1e-4, atol=1e-4)
