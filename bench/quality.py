@@ -376,12 +376,11 @@ class Setup:
         """Of an adapter like the recipe's; it saves nothing."""
         recipe, steps, items = self.recipe, self.run.steps, self.items
         model = attach(self.base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=self.run.seed)
-        quantized = recipe.lora.init == "quantization"
         trainer, _, _ = build_trainer(
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
             rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
             compute_dtype=self.base.compute_dtype, output_dir=self.folder,
-            original=self.original if quantized else None,
+            original=self.original if recipe.lora.init == "quantization" else None,
         )  # fmt: skip
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False

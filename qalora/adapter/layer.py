@@ -228,10 +228,10 @@ def _add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
     """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
     A, B, gate = m.A, m.B, m.gate
     low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
+    # In 16 bit as PEFT does it, to the bit: so that rounding hides no error of ours.
+    product = thin_product if z.dtype == A.dtype else F.linear
     with torch.autocast(x.device.type, enabled=False):
         for part in stretches(x, max(A.shape[1], B.shape[0])):
-            # In 16 bit as PEFT does it, to the bit: so that rounding hides no error of ours.
-            product = thin_product if z.dtype == A.dtype else F.linear
             low[part] = product(x[part].to(A.dtype), A)
             gated = low[part] if gate is None else low[part] * gate
             if z.dtype == B.dtype:
