@@ -19,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -27,13 +28,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import RESULTS, TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
-from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from quality_report import Measure, answer_measures, report
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
@@ -241,8 +243,8 @@ def processes(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[dict[st
         if args.jobs > 1:
             torch.set_num_threads(1)
         loaded(args.dtype)  # once: the processes inherit it
-    with context.Pool(args.jobs, maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(partial(work, args=args), runs, chunksize=1)
+    with tempfile.TemporaryDirectory() as shared, context.Pool(args.jobs, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(partial(work, args=args, shared=Path(shared)), runs, chunksize=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- in a worker
@@ -257,8 +259,8 @@ def loaded(dtype: str) -> tuple[LoadedBase, PreTrainedTokenizerBase, Weights]:
     return load_base(source, tokenizer=tokenizer, dtype=dtype), tokenizer, original
 
 
-def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, measures, and says what it took."""
+def work(run: Run, args: argparse.Namespace, shared: Path) -> dict[str, Any]:
+    """Trains, measures, and says what it took. In `shared` runs leave what is the same for every seed."""
     print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
     task, method = TASKS[run.task], FULL[run.method]
     recipe = recipe_of(run, task, method, args.data)
@@ -283,11 +285,13 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     )
     measured = rows("test", task.test_rows) if run.split == "test" else others
     set_seed(run.seed)
-    start, cpu_start, before = time.perf_counter(), time.process_time(), reset_peak()
+    start, before = Seconds.now(), reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         train_with = {"adalora": by_peft, "eva": by_peft}.get(method.kind, by_qalora)
-        model = train_with(Setup(method, recipe, base, tokenizer, original, items, scoring.items, run, Path(folder)))
-    seconds, cpu_seconds, peak = time.perf_counter() - start, time.process_time() - cpu_start, peak_rss()
+        model, reused = train_with(
+            Setup(method, recipe, base, tokenizer, original, items, scoring.items, run, Path(folder), shared)
+        )
+    taken, peak = start.until_now(), peak_rss()
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
     )
@@ -296,8 +300,8 @@ def work(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "run": vars(run),
         "result": result,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        "seconds": round(taken.wall + reused.wall, 1),
+        "cpu_seconds": round(taken.cpu + reused.cpu, 1),
         "peak_bytes": peak - before,
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
         "ranks": ranks(model) if method.kind in ("qalora", "random") else None,
@@ -358,6 +362,24 @@ def recipe_of(run: Run, task: Task, method: Method, data: Path) -> Recipe:
     )
 
 
+class Seconds(NamedTuple):
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        return cls(time.perf_counter(), time.process_time())
+
+    def until_now(self) -> Seconds:
+        now = Seconds.now()
+        return Seconds(now.wall - self.wall, now.cpu - self.cpu)
+
+
+class Trained(NamedTuple):
+    model: Any
+    reused: Seconds = Seconds()  # what an earlier run spent on a part that this one read
+
+
 @dataclass(frozen=True)
 class Setup:
     """What the methods share, so that nothing else differs."""
@@ -371,6 +393,7 @@ class Setup:
     scoring: list[Any]
     run: Run
     folder: Path
+    shared: Path
 
     def trainer(self) -> QaloraTrainer:
         """Of an adapter like the recipe's; it saves nothing."""
@@ -387,7 +410,7 @@ class Setup:
         return trainer
 
 
-def by_qalora(setup: Setup) -> Any:
+def by_qalora(setup: Setup) -> Trained:
     """LoRA, and ALoRA with its own scores or, as a control, with random ones, at the start as in the rounds."""
     if setup.method.kind == "random":
         scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
@@ -405,14 +428,15 @@ def by_qalora(setup: Setup) -> Any:
         rounds_module.midpoint_shares = shares_at_random
     trainer = setup.trainer()
     trainer.train()
-    return trainer.model
+    return Trained(trainer.model)
 
 
-def by_peft(setup: Setup) -> Any:
+def by_peft(setup: Setup) -> Trained:
     """PEFT's own adapters under Hugging Face's Trainer, in the batches that our trainer makes of the same rows."""
     ours, steps = setup.trainer(), setup.run.steps
     r, alpha = setup.recipe.lora.r, setup.recipe.lora.alpha
     plain, collate = ours.model.unload(), RowsLeftOut(ours.data_collator)
+    reused = Seconds()
     shared: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if setup.method.kind == "adalora":
         # AdaLoRA multiplies by alpha alone, whatever the rank: LoRA's alpha / r is what matches it.
@@ -426,14 +450,30 @@ def by_peft(setup: Setup) -> Any:
             r=r, lora_alpha=alpha, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0, whiten=False), **shared
         )
         model = get_peft_model(plain, config, low_cpu_mem_usage=True)
-        batches = DataLoader(setup.items, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
-        initialize_lora_eva_weights(model, batches, forward_fn=row_by_row, show_progress_bar=False)
+        directions, reused = eva_directions(setup, model, collate)
+        initialize_lora_eva_weights(model, eva_state_dict=directions)
     trainer = Trainer(model, ours.args, train_dataset=setup.items, data_collator=collate)
     trainer.model_accepts_loss_kwargs = True
     if setup.method.kind == "adalora":
         trainer.add_callback(AllocateAdaLora(model))
     trainer.train()
-    return model
+    return Trained(model, reused)
+
+
+def eva_directions(setup: Setup, model: Any, collate: Any) -> tuple[dict[str, Tensor], Seconds]:
+    """EVA's directions, and what they took if another run found them: base and rows decide them, not seed or rate, and on a CPU
+    they take as long as the training."""
+    file = setup.shared / f"eva-{setup.run.task}-{setup.run.steps}.pt"
+    if file.is_file():
+        found = torch.load(file, weights_only=True)
+        return found["directions"], Seconds(*found["seconds"])
+    start = Seconds.now()
+    batches: DataLoader[Any] = DataLoader(setup.items, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
+    directions = get_eva_state_dict(model, batches, forward_fn=row_by_row, show_progress_bar=False)
+    whole = setup.folder / file.name
+    torch.save({"directions": directions, "seconds": list(start.until_now())}, whole)
+    shutil.move(whole, file)
+    return directions, Seconds()
 
 
 def row_by_row(model: Any, batch: Mapping[str, Any]) -> None:
