@@ -1,6 +1,7 @@
 """Does moving ranks pay? Methods of equal budget on real tasks: the same 4-bit base, rows, order and steps.
 
     python bench/quality.py --data data                          # the core grid; runs that are in the file are skipped
+    python bench/quality.py --data data --grid long              # what rounds of allocation give in runs of hundreds of steps
     python bench/quality.py --data data --grid full              # everything, for a GPU
     python bench/quality.py --data data --only e2e/lora '*/eva' # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2                # on a CPU: so many runs at a time, a thread each
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -94,13 +96,14 @@ class Method:
     rate_of: str | None = None
 
 
-def ours(**settings: Any) -> Method:
-    return Method(settings={name.replace("__", "."): value for name, value in settings.items()})
+def ours(*, kind: str = "qalora", rate_of: str | None = None, **settings: Any) -> Method:
+    return Method(kind, {name.replace("__", "."): value for name, value in settings.items()}, rate_of)
 
 
 ALLOCATION = dict(
     allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
 )
+AS_SHIPPED = dict(allocation__rounds=None, allocation__budget="parameters")  # a round for every hundred steps
 SCORES = dict(
     lora__init="quantization", allocation__start="scores", allocation__rounds=0, allocation__budget="parameters"
 )
@@ -111,13 +114,13 @@ CORE = {
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
     "adalora": Method("adalora"),
     "eva": Method("eva"),
-    "random-scores": replace(ours(**SCORES), kind="random", rate_of="alora-scores"),
+    "random-scores": ours(**SCORES, kind="random", rate_of="alora-scores"),
     "alora": ours(**ALLOCATION),
     "alora-scores": ours(**SCORES),
 }
 FULL = CORE | {
-    "random": replace(ours(**ALLOCATION), kind="random", rate_of="alora"),
-    "random-gradient": replace(ours(**ALLOCATION, lora__init="gradient"), kind="random", rate_of="alora-gradient"),
+    "random": ours(**ALLOCATION, kind="random", rate_of="alora"),
+    "random-gradient": ours(**ALLOCATION, lora__init="gradient", kind="random", rate_of="alora-gradient"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
     "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
@@ -129,6 +132,30 @@ FULL = CORE | {
         for name, method in CORE.items()
         if name in ("lora", "lora-quantization", "alora-scores") and f"{name}-r{r}" not in CORE
     },
+}
+LONG = {
+    "lora": CORE["lora"],
+    "lora-quantization": CORE["lora-quantization"],
+    "alora-quantization": ours(lora__init="quantization", **AS_SHIPPED, rate_of="lora-quantization"),
+    "random-quantization": ours(lora__init="quantization", **AS_SHIPPED, kind="random", rate_of="lora-quantization"),
+}
+METHODS = FULL | LONG
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`steps` of its tasks; `choosing`: the tasks whose validation rows choose a method's learning rate, None: each task its own."""
+
+    methods: Mapping[str, Method]
+    steps: Mapping[str, int]
+    choosing: Sequence[str] | None
+
+
+STEPS = {name: task.steps for name, task in TASKS.items()}
+GRIDS = {
+    "core": Grid(CORE, STEPS, CHOSEN_ON),
+    "full": Grid(FULL, STEPS, None),
+    "long": Grid(LONG, {"e2e": 300}, CHOSEN_ON),
 }
 
 
@@ -146,9 +173,18 @@ class Run:
 def main() -> None:
     args = parser().parse_args()
     if args.report:
-        measures = {name: Measure(task.measure, task.measure == "loss") for name, task in TASKS.items()}
-        defaults = {name: default_method(name) for name in TASKS}
-        text = report(read(FILE), measures, list(FULL), defaults, RESULTS / "quality.png")
+        shown = {
+            shown_as(task, steps): (task, steps)
+            for grid in ("core", "long")
+            for task, steps in GRIDS[grid].steps.items()
+        }
+        measures = {name: Measure(m := TASKS[task].measure, m == "loss") for name, (task, _) in shown.items()}
+        defaults = {name: default_method(task, steps) for name, (task, steps) in shown.items()}
+        lines = [
+            line | {"run": line["run"] | {"task": shown_as(line["run"]["task"], line["run"]["steps"])}}
+            for line in read(FILE)
+        ]
+        text = report(lines, measures, list(METHODS), defaults, RESULTS / "quality.png")
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     elif args.smoke:
@@ -158,10 +194,14 @@ def main() -> None:
         fill(args)
 
 
+def shown_as(task: str, steps: int) -> str:
+    return task if steps == TASKS[task].steps else f"{task}, {steps} steps"
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl, validation.jsonl and test.jsonl")
-    parser.add_argument("--grid", choices=("core", "full"), default="core")
+    parser.add_argument("--grid", choices=tuple(GRIDS), default="core")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/METHOD", help="patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--dtype", default="bfloat16", help="to compute in: float32 on a CPU without bf16 products")
@@ -173,34 +213,34 @@ def parser() -> argparse.ArgumentParser:
 
 def fill(args: argparse.Namespace) -> None:
     """Runs what the file lacks, learning rates first, and appends each result as it comes."""
-    methods = CORE if args.grid == "core" else FULL
+    grid = GRIDS[args.grid]
     names = [
         (task, method)
-        for task in TASKS
-        for method in methods
+        for task in grid.steps
+        for method in grid.methods
         if any(fnmatch(f"{task}/{method}", pattern) for pattern in args.only)
     ]
 
     def run_all(runs: Iterable[Run]) -> None:
-        there = {Run(**line["run"]) for line in read(FILE) if args.grid == "core" or complete(line)}
+        there = {Run(**line["run"]) for line in read(FILE) if args.grid != "full" or complete(line)}
         for line in processes([run for run in runs if run not in there], args):
             with FILE.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
 
-    choosing = CHOSEN_ON if args.grid == "core" else tuple(TASKS)
     lines = read(FILE)
     run_all(
-        Run(task, method, SEEDS[0], rate, "validation", TASKS[task].steps, args.dtype)
+        Run(task, method, SEEDS[0], rate, "validation", STEPS[task], args.dtype)
         for task, method in names
-        if task in choosing and not methods[method].rate_of and validation_losses(lines, method, task) is None
+        if grid.choosing is None or task in grid.choosing
+        if not grid.methods[method].rate_of and validation_losses(lines, method, task) is None
         for rate in LEARNING_RATES
     )
     lines = read(FILE)
     run_all(
-        Run(task, method, seed, rate, "test", TASKS[task].steps, args.dtype)
+        Run(task, method, seed, rate, "test", grid.steps[task], args.dtype)
         for seed in args.seeds
         for task, method in names
-        if (rate := best_rate(lines, method, (task,) if args.grid == "full" else CHOSEN_ON)) is not None
+        if (rate := best_rate(lines, method, grid.choosing or (task,))) is not None
     )
 
 
@@ -212,7 +252,7 @@ def complete(line: Mapping[str, Any]) -> bool:
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
     """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is missing."""
-    found = [validation_losses(lines, FULL[method].rate_of or method, task) for task in tasks]
+    found = [validation_losses(lines, METHODS[method].rate_of or method, task) for task in tasks]
     if None in found:
         return None
     return min(LEARNING_RATES, key=lambda rate: sum(losses[rate] for losses in found if losses))
@@ -223,7 +263,7 @@ def validation_losses(lines: Sequence[Mapping[str, Any]], method: str, task: str
     found: dict[str, dict[float, float]] = {}
     for line in lines:
         run = line["run"]
-        if (run["task"], run["method"], run["split"]) == (task, method, "validation"):
+        if (run["task"], run["method"], run["split"], run["steps"]) == (task, method, "validation", STEPS[task]):
             found.setdefault(run["dtype"], {})[run["learning_rate"]] = line["result"]["loss"]
     return next((losses for losses in found.values() if set(LEARNING_RATES) <= set(losses)), None)
 
@@ -262,7 +302,7 @@ def loaded(dtype: str) -> tuple[LoadedBase, PreTrainedTokenizerBase, Weights]:
 def work(run: Run, args: argparse.Namespace, shared: Path) -> dict[str, Any]:
     """Trains, measures, and says what it took. In `shared` runs leave what is the same for every seed."""
     print(f"{run.task}/{run.method}, seed {run.seed}, lr {run.learning_rate:g}, {run.split}", file=sys.stderr)
-    task, method = TASKS[run.task], FULL[run.method]
+    task, method = TASKS[run.task], METHODS[run.method]
     recipe = recipe_of(run, task, method, args.data)
     base, tokenizer, original = loaded(run.dtype)
     # GSM8K has no validation split: the rows behind those that are trained on take its place.
@@ -324,15 +364,12 @@ def answered(
     return answer_measures(answers, list(references.values()), measures, evaluation.answer_pattern)
 
 
-def default_method(task: str) -> str:
+def default_method(task: str, steps: int) -> str:
     """What `qalora finetune` does in a run of this length when nothing about the adapter is set."""
-    run = Run(task, "", 0, 1e-3, "test", TASKS[task].steps, "auto")
-    as_shipped = ours(lora__init="auto", allocation__rounds=None, allocation__budget="parameters")
-    recipe = recipe_of(run, TASKS[task], as_shipped, Path())
-    if recipe.allocation.rounds_in(run.steps):
-        raise ValueError(f"{task}: a run of {run.steps} steps has rounds by default, and no method here has them")
-    starts = {"quantization": "lora-quantization", "gradient": "lora-gradient", "kaiming": "lora"}
-    return starts[recipe.chosen_init(sixteen_bit=True)]
+    run = Run(task, "", 0, 1e-3, "test", steps, "auto")
+    recipe = recipe_of(run, TASKS[task], ours(lora__init="auto", **AS_SHIPPED), Path())
+    moves = "alora" if recipe.allocation.rounds_in(steps) else "lora"
+    return f"{moves}-{recipe.chosen_init(sixteen_bit=True)}"
 
 
 def recipe_of(run: Run, task: Task, method: Method, data: Path) -> Recipe:
@@ -407,6 +444,8 @@ class Setup:
         )  # fmt: skip
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False
+        # Hugging Face's order of rows, which PEFT's methods have too.
+        trainer._get_train_sampler = MethodType(Trainer._get_train_sampler, trainer)  # type: ignore[method-assign]
         return trainer
 
 

@@ -20,6 +20,7 @@ CONTROLS = {
     "alora": ("lora", "random"),
     "alora-gradient": ("lora-gradient", "random-gradient"),
     "alora-scores": ("lora-quantization", "random-scores"),
+    "alora-quantization": ("lora-quantization", "random-quantization"),
     "alora-scores-r2": ("lora-quantization-r2",),
     "alora-scores-r16": ("lora-quantization-r16",),
 }

@@ -44,7 +44,9 @@ def main() -> int:
 def recipes(argv: list[str]) -> int:
     from qalora.recipe import recipe_names, recipe_path
 
-    if not argv:
+    if argv in (["-h"], ["--help"]):
+        print("usage: qalora recipes [show NAME]\n\nlists the shipped recipes, or prints one to copy and change")
+    elif not argv:
         for name in recipe_names():
             first_line = recipe_path(name).read_text(encoding="utf-8").splitlines()[0]
             print(f"{name:<14}{first_line.lstrip('# ')}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -73,11 +72,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
 
     from qalora.errors import InputError
+    from qalora.files import check_writable, write_json
     from qalora.recipe import load_recipe
     from qalora.recipe import resolve as resolve_recipe
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
+    if args.output:
+        check_writable(args.output)
     recipe = (
         load_recipe(args.recipe, settings(args))
         if args.recipe
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
 
-    from qalora.adapter.model import load_adapter, read_config
+    from qalora.adapter.model import check_adapter, load_adapter
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.registry import resolve
     from qalora.data.tokenization import load_dataset
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
 
     source = resolve(recipe.model)
     if args.adapter:
-        read_config(args.adapter)
+        check_adapter(args.adapter, source)
     tokenizer = load_tokenizer(source)
     evaluation = recipe.evaluation
     dataset = load_dataset(
@@ -117,11 +119,9 @@ def main(argv: list[str]) -> int:
         progress=not args.quiet,
         **evaluation.asking(),
     )
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
+        write_json(args.output, result)
     return 0
 
 

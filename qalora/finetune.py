@@ -6,13 +6,19 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora.files import write_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qalora.adapter.quantization_start import Weights
+    from qalora.base.loading import LoadedBase
+    from qalora.base.registry import ModelSource
     from qalora.data.tokenization import TokenizedDataset
     from qalora.recipe import Recipe
 
@@ -56,13 +62,14 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     if recipe.output_dir is None:
-        recipe.output_dir = f"outputs/{Path(args.recipe).stem}-{Path(recipe.model).stem}"
+        recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
     if args.dry_run:
         dry_run(recipe)
         return 0
     output_dir = Path(recipe.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    check_output_dir(output_dir, resuming=checkpoint is not None, overwrite=args.overwrite)
+    reads = [Path(name) for name in (recipe.model, recipe.data.train, recipe.data.validation) if name]
+    check_output_dir(output_dir, reads, resuming=checkpoint is not None, overwrite=args.overwrite)
 
     from qalora.base.loading import load_tokenizer
 
@@ -71,9 +78,15 @@ def main(argv: list[str]) -> int:
     return finetune(recipe, data, tokenizer, output_dir, checkpoint)
 
 
+def run_name(recipe: str, model: str) -> str:
+    """RECIPE-MODEL, of names or paths; the version in a model's name stays (llama3.1-8b)."""
+    return f"{Path(recipe).stem}-{Path(model).expanduser().resolve().name.removesuffix('.gguf')}"
+
+
 @dataclass
 class RunData:
-    """Tokenized rows of a run: B_val, which scores the ranks, is apart from the rows that measure the result."""
+    """Tokenized rows of a run: B_val, which scores the ranks, is apart from the rows that measure the result where there are rows
+    enough for both."""
 
     train: TokenizedDataset
     validation: TokenizedDataset
@@ -87,7 +100,6 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
     from qalora.data.tokenization import load_dataset, split_validation
-    from qalora.errors import InputError
     from qalora.metrics import check
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
@@ -108,10 +120,6 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         validation, scoring = split_validation(validation, wanted, seed)
     else:
         scoring = validation.subset(range(min(wanted, len(validation))))
-    if not len(train) or not len(validation):
-        raise InputError(
-            f"data.train={settings.train}: too few rows for a validation split of {settings.val_set_size}; add rows."
-        )
     if evaluation.rows is not None:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
@@ -124,14 +132,15 @@ def finetune(
 ) -> int:
     """Loads the base, trains, evaluates before and after, saves. Returns the command's exit code.
 
+    Args:
+        output_dir: emptied once the base is there, unless a checkpoint is continued.
+
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
-    from qalora.adapter.quantization_start import original_weights
-    from qalora.base.checkpoint import open_checkpoint
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.cli import DONE, INTERRUPTED
@@ -140,9 +149,11 @@ def finetune(
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
     if checkpoint is not None:
-        _as_it_began(recipe, output_dir)
+        _as_it_began(recipe, checkpoint)
     elif recipe.training.fit:
-        fit_to_device(recipe, data.train.items)
+        longest = max(len(item["input_ids"]) for item in data.train.items)
+        fit_to_device(recipe, recipe.data.max_seq_len if recipe.data.packing else longest)
+    check_reporting(recipe.training.report_to)
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
     rounds = schedule_of(recipe, total_steps, per_epoch)
@@ -155,17 +166,12 @@ def finetune(
 
     quantization, lora = recipe.quantization, recipe.lora
     source = resolve(recipe.model)
-    original = None
-    if checkpoint is None:
-        init = recipe.chosen_init(sixteen_bit=True)
-        weights = open_checkpoint(source)[0] if init == "quantization" else None  # no other start reads them
-        sixteen_bit = weights is not None and not weights.packed
-        lora.init = recipe.chosen_init(sixteen_bit=sixteen_bit)
-        if weights is not None and lora.init == "quantization":
-            original = original_weights(weights, source.name)
+    if recipe.merge:
+        check_room_to_merge(source, output_dir)
+    original = choose_start(recipe, source) if checkpoint is None else None
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
-    output_dir.mkdir(parents=True, exist_ok=True)
+    begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     set_seed(recipe.training.seed)
@@ -194,7 +200,7 @@ def finetune(
     elif settings.before:
         metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"before: {_line(metrics['before'])}")
-        _write_json(output_dir / "metrics.json", metrics)
+        write_json(output_dir / "metrics.json", metrics)
 
     trainer, allocator, interrupt = build_trainer(
         recipe,
@@ -228,7 +234,7 @@ def finetune(
         )
 
     model = trainer.model
-    begun = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    begun = 0 if checkpoint is None else step_of(checkpoint)
     seconds = sum(record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > begun)
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
@@ -242,22 +248,10 @@ def finetune(
     if settings.after:
         metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"after:  {_line(metrics['after'])}")
-    _write_json(output_dir / "metrics.json", metrics)
+    write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
     if recipe.merge:
-        from qalora.base.checkpoint import Quantization
-        from qalora.deploy.merging import merge
-
-        trained = Quantization(
-            quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant, base.compute_dtype
-        )
-        merge(
-            base.source,
-            output_dir / "adapter",
-            output_dir / "merged",
-            quantization=trained if base.quantized else None,
-            overwrite=True,
-        )
+        merge_run(recipe, base, output_dir)
     say(
         recipe,
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
@@ -265,10 +259,70 @@ def finetune(
     return DONE
 
 
+def choose_start(recipe: Recipe, source: ModelSource) -> Weights | None:
+    """Settles `lora.init`, and opens the base's 16-bit weights where the first ranks begin by them.
+
+    Raises:
+        InputError: lora.init=quantization of a base that is stored in 4 bits.
+    """
+    from qalora.adapter.quantization_start import original_weights
+    from qalora.base.checkpoint import open_checkpoint
+
+    init = recipe.chosen_init(sixteen_bit=True)
+    weights = open_checkpoint(source)[0] if init == "quantization" else None  # no other start reads them
+    sixteen_bit = weights is not None and not weights.packed
+    recipe.lora.init = recipe.chosen_init(sixteen_bit=sixteen_bit)
+    return original_weights(weights, source.name) if weights is not None and recipe.lora.init == init else None
+
+
+def begin_folder(output_dir: Path, checkpoint: Path | None) -> None:
+    """Empties the folder, or puts back what the run had written of itself when the checkpoint was made."""
+    from qalora.training.trainer import RUN_FILES
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        for path in output_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return
+    for name in RUN_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, output_dir)
+
+
+def check_room_to_merge(source: ModelSource, output_dir: Path) -> None:
+    """
+    Raises:
+        InputError: too little disk or memory for `merge=true`, with the figures.
+    """
+    from qalora.base.checkpoint import expected_shapes, open_config
+    from qalora.deploy.merging import check_room
+
+    config = open_config(source)
+    check_room(output_dir / "merged", expected_shapes(config), "bfloat16", config)
+
+
+def merge_run(recipe: Recipe, base: LoadedBase, output_dir: Path) -> None:
+    """`merge=true`: the run's adapter in the weights that it was trained on, as `qalora merge` writes them."""
+    from qalora.base.checkpoint import Quantization
+    from qalora.deploy.merging import merge
+
+    asked = recipe.quantization
+    trained = Quantization(asked.bnb_4bit_quant_type, asked.bnb_4bit_use_double_quant, base.compute_dtype)
+    merge(
+        base.source,
+        output_dir / "adapter",
+        output_dir / "merged",
+        quantization=trained if base.quantized else None,
+        overwrite=True,
+    )
+
+
 def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved recipe and the memory that a step will need."""
+    """Prints the resolved recipe, fitted to this machine where that was asked for, and the memory that a step will need."""
     from qalora.plan import planner, print_plan
 
+    if recipe.training.fit:
+        fit_to_device(recipe, recipe.data.max_seq_len)
     print(recipe.to_yaml())
     print_plan(planner(recipe)())
 
@@ -303,23 +357,47 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     if asked is None:
         return None
     if asked == "auto":
-        found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        folders = (
+            path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
+        )
+        found = [path for path in folders if (path / "trainer_state.json").is_file()]
         if not found:
             raise InputError(
                 f"--resume-from-checkpoint auto: {output_dir} holds no checkpoint; leave the option out to start anew."
             )
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        return max(found, key=step_of)
     path = Path(asked)
     if not (path / "trainer_state.json").is_file():
         raise InputError(f"--resume-from-checkpoint {asked}: no checkpoint there (no trainer_state.json).")
+    if not (path / "recipe.yaml").is_file():
+        raise InputError(f"--resume-from-checkpoint {asked}: no run of qalora began it (no recipe.yaml).")
+    step_of(path)
     return path
 
 
-def check_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Keeps an earlier run from being lost or mixed with this one.
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps behind a checkpoint, whatever its folder is called.
 
     Raises:
-        InputError: the folder is in use.
+        InputError: its trainer_state.json does not say.
+    """
+    from qalora.errors import InputError
+
+    file = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{file}: not the state of a checkpoint; continue from another one.") from None
+
+
+def check_output_dir(output_dir: Path, reads: list[Path], *, resuming: bool, overwrite: bool) -> None:
+    """Keeps an earlier run from being lost or mixed with this one; nothing is deleted yet.
+
+    Args:
+        reads: what the run reads; some may be no paths.
+
+    Raises:
+        InputError: the folder is in use, or would be emptied of what the run reads.
     """
     from qalora.errors import InputError
 
@@ -334,11 +412,18 @@ def check_output_dir(output_dir: Path, *, resuming: bool, overwrite: bool) -> No
             f"output_dir={output_dir}: holds a run; continue it with --resume-from-checkpoint auto, replace it with --overwrite, "
             "or choose another --output-dir."
         )
-    shutil.rmtree(output_dir)
+    for path in reads:
+        if path.exists() and output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(
+                f"--overwrite: {output_dir} holds {path}, which the run reads; choose another --output-dir."
+            )
 
 
-def fit_to_device(recipe: Recipe, items: list[dict[str, Any]]) -> None:
+def fit_to_device(recipe: Recipe, longest: int) -> None:
     """Chooses micro-batch, accumulation, checkpointing and tiling for the memory of this machine, and says so.
+
+    Args:
+        longest: tokens of the longest row.
 
     Raises:
         InputError: nothing fits.
@@ -346,30 +431,48 @@ def fit_to_device(recipe: Recipe, items: list[dict[str, Any]]) -> None:
     import torch
 
     from qalora.base.loading import choose_compute_dtype
-    from qalora.plan import fit_recipe, fitted
+    from qalora.errors import InputError
+    from qalora.plan import fit_recipe, fitted, planner
     from qalora.training.trainer import free_memory_bytes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
-    longest = recipe.data.max_seq_len if recipe.data.packing else max(len(item["input_ids"]) for item in items)
     memory = free_memory_bytes()
     name = str(dtype).removeprefix("torch.")
     recipe.quantization.bnb_4bit_compute_dtype = name  # type: ignore[assignment]
-    fit_recipe(recipe, memory, seq_len=longest, device=device)
+    if not fit_recipe(recipe, memory, seq_len=longest, device=device):
+        least = planner(recipe, device)(seq_len=longest).total
+        raise InputError(
+            f"training.fit=auto: one row of {longest} tokens of {recipe.model} needs {least / 2**30:.2f} GiB, of "
+            f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
+        )
     chosen = ", ".join(f"training.{key}={value}" for key, value in fitted(recipe).items())
     say(recipe, f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}")
 
 
-def _as_it_began(recipe: Recipe, output_dir: Path) -> None:
+def check_reporting(names: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: training.report_to names what transformers cannot report to, or what is not installed.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    from qalora.errors import InputError
+
+    try:
+        for callback in get_reporting_integration_callbacks(list(names)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"training.report_to={','.join(names)}: {' '.join(str(error).split())}") from None
+
+
+def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
     """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted."""
     import yaml
 
     from qalora.plan import fitted
 
-    file = output_dir / "recipe.yaml"
-    if not file.is_file():
-        return
-    begun = yaml.safe_load(file.read_text(encoding="utf-8"))
+    begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     if recipe.quantization.bnb_4bit_compute_dtype == "auto":
         recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
     recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]
@@ -385,12 +488,6 @@ def say(recipe: Recipe, text: str) -> None:
 
 def _line(result: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

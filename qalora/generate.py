@@ -1,4 +1,4 @@
-"""`qalora generate`: answer one prompt, or chat, with a base, a base and an adapter, or a merged model."""
+"""`qalora generate`: answer a prompt or an instruction, or chat, with a base, a base and an adapter, or a merged model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qalora generate",
-        description="Answers one prompt (--prompt) or chats over the lines of standard input (--chat).",
+        description="Answers one prompt (--prompt) or instruction (--instruction), or chats over the lines of standard input (--chat).",
     )
     parser.add_argument(
         "--model",
@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; through the chat template when the model has one")
+    what.add_argument("--instruction", help="one instruction, in the words that the alpaca recipes put around it")
     what.add_argument("--chat", action="store_true", help="a conversation: one user message a line, until end of file")
+    parser.add_argument("--input", default="", help="what --instruction is about")
     parser.add_argument("--raw", action="store_true", help="--prompt as it stands, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
@@ -57,20 +59,22 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
-    from qalora.adapter.model import load_adapter, read_config
+    from qalora.adapter.model import check_adapter, load_adapter
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.metrics import generation_config
 
     source = resolve(args.model)
     if args.adapter:
-        read_config(args.adapter)
+        check_adapter(args.adapter, source)
     loaded = load_base(source, load_in_4bit=not args.no_quantize, dtype=args.dtype)
     model: Any = load_adapter(loaded.model, args.adapter) if args.adapter else loaded.model
     config = generation_config(model, loaded.tokenizer, **options)
     set_seed(args.seed)
     if args.chat:
         chat(model, loaded.tokenizer, lines(), config)
+    elif args.instruction is not None:
+        answer(model, loaded.tokenizer, instruction_ids(args.instruction, args.input, loaded.tokenizer), config)
     else:
         answer(model, loaded.tokenizer, prompt_ids([args.prompt], loaded.tokenizer, raw=args.raw), config)
     return 0
@@ -82,8 +86,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a value out of its range, or a sampling setting without --do-sample.
     """
-    if args.raw and args.chat:
-        raise InputError("--raw: a chat needs the chat template; use --raw with --prompt.")
+    if args.raw and args.prompt is None:
+        raise InputError("--raw: only a --prompt is taken as it stands.")
+    if args.input and args.instruction is None:
+        raise InputError("--input: goes with --instruction.")
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more.")
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
@@ -123,6 +129,15 @@ def prompt_ids(
     turns = [Turn("assistant" if i % 2 else "user", text, False) for i, text in enumerate(messages)]
     example = Example(row=0, turns=(*turns, Turn("assistant", "", True)), chat=chat)
     return list(tokenize_prompt(example, tokenizer))
+
+
+def instruction_ids(instruction: str, input: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids up to the response, in Stanford's Alpaca prompt as in training."""
+    from qalora.data.formats import to_example
+    from qalora.data.tokenization import tokenize_prompt
+
+    row = {"instruction": instruction, "input": input, "output": ""}
+    return list(tokenize_prompt(to_example(row, 0, format="alpaca"), tokenizer))
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], config: GenerationConfig) -> str:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qalora.errors import InputError
+from qalora.plan import parse_size
+
 ADAPTER_FORMATS = ("peft", "peft-uniform", "gguf-lora")
 
 
@@ -33,23 +36,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         choices=("dequantized", "original"),
-        default="dequantized",
         help="add to the 4-bit weights it was trained on (default) or to the 16-bit ones",
     )
     parser.add_argument("--no-quantize", action="store_true", help="the same as --base original")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of the weights of format hf (default: %(default)s)",
+        help="of the weights of format hf (default: bfloat16)",
     )
     parser.add_argument(
         "--gguf-type",
         choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
-        default="f16",
-        help="of the weights of format gguf (default: %(default)s)",
+        help="of the weights of format gguf (default: f16)",
     )
-    parser.add_argument("--max-shard-size", default="4GB", help="of format hf (default: %(default)s)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of format hf (default: 4GB)")
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not compare the result with base + adapter"
     )
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.deploy.output import check_output
 
+    check_flags(args)
     source = resolve(args.model)
     check_output(Path(args.output), model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
 
@@ -89,10 +90,10 @@ def main(argv: list[str]) -> int:
         args.adapter,
         args.output,
         quantization=None if original else trained_quantization(args),
-        dtype=getattr(torch, args.dtype),
+        dtype=getattr(torch, args.dtype or "bfloat16"),
         format=args.format,
-        gguf_type=args.gguf_type,
-        max_shard_size=args.max_shard_size,
+        gguf_type=args.gguf_type or "f16",
+        max_shard_size=parse_size(args.max_shard_size or "4GB", "--max-shard-size"),
         overwrite=args.overwrite,
         verify=args.verify,
     )
@@ -108,6 +109,21 @@ def main(argv: list[str]) -> int:
     else:
         print(f"try it: python -m qalora.generate --model {args.output} --no-quantize --prompt '…'")
     return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        InputError: a flag that the format does not use, or no size.
+    """
+    whole = ("hf", "gguf")
+    used_by = {"base": whole, "no_quantize": whole, "dtype": ("hf",), "max_shard_size": ("hf",), "gguf_type": ("gguf",)}
+    for name, formats in used_by.items():
+        if getattr(args, name) and args.format not in formats:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: goes with --format {' or '.join(formats)}, not {args.format}; leave it out.")
+    if args.max_shard_size:
+        parse_size(args.max_shard_size, "--max-shard-size")
 
 
 def export(args: argparse.Namespace, source: Any) -> int:
@@ -138,7 +154,6 @@ def trained_quantization(args: argparse.Namespace) -> Any:
 
     from qalora.base.checkpoint import Quantization
     from qalora.base.loading import choose_compute_dtype
-    from qalora.errors import InputError
     from qalora.recipe import QuantizationConfig
 
     run = Path(args.adapter).resolve().parent / "recipe.yaml"

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qalora.base.fitting import MLP_TILE, Plan, fit, largest
+from qalora.base.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         fit_recipe(recipe, card)
     planned = planner(recipe)
     plan = planned()
-    fits = card is None or plan.total <= card
+    fits = card is None or plan.total <= HEADROOM * card
     most = {} if card is None else limits(planned, card)
     if args.json:
         answer = {"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits, **most}
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"training.{name}={value}" for name, value in fitted(recipe).items()))
     if card is not None:
         print(
-            f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {card / 2**30:.2f} GiB"
+            f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {HEADROOM * card / 2**30:.2f} GiB "
+            f"({1 - HEADROOM:.0%} are left to the allocator)"
         )
         print(
             f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one row "
@@ -108,28 +109,19 @@ def limits(planned: Plan, memory: int) -> dict[str, int]:
     }
 
 
-def fit_recipe(recipe: Recipe, memory: int, *, seq_len: int | None = None, device: str = "cuda") -> None:
-    """Sets micro-batch, accumulation, checkpointing and tiling of the recipe to what fits the memory, in bytes.
+def fit_recipe(recipe: Recipe, memory: int, *, seq_len: int | None = None, device: str = "cuda") -> bool:
+    """Sets micro-batch, accumulation, checkpointing and tiling of the recipe to what fits the memory, in bytes; where nothing
+    does, to what needs least, and returns False.
 
     Args:
         seq_len: tokens of the longest row (default: data.max_seq_len).
-
-    Raises:
-        InputError: nothing does.
     """
     training, seq_len = recipe.training, seq_len or recipe.data.max_seq_len
-    planned = planner(recipe, device)
-    found = fit(
-        planned, memory, batch_size=training.micro_batch_size * training.gradient_accumulation_steps, seq_len=seq_len
-    )
-    if found is None:
-        least = planned(micro_batch_size=1, seq_len=seq_len, gradient_checkpointing="offload", mlp_tile=MLP_TILE).total
-        raise InputError(
-            f"training.fit=auto: one row of {seq_len} tokens of {recipe.model} needs {least / 2**30:.2f} GiB, of "
-            f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
-        )
-    for name, value in found.settings().items():
+    batch_size = training.micro_batch_size * training.gradient_accumulation_steps
+    found = fit(planner(recipe, device), memory, batch_size=batch_size, seq_len=seq_len)
+    for name, value in (found or least(batch_size)).settings().items():
         setattr(training, name, value)
+    return found is not None
 
 
 def fitted(recipe: Recipe) -> dict[str, Any]:
@@ -151,7 +143,7 @@ def print_plan(plan: MemoryPlan) -> None:
     Console().print(table)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--gpu-memory") -> int:
     """ "24GiB", "15.9 GB" or a number of bytes → bytes.
 
     Raises:
@@ -159,7 +151,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
     if match is None or float(match[1]) == 0:
-        raise InputError(f"--gpu-memory {text}: give a size such as 24GiB, 15.9GB or a number of bytes.")
+        raise InputError(f"{flag} {text}: give a size such as 24GiB, 15.9GB or a number of bytes.")
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.base.memory import Checkpointing
+from qalora.base.registry import BLOCK_MAPS
 from qalora.errors import InputError
 
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
@@ -84,12 +85,23 @@ class LoraSettings(Section):
         description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
         "dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took "
         "from it on these rows, which needs the 16-bit weights; auto: quantization where it can be, else gradient, and kaiming "
-        "without rounds of allocation",
+        "with allocation.rounds=0",
     )
     init_rows: int = Field(16, ge=1, description="training rows that init=gradient and init=quantization look at")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
     )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _maps_of_a_block(cls, targets: str | list[str]) -> str | list[str]:
+        known = [name.rpartition(".")[2] for name in BLOCK_MAPS]
+        unknown = [] if targets == "all-linear" else [name for name in targets if name not in known]
+        if unknown or not targets:
+            raise ValueError(
+                f"{', '.join(unknown) or 'none'} is no linear map of a block; name some of {', '.join(known)}, or all-linear"
+            )
+        return targets
 
 
 class AllocationConfig(Section):
@@ -228,7 +240,7 @@ class Recipe(Section):
         if self.training.save_steps % self.training.eval_steps:
             yield (
                 f"training.save_steps={self.training.save_steps} must be a multiple of "
-                f"training.eval_steps={self.training.eval_steps}, or the best checkpoint may not be kept"
+                f"training.eval_steps={self.training.eval_steps}, for Hugging Face's Trainer asks for it"
             )
         init, start = self.lora.init, self.allocation.start
         if start == "scores" and init not in ("auto", "quantization"):

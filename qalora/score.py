@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 
@@ -69,6 +67,7 @@ def main(argv: list[str]) -> int:
 
     from qalora.base.registry import resolve
     from qalora.errors import InputError
+    from qalora.files import check_writable, write_json
     from qalora.recipe import load_recipe
     from qalora.recipe import resolve as resolve_recipe
 
@@ -80,9 +79,10 @@ def main(argv: list[str]) -> int:
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")
+    check_writable(args.output)
 
     from qalora.adapter.allocation import least_important
-    from qalora.adapter.model import load_adapter, ranks, read_config, read_tensors
+    from qalora.adapter.model import check_adapter, load_adapter, ranks
     from qalora.adapter.round import free_memory
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
@@ -92,8 +92,7 @@ def main(argv: list[str]) -> int:
     from qalora.training.activations import set_checkpointing
     from qalora.training.loss import use_label_only_loss
 
-    read_config(args.adapter)
-    read_tensors(args.adapter)
+    check_adapter(args.adapter, source)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
     base = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading())
@@ -147,8 +146,7 @@ def main(argv: list[str]) -> int:
         result["quadrature_error"] = (
             abs(total / (scores.base_loss - scores.loss) - 1) if scores.base_loss != scores.loss else None
         )
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output, result, indent=1)
     print(f"{args.output}: {len(result['scores'])} ranks on {scores.rows} rows, {seconds:.1f} s; {_summary(result)}")
     return 0
 

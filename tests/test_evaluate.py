@@ -97,14 +97,15 @@ def test_flags_that_are_not_given_leave_the_recipe_alone():
         (["--data", "ROWS", "--metrics", "bleu"], "bleu"),
         (["--data", "ROWS", "--metrics", "accuracy", "--choices", "true,false"], "none of the choices"),
         (["--data", "ROWS", "--adapter", "no-such-folder"], "no-such-folder"),
+        (["--data", "ROWS", "--output", "FOLDER"], "a folder; name a file in it"),
     ],
-    ids=["no data", "unknown metric", "wrong choices", "no adapter"],
+    ids=["no data", "unknown metric", "wrong choices", "no adapter", "output is a folder"],
 )
 def test_bad_input_is_named_before_any_weights_load(folder, rows, monkeypatch, flags, message):
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(qalora.base.loading, "load_base", never)
-    flags = [str(rows) if flag == "ROWS" else flag for flag in flags]
+    flags = [{"ROWS": str(rows), "FOLDER": str(folder)}.get(flag, flag) for flag in flags]
     with pytest.raises(InputError, match=message):
         main(["--model", str(folder), *flags])

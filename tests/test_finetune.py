@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import check_output_dir, find_checkpoint, main
+from qalora.finetune import check_output_dir, find_checkpoint, main, run_name
 from qalora.recipe import load_recipe
 
 WORDS = [
@@ -219,6 +220,16 @@ def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetu
         assert torch.equal(saved[key], tensor)
 
 
+def test_the_best_weights_are_kept_between_checkpoints_too(finetune, monkeypatch):
+    found = iter([5.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [next(found)])
+    _, folder = finetune("training.save_steps=12")
+    assert (folder / "checkpoint-6").is_dir()
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    best = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
+    assert saved.keys() == best.keys() and all(torch.equal(saved[key], best[key]) for key in best)
+
+
 def test_vanilla_peft_reads_the_adapter_with_equal_logits(finetune, model_dir, run_python):
     _, folder = finetune("--no-quantize")
     code = """
@@ -243,20 +254,66 @@ assert not any(name.startswith("qalora") for name in sys.modules)
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt", weights_only=True), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("checkpoint", [3, 6, 9], ids=["before the rounds", "between them", "after them"])
+@pytest.mark.parametrize(
+    "checkpoint", [3, 6, 9, 11], ids=["before the rounds", "between them", "after an epoch", "within the second"]
+)
 def test_resumed_equals_straight_exactly(finetune, checkpoint):
     """Invariant 9, with the evaluation before training and validations (eval-mode forwards) in between."""
-    _, straight = finetune(output="straight")
-    finetune(output="resumed")
+    more = ("training.eval_steps=1", "training.save_steps=1", "training.save_total_limit=12")
+    _, straight = finetune(*more, output="straight")
+    finetune(*more, output="resumed")
     _, resumed = finetune(
-        "--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"), output="resumed"
-    )
+        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"),
+        output="resumed",
+    )  # fmt: skip
     assert losses(resumed) == losses(straight)
     drop_seconds = [{k: v for k, v in record.items() if k != "seconds"} for record in records(resumed)]
     assert drop_seconds == [{k: v for k, v in record.items() if k != "seconds"} for record in records(straight)]
     one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_continues_wherever_it_lies(finetune, tmp_path):
+    _, straight = finetune(output="straight")
+    copied = tmp_path / "backup" / "best"
+    shutil.copytree(straight / "checkpoint-9", copied)
+    before = (straight / "metrics.json").read_text()
+    code, resumed = finetune("--resume-from-checkpoint", str(copied), output="elsewhere")
+    assert code == 0
+    assert losses(resumed) == losses(straight)
+    assert [record["step"] for record in records(resumed)] == [4, 8]
+    metrics = json.loads((resumed / "metrics.json").read_text())
+    assert metrics["before"] == json.loads(before)["before"]
+    assert metrics["allocation"]["seconds"] == 0  # both rounds were before the checkpoint
+    (copied / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match=r"best: no run of qalora began it \(no recipe.yaml\)"):
+        finetune("--resume-from-checkpoint", str(copied), output="other")
+
+
+def test_a_finished_run_that_is_continued_trains_no_further(finetune):
+    more = ("training.lr_scheduler_type=constant",)
+    _, folder = finetune(*more)
+    trained = load_file(folder / "checkpoint-12" / "adapter_model.safetensors")
+    code, _ = finetune(*more, "--resume-from-checkpoint", str(folder / "checkpoint-12"))
+    assert code == 0
+    assert not (folder / "checkpoint-13").exists()
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], trained[key]) for key in trained)
+
+
+def test_a_resumed_run_remembers_how_long_nothing_got_better(finetune, monkeypatch):
+    """The first validation, after step 3, is the best; the third is the second that is not."""
+    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    more = ("training.early_stopping_patience=2",)
+    worse = itertools.count(1)
+    _, folder = finetune(*more, output="straight")
+    state = json.loads((folder / "checkpoint-9" / "trainer_state.json").read_text())
+    assert state["global_step"] == 9 and not (folder / "checkpoint-12").exists()
+    worse = itertools.count(3)
+    finetune(*more, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed")
+    assert (folder.parent / "resumed" / "checkpoint-9").exists()
+    assert not (folder.parent / "resumed" / "checkpoint-12").exists()
 
 
 def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
@@ -377,6 +434,15 @@ def test_what_a_step_keeps_changes_no_loss(finetune, settings):
     assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
 
 
+@pytest.mark.parametrize("init", ["gradient", "quantization"])
+def test_a_start_sees_every_token_of_tiled_mlps(finetune, init):
+    more = (f"lora.init={init}", "allocation.rounds=0", "training.max_steps=3", "evaluation.after=false")
+    _, plain = finetune(*more)
+    _, tiled = finetune(*more, "training.mlp_tile=2", output="tiled")
+    last = "checkpoint-3"
+    assert losses(tiled, last) == pytest.approx(losses(plain, last), rel=2e-4)
+
+
 def test_fit_keeps_the_rows_of_a_step_and_a_resumed_run_keeps_the_fit(finetune, monkeypatch):
     from qalora.training import trainer
 
@@ -414,7 +480,9 @@ def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, monkeypatch)
 
 def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
     """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
-    _, folder = finetune("allocation.rounds=0", "training.gradient_checkpointing=false")
+    _, folder = finetune(
+        "allocation.rounds=0", "training.gradient_checkpointing=false", "training.group_by_length=false"
+    )
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -445,7 +513,6 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         gradient_accumulation_steps=2,
         max_steps=12,
         learning_rate=5e-3,
-        train_sampling_strategy="group_by_length",
         warmup_steps=1,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -538,8 +605,56 @@ def test_an_output_folder_in_use_is_refused(finetune, tmp_path):
     other.mkdir()
     (other / "cat.jpg").touch()
     with pytest.raises(InputError, match="not empty, and no run of qalora"):
-        check_output_dir(other, resuming=False, overwrite=True)
+        check_output_dir(other, [], resuming=False, overwrite=True)
     assert (other / "cat.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("data.train=nothing.jsonl", "no such file"),
+        ("training.report_to=wandb", "report_to=wandb"),
+        ("lora.target_modules=q_prj", "q_prj is no linear map of a block"),
+    ],
+)
+def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatch, wrong, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _, folder = finetune("training.max_steps=3", "allocation.rounds=0")
+    with pytest.raises(InputError, match=message):
+        finetune("--overwrite", wrong)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows):
+    _, folder = finetune("training.max_steps=3", "allocation.rounds=0")
+    inside = folder / "rows.jsonl"
+    shutil.copy(rows, inside)
+    with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
+        finetune("--overwrite", f"data.train={inside}")
+    assert inside.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "name"),
+    [
+        ("alpaca", "llama3.2-1b", "alpaca-llama3.2-1b"),
+        ("recipes/mine.yaml", "meta-llama/Llama-3.1-8B", "mine-Llama-3.1-8B"),
+        ("alpaca", "some/where/model.Q4_0.gguf", "alpaca-model.Q4_0"),
+        ("alpaca", "some/where/", "alpaca-where"),
+    ],
+)
+def test_runs_are_named_after_recipe_and_model(recipe, model, name):
+    assert run_name(recipe, model) == name
+
+
+def test_a_run_of_one_step_learns(finetune):
+    code, folder = finetune("training.max_steps=1", "allocation.rounds=0")
+    assert code == 0
+    assert any(
+        tensor.any()
+        for key, tensor in load_file(folder / "adapter" / "adapter_model.safetensors").items()
+        if "lora_B" in key
+    )
 
 
 def test_resume_without_a_checkpoint_is_refused(finetune, tmp_path):

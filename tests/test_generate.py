@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora import generate
+from qalora.data.formats import to_example
+from qalora.data.tokenization import tokenize
 from qalora.errors import InputError
 from qalora.metrics import generation_config
 
@@ -95,9 +97,28 @@ def test_options_without_effect_or_out_of_range_are_errors(flags):
         parsed("--prompt", "hi", *flags)
 
 
-def test_raw_chat_is_an_error():
-    with pytest.raises(InputError, match="--raw"):
-        parsed("--chat", "--raw")
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--chat", "--raw"], "--raw"),
+        (["--instruction", "hi", "--raw"], "--raw"),
+        (["--prompt", "hi", "--input", "x"], "--input"),
+    ],
+    ids=" ".join,
+)
+def test_flags_that_do_not_go_together_are_errors(flags, named):
+    with pytest.raises(InputError, match=named):
+        parsed(*flags)
+
+
+@pytest.mark.parametrize("input", ["", "2, 3"], ids=["instruction alone", "with an input"])
+def test_an_instruction_is_rendered_as_alpaca_rows_are_trained_on(tokenizer, input):
+    row = {"instruction": "Add these.", "input": input, "output": " 5"}
+    item = tokenize(to_example(row, 0, format="alpaca"), tokenizer, max_seq_len=512)
+    prompt = generate.instruction_ids("Add these.", input, tokenizer)
+    assert prompt == item["input_ids"][: len(prompt)]
+    assert tokenizer.decode(item["input_ids"][len(prompt) :]) == " 5</s>"
+    assert set(item["labels"][: len(prompt)]) == {-100} and -100 not in item["labels"][len(prompt) :]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,30 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
         main(["--model", values["model"], "--adapter", values["adapter"], "--output", values["output"]])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "gguf", "--dtype", "float32"], "--dtype: goes with --format hf, not gguf"),
+        (["--gguf-type", "q8_0"], "--gguf-type: goes with --format gguf, not hf"),
+        (["--format", "peft", "--base", "original"], "--base: goes with --format hf or gguf, not peft"),
+        (["--max-shard-size", "4 apples"], "--max-shard-size 4 apples: give a size such as"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_without_effect_are_errors(folder, adapter, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        main(["--model", str(folder), "--adapter", str(adapter), "--output", str(tmp_path / "out"), *flags])
+
+
+def test_the_working_directory_may_be_the_output(folder, adapter, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    arguments = ["--model", str(folder), "--adapter", str(adapter), "--output", ".", "--format", "peft"]
+    assert main(arguments) == 0
+    assert (here.parent / "here" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("format", ["gguf", "peft", "peft-uniform", "gguf-lora"])
 def test_every_format_ends_in_its_file(folder, adapter, tmp_path, format):
     output = tmp_path / "out"

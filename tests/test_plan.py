@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -39,8 +40,8 @@ def test_targets_quantization_and_dtype_reach_the_plan(capsys):
 
 
 def test_the_exit_code_says_whether_it_fits(capsys):
-    total = planned(capsys)["total"]
-    for card, code in ((total, 0), (total - 1, 1)):
+    least = math.ceil(planned(capsys)["total"] / HEADROOM)
+    for card, code in ((least, 0), (least - 1, 1)):
         assert main(["--model", "llama-7b", "--json", "--gpu-memory", str(card)]) == code
         answer = json.loads(capsys.readouterr().out)
         assert (answer["gpu_memory"], answer["fits"]) == (card, code == 0)
@@ -52,9 +53,9 @@ def test_the_table_shows_every_term_and_the_verdict(capsys):
     out = capsys.readouterr().out
     for term, size in {**plan.terms, "total": plan.total}.items():
         assert re.search(rf"{re.escape(term)}\W+{size / 2**20:,.1f}\b", out), term
-    assert f"does not fit 1GiB: {plan.total / 2**30:.2f} of 1.00 GiB" in out
+    assert f"does not fit 1GiB: {plan.total / 2**30:.2f} of 0.92 GiB (8% are left to the allocator)" in out
     assert main(["--model", "llama-7b", "--gpu-memory", "80 GB"]) == 0
-    assert re.search(r"^fits 80 GB: \d+\.\d\d of 74\.51 GiB$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^fits 80 GB: \d+\.\d\d of 68\.55 GiB", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +115,14 @@ def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
     assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
 
 
-def test_what_no_setting_fits_is_refused_with_the_figures(capsys):
-    arguments = ["--model", "llama-7b", "--profile", "t4", "--gpu-memory", "4GiB"]
-    assert run(main, arguments) == 2
-    error = capsys.readouterr().err
-    assert re.search(r"training\.fit=auto: one row of 512 tokens of llama-7b needs \d\.\d\d GiB, of 4\.00 GiB", error)
+def test_where_no_setting_fits_the_most_frugal_one_is_planned(capsys):
+    arguments = ["--model", "llama-7b", "--profile", "t4", "--gpu-memory", "4GiB", "--json"]
+    assert main(arguments) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["fits"]
+    settings = {"micro_batch_size": 1, "gradient_checkpointing": "offload", "mlp_tile": MLP_TILE}
+    assert {key: answer["training"][key] for key in settings} == settings
+    assert answer["longest_context"] == 0
 
 
 def test_it_answers_without_torch(run_python):

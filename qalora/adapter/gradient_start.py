@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
+from qalora.adapter.inputs import visit_inputs
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import gated_layers, ranks
 from qalora.base.memory import OVERSAMPLING
@@ -108,28 +109,15 @@ def _input_moments(
     """Module → (n, n) Q E[x xᵀ] Qᵀ of its inputs x, in units of E|x|² / in, which a random direction has; padding left out."""
     sums = {name: torch.zeros(len(span), len(span), device=span.device) for name, span in spans.items()}
     energies = {name: torch.zeros((), device=span.device) for name, span in spans.items()}
-    mask: Tensor | None = None
 
-    def add(name: str, x: Tensor) -> None:
-        if mask is not None and x.shape[:2] == mask.shape:
-            x = x[mask.bool()]
-        for part in stretches(x, x.shape[-1]):
-            inputs = x[part].to(torch.float32)
-            along = F.linear(inputs, spans[name]).flatten(0, -2)
+    def add(name: str, inputs: Tensor) -> None:
+        for part in stretches(inputs, inputs.shape[-1]):
+            x = inputs[part].to(torch.float32)
+            along = F.linear(x, spans[name])
             sums[name] += along.T @ along
-            energies[name] += inputs.square().sum() / inputs.shape[-1]
+            energies[name] += x.square().sum() / x.shape[-1]
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, layer in layers.items()
-    ]
-    try:
-        with scoring_mode(model), torch.no_grad():
-            for micro in batch:
-                mask = micro.get("attention_mask")
-                model(**micro)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    visit_inputs(model, batch, layers, add)
     return {name: sums[name] / energies[name] for name in spans}
 
 
@@ -155,9 +143,9 @@ def _gradients(
         }
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         for micro in batch:
-            loss = model(**micro).row_losses.sum() / tokens
+            loss = model(**micro).row_losses.sum()  # the mean's gradients would be too small for fp16
             for name, gradient in zip(sums, torch.autograd.grad(loss, list(trained.values())), strict=True):
-                sums[name] += gradient
+                sums[name] += gradient / tokens
     own = {name: len(layer.A) for name, layer in layers.items()}
     return {name: gradient[own[name] :] if A is None else gradient[:, own[name] :] for name, gradient in sums.items()}
 

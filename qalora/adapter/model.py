@@ -23,6 +23,7 @@ from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
+from qalora.base.registry import ModelSource, shape_of
 from qalora.errors import InputError
 
 ADAPTER = "default"
@@ -64,32 +65,16 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
-    config = read_config(path)
-    tensors = read_tensors(path)
-    maps = linear_maps(model)
-    for name, (A, B) in paired(tensors, path).items():
-        if name not in maps:
-            raise InputError(
-                f"{path}: the adapter has weights for {name}, which the model lacks; it was made for another model."
-            )
-        shape = (B.shape[0], A.shape[1])
-        if shape != (maps[name].out_features, maps[name].in_features):
-            raise InputError(
-                f"{path}: {name} is {shape} in the adapter and {(maps[name].out_features, maps[name].in_features)} in the "
-                "model (out, in); it was made for another model."
-            )
-        if len(A) != rank_of(config, name):
-            raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
+    config, pairs = read_adapter(path)
+    check_fit(pairs, {name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()}, path)
     config.inference_mode = not trainable
-    config.init_lora_weights = (
-        True  # the start is overwritten below, and some starts (PiSSA, OLoRA) would change the base
-    )
+    config.init_lora_weights = True  # the start is overwritten below, and some need more than a config (EVA)
     peft_model = _with_gated_layers(model, config)
     layers = gated_layers(peft_model)
-    if missing := sorted(set(layers) - set(paired(tensors, path))):
+    if missing := sorted(set(layers) - set(pairs)):
         raise InputError(f"{path}: the config targets {missing[0]} but the file has no weights for it.")
     with torch.no_grad():
-        for name, (A, B) in paired(tensors, path).items():
+        for name, (A, B) in pairs.items():
             layers[name].A.copy_(A)
             layers[name].B.copy_(B)
     return peft_model
@@ -222,7 +207,57 @@ def read_config(path: str | Path) -> LoraConfig:
     for variant in variants:
         if fields.get(variant):
             raise InputError(f"{file}: {variant} is set; only plain LoRA adapters work.")
+    start = str(fields.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise InputError(
+            f"{file}: init_lora_weights={start} took weights out of the base, and the adapter only fits what it left; save it "
+            "with PEFT's path_initial_model_for_weight_conversion, or set it to true if --model is the base that was left."
+        )
     return LoraConfig.from_pretrained(str(path))
+
+
+def read_adapter(path: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """The config of a saved plain PEFT LoRA, and full module name → (A (r, in), B (out, r)), on the CPU.
+
+    Raises:
+        InputError: what `read_config`, `read_tensors` and `paired` refuse, or a rank that is another by the config.
+    """
+    config, pairs = read_config(path), paired(read_tensors(path), path)
+    for name, (A, _) in pairs.items():
+        if len(A) != rank_of(config, name):
+            raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
+    return config, pairs
+
+
+def check_fit(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], maps: Mapping[str, tuple[int, int]], path: str | Path
+) -> None:
+    """
+    Args:
+        maps: full module name → (in, out) of every linear map of the model's blocks.
+
+    Raises:
+        InputError: the adapter has a module that the model lacks, or another shape for it.
+    """
+    for name, (A, B) in pairs.items():
+        if name not in maps:
+            raise InputError(
+                f"{path}: the adapter has weights for {name}, which the model lacks; it was made for another model."
+            )
+        if (A.shape[1], B.shape[0]) != maps[name]:
+            raise InputError(
+                f"{path}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {maps[name][::-1]} in the model (out, in); "
+                "it was made for another model."
+            )
+
+
+def check_adapter(path: str | Path, source: ModelSource) -> None:
+    """Refuses, before the base is loaded, an adapter that could not be put on it.
+
+    Raises:
+        InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
+    """
+    check_fit(read_adapter(path)[1], shape_of(source).linear_maps(), path)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

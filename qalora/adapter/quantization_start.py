@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qalora.adapter.ablation import MicroBatch, scoring_mode
+from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.gradient_start import START_NORM
+from qalora.adapter.inputs import token_mask, visit_inputs
 from qalora.adapter.model import gated_layers
 from qalora.base.checkpoint import Checkpoint
-from qalora.base.prefixes import final_hidden
 from qalora.base.quantized import dequantize
 from qalora.errors import InputError
 
@@ -90,7 +90,7 @@ def correction(error: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def some_rows(batch: Sequence[MicroBatch], generator: torch.Generator) -> list[MicroBatch]:
     """Random rows of the batch, until they are `FEWEST_ROWS` and have twice as many tokens as will be kept; or all."""
-    masks = [_mask(micro) for micro in batch]
+    masks = [token_mask(micro) for micro in batch]
     rows = [(i, row, length) for i, mask in enumerate(masks) for row, length in enumerate(mask.sum(1).tolist())]
     chosen: list[list[int]] = [[] for _ in batch]
     tokens = 0
@@ -113,36 +113,19 @@ def sampled_inputs(
     """Module → (n, in) inputs of some tokens of every micro-batch, about `TOKENS` in all, in host memory; padding left out."""
     layers = gated_layers(model)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
-    masks = [_mask(micro) for micro in batch]
-    share = min(1.0, TOKENS / sum(int(mask.sum()) for mask in masks))
-    whole: Tensor | None = None  # the input that the last map saw, and what was kept of it: q, k and v see the same
+    share = min(1.0, TOKENS / sum(int(token_mask(micro).sum()) for micro in batch))
+    whole: Tensor | None = None  # what the last map read, and what was kept of it: q, k and v read the same
     chosen = torch.empty(0)
-    places: Tensor | None = None
+    places, among = torch.empty(0), -1  # the tokens that are kept, of how many
 
-    def keep(name: str, x: Tensor) -> None:
-        nonlocal whole, chosen, places
-        if x is not whole:
-            tokens = x[mask.bool()] if x.shape[:2] == mask.shape else x.flatten(0, 1)
-            if places is None:
-                places = torch.randperm(len(tokens), generator=generator)[: ceil(share * len(tokens))]
-            whole, chosen = x, tokens[places.to(x.device)].cpu()
+    def keep(name: str, inputs: Tensor) -> None:
+        nonlocal whole, chosen, places, among
+        if inputs is not whole:
+            if len(inputs) != among:
+                among = len(inputs)
+                places = torch.randperm(among, generator=generator)[: ceil(share * among)]
+            whole, chosen = inputs, inputs[places.to(inputs.device)].cpu()
         kept[name].append(chosen)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with scoring_mode(model), torch.no_grad():
-            for micro, mask in zip(batch, masks, strict=True):
-                places = None
-                final_hidden(model.get_base_model(), micro["input_ids"], mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    visit_inputs(model, batch, layers, keep)
     return kept
-
-
-def _mask(micro: MicroBatch) -> Tensor:
-    """(rows, width), one where a token is."""
-    return micro["attention_mask"] if "attention_mask" in micro else torch.ones_like(micro["input_ids"])

@@ -149,7 +149,8 @@ def midpoint_shares(model: PeftModel, batch: Sequence[MicroBatch]) -> PerRank:
 
 def _exact(model: PeftModel, batch: Sequence[MicroBatch], importance: Importance, memory: int) -> RankScores:
     sizes = {name: len(layer.A) for name, layer in gated_layers(model).items()}
-    found = ablate(model, batch, [(name, rank) for name, size in sizes.items() for rank in range(size)], memory=memory)
+    every = [(name, rank) for name, size in sizes.items() for rank in range(size)]
+    found = ablate(model, batch, every, dtype=torch.float32, memory=memory)  # 16 bits would round small scores away
     drop = {name: [found.drop[name, rank] for rank in range(size)] for name, size in sizes.items()}
     alone = {name: [found.alone[name, rank] for rank in range(size)] for name, size in sizes.items()}
     return RankScores(

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
 from qalora.base.loading import storage_dtype
-from qalora.base.registry import ModelSource
+from qalora.base.registry import ModelSource, check_model_type
 from qalora.errors import InputError
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
@@ -147,11 +147,8 @@ def open_folder(
 ) -> tuple[Checkpoint, PreTrainedConfig]:
     """`open_checkpoint` of a folder, or of one GGUF file in it; `name` is what errors call the model."""
     name = name or str(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
-        wanted = expected_shapes(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {name}: {folder}: not the config of a decoder ({_short(error)}).") from None
+    config = _config(str(folder), gguf_file, name)
+    wanted = expected_shapes(config)
     if gguf_file:
         checkpoint: Checkpoint = _Gguf(folder / gguf_file, config, wanted)
     elif list(folder.glob("*.safetensors")):
@@ -170,6 +167,24 @@ def open_folder(
                 f"--model {name}: {tensor} is {checkpoint.shapes[tensor]} in the file, {shape} by the config."
             )
     return checkpoint, config
+
+
+def open_config(source: ModelSource) -> PreTrainedConfig:
+    """The config of a base; of one on the Hub nothing else is downloaded.
+
+    Raises:
+        InputError: no such model, or not a LLaMA-class decoder.
+    """
+    return _config(source.location, source.gguf_file, source.name)
+
+
+def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({_short(error)}).") from None
+    check_model_type(config.model_type, f"--model {name}")
+    return config
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -211,7 +226,7 @@ class _Safetensors:
         states = {name: name.rpartition(".quant_state.")[0] for name in self.files if ".quant_state." in name}
         self.packed = frozenset(states.values())
         for weight in self.packed:
-            self.shapes[weight] = tuple(self.in_4bit(weight)[1].shape)
+            self.shapes[weight] = tuple(self._state(weight).shape)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         shape, start = self.shapes[name], 0
@@ -228,8 +243,11 @@ class _Safetensors:
             return opened.get_tensor(name)
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        return self.tensor(name), self._state(name)
+
+    def _state(self, name: str) -> QuantState:
         parts = {part: self.tensor(part) for part in self.files if part.startswith(f"{name}.")}
-        return self.tensor(name), QuantState.from_dict(parts, device=torch.device("cpu"))
+        return QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
 class _TorchFiles:
@@ -310,7 +328,12 @@ class _Gguf:
 def _downloaded(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.safetensors", "*.jinja"]
+    patterns = [
+        "*.json",
+        "*.model",
+        "model*.safetensors",
+        "*.jinja",
+    ]  # not a second copy of the weights in another layout
     try:
         folder = Path(snapshot_download(source.location, allow_patterns=patterns))
         if not list(folder.glob("*.safetensors")):

@@ -25,17 +25,16 @@ LEVELS: tuple[tuple[Checkpointing, int | None], ...] = (
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings of `training` that a fit decides, and the bytes that a step then needs."""
+    """Settings of `training` that a fit decides."""
 
     micro_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: Checkpointing
     mlp_tile: int | None
-    planned: int
 
     def settings(self) -> dict[str, Any]:
         """By their names in `training`."""
-        return {name: value for name, value in vars(self).items() if name != "planned"}
+        return vars(self)
 
 
 def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None:
@@ -59,11 +58,16 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None
             if total > HEADROOM * memory:
                 continue
             if rows == batch_size or rows * seq_len >= FULL_FORWARD:
-                return Fit(rows, batch_size // rows, checkpointing, tile, total)
+                return Fit(rows, batch_size // rows, checkpointing, tile)
             if best is None or rows > best.micro_batch_size:
-                best = Fit(rows, batch_size // rows, checkpointing, tile, total)
+                best = Fit(rows, batch_size // rows, checkpointing, tile)
             break
     return best
+
+
+def least(batch_size: int) -> Fit:
+    """What needs the least memory of all: a row at a time, at the last level."""
+    return Fit(1, batch_size, *LEVELS[-1])
 
 
 def largest(plan: Plan, memory: int, setting: str) -> int:

@@ -22,7 +22,7 @@ from transformers import (
 
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
-from qalora.base.registry import ModelSource
+from qalora.base.registry import ModelSource, check_model_type
 from qalora.errors import InputError
 
 
@@ -64,7 +64,7 @@ def load_base(
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
     tokenizer = tokenizer or load_tokenizer(source)
-    stored_4bit = _stored_in_4bit(source)
+    stored_4bit = _stored_in_4bit(source)  # and a LLaMA-class decoder, where that can be known before the weights
     if stored_4bit and not load_in_4bit:
         raise InputError(
             f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
@@ -77,10 +77,7 @@ def load_base(
         _declare_quantized(model, config)
     else:
         model = _from_pretrained(source, compute_dtype, device, None if stored_4bit else config)
-    if not linear_maps(model):
-        raise InputError(
-            f"--model {source.name}: no decoder blocks with linear maps; only LLaMA-class decoders are known."
-        )
+    check_model_type(model.config.model_type, f"--model {source.name}")
     _set_compute_dtype(model, compute_dtype)
     _refuse_ragged_rows(source, model, device)
     guard_cpu_packing(model)
@@ -198,6 +195,7 @@ def _stored_in_4bit(source: ModelSource) -> bool:
         config = _found(source, AutoConfig.from_pretrained).to_dict()
     else:
         return False
+    check_model_type(config.get("model_type"), f"--model {source.name}")
     quantization = config.get("quantization_config") or {}
     if quantization and not quantization.get("load_in_4bit"):
         raise InputError(

@@ -13,6 +13,17 @@ from typing import Any, Literal
 
 from qalora.errors import InputError
 
+MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+)  # decoders of LlamaForCausalLM's arithmetic; Gemma's norms, for one, are others
+
+# The linear maps of a block.
+BLOCK_MAPS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -35,6 +46,7 @@ class ModelShape:
         Raises:
             InputError: not the config of a LLaMA-class model.
         """
+        check_model_type(config.get("model_type"), "config.json")
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
@@ -52,15 +64,8 @@ class ModelShape:
         """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features); 7 a block."""
         d, ff = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        block = {
-            "self_attn.q_proj": (d, q),
-            "self_attn.k_proj": (d, kv),
-            "self_attn.v_proj": (d, kv),
-            "self_attn.o_proj": (q, d),
-            "mlp.gate_proj": (d, ff),
-            "mlp.up_proj": (d, ff),
-            "mlp.down_proj": (ff, d),
-        }
+        sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
+        block = dict(zip(BLOCK_MAPS, sizes, strict=True))
         return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
 
 
@@ -161,6 +166,17 @@ def resolve(name: str) -> ModelSource:
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
+
+
+def check_model_type(model_type: str | None, where: str) -> None:
+    """
+    Raises:
+        InputError: another architecture than LLaMA's; names `where` it says so.
+    """
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(MODEL_TYPES)})."
+        )
 
 
 def _packaged_gguf() -> Path | None:

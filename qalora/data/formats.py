@@ -117,6 +117,9 @@ def to_example(
     renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
     tools: tuple[Any, ...] = ()
     if format in _READERS:
+        asked = {"prompt_template": prompt_template, "completion_template": completion_template, "labels": labels}
+        if unused := [f"data.{name}" for name, value in asked.items() if value]:
+            raise InputError(f"{source}: rows of format {format} have no use for {', '.join(unused)}; leave it out.")
         turns, tools = _READERS[format](renamed, where), _tools(renamed, where)
     elif format == "text" and prompt_template is None and completion_template is None:
         turns = (Turn("assistant", _text(renamed, "text", where), True),)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qalora.adapter.model import PREFIX, read_config
-from qalora.base.checkpoint import open_checkpoint
+from qalora.base.checkpoint import expected_shapes, open_config
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
-from qalora.deploy.merging import check_fit, low_rank_updates
+from qalora.deploy.merging import check_updates, low_rank_updates
 from qalora.deploy.output import REPORT, check_output, written_beside
 from qalora.deploy.verification import Update
 
@@ -53,8 +53,8 @@ def export_adapter(
     adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     updates = low_rank_updates(adapter_dir)
-    checkpoint, model_config = open_checkpoint(source)
-    check_fit(updates, checkpoint, adapter_dir, model_config)
+    model_config = open_config(source)
+    check_updates(updates, expected_shapes(model_config), adapter_dir)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:
         if format == "gguf-lora":

@@ -22,7 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qalora.adapter.model import paired, read_config, read_tensors, scaling_of
+from qalora.adapter.model import check_fit, read_adapter, scaling_of
 from qalora.base.checkpoint import (
     PIECE,
     Checkpoint,
@@ -53,7 +53,7 @@ def merge(
     dtype: torch.dtype = torch.bfloat16,
     format: Format = "hf",
     gguf_type: str = "f16",
-    max_shard_size: str = "4GB",
+    max_shard_size: int = 4 * 10**9,
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def merge(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     updates = low_rank_updates(adapter_dir)
     checkpoint, config = open_checkpoint(source)
-    check_fit(updates, checkpoint, adapter_dir, config)
+    check_updates(updates, checkpoint.shapes, adapter_dir)
     tokenizer = load_tokenizer(source)
     pieces = merged_pieces(checkpoint, updates, quantization, config)
     shapes = expected_shapes(config)
@@ -168,32 +168,23 @@ def is_map(name: str) -> bool:
 
 def low_rank_updates(adapter_dir: str | Path) -> dict[str, Update]:
     """Full module name → (A (r, in), B (out, r), scaling) of a saved plain PEFT LoRA, on the CPU in fp32."""
-    config = read_config(adapter_dir)
-    pairs = paired(read_tensors(adapter_dir), adapter_dir)
+    config, pairs = read_adapter(adapter_dir)
     return {name: (A.float(), B.float(), scaling_of(config, name)) for name, (A, B) in pairs.items()}
 
 
 # ------------------------------------------------------------------------------------------------ before anything is written
 
 
-def check_fit(
-    updates: Mapping[str, Update], checkpoint: Checkpoint, adapter_dir: Path, config: PreTrainedConfig
-) -> None:
+def check_updates(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int, ...]], adapter_dir: Path) -> None:
     """
+    Args:
+        shapes: of the model's tensors.
+
     Raises:
         InputError: the adapter has a module that the model lacks, or another shape for it.
     """
-    for name, (A, B, _) in updates.items():
-        shape = checkpoint.shapes.get(f"{name}.weight")
-        if shape is None or not is_map(f"{name}.weight"):
-            raise InputError(
-                f"{adapter_dir}: the adapter has weights for {name}, which the model lacks; it was made for another model."
-            )
-        if shape != (B.shape[0], A.shape[1]):
-            raise InputError(
-                f"{adapter_dir}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {shape} in the model (out, in); "
-                "it was made for another model."
-            )
+    maps = {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_map(name)}
+    check_fit({name: (A, B) for name, (A, B, _) in updates.items()}, maps, adapter_dir)
 
 
 def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:
@@ -229,7 +220,7 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
 
 
 def write_safetensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, max_shard_size: str
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, max_shard_size: int
 ) -> None:
     """Writes safetensors shards with their index, piece by piece; the library's own writer wants a shard in memory.
 

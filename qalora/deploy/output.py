@@ -44,6 +44,7 @@ def written_beside(output_dir: Path) -> Iterator[Path]:
     Killed at any moment, it leaves the old content, nothing, or the new content, never a part; what lies beside it
     then is cleared away by the next attempt.
     """
+    output_dir = output_dir.resolve()  # "." has no name
     partial = output_dir.with_name(output_dir.name + ".partial")
     replaced = output_dir.with_name(output_dir.name + ".replaced")
     shutil.rmtree(partial, ignore_errors=True)

@@ -71,7 +71,9 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+        partial = self.file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+        partial.replace(self.file)
         if state.global_step == 0 and self.start.init != "kaiming":
             self._begin(model, optimizer, on_device(self.start.batch, args.device))
 
@@ -140,7 +142,6 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     def restore(self) -> None:
         for number, handler in self._previous.items():

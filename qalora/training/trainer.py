@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import random
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
@@ -43,6 +46,24 @@ from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
+
+# What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
+RUN_FILES = ("recipe.yaml", "allocation.jsonl", "metrics.json")
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch decide alone: an epoch that is resumed goes on as it began."""
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
 
 
 @dataclass
@@ -112,6 +133,9 @@ class QaloraTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        best = self.state.best_metric
+        if self.args.load_best_model_at_end and (best is None or metrics[f"{metric_key_prefix}_loss"] < best):
+            self.control.should_save = True  # the best weights are kept only if a checkpoint holds them
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -121,11 +145,27 @@ class QaloraTrainer(Trainer):
             logs["tokens_per_second"] = self.throughput.summary(0)["tokens_per_second"]
         super().log(logs, start_time)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # a checkpoint of the last step has no step left to make
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            dataset=train_dataset or self.train_dataset,
+            seed=self.args.seed,
+        )
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint's adapter and tokenizer; the Trainer adds optimizer, scheduler, RNG and its state."""
-        folder = str(output_dir or self.args.output_dir)
+        """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
+        folder = Path(str(output_dir or self.args.output_dir))
         write_adapter(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
+        self.tokenizer.save_pretrained(str(folder))
+        for name in RUN_FILES:
+            if (file := Path(str(self.args.output_dir)) / name).is_file():
+                shutil.copy(file, folder)
 
     def _load_best_model(self) -> None:
         """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
@@ -281,14 +321,15 @@ def peak_memory_bytes() -> int:
 
 def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:
     training = recipe.training
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_steps=total_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=math.ceil(training.warmup_ratio * total_steps),
+        # The first step of a warm-up has a learning rate of zero.
+        warmup_steps=min(math.ceil(training.warmup_ratio * total_steps), total_steps - 1),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
@@ -300,6 +341,7 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         save_steps=training.save_steps,
         save_total_limit=training.save_total_limit,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how often early stopping has seen no gain
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=recipe.logging.steps,
@@ -312,3 +354,7 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         fp16=compute_dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
     )
+    if arguments.device.type == "cuda":
+        # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the loss.
+        arguments._n_gpu = 1
+    return arguments

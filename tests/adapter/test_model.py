@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.model import (
     attach,
+    check_adapter,
     gated_layers,
     load_adapter,
     rank_of,
@@ -21,6 +22,7 @@ from qalora.adapter.model import (
     verify_saved,
 )
 from qalora.adapter.surgery import apply_plan
+from qalora.base.registry import resolve
 from qalora.errors import InputError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -160,6 +162,35 @@ def test_an_ordinary_peft_adapter(tiny_llama, tmp_path, make_batch):
     read = read_config(tmp_path)
     for name, layer in gated_layers(ours).items():
         assert (rank_of(read, name), scaling_of(read, name)) == (len(layer.A), layer.s)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_a_start_that_changed_the_base_is_refused(saved, init):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(InputError, match=f"init_lora_weights={init} took weights out of the base"):
+        read_config(saved)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_left_the_base_alone_is_read(saved, init):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": init}))
+    assert read_config(saved).init_lora_weights == init
+
+
+def test_an_adapter_of_another_model_is_refused_before_any_weights_are_there(saved, save_tiny_llama, tmp_path):
+    for name, config, message in (
+        ("narrow", dict(intermediate_size=64), r"in the adapter and \(64, 64\) in the model \(out, in\)"),
+        ("short", dict(num_hidden_layers=1), r"the adapter has weights for model\.layers\.1\."),
+    ):
+        folder = save_tiny_llama(tmp_path / name, **config)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(InputError, match=message):
+            check_adapter(saved, resolve(str(folder)))
+    folder = save_tiny_llama(tmp_path / "same")
+    (folder / "model.safetensors").unlink()
+    check_adapter(saved, resolve(str(folder)))
 
 
 def test_a_bf16_adapter_computes_in_fp32(tiny_llama, saved):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qalora.adapter.ablation import (
+    ablate,
     gate_gradients,
     scoring_mode,
 )
@@ -169,6 +170,18 @@ def test_first_order_is_a_small_step_of_one_gate(tiny_adapter, make_batch):
     assert_close(scores.drop, drop, atol=2e-6)
     assert_close(scores.alone, alone, atol=2e-6)
     assert scores.loss == pytest.approx(reference_loss(fp64, batch), abs=2e-6)
+
+
+def test_exact_scores_of_a_16_bit_base_are_computed_in_fp32(tiny_adapter, make_batch):
+    model, batch = tiny_adapter(r=2, dtype=torch.bfloat16), make_batch()
+    scores = score_ranks(model, [batch], "exact")
+    found = ablate(model, [batch], [(V, 0), (DOWN, 1)], dtype=torch.float32)
+    assert (scores.loss, scores.drop[V][0], scores.alone[DOWN][1]) == (
+        found.loss,
+        found.drop[V, 0],
+        found.alone[DOWN, 1],
+    )
+    assert ablate(model, [batch], [(V, 0)]).drop[V, 0] != found.drop[V, 0]  # which 16 bits are not
 
 
 def test_first_order_approaches_exact_as_ranks_get_small(tiny_adapter, randomize_B, make_batch):

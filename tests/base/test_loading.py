@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from qalora.base import loading
 from qalora.base.loading import choose_compute_dtype, load_base, load_tokenizer
@@ -168,9 +168,11 @@ def test_another_quantization_is_named(saved):
 
 def test_a_model_that_is_no_llama_is_named(tmp_path):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=32)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)  # and no weights: they are not looked for
     word_tokenizer(unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
-    message = f"--model {tmp_path}: no decoder blocks with linear maps; only LLaMA-class decoders are known."
+    message = (
+        f"--model {tmp_path}: the model is of type gpt2; only LLaMA-class decoders are known (llama, mistral, qwen2)."
+    )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load(tmp_path)
 

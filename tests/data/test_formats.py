@@ -470,3 +470,11 @@ def test_what_is_neither_a_file_nor_on_the_hub_is_named():
         InputError, match=r"^data nobody/nothing: neither a file nor a data set of the Hub .*split test"
     ):
         read_rows("nobody/nothing", split="test")
+
+
+@pytest.mark.parametrize("setting", ["prompt_template", "completion_template", "labels"])
+def test_a_chat_has_no_use_for_templates_and_labels(setting):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    value = {"a": "b"} if setting == "labels" else "{prompt}"
+    with pytest.raises(InputError, match=rf"rows of format messages have no use for data\.{setting}; leave it out"):
+        to_example(row, 0, format="messages", **{setting: value})

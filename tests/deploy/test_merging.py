@@ -218,7 +218,7 @@ def test_merging_again_gives_the_same_bytes(merge_to, adapter, tmp_path):
 
 
 def test_shards_are_read_back_as_one_model(merge_to, adapter, merged, tmp_path):
-    report = merge_to(adapter, tmp_path / "merged", max_shard_size="60KB")
+    report = merge_to(adapter, tmp_path / "merged", max_shard_size=60_000)
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 2
     assert report["max_logit_difference"] == merged[1]["max_logit_difference"]
     whole = AutoModelForCausalLM.from_pretrained(merged[0], dtype="auto").state_dict()

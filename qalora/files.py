@@ -1,0 +1,32 @@
+"""Result files: refused before the work if they cannot be written, and never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qalora.errors import InputError
+
+
+def check_writable(file: str | Path) -> None:
+    """
+    Raises:
+        InputError: a folder, or a place where nothing can be written.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"--output {file}: a folder; name a file in it.")
+    there = next(parent for parent in path.resolve().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {file}: nothing can be written to {there}; choose another place.")
+
+
+def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
+    """Writes beside the file and moves it there when it is whole."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,30 @@
+"""Where results go: named before the work, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qalora.errors import InputError
+from qalora.files import check_writable, write_json
+
+
+def test_json_arrives_whole_in_folders_that_it_makes(tmp_path):
+    file = tmp_path / "new" / "deep" / "out.json"
+    check_writable(file)
+    assert not file.parent.exists()
+    write_json(file, {"a": [1.5, None]})
+    assert json.loads(file.read_text()) == {"a": [1.5, None]}
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": [1.5, None]}
+    assert [path.name for path in file.parent.iterdir()] == ["out.json"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output .*: a folder; name a file in it"):
+        check_writable(tmp_path)
+    with pytest.raises(InputError, match=r"--output .*file/out\.json: nothing can be written to"):
+        check_writable(tmp_path / "file" / "out.json")
