@@ -65,8 +65,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
-    config, pairs = read_adapter(path)
-    check_fit(pairs, {name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()}, path)
+    config, pairs = read_config(path), paired(read_tensors(path), path)
+    check_fit(config, pairs, {name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()}, path)
     config.inference_mode = not trainable
     config.init_lora_weights = True  # the start is overwritten below, and some need more than a config (EVA)
     peft_model = _with_gated_layers(model, config)
@@ -216,28 +216,19 @@ def read_config(path: str | Path) -> LoraConfig:
     return LoraConfig.from_pretrained(str(path))
 
 
-def read_adapter(path: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """The config of a saved plain PEFT LoRA, and full module name → (A (r, in), B (out, r)), on the CPU.
-
-    Raises:
-        InputError: what `read_config`, `read_tensors` and `paired` refuse, or a rank that is another by the config.
-    """
-    config, pairs = read_config(path), paired(read_tensors(path), path)
-    for name, (A, _) in pairs.items():
-        if len(A) != rank_of(config, name):
-            raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
-    return config, pairs
-
-
 def check_fit(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], maps: Mapping[str, tuple[int, int]], path: str | Path
+    config: LoraConfig,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    maps: Mapping[str, tuple[int, int]],
+    path: str | Path,
 ) -> None:
     """
     Args:
+        config, pairs: of the adapter, see `read_config` and `paired`.
         maps: full module name → (in, out) of every linear map of the model's blocks.
 
     Raises:
-        InputError: the adapter has a module that the model lacks, or another shape for it.
+        InputError: the adapter has a module that the model lacks, or another shape for it, or a rank that is another by its config.
     """
     for name, (A, B) in pairs.items():
         if name not in maps:
@@ -249,6 +240,8 @@ def check_fit(
                 f"{path}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {maps[name][::-1]} in the model (out, in); "
                 "it was made for another model."
             )
+        if len(A) != rank_of(config, name):
+            raise InputError(f"{path}: {name} has rank {len(A)} in the file and {rank_of(config, name)} by the config.")
 
 
 def check_adapter(path: str | Path, source: ModelSource) -> None:
@@ -257,7 +250,7 @@ def check_adapter(path: str | Path, source: ModelSource) -> None:
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
-    check_fit(read_adapter(path)[1], shape_of(source).linear_maps(), path)
+    check_fit(read_config(path), paired(read_tensors(path), path), shape_of(source).linear_maps(), path)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

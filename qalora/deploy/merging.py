@@ -22,7 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qalora.adapter.model import check_fit, read_adapter, scaling_of
+from qalora.adapter.model import check_fit, paired, read_config, read_tensors, scaling_of
 from qalora.base.checkpoint import (
     PIECE,
     Checkpoint,
@@ -168,7 +168,7 @@ def is_map(name: str) -> bool:
 
 def low_rank_updates(adapter_dir: str | Path) -> dict[str, Update]:
     """Full module name → (A (r, in), B (out, r), scaling) of a saved plain PEFT LoRA, on the CPU in fp32."""
-    config, pairs = read_adapter(adapter_dir)
+    config, pairs = read_config(adapter_dir), paired(read_tensors(adapter_dir), adapter_dir)
     return {name: (A.float(), B.float(), scaling_of(config, name)) for name, (A, B) in pairs.items()}
 
 
@@ -184,7 +184,7 @@ def check_updates(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int,
         InputError: the adapter has a module that the model lacks, or another shape for it.
     """
     maps = {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_map(name)}
-    check_fit({name: (A, B) for name, (A, B, _) in updates.items()}, maps, adapter_dir)
+    check_fit(read_config(adapter_dir), {name: (A, B) for name, (A, B, _) in updates.items()}, maps, adapter_dir)
 
 
 def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:

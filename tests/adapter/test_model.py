@@ -182,13 +182,13 @@ def test_a_start_that_left_the_base_alone_is_read(saved, init):
 def test_an_adapter_of_another_model_is_refused_before_any_weights_are_there(saved, save_tiny_llama, tmp_path):
     for name, config, message in (
         ("narrow", dict(intermediate_size=64), r"in the adapter and \(64, 64\) in the model \(out, in\)"),
-        ("short", dict(num_hidden_layers=1), r"the adapter has weights for model\.layers\.1\."),
+        ("short", dict(intermediate_size=192, num_hidden_layers=1), r"the adapter has weights for model\.layers\.1\."),
     ):
         folder = save_tiny_llama(tmp_path / name, **config)
         (folder / "model.safetensors").unlink()
         with pytest.raises(InputError, match=message):
             check_adapter(saved, resolve(str(folder)))
-    folder = save_tiny_llama(tmp_path / "same")
+    folder = save_tiny_llama(tmp_path / "same", intermediate_size=192)
     (folder / "model.safetensors").unlink()
     check_adapter(saved, resolve(str(folder)))
 
