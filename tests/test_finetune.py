@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import check_output_dir, find_checkpoint, main, run_name
+from qalora.finetune import main
 from qalora.recipe import load_recipe
+from qalora.run_folder import check_output_dir, find_checkpoint, run_name
 
 WORDS = [
     "red",

@@ -42,13 +42,11 @@ from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
+from qalora.run_folder import RUN_FILES
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
-
-# What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
-RUN_FILES = ("recipe.yaml", "allocation.jsonl", "metrics.json")
 
 
 class GroupedByLength(LengthGroupedSampler):
