@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora.files import write_json
-from qalora.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
+from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

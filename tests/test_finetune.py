@@ -23,7 +23,7 @@ from qalora.base.registry import resolve
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import main
 from qalora.recipe import load_recipe
-from qalora.run_folder import check_output_dir, find_checkpoint, run_name
+from qalora.training.run_folder import check_output_dir, find_checkpoint, run_name
 
 WORDS = [
     "red",

@@ -42,11 +42,11 @@ from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
-from qalora.run_folder import RUN_FILES
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
 from qalora.training.loss import use_label_only_loss
+from qalora.training.run_folder import RUN_FILES
 
 
 class GroupedByLength(LengthGroupedSampler):
