@@ -1,4 +1,4 @@
-"""Result files: refused before the work if they cannot be written, and never half-written."""
+"""Files that a command writes: refused before the work if they cannot be, and never half-written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,19 @@ def check_writable(file: str | Path) -> None:
         raise InputError(f"--output {file}: nothing can be written to {there}; choose another place.")
 
 
-def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
+def holds(folder: Path, path: Path) -> bool:
+    """Whether the path is the folder, or lies in it."""
+    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+
+
+def write_whole(file: str | Path, text: str) -> None:
     """Writes beside the file and moves it there when it is whole."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
+    write_whole(file, json.dumps(value, indent=indent) + "\n")

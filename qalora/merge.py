@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
     from qalora.deploy.output import check_output
 
     check_flags(args)
+    shard = parse_size(args.max_shard_size, "--max-shard-size") if args.max_shard_size else None
     source = resolve(args.model)
     check_output(Path(args.output), model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
 
@@ -85,17 +86,20 @@ def main(argv: list[str]) -> int:
     from qalora.deploy.merging import merge
 
     original = args.base == "original" or args.no_quantize
+    saved_as = {
+        "dtype": args.dtype and getattr(torch, args.dtype),
+        "gguf_type": args.gguf_type,
+        "max_shard_size": shard,
+    }
     report = merge(
         source,
         args.adapter,
         args.output,
         quantization=None if original else trained_quantization(args),
-        dtype=getattr(torch, args.dtype or "bfloat16"),
         format=args.format,
-        gguf_type=args.gguf_type or "f16",
-        max_shard_size=parse_size(args.max_shard_size or "4GB", "--max-shard-size"),
         overwrite=args.overwrite,
         verify=args.verify,
+        **{name: value for name, value in saved_as.items() if value is not None},
     )
     print(f"{args.output}: {report['bytes'] / 1e9:.2f} GB in {report['dtype']}, {report['modules']} modules merged")
     if args.verify:
@@ -114,7 +118,7 @@ def main(argv: list[str]) -> int:
 def check_flags(args: argparse.Namespace) -> None:
     """
     Raises:
-        InputError: a flag that the format does not use, or no size.
+        InputError: a flag that the format does not use.
     """
     whole = ("hf", "gguf")
     used_by = {"base": whole, "no_quantize": whole, "dtype": ("hf",), "max_shard_size": ("hf",), "gguf_type": ("gguf",)}
@@ -122,8 +126,6 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) and args.format not in formats:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: goes with --format {' or '.join(formats)}, not {args.format}; leave it out.")
-    if args.max_shard_size:
-        parse_size(args.max_shard_size, "--max-shard-size")
 
 
 def export(args: argparse.Namespace, source: Any) -> int:

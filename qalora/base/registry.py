@@ -13,11 +13,8 @@ from typing import Any, Literal
 
 from qalora.errors import InputError
 
-MODEL_TYPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-)  # decoders of LlamaForCausalLM's arithmetic; Gemma's norms, for one, are others
+# Decoders of LlamaForCausalLM's arithmetic; Gemma's norms, for one, are others.
+MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 # The linear maps of a block.
 BLOCK_MAPS = (
@@ -171,7 +168,7 @@ def resolve(name: str) -> ModelSource:
 def check_model_type(model_type: str | None, where: str) -> None:
     """
     Raises:
-        InputError: another architecture than LLaMA's; names `where` it says so.
+        InputError: another architecture than LLaMA's; `where` is what says so.
     """
     if model_type is not None and model_type not in MODEL_TYPES:
         raise InputError(

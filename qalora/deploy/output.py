@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qalora.errors import InputError
+from qalora.files import holds
 
 REPORT = "merge.json"
 
@@ -20,9 +21,8 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
         InputError: a file; a folder that holds the adapter or the base; without `overwrite`, a folder with
             anything but a previous merge of the same model and adapter.
     """
-    here = output_dir.resolve()
     for source in (adapter, Path(model)):
-        if source.exists() and (here == source.resolve() or here in source.resolve().parents):
+        if source.exists() and holds(output_dir, source):
             raise InputError(f"{output_dir}: holds {source}, which the merge reads; choose another output folder.")
     if output_dir.is_file():
         raise InputError(f"{output_dir}: is a file; choose a folder.")

@@ -19,6 +19,7 @@ from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.data.batching import on_device
+from qalora.files import write_whole
 
 console = Console(stderr=True)
 
@@ -71,9 +72,7 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
-        partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
-        partial.replace(self.file)
+        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
         if state.global_step == 0 and self.start.init != "kaiming":
             self._begin(model, optimizer, on_device(self.start.batch, args.device))
 

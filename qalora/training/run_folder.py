@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from qalora.errors import InputError
+from qalora.files import holds
 
 # What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
 RUN_FILES = ("recipe.yaml", "allocation.jsonl", "metrics.json")
@@ -38,7 +39,7 @@ def check_output_dir(output_dir: Path, reads: list[Path], *, resuming: bool, ove
             "or choose another --output-dir."
         )
     for path in reads:
-        if path.exists() and output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+        if path.exists() and holds(output_dir, path):
             raise InputError(
                 f"--overwrite: {output_dir} holds {path}, which the run reads; choose another --output-dir."
             )
