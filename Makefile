@@ -1,4 +1,4 @@
-# Each target does all of its own set-up on a fresh machine with Python 3.10 or newer.
+# Each target does all of its own set-up on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python

@@ -37,11 +37,11 @@ from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.round import RoundSettings, allocation_round
 from qalora.adapter.scoring import score_ranks
 from qalora.base.fitting import MLP_TILE, fit, largest
+from qalora.base.loss import use_label_only_loss
 from qalora.base.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 from qalora.base.norm import use_lean_norms
 from qalora.base.registry import MODELS, ModelShape
 from qalora.training.activations import set_checkpointing, set_mlp_tile
-from qalora.training.loss import use_label_only_loss
 
 GIB, GB = 2**30, 10**9
 TINY = ModelShape(64, 192, 4, 4, 2, 16, 128)

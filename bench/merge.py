@@ -25,7 +25,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qalora.adapter.model import PREFIX, load_adapter
+from qalora.adapter.model import load_adapter
+from qalora.adapter.saved import PREFIX
 from qalora.base.checkpoint import Quantization, expected_shapes
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import ModelSource, resolve, shape_of

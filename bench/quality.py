@@ -2,6 +2,7 @@
 
     python bench/quality.py --data data                          # the core grid; runs that are in the file are skipped
     python bench/quality.py --data data --grid long              # what rounds of allocation give in runs of hundreds of steps
+    python bench/quality.py --data data --grid budgets           # a quarter of the ranks, and twice as many
     python bench/quality.py --data data --grid full              # everything, for a GPU
     python bench/quality.py --data data --only e2e/lora '*/eva' # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2                # on a CPU: so many runs at a time, a thread each
@@ -139,6 +140,7 @@ LONG = {
     "alora-quantization": ours(lora__init="quantization", **AS_SHIPPED, rate_of="lora-quantization"),
     "random-quantization": ours(lora__init="quantization", **AS_SHIPPED, kind="random", rate_of="lora-quantization"),
 }
+BUDGETS = {name: method for name, method in FULL.items() if name.endswith(("-r2", "-r16"))}
 METHODS = FULL | LONG
 
 
@@ -156,6 +158,7 @@ GRIDS = {
     "core": Grid(CORE, STEPS, CHOSEN_ON),
     "full": Grid(FULL, STEPS, None),
     "long": Grid(LONG, {"e2e": 300}, CHOSEN_ON),
+    "budgets": Grid(BUDGETS, {"e2e": STEPS["e2e"]}, CHOSEN_ON),
 }
 
 

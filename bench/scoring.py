@@ -30,11 +30,11 @@ from qalora.adapter.model import attach, gated_layers, load_adapter
 from qalora.adapter.round import free_memory
 from qalora.adapter.scoring import RankScores, score_ranks
 from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.loss import use_label_only_loss
 from qalora.base.registry import resolve, shape_of
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
 from qalora.recipe import Recipe, load_recipe
-from qalora.training.loss import use_label_only_loss
 
 matplotlib.use("Agg")
 

@@ -13,9 +13,9 @@ COMMANDS = {
     "finetune": "train an adapter on a frozen 4-bit base",
     "plan": "memory of a run by term, and whether it fits a card",
     "score": "AB-LoRA importance of every rank of an adapter",
-    "merge": "adapter + base → a 16-bit model folder",
+    "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
-    "generate": "one prompt or a chat",
+    "generate": "one prompt, one instruction, or a chat",
     "recipes": "list the recipes; `recipes show NAME` prints one",
 }
 USAGE = (

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends without its result; `qalora.__main__` turns them into exit codes."""
+"""The two ways in which a command ends without its result; `qalora.cli.run` turns them into exit codes."""
 
 from __future__ import annotations
 

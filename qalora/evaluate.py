@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
 
-    from qalora.adapter.model import check_adapter, load_adapter
+    from qalora.adapter.model import load_adapter
+    from qalora.adapter.saved import check_adapter
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.registry import resolve
     from qalora.data.tokenization import load_dataset

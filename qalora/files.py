@@ -1,9 +1,12 @@
-"""Files that a command writes: refused before the work if they cannot be, and never half-written."""
+"""Files and folders that a command writes: refused before the work if they cannot be, and never half-written."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +42,26 @@ def write_whole(file: str | Path, text: str) -> None:
 
 def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
     write_whole(file, json.dumps(value, indent=indent) + "\n")
+
+
+@contextmanager
+def written_beside(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `folder` at the end, or vanishes after an error.
+
+    Killed at any moment, it leaves the old content, nothing, or the new content, never a part; what lies beside it
+    then is cleared away by the next attempt.
+    """
+    path = Path(folder).resolve()  # "." has no name
+    partial = path.with_name(path.name + ".partial")
+    replaced = path.with_name(path.name + ".replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
-    from qalora.adapter.model import check_adapter, load_adapter
+    from qalora.adapter.model import load_adapter
+    from qalora.adapter.saved import check_adapter
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.metrics import generation_config

@@ -15,12 +15,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qalora.base.loss import label_only_loss
 from qalora.base.prefixes import final_hidden
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
-from qalora.training.loss import label_only_loss
 
 METRICS = ("loss", "exact_match", "accuracy", "rougeL")
 MOST_CHOICES = 10

@@ -1,7 +1,7 @@
 """Recipes: what a run is made of, as one tree of validated settings. Torch-free.
 
-A recipe is a YAML file (shipped by name, or any path) plus overrides from the command line. Every default of the
-project stands here, once; the unit of a setting is in its description.
+A recipe is a YAML file (shipped by name, or any path) plus overrides from the command line. Every default of a
+run stands here, once; the unit of a setting is in its description.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class DataConfig(Section):
     )
     max_seq_len: int = Field(2048, ge=8, description="tokens a row; longer rows are cut and counted")
     val_set_size: int | float = Field(0.05, ge=0, description="rows (integer) or share (below 1) of train held back")
-    max_rows: int | None = Field(None, ge=1, description="rows of train used; null: all")
+    max_rows: int | None = Field(
+        None, ge=1, description="rows of train read, those held back for validation included; null: all"
+    )
     train_on_inputs: bool = Field(False, description="loss on the prompt too")
     packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
 
@@ -75,7 +77,7 @@ class QuantizationConfig(Section):
 
 
 class LoraSettings(Section):
-    """The adapter at birth; method.md §1."""
+    """The adapter at birth: z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2)."""
 
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
@@ -87,7 +89,9 @@ class LoraSettings(Section):
         "from it on these rows, which needs the 16-bit weights; auto: quantization where it can be, else gradient, and kaiming "
         "with allocation.rounds=0",
     )
-    init_rows: int = Field(16, ge=1, description="training rows that init=gradient and init=quantization look at")
+    init_rows: int = Field(
+        16, ge=1, description="training rows that init=gradient reads, and of which init=quantization draws its tokens"
+    )
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
     )
@@ -105,7 +109,8 @@ class LoraSettings(Section):
 
 
 class AllocationConfig(Section):
-    """Algorithm 1 of ALoRA (arXiv 2403.16187); schedule and scores are the paper's (§4.3, appendix E), the start is not."""
+    """Algorithm 1 of ALoRA (arXiv 2403.16187). Warm-up, interval and eq. 6 are the paper's (§4.3, appendix E); start, number of
+    rounds, budget and how scores are computed are ours, and preset=paper takes back all of these but `scoring`."""
 
     preset: Literal["paper"] | None = Field(
         None, description="paper: the paper's settings, for those that are not given beside it"

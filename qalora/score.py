@@ -82,15 +82,16 @@ def main(argv: list[str]) -> int:
     check_writable(args.output)
 
     from qalora.adapter.allocation import least_important
-    from qalora.adapter.model import check_adapter, load_adapter, ranks
+    from qalora.adapter.model import load_adapter, ranks
     from qalora.adapter.round import free_memory
+    from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base, load_tokenizer
+    from qalora.base.loss import use_label_only_loss
     from qalora.base.norm import use_lean_norms
     from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
     from qalora.training.activations import set_checkpointing
-    from qalora.training.loss import use_label_only_loss
 
     check_adapter(args.adapter, source)
     tokenizer = load_tokenizer(source)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -58,24 +59,53 @@ def test_the_json_holds_the_model_s_own_loss(folder, rows, tmp_path, capsys):
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert json.loads(capsys.readouterr().out) == result
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss, tokens = naive_loss(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), folder, ROWS[:2])
+    assert result.keys() == {"rows", "supervised_tokens", "loss", "perplexity", "accuracy"}
+    assert (result["rows"], result["supervised_tokens"]) == (2, tokens)
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+
+
+@torch.no_grad()
+def test_an_adapter_is_part_of_what_is_evaluated(folder, rows, tmp_path, capsys):
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["--model", str(folder), "--no-quantize", "--dtype", "float32", "--data", str(rows), "--quiet"]
+    assert main([*command, "--adapter", str(tmp_path / "adapter")]) == 0
+    found = json.loads(capsys.readouterr().out)["loss"]
+    assert main(command) == 0
+    bare = json.loads(capsys.readouterr().out)["loss"]
+    assert found == pytest.approx(naive_loss(model.eval(), folder, ROWS)[0], rel=1e-5)
+    assert abs(found - bare) > 1e-3
+
+
+def naive_loss(model, folder, rows) -> tuple[float, int]:
+    """(mean loss, supervised tokens), row by row, of the model's own forward."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     total, tokens = 0.0, 0
-    for prompt, completion in ROWS[:2]:
+    for prompt, completion in rows:
         ids = tokenizer(prompt)["input_ids"]
         answer = [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(ids) + answer])
         total += model(input_ids=torch.tensor([ids + answer]), labels=labels).loss.item() * len(answer)
         tokens += len(answer)
-    assert result.keys() == {"rows", "supervised_tokens", "loss", "perplexity", "accuracy"}
-    assert (result["rows"], result["supervised_tokens"]) == (2, tokens)
-    assert result["loss"] == pytest.approx(total / tokens, rel=1e-5)
-    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    return total / tokens, tokens
 
 
 def test_flags_become_settings_of_a_recipe():
     flags = ["--model", "m", "--data", "f.csv", "--metrics", "loss,rougeL", "--no-quantize", "--rows", "7"]
+    flags += ["--choices", "yes,no", "--answer-pattern", "(.)", "--batch-size", "3", "--max-new-tokens", "5"]
+    flags += ["--max-seq-len", "99", "--data-format", "text", "--dtype", "float32"]
     assert dict(settings(parser().parse_args(flags))) == {
+        "evaluation.choices": ["yes", "no"],
+        "evaluation.answer_pattern": "(.)",
+        "evaluation.batch_size": 3,
+        "evaluation.max_new_tokens": 5,
+        "data.max_seq_len": 99,
+        "data.format": "text",
+        "quantization.bnb_4bit_compute_dtype": "float32",
         "model": "m",
         "data.train": "f.csv",
         "data.validation": "f.csv",
@@ -94,12 +124,13 @@ def test_flags_that_are_not_given_leave_the_recipe_alone():
     ("flags", "message"),
     [
         ([], "--data is missing"),
+        (["--recipe", "alpaca"], "alpaca: has no data.validation"),
         (["--data", "ROWS", "--metrics", "bleu"], "bleu"),
         (["--data", "ROWS", "--metrics", "accuracy", "--choices", "true,false"], "none of the choices"),
         (["--data", "ROWS", "--adapter", "no-such-folder"], "no-such-folder"),
         (["--data", "ROWS", "--output", "FOLDER"], "a folder; name a file in it"),
     ],
-    ids=["no data", "unknown metric", "wrong choices", "no adapter", "output is a folder"],
+    ids=["no data", "no validation rows", "unknown metric", "wrong choices", "no adapter", "output is a folder"],
 )
 def test_bad_input_is_named_before_any_weights_load(folder, rows, monkeypatch, flags, message):
     def never(*args, **kwargs):

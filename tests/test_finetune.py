@@ -14,39 +14,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qalora.adapter.model import attach, gated_layers, load_adapter
 from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
+from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import main
+from qalora.finetune import load_data, main
 from qalora.recipe import load_recipe
+from qalora.training import callback, trainer
 from qalora.training.run_folder import check_output_dir, find_checkpoint, run_name
 
 WORDS = [
-    "red",
-    "green",
-    "blue",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "sun",
-    "moon",
-    "star",
-    "sky",
-]
+    "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog", "bird",
+    "fish", "sun", "moon", "star", "sky",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,56 +66,66 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Three words, and the same words in reverse."""
+    """Two to five words, and the same words in reverse."""
     rng = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     with file.open("w") as handle:
         for _ in range(96):
-            words = rng.sample(WORDS, 3)
+            words = rng.sample(WORDS, rng.randint(2, 5))
             handle.write(json.dumps({"prompt": " ".join(words) + " ", "completion": " ".join(reversed(words))}) + "\n")
     return file
 
 
+def train(model_dir: Path, rows: Path, folder: Path, *more: str) -> int:
+    """12 steps, rounds after steps 4 and 8. → the exit code"""
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 2}\n")
+    settings = {
+        "data.train": rows, "data.val_set_size": 24, "data.max_seq_len": 32,
+        "lora.r": 2, "lora.alpha": 4,
+        "allocation.preset": "paper", "allocation.rounds": 2, "allocation.warmup": 4, "allocation.interval": 4,
+        "allocation.val_batch_size": 8,
+        "training.max_steps": 12, "training.eval_steps": 3, "training.save_steps": 3, "training.save_total_limit": 12,
+        "training.learning_rate": 5e-3,
+        "logging.steps": 1, "logging.quiet": "true",
+    }  # fmt: skip
+    flags = {"--model": model_dir, "--recipe": recipe, "--dtype": "float32", "--output-dir": folder}
+    return main(
+        [
+            *(str(word) for flag in flags.items() for word in flag),
+            *(f"{key}={value}" for key, value in settings.items()),
+            *more,
+        ]
+    )
+
+
 @pytest.fixture
 def finetune(model_dir, rows, tmp_path):
-    """run(*more settings, output=…) → (exit code, output folder); 12 steps, rounds after steps 4 and 8."""
+    """run(*more settings, output=…) → (exit code, output folder)."""
 
     def run(*more: str, output: str = "run") -> tuple[int, Path]:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 2}\n")
-        settings = [
-            f"data.train={rows}",
-            "data.val_set_size=24",
-            "data.max_seq_len=32",
-            "lora.r=2",
-            "lora.alpha=4",
-            "allocation.preset=paper",
-            "allocation.rounds=2",
-            "allocation.warmup=4",
-            "allocation.interval=4",
-            "allocation.val_batch_size=8",
-            "training.max_steps=12",
-            "training.eval_steps=3",
-            "training.save_steps=3",
-            "training.save_total_limit=9",
-            "training.learning_rate=5e-3",
-            "logging.steps=1",
-            "logging.quiet=true",
-        ]
-        folder = tmp_path / output
-        arguments = [
-            "--model",
-            str(model_dir),
-            "--recipe",
-            str(recipe),
-            "--dtype",
-            "float32",
-            "--output-dir",
-            str(folder),
-        ]
-        return main([*arguments, *settings, *more]), folder
+        return train(model_dir, rows, tmp_path / output, *more), tmp_path / output
 
     return run
+
+
+@pytest.fixture(scope="module")
+def default_run(model_dir, rows, tmp_path_factory) -> Path:
+    """The folder of a run with nothing more set; to be read, and copied to be changed."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    assert train(model_dir, rows, folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def watched_run(model_dir, rows, tmp_path_factory) -> Path:
+    """The same with a validation (a forward in eval mode) and a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    assert train(model_dir, rows, folder, *WATCHED) == 0
+    return folder
+
+
+WATCHED = ("training.eval_steps=1", "training.save_steps=1")
 
 
 def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:
@@ -140,9 +137,8 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "allocation.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_conventions_promise(finetune):
-    code, folder = finetune()
-    assert code == 0
+def test_a_run_leaves_what_conventions_promise(default_run):
+    folder = default_run
     for name in (
         "recipe.yaml",
         "allocation.jsonl",
@@ -158,10 +154,12 @@ def test_a_run_leaves_what_conventions_promise(finetune):
     assert metrics["train"]["steps"] == 12
     assert metrics["train"]["rows"] == 12 * 8
     assert metrics["allocation"]["rounds"] == 2
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(metrics["after"]["loss"], rel=1e-5)  # the same rows and weights
 
 
-def test_every_round_stays_within_the_budget_and_moves_ranks(finetune):
-    _, folder = finetune()
+def test_every_round_stays_within_the_budget_and_moves_ranks(default_run):
+    folder = default_run
     rounds = records(folder)
     assert [record["step"] for record in rounds] == [4, 8]
     before = dict.fromkeys(rounds[0]["ranks"], 2) | dict.fromkeys(rounds[0]["pruned"], 2)
@@ -199,16 +197,6 @@ def test_every_way_to_score_decides_by_its_importance(finetune, scoring):
         assert pruned == {(name, rank) for _, name, rank in ascending[:14]}
 
 
-def test_the_final_adapter_has_the_ranks_of_the_best_checkpoint(finetune):
-    _, folder = finetune()
-    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
-    best = Path(state["best_model_checkpoint"])
-    assert (
-        load_file(folder / "adapter" / "adapter_model.safetensors").keys()
-        == load_file(best / "adapter_model.safetensors").keys()
-    )
-
-
 def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetune, monkeypatch):
     worse = itertools.count(1)
     monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
@@ -243,10 +231,6 @@ with torch.no_grad():
 assert not any(name.startswith("qalora") for name in sys.modules)
 """
     run_python(code, model_dir, folder / "adapter", folder / "logits.pt")
-    from qalora.adapter.model import load_adapter
-    from qalora.base.loading import load_base
-    from qalora.base.registry import resolve
-
     ours = load_adapter(
         load_base(resolve(str(model_dir)), load_in_4bit=False, dtype="float32").model, folder / "adapter"
     ).eval()
@@ -258,25 +242,28 @@ assert not any(name.startswith("qalora") for name in sys.modules)
 @pytest.mark.parametrize(
     "checkpoint", [3, 6, 9, 11], ids=["before the rounds", "between them", "after an epoch", "within the second"]
 )
-def test_resumed_equals_straight_exactly(finetune, checkpoint):
+def test_resumed_equals_straight_exactly(finetune, watched_run, tmp_path, checkpoint):
     """Invariant 9, with the evaluation before training and validations (eval-mode forwards) in between."""
-    more = ("training.eval_steps=1", "training.save_steps=1", "training.save_total_limit=12")
-    _, straight = finetune(*more, output="straight")
-    finetune(*more, output="resumed")
-    _, resumed = finetune(
-        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / f"checkpoint-{checkpoint}"),
-        output="resumed",
-    )  # fmt: skip
-    assert losses(resumed) == losses(straight)
-    drop_seconds = [{k: v for k, v in record.items() if k != "seconds"} for record in records(resumed)]
-    assert drop_seconds == [{k: v for k, v in record.items() if k != "seconds"} for record in records(straight)]
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, resumed))
+    shutil.copytree(watched_run, tmp_path / "resumed")
+    start = tmp_path / "resumed" / f"checkpoint-{checkpoint}"
+    _, resumed = finetune(*WATCHED, "--resume-from-checkpoint", str(start), output="resumed")
+    assert losses(resumed) == losses(watched_run)
+    assert without_seconds(records(resumed)) == without_seconds(records(watched_run))
+    assert_same_adapter(resumed, watched_run)
+
+
+def without_seconds(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_same_adapter(*folders: Path) -> None:
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_checkpoint_continues_wherever_it_lies(finetune, tmp_path):
-    _, straight = finetune(output="straight")
+def test_a_checkpoint_continues_wherever_it_lies(finetune, default_run, tmp_path):
+    straight = default_run
     copied = tmp_path / "backup" / "best"
     shutil.copytree(straight / "checkpoint-9", copied)
     before = (straight / "metrics.json").read_text()
@@ -287,6 +274,7 @@ def test_a_checkpoint_continues_wherever_it_lies(finetune, tmp_path):
     metrics = json.loads((resumed / "metrics.json").read_text())
     assert metrics["before"] == json.loads(before)["before"]
     assert metrics["allocation"]["seconds"] == 0  # both rounds were before the checkpoint
+    assert metrics["train"]["rows"] == 3 * 8  # counted from there
     (copied / "recipe.yaml").unlink()
     with pytest.raises(InputError, match=r"best: no run of qalora began it \(no recipe.yaml\)"):
         finetune("--resume-from-checkpoint", str(copied), output="other")
@@ -322,41 +310,47 @@ def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
     _, straight = finetune(*more, output="straight")
     assert any(record["ranks"].keys() != records(straight)[0]["pruned"].keys() for record in records(straight))
     assert len(records(straight)[0]["ranks"]) < 14, "the test needs a module without a rank"
-    finetune(*more, output="resumed")
-    _, resumed = finetune(
-        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-6"), output="resumed"
-    )
+    assert sum(map(len, records(straight)[0]["pruned"].values())) == 20
+    assert json.loads((straight / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.2
+    _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight / "checkpoint-6"), output="resumed")
     assert losses(resumed) == losses(straight)
 
 
-def test_a_start_along_the_gradient_learns_faster_and_resumes_exactly(finetune):
+def test_a_start_along_the_gradient_begins_at_the_base_and_resumes_exactly(finetune):
     _, plain = finetune("allocation.rounds=0")
     _, straight = finetune("lora.init=gradient", "lora.init_rows=8", output="straight")
     assert losses(straight)[1] == pytest.approx(losses(plain)[1], rel=1e-5)  # B is zero: the function is the base's
-    assert losses(straight)[4] < losses(plain)[4]  # before the first round
+    assert losses(straight)[2] != losses(plain)[2]
     assert sum(records(straight)[0]["grown"].values()) > 0
-    finetune("lora.init=gradient", "lora.init_rows=8", output="resumed")
     _, resumed = finetune(
-        "lora.init=gradient", "lora.init_rows=8", "--resume-from-checkpoint",
-        str(straight.parent / "resumed" / "checkpoint-3"), output="resumed",
+        "lora.init=gradient", "lora.init_rows=8", "--resume-from-checkpoint", str(straight / "checkpoint-3"), output="resumed",
     )  # fmt: skip
     assert losses(resumed) == losses(straight)
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, resumed))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_adapter(resumed, straight)
 
 
 def test_a_start_at_the_quantization_error_begins_like_the_16_bit_model_and_resumes_exactly(finetune):
     _, whole = finetune("--no-quantize", "allocation.rounds=0", output="whole")
     _, plain = finetune("allocation.rounds=0", output="plain")
-    more = ("lora.init=quantization", "lora.r=32", "lora.alpha=64")
+    more = ("lora.init=auto", "lora.r=32", "lora.alpha=64")
     _, straight = finetune(*more, output="straight")
+    assert load_recipe(str(straight / "recipe.yaml")).lora.init == "quantization" and records(straight)[0]["grown"]
     error = abs(losses(plain)[1] - losses(whole)[1])
     assert abs(losses(straight)[1] - losses(whole)[1]) < 0.2 * error
-    finetune(*more, output="resumed")
-    _, resumed = finetune(
-        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
-    )
+    _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight / "checkpoint-3"), output="resumed")
     assert losses(resumed) == losses(straight)
+    assert_same_adapter(resumed, straight)
+
+
+def test_a_resumed_run_keeps_the_dtype_that_was_faster_when_it_began(finetune, monkeypatch):
+    more = ("--dtype", "auto", "allocation.rounds=0", "training.max_steps=6", "evaluation.after=false")
+    monkeypatch.setattr("qalora.base.loading._faster_on_cpu", lambda: torch.float32)
+    _, begun = finetune(*more)
+    monkeypatch.setattr("qalora.base.loading._faster_on_cpu", lambda: torch.bfloat16)
+    _, resumed = finetune(*more, "--resume-from-checkpoint", str(begun / "checkpoint-3"), output="resumed")
+    dtype = load_recipe(str(resumed / "recipe.yaml")).quantization.bnb_4bit_compute_dtype
+    assert dtype == "float32"
+    assert losses(resumed, "checkpoint-6") == losses(begun, "checkpoint-6")
 
 
 def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetune):
@@ -375,10 +369,7 @@ def test_corrections_kept_by_their_scores_are_recorded_and_resume_exactly(finetu
     assert {len(values) for values in candidates.values()} == {2 * resolved.lora.r}
     assert candidates.keys() == first["ranks"].keys()
     assert json.loads((straight / "metrics.json").read_text())["allocation"]["rounds"] == 2
-    finetune(*more, output="resumed")
-    _, resumed = finetune(
-        *more, "--resume-from-checkpoint", str(straight.parent / "resumed" / "checkpoint-3"), output="resumed"
-    )
+    _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight / "checkpoint-3"), output="resumed")
     assert losses(resumed) == losses(straight)
     assert [record["ranks"] for record in records(resumed)] == [record["ranks"] for record in records(straight)]
 
@@ -397,12 +388,10 @@ def test_a_base_stored_in_4_bits_starts_along_the_gradient(finetune, model_dir, 
     assert not records(folder)  # so short a run has no rounds
 
 
-def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune):
-    _, folder = finetune()
+def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune, default_run, tmp_path):
+    folder = shutil.copytree(default_run, tmp_path / "run")
     for step in (9, 12):
-        for file in (folder / f"checkpoint-{step}").iterdir():
-            file.unlink()
-        (folder / f"checkpoint-{step}").rmdir()
+        shutil.rmtree(folder / f"checkpoint-{step}")
     assert find_checkpoint(folder, "auto") == folder / "checkpoint-6"
     code, _ = finetune("--resume-from-checkpoint", "auto")
     assert code == 0
@@ -411,28 +400,59 @@ def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
 def test_rounds_work_with_every_optimizer(finetune, optim):
-    code, folder = finetune(f"training.optim={optim}")
+    """At r = 64, where the 8-bit ones hold moments in 8 bits (from 4,096 elements on)."""
+    code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", "training.learning_rate=1e-3")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert code == 0
     assert len(records(folder)) == 2
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
 
 
+def test_training_settings_reach_the_trainer(tmp_path):
+    given = dict(
+        learning_rate=3e-3, lr_scheduler_type="cosine", weight_decay=0.07, max_grad_norm=0.3, optim="paged_adamw_8bit",
+        seed=7, eval_steps=5, save_steps=10, save_total_limit=3, gradient_accumulation_steps=5,
+    )  # fmt: skip
+    settings = [(f"training.{name}", value) for name, value in given.items()]
+    found = trainer._arguments(load_recipe("alpaca", [("model", "m"), *settings]), 40, torch.float32, tmp_path)
+    assert {name: getattr(found, name) for name in given} == given
+    assert found.warmup_steps == 3  # 6 % of 40, rounded up
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        ["training.gradient_checkpointing=false"],
-        ["training.gradient_checkpointing=selective"],
-        ["training.gradient_checkpointing=offload"],
-        ["training.mlp_tile=4"],
-        ["training.fit=auto"],
-    ],
-    ids=["kept", "selective", "offload", "tiled", "fitted"],
+    ("rows", "micro", "accumulate", "epochs", "steps", "per_epoch"),
+    [(72, 4, 2, 1.5, 14, 9), (73, 4, 2, 1, 10, 10), (5, 8, 4, 3, 3, 1)],
 )
-def test_what_a_step_keeps_changes_no_loss(finetune, settings):
-    _, plain = finetune()
-    _, other = finetune(*settings, output="other")
-    assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
+def test_steps_of_a_run(rows, micro, accumulate, epochs, steps, per_epoch):
+    settings = dict(micro_batch_size=micro, gradient_accumulation_steps=accumulate, num_epochs=epochs)
+    recipe = load_recipe("alpaca", [("model", "m"), *((f"training.{name}", v) for name, v in settings.items())])
+    assert trainer.steps_of(recipe, rows) == (steps, per_epoch)
+
+
+def test_an_epoch_is_every_row_once(finetune):
+    _, folder = finetune("training.max_steps=null", "training.num_epochs=1", "allocation.rounds=0")
+    found = json.loads((folder / "metrics.json").read_text())["train"]
+    assert (found["steps"], found["rows"]) == (9, 72)
+
+
+@pytest.mark.parametrize(
+    ("settings", "checkpointing", "tile"),
+    [
+        (["training.gradient_checkpointing=false"], False, None),
+        (["training.gradient_checkpointing=selective"], "selective", None),
+        (["training.mlp_tile=4"], True, 4),
+        (["training.fit=auto"], False, None),
+    ],
+    ids=["kept", "selective", "tiled", "fitted"],
+)
+def test_what_a_step_keeps_changes_no_loss(finetune, default_run, monkeypatch, settings, checkpointing, tile):
+    seen = []
+    for name in ("set_checkpointing", "set_mlp_tile"):
+        plain = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda base, how, plain=plain: (seen.append(how), plain(base, how)))
+    _, other = finetune(*settings)
+    assert seen == [checkpointing, tile]
+    assert losses(other) == pytest.approx(losses(default_run), rel=2e-4)
 
 
 @pytest.mark.parametrize("init", ["gradient", "quantization"])
@@ -445,8 +465,6 @@ def test_a_start_sees_every_token_of_tiled_mlps(finetune, init):
 
 
 def test_fit_keeps_the_rows_of_a_step_and_a_resumed_run_keeps_the_fit(finetune, monkeypatch):
-    from qalora.training import trainer
-
     def chosen(folder):
         training = load_recipe(str(folder / "recipe.yaml")).training
         return training.micro_batch_size, training.gradient_accumulation_steps, training.gradient_checkpointing
@@ -456,15 +474,15 @@ def test_fit_keeps_the_rows_of_a_step_and_a_resumed_run_keeps_the_fit(finetune, 
     monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 1 << 14)
     finetune("training.fit=auto", "allocation.rounds=1", "--resume-from-checkpoint", "auto")
     assert chosen(folder) == (8, 1, False)
-    with pytest.raises(InputError, match=r"training\.fit=auto: one row of 7 tokens .* needs 0\.00 GiB, of 0\.00 GiB"):
+    with pytest.raises(InputError, match=r"training\.fit=auto: one row of 11 tokens .* needs 0\.00 GiB, of 0\.00 GiB"):
         finetune("training.fit=auto", output="other")
 
 
-def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, monkeypatch):
+def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, default_run, monkeypatch):
     """Micro-batches of more than two rows fail from the third step on, in the forward."""
     from qalora.training.trainer import QaloraTrainer
 
-    _, plain = finetune()
+    plain = default_run
     compute_loss = QaloraTrainer.compute_loss
 
     def failing(self, model, inputs, **kwargs):
@@ -473,7 +491,7 @@ def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, monkeypatch)
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(QaloraTrainer, "compute_loss", failing)
-    code, other = finetune(output="other")
+    code, other = finetune()
     assert code == 0
     assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
     assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(plain)]
@@ -487,12 +505,7 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from qalora.adapter.model import attach, gated_layers
-    from qalora.base.loading import load_base
-    from qalora.base.registry import resolve
     from qalora.data.batching import Collator
-    from qalora.finetune import load_data
-    from qalora.recipe import load_recipe
 
     recipe = load_recipe(str(folder / "recipe.yaml"))
     base = load_base(resolve(str(model_dir)), dtype="float32")
@@ -553,16 +566,78 @@ def test_packing_trains(finetune):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert code == 0
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
+    assert metrics["train"]["rows"] > 3 * 12 * 8  # eight sequences a step, of several rows each
 
 
-def test_merged_on_request(finetune):
-    code, folder = finetune("merge=true")
+@pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("fp4", False)])
+def test_merged_on_request_into_the_weights_that_were_trained_on(finetune, model_dir, kind, double_quant):
+    how = (f"quantization.bnb_4bit_quant_type={kind}", f"quantization.bnb_4bit_use_double_quant={double_quant}")
+    code, folder = finetune("merge=true", *how)
     assert code == 0
-    from transformers import AutoModelForCausalLM
+    config = json.loads((folder / "merged" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    base = load_base(resolve(str(model_dir)), dtype="float32", quant_type=kind, double_quant=double_quant).model
+    assert {linear.weight.quant_state.quant_type for linear in linear_maps(base).values()} == {kind}
+    merged = load_file(folder / "merged" / "model.safetensors")
+    for name, layer in gated_layers(load_adapter(base, folder / "adapter")).items():
+        wanted = dequantize(layer.base_layer) + layer.s * layer.B.detach() @ layer.A.detach()
+        torch.testing.assert_close(merged[f"{name}.weight"].float(), wanted, rtol=2**-8, atol=1e-7)
 
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
-    assert merged.dtype == torch.bfloat16
-    assert not hasattr(merged.config, "quantization_config")
+
+def test_a_round_gets_its_settings_its_rows_and_what_was_spent(finetune, model_dir, monkeypatch):
+    seen, plain = [], callback.allocation_round
+
+    def spy(model, optimizer, batch, settings, step, **more):
+        seen.append((batch, settings, more["spent"]))
+        return plain(model, optimizer, batch, settings, step, **more)
+
+    monkeypatch.setattr(callback, "allocation_round", spy)
+    given = dict(min_rank=1, max_rank=3, importance="drop", prune_per_round=5)
+    _, folder = finetune(*(f"allocation.{name}={value}" for name, value in given.items()))
+    data = load_data(load_recipe(str(folder / "recipe.yaml")), load_tokenizer(resolve(str(model_dir))))
+    (batch, settings, first), (_, _, second) = seen
+    assert (settings.min_rank, settings.max_rank, settings.importance, settings.prune) == (1, 3, "drop", 5)
+    lengths = [len(item["input_ids"]) for item in data.train.items]
+    assert settings.step_tokens == pytest.approx(8 * sum(lengths) / len(lengths))
+    scored = [
+        ids[mask.bool()].tolist()
+        for micro in batch
+        for ids, mask in zip(micro["input_ids"], micro["attention_mask"], strict=True)
+    ]
+    assert sorted(scored) == sorted(item["input_ids"] for item in data.scoring.items)
+    assert (first, second) == (0, records(folder)[0]["forward_equivalents"])
+    assert all(1 <= rank <= 3 for record in records(folder) for rank in record["ranks"].values())
+
+
+def test_the_targets_alone_are_adapted(finetune):
+    _, folder = finetune("lora.target_modules=q_proj,v_proj", "training.max_steps=3", "allocation.rounds=0")
+    modules = {key.rsplit(".", 2)[0] for key in load_file(folder / "adapter" / "adapter_model.safetensors")}
+    blocks = "base_model.model.model.layers"
+    assert modules == {f"{blocks}.{block}.self_attn.{name}" for block in (0, 1) for name in ("q_proj", "v_proj")}
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_that_train_score_and_measure_are_apart(model_dir, rows):
+    settings = [("model", str(model_dir)), ("data.train", str(rows)), ("data.val_set_size", 24)]
+    recipe = load_recipe("alpaca", [*settings, ("data.format", "prompt-completion"), ("allocation.val_batch_size", 8)])
+    data = load_data(recipe, load_tokenizer(resolve(str(model_dir))))
+    parts = [{item["row"] for item in part.items} for part in (data.train, data.scoring, data.validation)]
+    assert list(map(len, parts)) == [72, 8, 16]
+    assert set.union(*parts) == set(range(96))
+
+
+def test_validation_rows_of_their_own(model_dir):
+    limits = [("data.max_rows", 40), ("evaluation.rows", 50), ("evaluation.metrics", ["loss"])]
+    recipe = load_recipe("quickstart", [("model", str(model_dir)), ("data.chat", False), *limits])
+    data = load_data(recipe, load_tokenizer(resolve(str(model_dir))))
+    scoring, validation = ({item["row"] for item in part.items} for part in (data.scoring, data.validation))
+    assert (len(data.train), len(scoring), len(validation)) == (40, recipe.allocation.val_batch_size, 50)
+    assert not scoring & validation
+    held_back = {row["prompt"] for row in quickstart.rows(0, 132, "validation")}
+    rendered = [example.prompt[0].text for part in (data.scoring, data.validation) for example in part.examples]
+    assert set(rendered) <= held_back
 
 
 # ------------------------------------------------------------------------------------------------------- named failures
@@ -597,8 +672,8 @@ def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
         finetune("training.max_steps=1")
 
 
-def test_an_output_folder_in_use_is_refused(finetune, tmp_path):
-    finetune()
+def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
+    shutil.copytree(default_run, tmp_path / "run")
     with pytest.raises(InputError, match="holds a run; continue it with --resume-from-checkpoint auto"):
         finetune()
     assert finetune("--overwrite")[0] == 0
@@ -675,10 +750,10 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(finetune, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_and_the_run_can_be_continued(finetune, model_dir, rows, tmp_path, number):
-    _, straight = finetune(output="straight")
-    arguments = (straight / "recipe.yaml").read_text().replace("straight", "stopped")
-    (tmp_path / "stopped.yaml").write_text(arguments)
+def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, tmp_path, number):
+    """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`."""
+    recipe = yaml.safe_load((default_run / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "stopped")}
+    (tmp_path / "stopped.yaml").write_text(yaml.safe_dump(recipe))
     # The run sends the signal to itself after its seventh step, at a point that is the same each time.
     code = f"""
 import os, sys
@@ -689,6 +764,10 @@ sent, step = [], trainer.QaloraTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 7 and not sent:
         sent.append(True)
+        if {number == signal.SIGINT}:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 2)
         os.kill(os.getpid(), {int(number)})
     return step(self, *args, **kwargs)
 trainer.QaloraTrainer.training_step = training_step
@@ -704,11 +783,11 @@ sys.exit(run(main, ["--recipe", sys.argv[1]]))
     assert (stopped / "checkpoint-8" / "trainer_state.json").is_file()
     assert not (stopped / "adapter").exists()
     assert main(["--recipe", str(tmp_path / "stopped.yaml"), "--resume-from-checkpoint", "auto"]) == 0
-    assert losses(stopped) == losses(straight)
+    assert losses(stopped) == losses(default_run)
 
 
-def test_checkpoints_are_plain_peft_without_pickled_settings(finetune, model_dir):
-    _, folder = finetune()
+def test_checkpoints_are_plain_peft_without_pickled_settings(default_run, model_dir):
+    folder = default_run
     config = json.loads((folder / "checkpoint-9" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_dir)
     assert config["rank_pattern"] == records(folder)[-1]["ranks"]

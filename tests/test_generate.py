@@ -4,10 +4,13 @@ import io
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora import generate
+from qalora.adapter.model import gated_layers
 from qalora.data.formats import to_example
 from qalora.data.tokenization import tokenize
 from qalora.errors import InputError
@@ -168,6 +171,23 @@ def test_chat_sees_the_history_and_forgets_the_oldest_exchange(model, tokenizer,
     assert prompts[2] == "<user>two</user><assistant>reply 2</assistant><user>three</user><assistant>"
     assert history == ["two", "reply 2", "three", "reply 3"]
     assert "forgotten" in capsys.readouterr().err
+
+
+def test_an_adapter_is_part_of_what_answers(model, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    seen = []
+    monkeypatch.setattr(generate, "answer", lambda model, *rest: seen.append(model))
+    flags = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--no-quantize"]
+    assert generate.main([*flags, "--dtype", "float32", "--prompt", "hi"]) == 0
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    layers = gated_layers(seen[0])
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        assert torch.equal(layer.B, saved[f"base_model.model.{name}.lora_B.weight"]) and layer.B.any()
 
 
 def test_lines_of_standard_input(monkeypatch):

@@ -186,6 +186,13 @@ def test_a_checkpoint_that_likes_to_sample_is_still_decoded_greedily(model, toke
     assert metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
 
 
+def test_every_token_that_ends_a_turn_ends_an_answer_and_sampling_is_plain(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 9])
+    config = metrics.generation_config(model, tokenizer, do_sample=True, max_new_tokens=3)
+    assert config.eos_token_id == [7, 9, tokenizer.eos_token_id]
+    assert (config.top_k, config.top_p, config.temperature) == (0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [(None, 25.0), (r"#### (-?\d+)", 75.0)],

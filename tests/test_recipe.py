@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import yaml
 
 from qalora import recipe as module
+from qalora.data.formats import ALPACA_WITH_INPUT, to_example
+from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
 from qalora.recipe import (
     ALIASES,
@@ -363,6 +368,48 @@ def test_recipes_by_name(tmp_path, monkeypatch):
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name, [("model", "tiny"), ("data.train", "rows.jsonl")])
     assert recipe.model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "completion"),
+    [
+        ("sst2", {"sentence": "s", "label": 1}, "s\nThe sentiment of the given sentence is:", " positive"),
+        (
+            "boolq",
+            {"passage": "p", "question": "q", "answer": False},
+            "Reference document:\np\nQuestion:\nq\nAnswer:",
+            " no",
+        ),
+        (
+            "e2e",
+            {"meaning_representation": "m", "human_reference": "r"},
+            "Reference:\nm\nGenerate a customer review following the given reference.\n",
+            "r",
+        ),
+        ("gsm8k", {"question": "1+1?", "answer": "2\n#### 2"}, "1+1?\nAnswer:", " 2\n#### 2"),
+        (
+            "dolly",
+            {"instruction": "i", "context": "c", "response": "r"},
+            ALPACA_WITH_INPUT.format(instruction="i", input="c"),
+            "r",
+        ),
+    ],
+)
+def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
+    recipe = load_recipe(name, [("model", "tiny")])
+    reading = recipe.data.reading()
+    example = to_example(
+        row, 0, **{key: value for key, value in reading.items() if key not in ("max_seq_len", "train_on_inputs")}
+    )
+    assert ("".join(turn.text for turn in example.prompt), example.reference) == (prompt, completion)
+    assert completion.strip() in (recipe.evaluation.choices or [completion.strip()])
+    if recipe.evaluation.answer_pattern:
+        assert re.search(recipe.evaluation.answer_pattern, completion)[1] == "2"
+
+
+def test_every_setting_of_the_data_reaches_the_reader():
+    taken = inspect.signature(load_dataset).parameters.keys() - {"source", "tokenizer", "split", "limit"}
+    assert module.DataConfig().reading().keys() == taken
 
 
 def test_nine_recipes_are_shipped():

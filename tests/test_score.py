@@ -73,14 +73,26 @@ def test_every_rank_is_scored(score, method):
     assert sorted(map(tuple, result["pruned"])) == sorted((entry["module"], entry["rank"]) for entry in lowest)
     assert sum(entry["exact"] for entry in result["scores"]) == result["exact_evaluations"]
     assert all((entry["stderr"] is None) == (method == "exact") for entry in result["scores"])
+    assert result["certified"] == (method in ("exact", "certified"))  # 9 ranks: the sample of 24 is all of them
+    assert (result["residual"] is not None) == (method == "certified")
+    if method == "path":
+        assert result["quadrature_error"] <= 0.01
+    else:
+        assert all(entry["importance"] == entry["drop"] + entry["alone"] for entry in result["scores"])
 
 
-def test_drop_is_what_vanilla_peft_loses_without_the_rank(score, folder, adapter, rows):
+def test_what_decides_can_be_chosen(score):
+    result = score("--method", "first-order", "--importance", "alone")
+    assert all(entry["importance"] == entry["alone"] for entry in result["scores"])
+    assert result["prune"] == len(result["pruned"]) == 4  # one a module
+
+
+def test_drop_and_alone_are_those_of_files_without_the_rank_and_with_it_alone(score, folder, adapter, rows):
     """The rank deleted from the saved file by hand, no gates anywhere; a 16-bit base, which PEFT alone can load."""
     from qalora.adapter.model import load_adapter
+    from qalora.base.loss import use_label_only_loss
     from qalora.data.batching import Collator
     from qalora.data.tokenization import load_dataset
-    from qalora.training.loss import use_label_only_loss
 
     result = score("--method", "exact", "--no-quantize")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -94,11 +106,22 @@ def test_drop_is_what_vanilla_peft_loses_without_the_rank(score, folder, adapter
             return float(load_adapter(model, adapter)(**batch).loss)
 
     assert loss() == pytest.approx(result["loss"], abs=1e-6)
+    bare = AutoModelForCausalLM.from_pretrained(folder)
+    use_label_only_loss(bare)
+    with torch.no_grad():
+        assert float(bare(**batch).loss) == pytest.approx(result["base_loss"], abs=1e-6)
     tensors = load_file(adapter / "adapter_model.safetensors")
+    saved = {key: value.clone() for key, value in tensors.items()}
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"][1] = 0
     save_file(tensors, adapter / "adapter_model.safetensors")
     entry = next(e for e in result["scores"] if (e["module"], e["rank"]) == ("model.layers.1.self_attn.q_proj", 1))
     assert loss() - result["loss"] == pytest.approx(entry["drop"], abs=1e-6)
+    kept = saved["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"].clone()
+    kept[:, 0] = 0
+    alone = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in saved.items()}
+    alone["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"] = kept
+    save_file(alone, adapter / "adapter_model.safetensors")
+    assert result["base_loss"] - loss() == pytest.approx(entry["alone"], abs=1e-6)
 
 
 def test_bad_input_is_named_before_weights_load(score, folder, adapter, rows, tmp_path, monkeypatch):

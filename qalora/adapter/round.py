@@ -121,7 +121,7 @@ def keep_best_corrections(
     model: PeftModel, optimizer: Any, batch: Sequence[MicroBatch], original: Weights, settings: RoundSettings
 ) -> tuple[dict[str, Any], PerRank]:
     """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that lower the loss
-    most: a round of AB-LoRA before the first step, which these ranks allow, for their B is not zero.
+    most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero.
 
     Args:
         batch: training rows.

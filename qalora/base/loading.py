@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import (
 
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
-from qalora.base.registry import ModelSource, check_model_type
+from qalora.base.registry import ModelSource, check_model_type, read_fields
 from qalora.errors import InputError
 
 
@@ -64,7 +63,10 @@ def load_base(
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
     tokenizer = tokenizer or load_tokenizer(source)
-    stored_4bit = _stored_in_4bit(source)  # and a LLaMA-class decoder, where that can be known before the weights
+    published = _published_config(source)
+    if published is not None:
+        check_model_type(published.get("model_type"), f"--model {source.name}")
+    stored_4bit = published is not None and _stored_in_4bit(published, source)
     if stored_4bit and not load_in_4bit:
         raise InputError(
             f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
@@ -185,17 +187,20 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
         ) from error
 
 
-def _stored_in_4bit(source: ModelSource) -> bool:
+def _published_config(source: ModelSource) -> dict[str, Any] | None:
+    """config.json of a base, None of one that is registered or has none (GGUF): what it says of itself before its weights load."""
     if source.kind == "folder":
-        try:
-            config = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise InputError(f"{source.location}/config.json: not valid JSON.") from None
-    elif source.kind == "hub" and source.shape is None:
-        config = _found(source, AutoConfig.from_pretrained).to_dict()
-    else:
-        return False
-    check_model_type(config.get("model_type"), f"--model {source.name}")
+        return read_fields(Path(source.location) / "config.json")
+    if source.kind == "hub" and source.shape is None:
+        return _found(source, AutoConfig.from_pretrained).to_dict()  # type: ignore[no-any-return]
+    return None
+
+
+def _stored_in_4bit(config: dict[str, Any], source: ModelSource) -> bool:
+    """
+    Raises:
+        InputError: stored with another quantization.
+    """
     quantization = config.get("quantization_config") or {}
     if quantization and not quantization.get("load_in_4bit"):
         raise InputError(

@@ -204,13 +204,22 @@ def shape_of(source: ModelSource) -> ModelShape:
             raise InputError(
                 f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})"
             ) from None
+    return ModelShape.from_config(read_fields(file))
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: the file holds something else.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f"{file}: not valid JSON.") from None
-    if not isinstance(config, dict):
+    if not isinstance(fields, dict):
         raise InputError(f"{file}: not a JSON object.")
-    return ModelShape.from_config(config)
+    return fields
 
 
 def _gguf_shape(file: Path) -> ModelShape:

@@ -1,1 +1,1 @@
-"""Deployment: merging an adapter into the dequantized base."""
+"""Deployment: merging an adapter into its base, exporting it, GGUF, and checking the result."""

@@ -10,6 +10,7 @@ three compute the same function.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +18,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qalora.adapter.model import PREFIX, read_config
+from qalora.adapter.saved import PREFIX, read_adapter
 from qalora.base.checkpoint import expected_shapes, open_config
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
-from qalora.deploy.merging import check_updates, low_rank_updates
-from qalora.deploy.output import REPORT, check_output, written_beside
+from qalora.deploy.merging import low_rank_updates, maps_of
+from qalora.deploy.output import REPORT, check_output
 from qalora.deploy.verification import Update
+from qalora.files import written_beside
 
 AdapterFormat = Literal["peft", "peft-uniform", "gguf-lora"]
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
@@ -52,20 +55,21 @@ def export_adapter(
     """
     adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
-    updates = low_rank_updates(adapter_dir)
+    adapter = read_adapter(adapter_dir)
     model_config = open_config(source)
-    check_updates(updates, expected_shapes(model_config), adapter_dir)
+    adapter.check_fit(maps_of(expected_shapes(model_config)))
+    updates = low_rank_updates(adapter)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:
         if format == "gguf-lora":
-            from qalora.deploy.gguf import read_adapter, write_adapter, write_modelfile
+            from qalora.deploy import gguf
 
-            write_adapter(partial / "adapter.gguf", written, model_config)
-            write_modelfile(partial, load_tokenizer(source), adapter_of=source.hub_id or source.name)
-            found = read_adapter(partial / "adapter.gguf", list(updates), model_config)
+            gguf.write_adapter(partial / "adapter.gguf", written, model_config)
+            gguf.write_modelfile(partial, load_tokenizer(source), adapter_of=source.hub_id or source.name)
+            found = gguf.read_adapter(partial / "adapter.gguf", list(updates), model_config)
         else:
-            write_peft(partial, adapter_dir, written)
-            found = low_rank_updates(partial)
+            write_peft(partial, adapter.config, written)
+            found = low_rank_updates(read_adapter(partial))
         difference = largest_difference(updates, found)
         if difference > 1e-6:
             raise RuntimeError(f"{output_dir}: the export does not compute what {adapter_dir} does ({difference:.1e})")
@@ -92,9 +96,9 @@ def uniform(updates: Mapping[str, Update]) -> dict[str, Update]:
     }
 
 
-def write_peft(folder: Path, adapter_dir: Path, updates: Mapping[str, Update]) -> None:
+def write_peft(folder: Path, config: LoraConfig, updates: Mapping[str, Update]) -> None:
     """A PEFT folder with these updates; what else the adapter's config says stays."""
-    config = read_config(adapter_dir)
+    config = copy.copy(config)
     ranks = {name: len(A) for name, (A, _, _) in updates.items()}
     alphas = {name: _whole(s * ranks[name]) for name, (_, _, s) in updates.items()}
     config.r = max(ranks.values())

@@ -22,6 +22,10 @@ from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permute
 from qalora.base.registry import ModelSource
 from qalora.errors import InputError
 
+# The regular expression in tokenizer.json that splits text before BPE → llama.cpp's name for it.
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -215,6 +219,12 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
+    last = max(backend["added_tokens"], key=lambda added: added["id"], default={"id": 0, "content": ""})
+    if max(last["id"], *model["vocab"].values()) >= vocab_size:
+        raise InputError(
+            f"the tokenizer has more tokens (the last is {last['content']!r}, {last['id']}) than the model has embeddings "
+            f"({vocab_size}), which GGUF cannot hold; use --format hf."
+        )
     for token, i in model["vocab"].items():
         tokens[i], types[i] = token, TokenType.NORMAL
     for added in backend["added_tokens"]:
@@ -256,14 +266,24 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how the text is split before BPE, which tokenizer.json spells as regular expressions."""
-    text = json.dumps(backend["pre_tokenizer"])
-    if "{1,3}" in text and "Split" in text:
-        return "llama-bpe"
-    if "Split" in text and "\\\\p{N}" in text:
-        return "qwen2"
-    if "Digits" in text and "ByteLevel" in text:
-        return "smollm"
-    if "ByteLevel" in text:
-        return "gpt-2"
-    raise InputError(f"the tokenizer splits text in a way that has no GGUF name here: {text[:200]}")
+    """llama.cpp's name for how text is split before BPE; a name that does not fit would split it differently, and say nothing.
+
+    Raises:
+        InputError: a way that has no name here.
+    """
+    whole = backend["pre_tokenizer"] or {"type": None}
+    steps = whole.get("pretokenizers", [whole])
+    kinds = [step["type"] for step in steps]
+    name = None
+    if kinds == ["Split", "ByteLevel"]:
+        name = SPLITS.get(steps[0]["pattern"].get("Regex"))
+    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        name = "smollm"
+    elif kinds == ["ByteLevel"]:
+        name = "gpt-2"
+    if name is None:
+        raise InputError(
+            f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format hf and "
+            "llama.cpp's own converter."
+        )
+    return name

@@ -22,7 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qalora.adapter.model import check_fit, paired, read_config, read_tensors, scaling_of
+from qalora.adapter.saved import SavedAdapter, read_adapter, scaling_of
 from qalora.base.checkpoint import (
     PIECE,
     Checkpoint,
@@ -36,9 +36,10 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import load_tokenizer, storage_dtype
 from qalora.base.registry import ModelSource
-from qalora.deploy.output import REPORT, check_output, free_disk, written_beside
+from qalora.deploy.output import REPORT, check_output, free_disk
 from qalora.deploy.verification import TOLERANCE, Update, compare
 from qalora.errors import AnswerNo, InputError
+from qalora.files import written_beside
 
 Format = Literal["hf", "gguf"]
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -78,9 +79,10 @@ def merge(
     """
     output_dir, adapter_dir = Path(output_dir), Path(adapter_dir)
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
-    updates = low_rank_updates(adapter_dir)
+    adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
-    check_updates(updates, checkpoint.shapes, adapter_dir)
+    adapter.check_fit(maps_of(checkpoint.shapes))
+    updates = low_rank_updates(adapter)
     tokenizer = load_tokenizer(source)
     pieces = merged_pieces(checkpoint, updates, quantization, config)
     shapes = expected_shapes(config)
@@ -166,25 +168,17 @@ def is_map(name: str) -> bool:
     return ".layers." in name and name.endswith("_proj.weight")
 
 
-def low_rank_updates(adapter_dir: str | Path) -> dict[str, Update]:
-    """Full module name → (A (r, in), B (out, r), scaling) of a saved plain PEFT LoRA, on the CPU in fp32."""
-    config, pairs = read_config(adapter_dir), paired(read_tensors(adapter_dir), adapter_dir)
-    return {name: (A.float(), B.float(), scaling_of(config, name)) for name, (A, B) in pairs.items()}
+def maps_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Name → shape of a model's tensors → full module name → (in, out) of every linear map of its blocks."""
+    return {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_map(name)}
+
+
+def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
+    """Full module name → (A (r, in), B (out, r), scaling), in fp32."""
+    return {name: (A.float(), B.float(), scaling_of(adapter.config, name)) for name, (A, B) in adapter.pairs.items()}
 
 
 # ------------------------------------------------------------------------------------------------ before anything is written
-
-
-def check_updates(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int, ...]], adapter_dir: Path) -> None:
-    """
-    Args:
-        shapes: of the model's tensors.
-
-    Raises:
-        InputError: the adapter has a module that the model lacks, or another shape for it.
-    """
-    maps = {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_map(name)}
-    check_fit(read_config(adapter_dir), {name: (A, B) for name, (A, B, _) in updates.items()}, maps, adapter_dir)
 
 
 def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:

@@ -1,11 +1,9 @@
-"""Where a merge or an export goes: what may be replaced, and nothing half-written, ever."""
+"""Where a merge or an export goes: what may be replaced, and whether there is room."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from qalora.errors import InputError
@@ -35,29 +33,6 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
         same = False
     if not same:
         raise InputError(f"{output_dir}: not a merge of {model} with {adapter}; pass --overwrite to replace it.")
-
-
-@contextmanager
-def written_beside(output_dir: Path) -> Iterator[Path]:
-    """A folder to write into, that takes the place of `output_dir` at the end, or vanishes after an error.
-
-    Killed at any moment, it leaves the old content, nothing, or the new content, never a part; what lies beside it
-    then is cleared away by the next attempt.
-    """
-    output_dir = output_dir.resolve()  # "." has no name
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    replaced = output_dir.with_name(output_dir.name + ".replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(replaced, ignore_errors=True)
-        if output_dir.exists():
-            output_dir.rename(replaced)
-        partial.rename(output_dir)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def free_disk(path: Path) -> int:

@@ -1,1 +1,1 @@
-"""Training: the trainer (read it first), when to allocate, and the label-only loss."""
+"""Training: the trainer (read it first), when to allocate, what a step keeps, and the folder of a run."""

@@ -1,7 +1,7 @@
 """What a step keeps between forward and backward.
 
 False      everything that a block's backward needs
-selective  the input of every block and what its maps put out; norms, rotations and attention are computed again in the backward
+selective  the input of every block and what its maps put out; norms and attention are computed again in the backward
 True       the input of every block; its inside is computed again
 offload    the same inputs, in pinned host memory: copied out behind the forward, fetched one block ahead of the backward
 mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest

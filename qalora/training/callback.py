@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,14 @@ from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corr
 from qalora.data.batching import on_device
 from qalora.files import write_whole
 
-console = Console(stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # Ctrl-C ends the reader of a pipe too (`| tee log`), and the run still has its checkpoint to write.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+console = _Console(stderr=True)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The wiring of a run: read this first.
 
 A batch: the collator pads rows or packs them → `training_step` → the decoder, its frozen maps and gated adapters
-(adapter/layer.py) → the label-only loss (loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
+(adapter/layer.py) → the label-only loss (base/loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
 (callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
 """
 
@@ -37,6 +37,7 @@ from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
 from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
+from qalora.base.loss import use_label_only_loss
 from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
@@ -45,7 +46,6 @@ from qalora.recipe import Recipe
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
-from qalora.training.loss import use_label_only_loss
 from qalora.training.run_folder import RUN_FILES
 
 

@@ -134,6 +134,7 @@ def reference(layer, x, rows_of_A=None):
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("rank", range(4))
+@pytest.mark.usefixtures("stretch")
 def test_closed_gate_is_the_layer_without_that_rank(layer, four_bit, rank):
     layer, x = layer(four_bit), random_input()
     gate = torch.ones(4)
@@ -199,6 +200,7 @@ def plain_autograd(layer, x, gate, mask=None):
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
 @pytest.mark.parametrize("per_row", [False, True], ids=["gate-shared", "gate-per-row"])
+@pytest.mark.usefixtures("stretch")
 def test_gradients_are_autograds(layer, four_bit, per_row):
     layer = layer(four_bit)
     weights = torch.randn(64, generator=torch.Generator().manual_seed(9))
@@ -228,6 +230,7 @@ def test_gradients_are_finite_differences(layer):
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
+@pytest.mark.usefixtures("stretch")
 def test_dropout_touches_the_low_rank_path_alone(layer, four_bit):
     layer = layer(four_bit, dropout=0.5)
     gate = torch.ones(4)

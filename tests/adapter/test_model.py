@@ -10,17 +10,14 @@ from safetensors.torch import load_file, save_file
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.model import (
     attach,
-    check_adapter,
     gated_layers,
     load_adapter,
-    rank_of,
     ranks,
-    read_config,
     save_adapter,
-    scaling_of,
     sync_config,
     verify_saved,
 )
+from qalora.adapter.saved import check_adapter, rank_of, read_config, scaling_of
 from qalora.adapter.surgery import apply_plan
 from qalora.base.registry import resolve
 from qalora.errors import InputError

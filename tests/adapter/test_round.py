@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from qalora.adapter.allocation import plan
+from qalora.adapter.gradient_start import FORWARDS, gradient_directions
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import attach, gated_layers, rank_parameters, ranks
 from qalora.adapter.quantization_start import start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
-from qalora.adapter.scoring import score_ranks
+from qalora.adapter.scoring import FIRST_ORDER, score_ranks
 
 
 @pytest.fixture
@@ -68,6 +69,31 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
         now = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         assert record["parameters"] == now <= start
         assert record["total_rank"] <= 56
+
+
+def test_new_ranks_point_along_the_gradient_of_the_growth_rows(tiny_adapter, make_batch):
+    model, twin, rows = tiny_adapter(r=4), tiny_adapter(r=4), [make_batch(seed=9)]
+    settings = RoundSettings(
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    record, _ = allocation_round(model, optimizer, [make_batch()], settings, 7, growth=rows)
+    assert record["grown"] and record["forward_equivalents"] == FIRST_ORDER + FORWARDS
+    wanted = gradient_directions(twin, rows, record["grown"], torch.Generator().manual_seed(7))
+    for name, count in record["grown"].items():
+        known = wanted[name].known
+        assert len(known)
+        new = gated_layers(model)[name].A[-count:][: len(known)]
+        torch.testing.assert_close(new, known, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "least", "most"), [({"min_rank": 3}, 3, 56), ({"max_rank": 4}, 0, 4)], ids=["min", "max"]
+)
+def test_a_round_keeps_to_its_limits(run_round, limits, least, most):
+    record, _ = run_round(step=1, scoring="first-order", **limits)
+    after = dict.fromkeys(record["pruned"], 0) | record["ranks"]
+    assert record["pruned"] and all(least <= rank <= most for rank in after.values())
 
 
 def one_by_one(layer: GatedLinear) -> torch.Tensor:

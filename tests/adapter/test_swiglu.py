@@ -67,6 +67,7 @@ def assert_as_autograd(inputs, gradients):
 
 @pytest.mark.parametrize(("four_bit", "dtype"), BASES)
 @pytest.mark.parametrize("tile", [None, 3, 7, 100])
+@pytest.mark.usefixtures("stretch")
 def test_values_and_gradients_are_autograds(mlp, four_bit, dtype, tile, assert_as_autograd):
     _, module = mlp(four_bit, dtype)
     module.mlp_tile = tile
@@ -75,6 +76,7 @@ def test_values_and_gradients_are_autograds(mlp, four_bit, dtype, tile, assert_a
 
 @pytest.mark.parametrize("tile", [None, 3])
 @pytest.mark.parametrize("shape", [(4,), (3, 1, 4)], ids=["one gate", "a gate a row"])
+@pytest.mark.usefixtures("stretch")
 def test_gates_get_their_gradients(mlp, tile, shape, assert_as_autograd):
     model, module = mlp()
     module.mlp_tile = tile

@@ -21,23 +21,30 @@ def folder(save_tiny_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("stretch", [1 << 22, 2048], ids=["whole", "in parts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("double_quant", [True, False], ids=["double quant", "single"])
-def test_trained_weights_are_those_that_loading_for_training_gives(folder, dtype, double_quant, stretch, monkeypatch):
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)], ids=["nf4", "nf4 single", "fp4"]
+)
+def test_trained_weights_are_those_that_loading_for_training_gives(
+    folder, dtype, quant_type, double_quant, stretch, monkeypatch
+):
     monkeypatch.setattr(checkpoint_module, "STRETCH", stretch)
     monkeypatch.setattr(checkpoint_module, "PIECE", 8 * stretch)
     source = resolve(str(folder))
     name = str(dtype).removeprefix("torch.")
-    maps = linear_maps(load_base(source, dtype=name, double_quant=double_quant).model)
+    maps = linear_maps(load_base(source, dtype=name, quant_type=quant_type, double_quant=double_quant).model)
+    assert {linear.weight.quant_state.quant_type for linear in maps.values()} == {quant_type}
     checkpoint, _ = open_checkpoint(source)
     assert len(maps) == 14
     for module, linear in maps.items():
-        parts = list(trained_pieces(checkpoint, f"{module}.weight", Quantization("nf4", double_quant, dtype)))
+        parts = list(trained_pieces(checkpoint, f"{module}.weight", Quantization(quant_type, double_quant, dtype)))
         assert (len(parts) > 1) == (linear.weight.quant_state.shape.numel() > max(stretch, 64 * linear.in_features))
         assert torch.equal(torch.cat(parts), dequantize(linear, dtype).float()), module
 
 
-def test_a_folder_saved_in_4_bits_is_read_as_it_stands(folder, tmp_path):
-    loaded = load_base(resolve(str(folder)), dtype="bfloat16")
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("fp4", False)])
+def test_a_folder_saved_in_4_bits_is_read_as_it_stands(folder, tmp_path, quant_type, double_quant):
+    """Whatever quantization is asked for beside it."""
+    loaded = load_base(resolve(str(folder)), dtype="bfloat16", quant_type=quant_type, double_quant=double_quant)
     loaded.model.save_pretrained(tmp_path / "4bit")
     checkpoint, _ = open_checkpoint(resolve(str(tmp_path / "4bit")))
     for module, linear in linear_maps(loaded.model).items():

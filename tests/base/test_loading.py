@@ -54,6 +54,13 @@ def logits(model) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- load_base
 
 
+def test_rows_that_are_no_multiple_of_64_are_refused_on_a_cpu(saved):
+    path, _ = saved(intermediate_size=96)
+    with pytest.raises(InputError, match=r"mlp\.down_proj has 96 inputs.*--no-quantize"):
+        load(path)
+    assert load(path, load_in_4bit=False).quantized is False
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_loads_in_4_bit(saved, dtype, tied):

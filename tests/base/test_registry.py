@@ -62,6 +62,10 @@ def test_linear_maps_are_those_of_transformers(name):
         ("qwen2.5-0.5b", 357_826_560, 494_032_768),
         ("qwen2.5-7b", 6_525_288_448, 7_615_616_512),
         ("smollm2-135m", 106_168_320, 134_515_008),
+        ("llama-30b", 32_102_154_240, 32_528_943_616),
+        ("qwen2.5-1.5b", 1_310_195_712, 1_543_714_304),
+        ("smollm2-360m", 314_572_800, 361_821_120),
+        ("smollm2-1.7b", 1_610_612_736, 1_711_376_384),
     ],
 )
 def test_parameters_add_up_to_the_published_counts(name, weights, all_parameters):
@@ -77,6 +81,13 @@ def test_parameters_add_up_to_the_published_counts(name, weights, all_parameters
         else 0
     )
     assert weights + tables + norms + biases == all_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"), [("llama2-7b", "llama-7b"), ("llama2-13b", "llama-13b"), ("llama3.1-8b", "llama3-8b")]
+)
+def test_models_of_one_shape(name, twin):
+    assert MODELS[name][1] == MODELS[twin][1]
 
 
 def test_a_config_gives_its_shape_and_what_it_leaves_out_its_defaults():

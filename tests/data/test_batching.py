@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qalora.base.prefixes import ATTENTION
 from qalora.data.batching import Collator, PackingCollator, pack
 
 
@@ -75,7 +76,7 @@ def test_packing_collator_lays_sequences_end_to_end_without_a_mask():
     }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", ATTENTION])
 def test_packed_logits_are_unpacked_logits(tiny_llama, attention):
     model = tiny_llama(label_only=False, attn_implementation=attention).eval()
     rng = torch.Generator().manual_seed(0)
@@ -91,6 +92,19 @@ def test_packed_logits_are_unpacked_logits(tiny_llama, attention):
             alone = model(torch.tensor([items[row]["input_ids"]]), use_cache=False).logits[0]
             torch.testing.assert_close(packed[start : start + lengths[row]], alone, rtol=1e-4, atol=1e-4)
             start += lengths[row]
+
+
+def test_packed_gradients_are_padded_gradients(tiny_adapter):
+    """Through the nodes, the attention and the loss of a run."""
+    model, found = tiny_adapter(attn_implementation=ATTENTION).train(), []
+    items = [item(row, list(range(3 + row, 3 + row + n))) for row, n in enumerate((9, 5, 12, 3))]
+    for batch in (Collator(0)(items), PackingCollator()(pack(items, 16))):
+        batch.pop("rows")
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_sample_would_be_seen_by_the_next_with_an_attention_mask(tiny_llama):

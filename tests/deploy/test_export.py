@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora.adapter.model import load_adapter
 from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base
 from qalora.base.registry import resolve
+from qalora.deploy import gguf
 from qalora.deploy.export import export_adapter
 from qalora.deploy.merging import merge
 from qalora.errors import InputError
@@ -139,14 +143,60 @@ def test_transformers_reads_the_gguf_file_as_the_merged_model(folder, adapter, t
     source = resolve(str(folder))
     report = merge(source, adapter, tmp_path / "gguf", format="gguf", gguf_type=gguf_type, **options)
     merge(source, adapter, tmp_path / "hf", dtype=torch.float32, **options)
-    ids = torch.arange(2, 40)[None]
-    with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
-        found, expected = found(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
-    error = ((found - expected).square().mean().sqrt() / expected.std()).item()
-    assert error <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 0.05, "q4_0": 0.6}[gguf_type]
+    assert (
+        relative_difference(tmp_path) <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 0.05, "q4_0": 0.6}[gguf_type]
+    )
     assert report["relative_difference"] <= report["tolerance"]
     assert (tmp_path / "gguf" / "Modelfile").read_text().startswith("FROM ./model.gguf")
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+def test_other_families_as_gguf_are_read_by_transformers(folder, adapter, tmp_path, family):
+    """Qwen2's biases, and rows of q and k that stay where they are; Mistral's, which change places as LLaMA's."""
+    llama = LlamaConfig.from_pretrained(folder)
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(
+        **{key: getattr(llama, key) for key in same}, vocab_size=320, initializer_range=0.1
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "base")
+    source = resolve(str(tmp_path / "base"))
+    merge(source, adapter, tmp_path / "gguf", format="gguf", gguf_type="f32", quantization=None)
+    merge(source, adapter, tmp_path / "hf", dtype=torch.float32, quantization=None)
+    assert relative_difference(tmp_path) <= 1e-6
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder, adapter, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one more>"]})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(
+        InputError, match=r"more tokens \(the last is '<one more>', 258\) than the model has embeddings \(258\)"
+    ):
+        merge(resolve(str(base)), adapter, tmp_path / "gguf", format="gguf", quantization=None)
+    assert not (tmp_path / "gguf").exists()
+
+
+def relative_difference(path) -> float:
+    """Between the logits of path/gguf and path/hf, each as transformers reads it."""
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+        found, expected = found(ids).logits, AutoModelForCausalLM.from_pretrained(path / "hf")(ids).logits
+    return ((found - expected).square().mean().sqrt() / expected.std()).item()
 
 
 def test_gguf_metadata_is_the_models(folder, adapter, tmp_path):
@@ -169,6 +219,83 @@ def test_gguf_metadata_is_the_models(folder, adapter, tmp_path):
     assert {key: fields.get(key) for key in expected} == expected
     assert fields["tokenizer.ggml.tokens"][:2] == ["<pad>", "</s>"]
     assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("linear", 4.0), ("yarn", 8.0)])
+def test_other_rope_scalings_are_named_in_the_metadata(folder, adapter, tmp_path, kind, factor):
+    scaled = tmp_path / "scaled"
+    config = LlamaConfig.from_pretrained(folder)
+    config.rope_parameters = dict(rope_type=kind, rope_theta=5000.0, factor=factor, original_max_position_embeddings=32)
+    LlamaForCausalLM.from_pretrained(folder, config=config).save_pretrained(scaled)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(scaled)
+    merge(resolve(str(scaled)), adapter, tmp_path / "gguf", format="gguf", quantization=None, verify=False)
+    fields = GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    assert fields["llama.rope.scaling.type"].contents() == kind
+    assert fields["llama.rope.scaling.factor"].contents() == factor
+    assert ("llama.rope.scaling.original_context_length" in fields) == (kind == "yarn")
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizers
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def splitting(regex: str):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), BYTES])
+
+
+@pytest.mark.parametrize(
+    ("splits", "name"),
+    [
+        (splitting(WORDS % "{1,3}"), "llama-bpe"),
+        (splitting(WORDS % ""), "qwen2"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]), "smollm"),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (splitting(r"\p{N}{1,3}|\s+"), None),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), BYTES]), None),
+        (pre_tokenizers.WhitespaceSplit(), None),
+    ],
+    ids=["Llama 3", "Qwen2", "SmolLM", "GPT-2", "another split", "whole numbers", "words"],
+)
+def test_how_text_is_split_has_llama_cpps_name_or_is_refused(splits, name):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splits
+    backend = json.loads(tokenizer.to_str())
+    if name is None:
+        with pytest.raises(InputError, match="no GGUF name here"):
+            gguf._pre_tokenizer(backend)
+    else:
+        assert gguf._pre_tokenizer(backend) == name
+
+
+def test_a_sentencepiece_tokenizer_in_gguf(folder, adapter, tmp_path):
+    """LLaMA's kind: bytes for what the vocabulary lacks, and scores that fall in the order of the merges."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", *bytes_, "▁", "a", "b", "c", "ab", "▁ab", "abc"])}
+    merges = [("a", "b"), ("▁", "ab"), ("ab", "c")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    base = tmp_path / "base"
+    config = LlamaConfig.from_pretrained(folder)
+    config.vocab_size = len(vocab)
+    LlamaForCausalLM(config).save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>").save_pretrained(base)
+    merge(resolve(str(base)), adapter, tmp_path / "gguf", format="gguf", quantization=None, verify=False)
+    reader = GGUFReader(tmp_path / "gguf" / "model.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("tokenizer.")}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("llama", "default")
+    assert fields["tokenizer.ggml.tokens"] == list(vocab)
+    types = dict(zip(vocab, fields["tokenizer.ggml.token_type"], strict=True))
+    assert types["<unk>"] == 2 and types["<s>"] == 3 and types["abc"] == 1
+    assert {types[byte] for byte in bytes_} == {6}
+    scores = dict(zip(vocab, fields["tokenizer.ggml.scores"], strict=True))
+    assert scores["ab"] > scores["▁ab"] > scores["abc"] > scores["a"] == scores["c"]
+    assert fields["tokenizer.ggml.add_bos_token"] is True and fields["tokenizer.ggml.add_space_prefix"] is True
 
 
 def test_llama3_rope_scaling_becomes_frequency_factors(folder, adapter, tmp_path):

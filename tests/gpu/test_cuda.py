@@ -13,10 +13,10 @@ from qalora.adapter.model import attach, gated_layers, ranks
 from qalora.adapter.quantization_start import start_at_quantization_error
 from qalora.adapter.round import RoundSettings, keep_best_corrections
 from qalora.adapter.surgery import apply_plan
+from qalora.base.loss import fused_loss, label_only_loss, liger_loss
 from qalora.base.quantized import quantize_
 from qalora.training.activations import set_checkpointing
 from qalora.training.ladder import Ladder
-from qalora.training.loss import fused_loss, label_only_loss, liger_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

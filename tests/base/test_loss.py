@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qalora.base.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
 from qalora.training import loss as module
-from qalora.training.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
 
 
 @pytest.fixture
@@ -123,6 +123,15 @@ def test_model_loss_and_gradient_are_the_full_logits_ones(tiny_llama, make_batch
     assert (gradient - full_gradient).norm() <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[
         dtype
     ] * full_gradient.norm()
+
+
+@pytest.mark.parametrize("words", [1, 7, 50])
+def test_a_head_of_another_dtype_goes_by_parts_of_the_vocabulary(problem, monkeypatch, words):
+    hidden, labels, head = problem
+    head = head.bfloat16()
+    monkeypatch.setattr(module, "CHUNK_BYTES", words * 4 * hidden.shape[-1])
+    found = label_only_loss(hidden, labels, head)
+    torch.testing.assert_close(found, reference(hidden, labels, head.float()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["int", "tensor"])
