@@ -7,7 +7,7 @@
     python bench/quality.py --data data --only e2e/lora '*/eva' # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2                # on a CPU: so many runs at a time, a thread each
     python bench/quality.py --data data --smoke                  # minutes: every method for two steps; nothing is kept
-    python bench/quality.py --report                             # table and plot of what is there, at the rates of the grid
+    python bench/quality.py --report                             # table and plot of what is there, at the core grid's rates
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
 that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
@@ -183,11 +183,11 @@ def main() -> None:
         }
         measures = {name: Measure(m := TASKS[task].measure, m == "loss") for name, (task, _) in shown.items()}
         defaults = {name: default_method(task, steps) for name, (task, steps) in shown.items()}
-        there, choosing = read(FILE), GRIDS[args.grid].choosing
+        there = [line for line in read(FILE) if line["run"]["method"] in METHODS]
         lines = [
             line | {"run": run | {"task": shown_as(run["task"], run["steps"])}}
             for line in there
-            if (run := line["run"])["learning_rate"] == best_rate(there, run["method"], choosing or (run["task"],))
+            if (run := line["run"])["learning_rate"] == best_rate(there, run["method"], CHOSEN_ON)
         ]
         text = report(lines, measures, list(METHODS), defaults, RESULTS / "quality.png")
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
@@ -241,11 +241,14 @@ def fill(args: argparse.Namespace) -> None:
         for rate in LEARNING_RATES
     )
     lines = read(FILE)
+    rates = {(task, method): best_rate(lines, method, grid.choosing or (task,)) for task, method in names}
+    if without := [f"{task}/{method}" for (task, method), rate in rates.items() if rate is None]:
+        print(f"no learning rate was chosen yet for {', '.join(without)}; the core grid does it", file=sys.stderr)
     run_all(
         Run(task, method, seed, rate, "test", grid.steps[task], args.dtype)
         for seed in args.seeds
-        for task, method in names
-        if (rate := best_rate(lines, method, grid.choosing or (task,))) is not None
+        for (task, method), rate in rates.items()
+        if rate is not None
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from qalora.errors import AnswerNo, InputError
 
@@ -18,14 +19,20 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     try:
         return main(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return BAD_INPUT
     except AnswerNo as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return NO
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED
+
+
+def say(text: str) -> None:
+    """To standard error, or to nobody: Ctrl-C ends the reader of a pipe too (`| tee log`), and the command has still work to do."""
+    with suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
 
 
 def _quieten_libraries() -> None:

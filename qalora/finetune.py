@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora import cli
 from qalora.files import write_json
 from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
@@ -101,7 +102,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
     def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
         dataset = load_dataset(name, tokenizer, split=split, limit=limit, **settings.reading())
-        print(f"{name} ({split}): {dataset.report}", file=sys.stderr)
+        cli.say(f"{name} ({split}): {dataset.report}")
         return dataset
 
     train = load(settings.train, "train", settings.max_rows)
@@ -138,7 +139,6 @@ def finetune(
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
-    from qalora.cli import DONE, INTERRUPTED
     from qalora.errors import AnswerNo
     from qalora.metrics import evaluate
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
@@ -221,7 +221,7 @@ def finetune(
             recipe,
             f"interrupted after step {trainer.state.global_step}; continue with the same command and --resume-from-checkpoint auto",
         )
-        return INTERRUPTED
+        return cli.INTERRUPTED
     if rounds.steps and not allocator.done():
         raise AnswerNo(
             f"the run ended after step {trainer.state.global_step}, before its first round of allocation (step {rounds.steps[0]}); "
@@ -251,7 +251,7 @@ def finetune(
         recipe,
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
-    return DONE
+    return cli.DONE
 
 
 def choose_start(recipe: Recipe, source: ModelSource) -> Weights | None:
@@ -391,7 +391,7 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 
 def say(recipe: Recipe, text: str) -> None:
     if not recipe.logging.quiet:
-        print(text, file=sys.stderr)
+        cli.say(text)
 
 
 def _line(result: dict[str, float]) -> str:
@@ -399,6 +399,4 @@ def _line(result: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    from qalora.cli import run
-
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

@@ -68,10 +68,16 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
 
     from qalora.base.registry import resolve
+    from qalora.deploy.output import check_output
 
     check_flags(args)
     shard = parse_size(args.max_shard_size, "--max-shard-size") if args.max_shard_size else None
     source = resolve(args.model)
+    check_output(Path(args.output), model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
+
+    from qalora.adapter.saved import read_config
+
+    read_config(args.adapter)
     if args.format in ADAPTER_FORMATS:
         return export(args, source)
 

@@ -774,7 +774,8 @@ trainer.QaloraTrainer.training_step = training_step
 sys.exit(run(main, ["--recipe", sys.argv[1]]))
 """
     root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+    threads = str(torch.get_num_threads())  # sums of fp32 depend on them
+    environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "stopped.yaml")], capture_output=True, text=True, env=environment
     )

@@ -1,4 +1,4 @@
-"""A plain PEFT LoRA as it lies on the disk, ours or any other: read once, and checked against the model it is put on."""
+"""A plain PEFT LoRA as it lies on the disk, ours or any other: read, and checked against the model it is put on."""
 
 from __future__ import annotations
 

@@ -219,10 +219,11 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
-    last = max(backend["added_tokens"], key=lambda added: added["id"], default={"id": 0, "content": ""})
-    if max(last["id"], *model["vocab"].values()) >= vocab_size:
+    ids = [(i, token) for token, i in model["vocab"].items()]
+    last, name = max(ids + [(added["id"], added["content"]) for added in backend["added_tokens"]])
+    if last >= vocab_size:
         raise InputError(
-            f"the tokenizer has more tokens (the last is {last['content']!r}, {last['id']}) than the model has embeddings "
+            f"the tokenizer has more tokens (the last is {name!r}, {last}) than the model has embeddings "
             f"({vocab_size}), which GGUF cannot hold; use --format hf."
         )
     for token, i in model["vocab"].items():
@@ -273,14 +274,20 @@ def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
     """
     whole = backend["pre_tokenizer"] or {"type": None}
     steps = whole.get("pretokenizers", [whole])
-    kinds = [step["type"] for step in steps]
     name = None
-    if kinds == ["Split", "ByteLevel"]:
-        name = SPLITS.get(steps[0]["pattern"].get("Regex"))
-    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        name = "smollm"
-    elif kinds == ["ByteLevel"]:
-        name = "gpt-2"
+    match steps:  # a ByteLevel with use_regex splits by GPT-2's expression, and by none without
+        case [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ]:
+            name = SPLITS.get(words)
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
+        ]:
+            name = "smollm"
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            name = "gpt-2"
     if name is None:
         raise InputError(
             f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format hf and "

@@ -27,7 +27,7 @@ from qalora.files import write_whole
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         # Ctrl-C ends the reader of a pipe too (`| tee log`), and the run still has its checkpoint to write.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 
 console = _Console(stderr=True)

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qalora.adapter.model import load_adapter
 from qalora.base.checkpoint import Quantization
@@ -238,32 +239,40 @@ def test_other_rope_scalings_are_named_in_the_metadata(folder, adapter, tmp_path
 # ------------------------------------------------------------------------------------------------------------ tokenizers
 
 
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+def splits(*first, **last):
+    """Steps, and ByteLevel at their end."""
+    return pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **last})])
 
 
-def splitting(regex: str):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), BYTES])
+def words(regex: str, behavior: str = "isolated"):
+    return pre_tokenizers.Split(Regex(regex), behavior)
+
+
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+LLAMA3 = PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 @pytest.mark.parametrize(
-    ("splits", "name"),
+    ("how", "name"),
     [
-        (splitting(WORDS % "{1,3}"), "llama-bpe"),
-        (splitting(WORDS % ""), "qwen2"),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]), "smollm"),
+        (splits(words(LLAMA3), use_regex=False), "llama-bpe"),
+        (splits(words(PRETOKENIZE_REGEX), use_regex=False), "qwen2"),
+        (splits(DIGITS), "smollm"),
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-        (splitting(r"\p{N}{1,3}|\s+"), None),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), BYTES]), None),
+        (splits(words(r"\p{N}{1,3}|\s+"), use_regex=False), None),
+        (splits(words(LLAMA3), use_regex=True), None),
+        (splits(words(LLAMA3, "removed"), use_regex=False), None),
+        (splits(DIGITS, use_regex=False), None),
+        (splits(pre_tokenizers.Digits(individual_digits=False)), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), None),
         (pre_tokenizers.WhitespaceSplit(), None),
     ],
-    ids=["Llama 3", "Qwen2", "SmolLM", "GPT-2", "another split", "whole numbers", "words"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_how_text_is_split_has_llama_cpps_name_or_is_refused(splits, name):
+def test_how_text_is_split_has_llama_cpps_name_or_is_refused(how, name):
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = splits
+    tokenizer.pre_tokenizer = how
     backend = json.loads(tokenizer.to_str())
     if name is None:
         with pytest.raises(InputError, match="no GGUF name here"):
