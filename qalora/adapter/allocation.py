@@ -35,19 +35,22 @@ def plan(
     prune: int,
     min_rank: int = 0,
     max_rank: int | None = None,
+    budget: int | None = None,
     cost: Mapping[str, int] | None = None,
     parameters: int | None = None,
 ) -> AllocationPlan:
-    """One round of Algorithm 1: the least important ranks go, the modules that lost none share their budget.
+    """One round of Algorithm 1: the least important ranks go, the modules that lost none share what is left of the budget.
 
-    The total after the round is never above the total before it; it is below when every module lost a rank, or when
-    `max_rank` leaves no room. A module that has no rank left stays without: it lost none only because it had none.
+    The total after the round is never above the budget; it is below when every module lost a rank, or when `max_rank` or
+    `parameters` leave no room, and then the next round makes up for it where it can. A module that has no rank left stays
+    without: it lost none only because it had none.
 
     Args:
         importance: module → importance of each of its ranks, higher is better (eq. 6).
         prune: n_A, how many ranks go (fewer when `min_rank` protects the rest).
         min_rank: ranks that every module keeps.
         max_rank: ranks that no module exceeds by growing.
+        budget: R, ranks in all; None: as many as there are.
         cost: module → parameters of one of its ranks; needed with `parameters`.
         parameters: what all ranks together never exceed by growing; None: only their number counts, as in the paper.
 
@@ -63,8 +66,10 @@ def plan(
     kept_whole = [module for module, rank in ranks.items() if rank and module not in pruned]
     room = {module: math.inf if max_rank is None else max(max_rank - ranks[module], 0) for module in kept_whole}
     average = {module: sum(importance[module]) / ranks[module] for module in kept_whole}
+    total = sum(ranks.values())
+    unspent = 0 if budget is None else max(budget - total, 0)
     freed = sum(len(indices) for indices in pruned.values())
-    grown = share_out(freed, room, average)
+    grown = share_out(unspent + freed, room, average)
     if parameters is not None and cost is not None:
         kept = sum(cost[module] * (rank - len(pruned.get(module, ()))) for module, rank in ranks.items())
         grown = affordable(grown, cost, parameters - kept, average)

@@ -97,6 +97,7 @@ def allocation_round(
         prune=settings.prune,
         min_rank=settings.min_rank,
         max_rank=settings.max_rank,
+        budget=settings.budget,
         cost=cost,
         parameters=settings.parameters,
     )

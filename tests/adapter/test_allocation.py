@@ -57,6 +57,19 @@ def test_total_rank_never_rises_and_stays_when_there_is_room(round_):
         assert total == before
 
 
+@given(rounds(), st.integers(0, 30))
+def test_what_was_lost_comes_back_up_to_the_budget(round_, lost):
+    importance = round_["importance"]
+    budget = sum(map(len, importance.values())) + lost
+    decision = plan(**round_, budget=budget)
+    total = sum(after(importance, decision).values())
+    receivers = [module for module, ranks in importance.items() if ranks and module not in decision.pruned]
+    assert decision.pruned == plan(**round_).pruned
+    assert total <= budget
+    if round_["max_rank"] is None and receivers:
+        assert total == budget
+
+
 @given(rounds())
 def test_total_falls_short_only_when_every_receiver_is_full(round_):
     importance, decision = round_["importance"], plan(**round_)

@@ -69,6 +69,7 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
         now = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         assert record["parameters"] == now <= start
         assert record["total_rank"] <= 56
+        assert record["total_rank"] == 56 or start - now < 64 + 192  # no rank of the widest maps could be paid for
 
 
 def test_new_ranks_point_along_the_gradient_of_the_growth_rows(tiny_adapter, make_batch):
