@@ -34,6 +34,7 @@ WORDS = [
     "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog", "bird",
     "fish", "sun", "moon", "star", "sky",
 ]  # fmt: skip
+WATCHED = ("training.eval_steps=1", "training.save_steps=1")
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,6 @@ def watched_run(model_dir, rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("watched") / "run"
     assert train(model_dir, rows, folder, *WATCHED) == 0
     return folder
-
-
-WATCHED = ("training.eval_steps=1", "training.save_steps=1")
 
 
 def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:

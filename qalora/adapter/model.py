@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
-from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of
+from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.errors import InputError
@@ -154,9 +154,9 @@ def sync_config(model: PeftModel) -> None:
         return
     s = next(iter(layers.values())).s
     config.r = max(ranks(model).values())
-    config.lora_alpha = _whole(s * config.r)
+    config.lora_alpha = whole(s * config.r)
     config.rank_pattern = ranks(model)
-    config.alpha_pattern = {name: _whole(layer.s * len(layer.A)) for name, layer in layers.items()}
+    config.alpha_pattern = {name: whole(layer.s * len(layer.A)) for name, layer in layers.items()}
     config.use_rslora = False  # its scaling would follow the rank; the patterns hold whatever scaling it gave
     config.exclude_modules = None
     bare = [name for name in linear_maps(model) if name not in layers and check_target_module_exists(config, name)]
@@ -168,10 +168,6 @@ def remove_layer(model: PeftModel, name: str) -> None:
     parent, _, child = (PREFIX + name).rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, child, getattr(owner, child).base_layer)
-
-
-def _whole(alpha: float) -> Any:
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

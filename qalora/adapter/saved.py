@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -114,6 +115,11 @@ def scaling_of(config: LoraConfig, name: str) -> float:
     """The scaling that PEFT derives for the module: alpha / r, or alpha / √r for rsLoRA."""
     rank, alpha = rank_of(config, name), _first_match(config.alpha_pattern or {}, name, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def whole(alpha: float) -> Any:
+    """An alpha as PEFT's config declares it: an integer where it is one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qalora.adapter.saved import PREFIX, read_adapter
+from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import expected_shapes, open_config
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
@@ -100,7 +100,7 @@ def write_peft(folder: Path, config: LoraConfig, updates: Mapping[str, Update]) 
     """A PEFT folder with these updates; what else the adapter's config says stays."""
     config = copy.copy(config)
     ranks = {name: len(A) for name, (A, _, _) in updates.items()}
-    alphas = {name: _whole(s * ranks[name]) for name, (_, _, s) in updates.items()}
+    alphas = {name: whole(s * ranks[name]) for name, (_, _, s) in updates.items()}
     config.r = max(ranks.values())
     config.lora_alpha = max(alphas.values())
     one = len(set(ranks.values())) == len(set(alphas.values())) == 1
@@ -130,7 +130,3 @@ def largest_difference(left: Mapping[str, Update], right: Mapping[str, Update]) 
         largest = max(largest, product.abs().max().item())
         worst = max(worst, torch.addmm(product, B2, A2, alpha=-s2).abs().max().item())
     return worst / largest if largest else 0.0
-
-
-def _whole(alpha: float) -> Any:
-    return int(alpha) if float(alpha).is_integer() else alpha

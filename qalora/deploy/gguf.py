@@ -226,7 +226,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer has more tokens (the last is {name!r}, {last}) than the model has embeddings "
             f"({vocab_size}), which GGUF cannot hold; use --format hf."
         )
-    for token, i in model["vocab"].items():
+    for i, token in ids:
         tokens[i], types[i] = token, TokenType.NORMAL
     for added in backend["added_tokens"]:
         tokens[added["id"]] = added["content"]
