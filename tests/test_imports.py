@@ -15,7 +15,15 @@ MODULES = {
     ".".join(("qalora", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-FOUNDATION = {"errors": 0, "files": 0, "recipe": 1, "adapter.allocation": 0, "base.memory": 1, "base.registry": 0}
+FOUNDATION = {
+    "errors": 0,
+    "files": 0,
+    "recipe": 1,
+    "adapter.allocation": 0,
+    "base.memory": 1,
+    "base.registry": 0,
+    "base.gguf_reader": 0,
+}
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
+from qalora.base.gguf_reader import GGUFReader, fast_gguf
 from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource, check_model_type
 from qalora.errors import InputError
@@ -180,7 +181,8 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
 
 def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
+        with fast_gguf():
+            config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({_short(error)}).") from None
     check_model_type(config.model_type, f"--model {name}")
@@ -283,8 +285,6 @@ class _Gguf:
     is_gguf = True
 
     def __init__(self, file: Path, config: PreTrainedConfig, wanted: Mapping[str, tuple[int, ...]]):
-        from gguf import GGUFReader
-
         try:
             infos = {tensor.name: tensor for tensor in GGUFReader(str(file)).tensors}
         except Exception as error:  # the library raises whatever numpy does

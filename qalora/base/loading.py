@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.base.gguf_reader import fast_gguf
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
 from qalora.base.registry import ModelSource, check_model_type, read_fields
@@ -174,7 +175,8 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
     try:
-        return load(source.location, **options)
+        with fast_gguf():
+            return load(source.location, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         hint = {

