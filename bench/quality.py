@@ -486,9 +486,9 @@ def by_peft(setup: Setup) -> Trained:
     reused = Seconds()
     shared: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if setup.method.kind == "adalora":
-        # AdaLoRA multiplies by alpha alone, whatever the rank: LoRA's alpha / r is what matches it.
+        # PEFT divides AdaLoRA's alpha by init_r, after pruning too: twice LoRA's alpha gives LoRA's alpha / r.
         config: LoraConfig = AdaLoraConfig(
-            init_r=2 * r, target_r=r, lora_alpha=alpha // r, tinit=steps // 5, tfinal=steps // 3,
+            init_r=2 * r, target_r=r, lora_alpha=2 * alpha, tinit=steps // 5, tfinal=steps // 3,
             deltaT=max(1, steps // 20), total_step=steps, **shared,
         )  # fmt: skip
         model = get_peft_model(plain, config)
