@@ -114,8 +114,8 @@ CORE = {
     "lora-gradient": ours(allocation__rounds=0, lora__init="gradient"),
     "lora-quantization": ours(allocation__rounds=0, lora__init="quantization"),
     "lora-r16": ours(allocation__rounds=0, lora__r=16, lora__alpha=32),
-    # All of its factors start at zero or near it; on E2E every doubling up to 4e-3 was better.
-    "adalora": Method("adalora", learning_rates=(4e-3, 8e-3, 16e-3)),
+    # All of its factors start at zero or near it; on E2E every doubling up to 16e-3 was better.
+    "adalora": Method("adalora", learning_rates=(8e-3, 16e-3, 32e-3)),
     "eva": Method("eva"),
     "random-scores": ours(**SCORES, kind="random", rate_of="alora-scores"),
     "alora": ours(**ALLOCATION),
