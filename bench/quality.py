@@ -117,14 +117,14 @@ CORE = {
     # All of its factors start at zero or near it; on E2E every doubling up to 16e-3 was better.
     "adalora": Method("adalora", learning_rates=(8e-3, 16e-3, 32e-3)),
     "eva": Method("eva"),
-    "random-scores": ours(**SCORES, kind="random", rate_of="alora-scores"),
+    "random": ours(**ALLOCATION, kind="random", rate_of="alora"),
     "alora": ours(**ALLOCATION),
-    "alora-scores": ours(**SCORES),
 }
 FULL = CORE | {
-    "random": ours(**ALLOCATION, kind="random", rate_of="alora"),
     "random-gradient": ours(**ALLOCATION, lora__init="gradient", kind="random", rate_of="alora-gradient"),
     "alora-gradient": ours(**ALLOCATION, lora__init="gradient"),
+    "random-scores": ours(**SCORES, kind="random", rate_of="alora-scores"),
+    "alora-scores": ours(**SCORES),
     "alora-scores-rounds": ours(**SCORES | ALLOCATION),
     "alora-drop": ours(**ALLOCATION, allocation__importance="drop"),
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
@@ -133,7 +133,7 @@ FULL = CORE | {
         f"{name}-r{r}": replace(method, settings={**method.settings, "lora.r": r, "lora.alpha": 2 * r}, rate_of=name)
         for r in (2, 16)
         for name, method in CORE.items()
-        if name in ("lora", "lora-quantization", "alora-scores") and f"{name}-r{r}" not in CORE
+        if name in ("lora", "lora-quantization", "alora") and f"{name}-r{r}" not in CORE
     },
 }
 LONG = {

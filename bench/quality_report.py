@@ -21,8 +21,8 @@ CONTROLS = {
     "alora-gradient": ("lora-gradient", "random-gradient"),
     "alora-scores": ("lora-quantization", "random-scores"),
     "alora-quantization": ("lora-quantization", "random-quantization"),
-    "alora-scores-r2": ("lora-quantization-r2",),
-    "alora-scores-r16": ("lora-quantization-r16",),
+    "alora-r2": ("lora-r2",),
+    "alora-r16": ("lora-r16",),
 }
 
 Line = Mapping[str, Any]  # of quality.jsonl
