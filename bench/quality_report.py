@@ -68,7 +68,7 @@ def report(
     if added:
         parts += [
             "## What allocation adds\n\nThe mean over the seeds of the difference to the same start without allocation, and with a "
-            "random one (95 % bootstrap interval); below zero is better for a loss, above zero for an accuracy.\n",
+            "random one (95 % bootstrap interval), each at the rate chosen for it; below zero is better for a loss, above zero for an accuracy.\n",
             table(added),
         ]
     ranks = [_ranks(task, method, list(by_seed.values())) for (task, method), by_seed in found.items()]
