@@ -344,6 +344,7 @@ def work(run: Run, args: argparse.Namespace, shared: Path) -> dict[str, Any]:
             Setup(method, recipe, base, tokenizer, original, items, scoring.items, run, Path(folder), shared)
         )
     taken, peak = start.until_now(), peak_rss()
+    final = ranks(model) if method.kind in ("qalora", "random") else {}
     result = evaluate(
         model, tokenizer, measured, metrics=task.metrics, batch_size=16, choices=recipe.evaluation.choices
     )
@@ -356,7 +357,7 @@ def work(run: Run, args: argparse.Namespace, shared: Path) -> dict[str, Any]:
         "cpu_seconds": round(taken.cpu + reused.cpu, 1),
         "peak_bytes": peak - before,
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
-        "ranks": ranks(model) if method.kind in ("qalora", "random") else None,
+        "ranks": final if len(set(final.values())) > 1 else None,
         **{key: value for key, value in environment().items() if key != "command"},
     }
 
