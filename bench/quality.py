@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import shutil
@@ -37,7 +38,7 @@ import torch
 from common import RESULTS, TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from quality_report import Measure, answer_measures, report
+from quality_report import CONTROLS, Measure, answer_measures, report
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
@@ -45,6 +46,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from qalora.adapter import round as rounds_module
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.quantization_start import Weights, original_weights
+from qalora.adapter.scoring import RankScores
 from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -186,12 +188,12 @@ def main() -> None:
         measures = {name: Measure(m := TASKS[task].measure, m == "loss") for name, (task, _) in shown.items()}
         defaults = {name: default_method(task, steps) for name, (task, steps) in shown.items()}
         there = [line for line in read(FILE) if line["run"]["method"] in METHODS]
-        lines = [
-            line | {"run": run | {"task": shown_as(run["task"], run["steps"])}}
-            for line in there
-            if (run := line["run"])["learning_rate"] == best_rate(there, run["method"], CHOSEN_ON)
-        ]
-        text = report(lines, measures, list(METHODS), defaults, RESULTS / "quality.png")
+        rates = {method: best_rate(there, method, CHOSEN_ON) for method in METHODS}
+        lines = []
+        for line in there:
+            run = line["run"]
+            lines.append(line | {"run": run | {"task": shown_as(run["task"], run["steps"])}})
+        text = report(lines, measures, rates, defaults, RESULTS / "quality.png")
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     elif args.smoke:
@@ -246,10 +248,18 @@ def fill(args: argparse.Namespace) -> None:
     rates = {(task, method): best_rate(lines, method, grid.choosing or (task,)) for task, method in names}
     if without := [f"{task}/{method}" for (task, method), rate in rates.items() if rate is None]:
         print(f"no learning rate was chosen yet for {', '.join(without)}; the core grid does it", file=sys.stderr)
+    # What allocation adds is read off at one rate: a method's controls are also measured at its own.
+    controls = {
+        (task, control): rate
+        for (task, method), rate in rates.items()
+        for control in CONTROLS.get(method, ())
+        if control in grid.methods
+    }
+    wanted = dict.fromkeys([*rates.items(), *controls.items()])
     run_all(
         Run(task, method, seed, rate, "test", grid.steps[task], args.dtype)
         for seed in args.seeds
-        for (task, method), rate in rates.items()
+        for (task, method), rate in wanted
         if rate is not None
     )
 
@@ -465,12 +475,15 @@ class Setup:
 def by_qalora(setup: Setup) -> Trained:
     """LoRA, and ALoRA with its own scores or, as a control, with random ones, at the start as in the rounds."""
     if setup.method.kind == "random":
-        scored, draw = rounds_module.score_ranks, random.Random(setup.run.seed)
+        draw = random.Random(setup.run.seed)
 
-        def scores_at_random(*args: Any, **kwargs: Any) -> Any:
-            scores = scored(*args, **kwargs)
-            drawn = {name: [draw.random() for _ in values] for name, values in scores.importance.items()}
-            return replace(scores, importance=drawn)
+        def scores_at_random(model: Any, *args: Any, **kwargs: Any) -> RankScores:
+            """No rank is scored, so a random run's seconds leave out what scoring takes."""
+            drawn = {name: [draw.random() for _ in range(rank)] for name, rank in ranks(model).items()}
+            return RankScores(
+                method="first-order", rows=0, supervised_tokens=0, loss=math.nan, base_loss=math.nan, drop=drawn,
+                alone=drawn, importance=drawn, stderr=None, exact={}, forward_equivalents=0, certified=False,
+            )  # fmt: skip
 
         def shares_at_random(model: Any, batch: Any) -> dict[str, list[float]]:
             cost = rank_parameters(model, ranks(model))  # by which shares will be divided

@@ -37,38 +37,46 @@ LOSS = Measure("loss", lower_is_better=True)
 
 
 def report(
-    lines: Sequence[Line], tasks: Mapping[str, Measure], methods: Sequence[str], defaults: Mapping[str, str], plot: Path
+    lines: Sequence[Line],
+    tasks: Mapping[str, Measure],
+    rates: Mapping[str, float | None],
+    defaults: Mapping[str, str],
+    plot: Path,
 ) -> str:
     """Markdown: for every task median, points by seed and paired differences to LoRA; then where the ranks went.
 
     Args:
         lines: of the runs that were measured on test rows, the rest is left out.
         tasks: task → what decides there.
-        methods: in the order of the tables.
+        rates: method → the learning rate that was chosen for it, in the order of the tables.
         defaults: task → the method that is the default in runs of its length.
         plot: where the picture goes.
     """
     measured = comparable([line for line in lines if line["run"]["split"] == "test"], defaults)
     found = {
-        (task, method): {line["run"]["seed"]: line for line in measured if _is(line, task, method)}
+        (task, method): by_seed
         for task in tasks
-        for method in methods
+        for method, rate in rates.items()
+        if (by_seed := _by_seed(measured, task, method, rate))
     }
-    found = {key: by_seed for key, by_seed in found.items() if by_seed}
     if not found:
         return "nothing was measured on test rows yet"
     parts = ["# quality\n"]
     for task, measure in tasks.items():
-        rows = [_row(found, task, method, measure, defaults[task]) for method in methods if (task, method) in found]
+        rows = [_row(found, task, method, measure, defaults[task]) for method in rates if (task, method) in found]
         if rows:
             better = "lower" if measure.lower_is_better else "higher"
             parts += [f"## {task}: {measure.name} ({better} is better)\n", table(rows)]
-    added = [_added(found, tasks, method, control) for method, controls in CONTROLS.items() for control in controls]
+    added = [
+        _added(measured, tasks, method, control, rates[method])
+        for method, controls in CONTROLS.items()
+        for control in controls
+    ]
     added = [row for row in added if any(row[task] for task in tasks)]
     if added:
         parts += [
             "## What allocation adds\n\nThe mean over the seeds of the difference to the same start without allocation, and with a "
-            "random one (95 % bootstrap interval), each at the rate chosen for it; below zero is better for a loss, above zero for an accuracy.\n",
+            "random one (95 % bootstrap interval), at the rate chosen for the method; below zero is better for a loss, above zero for an accuracy.\n",
             table(added),
         ]
     ranks = [_ranks(task, method, list(by_seed.values())) for (task, method), by_seed in found.items()]
@@ -97,8 +105,13 @@ def comparable(lines: Sequence[Line], defaults: Mapping[str, str]) -> list[Line]
     return [line for line in lines if line["run"]["dtype"] == chosen[line["run"]["task"], line["run"]["seed"]]]
 
 
-def _is(line: Line, task: str, method: str) -> bool:
-    return (line["run"]["task"], line["run"]["method"]) == (task, method)
+def _by_seed(lines: Sequence[Line], task: str, method: str, rate: float | None) -> dict[int, Line]:
+    runs = [(line["run"], line) for line in lines]
+    return {
+        run["seed"]: line
+        for run, line in runs
+        if (run["task"], run["method"], run["learning_rate"]) == (task, method, rate)
+    }
 
 
 def _row(
@@ -106,7 +119,7 @@ def _row(
 ) -> dict[str, Any]:
     own = found[task, method]
     values = {seed: line["result"][measure.name] for seed, line in sorted(own.items())}
-    difference = None if method == BASELINE else _difference(found, task, method, BASELINE, measure)
+    difference = None if method == BASELINE else _difference(own, found.get((task, BASELINE), {}), measure)
     first = next(iter(own.values()))
     return {
         "method": f"**{method}**, the default" if method == default else method,
@@ -122,18 +135,18 @@ def _row(
 
 
 def _added(
-    found: Mapping[tuple[str, str], Mapping[int, Line]], tasks: Mapping[str, Measure], method: str, control: str
+    lines: Sequence[Line], tasks: Mapping[str, Measure], method: str, control: str, rate: float | None
 ) -> dict[str, Any]:
-    """A method against its control, task by task."""
-    differences = {task: _difference(found, task, method, control, measure) for task, measure in tasks.items()}
+    """A method against its control, task by task, at one learning rate: so nothing but the allocation differs."""
+    differences = {
+        task: _difference(_by_seed(lines, task, method, rate), _by_seed(lines, task, control, rate), measure)
+        for task, measure in tasks.items()
+    }
     return {"method": method, "minus": control, **differences}
 
 
-def _difference(
-    found: Mapping[tuple[str, str], Mapping[int, Line]], task: str, method: str, other: str, measure: Measure
-) -> str | None:
+def _difference(own: Mapping[int, Line], others: Mapping[int, Line], measure: Measure) -> str | None:
     """Mean difference over the seeds that both have, and its interval where there is more than one."""
-    own, others = found.get((task, method), {}), found.get((task, other), {})
     paired = [
         own[seed]["result"][measure.name] - others[seed]["result"][measure.name] for seed in own if seed in others
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qalora.base.registry import ModelSource, shape_of
+from qalora.base.registry import ModelSource, read_fields, shape_of
 from qalora.errors import InputError
 
 PREFIX = "base_model.model."  # of every name in the file
@@ -83,11 +82,8 @@ def read_config(path: str | Path) -> LoraConfig:
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         raise InputError(f"{path}: not an adapter, there is no adapter_config.json.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f"{file}: not valid JSON.") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+    fields = read_fields(file)
+    if fields.get("peft_type") != "LORA":
         raise InputError(f"{file}: peft_type is not LORA; only plain LoRA adapters work.")
     variants = (
         "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
