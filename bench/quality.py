@@ -249,13 +249,13 @@ def fill(args: argparse.Namespace) -> None:
     if without := [f"{task}/{method}" for (task, method), rate in rates.items() if rate is None]:
         print(f"no learning rate was chosen yet for {', '.join(without)}; the core grid does it", file=sys.stderr)
     # What allocation adds is read off at one rate: a method's controls are also measured at its own.
-    controls = {
-        (task, control): rate
+    controls = [
+        ((task, control), rate)
         for (task, method), rate in rates.items()
         for control in CONTROLS.get(method, ())
         if control in grid.methods
-    }
-    wanted = dict.fromkeys([*rates.items(), *controls.items()])
+    ]
+    wanted = dict.fromkeys([*rates.items(), *controls])
     run_all(
         Run(task, method, seed, rate, "test", grid.steps[task], args.dtype)
         for seed in args.seeds

@@ -106,11 +106,10 @@ def comparable(lines: Sequence[Line], defaults: Mapping[str, str]) -> list[Line]
 
 
 def _by_seed(lines: Sequence[Line], task: str, method: str, rate: float | None) -> dict[int, Line]:
-    runs = [(line["run"], line) for line in lines]
     return {
-        run["seed"]: line
-        for run, line in runs
-        if (run["task"], run["method"], run["learning_rate"]) == (task, method, rate)
+        line["run"]["seed"]: line
+        for line in lines
+        if (line["run"]["task"], line["run"]["method"], line["run"]["learning_rate"]) == (task, method, rate)
     }
 
 
