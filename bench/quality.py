@@ -132,10 +132,12 @@ FULL = CORE | {
     "alora-alone": ours(**ALLOCATION, allocation__importance="alone"),
     "alora-path": ours(**ALLOCATION, allocation__importance="path", allocation__scoring="path"),
     **{
-        f"{name}-r{r}": replace(method, settings={**method.settings, "lora.r": r, "lora.alpha": 2 * r}, rate_of=name)
+        f"{name}-r{r}": replace(
+            method, settings={**method.settings, "lora.r": r, "lora.alpha": 2 * r}, rate_of=method.rate_of or name
+        )
         for r in (2, 16)
         for name, method in CORE.items()
-        if name in ("lora", "lora-quantization", "alora") and f"{name}-r{r}" not in CORE
+        if name in ("lora", "lora-quantization", "random", "alora") and f"{name}-r{r}" not in CORE
     },
 }
 LONG = {

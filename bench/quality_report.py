@@ -21,8 +21,8 @@ CONTROLS = {
     "alora-gradient": ("lora-gradient", "random-gradient"),
     "alora-scores": ("lora-quantization", "random-scores"),
     "alora-quantization": ("lora-quantization", "random-quantization"),
-    "alora-r2": ("lora-r2",),
-    "alora-r16": ("lora-r16",),
+    "alora-r2": ("lora-r2", "random-r2"),
+    "alora-r16": ("lora-r16", "random-r16"),
 }
 
 Line = Mapping[str, Any]  # of quality.jsonl

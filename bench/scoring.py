@@ -27,8 +27,8 @@ from qalora.adapter.ablation import Rank, ablate, scoring_mode, supervised_token
 from qalora.adapter.allocation import least_important
 from qalora.adapter.layer import gated
 from qalora.adapter.model import attach, gated_layers, load_adapter
-from qalora.adapter.round import free_memory
 from qalora.adapter.scoring import RankScores, score_ranks
+from qalora.base.device import memory_to_score
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.loss import use_label_only_loss
 from qalora.base.registry import resolve, shape_of
@@ -139,11 +139,11 @@ def measure(model: Any, batch: list[dict[str, Any]], args: argparse.Namespace) -
     first, first_seconds = timed(lambda: score_ranks(model, batch, "first-order"))
     path, path_seconds = timed(lambda: score_ranks(model, batch, "path", importance="path"))
     certified, certified_seconds = timed(
-        lambda: score_ranks(model, batch, "certified", prune=prune, memory=free_memory())
+        lambda: score_ranks(model, batch, "certified", prune=prune, memory=memory_to_score())
     )
     print(f"first order {first_seconds:.0f} s, certified {certified_seconds:.0f} s; exact now", file=sys.stderr)
     with scoring_mode(model):
-        exact, exact_seconds = timed(lambda: ablate(model, batch, chosen, memory=free_memory()))
+        exact, exact_seconds = timed(lambda: ablate(model, batch, chosen, memory=memory_to_score()))
 
     forward = naive_seconds / (2 + 2 * len(naive_ranks))
     naive_forwards = 1 + 2 * len(ranks)

@@ -27,6 +27,14 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does without
+            raise
+        say(
+            f"error: out of memory ({' '.join(str(error).split())[:160]}); `qalora plan` says what fits. Use a smaller model, or shorter "
+            "rows, or fewer of them a forward (data.max_seq_len, training.micro_batch_size, evaluation.batch_size)."
+        )
+        return NO
 
 
 def say(text: str) -> None:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
-    from qalora.recipe import load_recipe, parse_overrides
+    from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
     args, rest = parser().parse_known_args(argv)
     flags = {
@@ -67,10 +67,11 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         dry_run(recipe)
         return 0
-    output_dir = Path(recipe.output_dir)
+    output_dir = Path(recipe.output_dir).expanduser()
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    reads = [Path(name) for name in (recipe.model, recipe.data.train, recipe.data.validation) if name]
-    check_output_dir(output_dir, reads, resuming=checkpoint is not None, overwrite=args.overwrite)
+    names = (recipe.model, recipe.data.train, recipe.data.validation)
+    reads = [recipe_path(args.recipe), *(Path(name).expanduser() for name in names if name)]
+    check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite)
 
     from qalora.base.loading import load_tokenizer
 
@@ -161,6 +162,8 @@ def finetune(
 
     quantization, lora = recipe.quantization, recipe.lora
     source = resolve(recipe.model)
+    if rounds.steps and recipe.allocation.prune_per_round:
+        check_pruning(recipe, source)
     if recipe.merge:
         check_room_to_merge(source, output_dir)
     original = choose_start(recipe, source) if checkpoint is None else None
@@ -212,10 +215,8 @@ def finetune(
         output_dir=output_dir,
         original=original,
     )
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        interrupt.restore()
+    begun = 0 if checkpoint is None else step_of(checkpoint)  # now: it may be rotated away before the end
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.signal is not None:
         say(
             recipe,
@@ -229,7 +230,6 @@ def finetune(
         )
 
     model = trainer.model
-    begun = 0 if checkpoint is None else step_of(checkpoint)
     seconds = sum(record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > begun)
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
@@ -252,6 +252,23 @@ def finetune(
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
     return cli.DONE
+
+
+def check_pruning(recipe: Recipe, source: ModelSource) -> None:
+    """
+    Raises:
+        InputError: allocation.prune_per_round is every rank there is.
+    """
+    from qalora.base.registry import shape_of
+    from qalora.errors import InputError
+    from qalora.plan import first_ranks
+
+    asked, budget = recipe.allocation.prune_per_round, sum(first_ranks(recipe, shape_of(source)).values())
+    if asked is not None and asked >= budget:
+        raise InputError(
+            f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves nothing to "
+            "train; lower it (default: one per module)."
+        )
 
 
 def choose_start(recipe: Recipe, source: ModelSource) -> Weights | None:
@@ -338,14 +355,14 @@ def fit_to_device(recipe: Recipe, longest: int) -> None:
     """
     import torch
 
+    from qalora.base.device import available_memory
     from qalora.base.loading import choose_compute_dtype
     from qalora.errors import InputError
     from qalora.plan import fit_recipe, fitted, planner
-    from qalora.training.trainer import free_memory_bytes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
-    memory = free_memory_bytes()
+    memory = available_memory()
     name = str(dtype).removeprefix("torch.")
     recipe.quantization.bnb_4bit_compute_dtype = name  # type: ignore[assignment]
     if not fit_recipe(recipe, memory, seq_len=longest, device=device):
@@ -375,18 +392,38 @@ def check_reporting(names: Sequence[str]) -> None:
 
 
 def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
-    """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted."""
+    """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted.
+
+    Raises:
+        InputError: a setting of the adapter, the base or the optimizer's state is another now.
+    """
     import yaml
 
+    from qalora.errors import InputError
     from qalora.plan import fitted
 
     begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
+    for section, name in FIXED:
+        now, then = getattr(getattr(recipe, section), name), begun[section][name]
+        if now != then:
+            raise InputError(
+                f"--resume-from-checkpoint: {section}.{name} is {now}, and {checkpoint} was made with {then}; a run that is continued "
+                f"keeps it: set {section}.{name}={then}, or start anew."
+            )
     if recipe.quantization.bnb_4bit_compute_dtype == "auto":
         recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
     recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]
     if recipe.training.fit:
         for name in fitted(recipe):
             setattr(recipe.training, name, begun["training"][name])
+
+
+# What the weights and moments of a checkpoint have in them.
+FIXED = (
+    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"),
+    ("quantization", "load_in_4bit"), ("quantization", "bnb_4bit_quant_type"), ("quantization", "bnb_4bit_use_double_quant"),
+    ("training", "optim"),
+)  # fmt: skip
 
 
 def say(recipe: Recipe, text: str) -> None:

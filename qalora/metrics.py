@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qalora.base.device import free_unused
 from qalora.base.loss import label_only_loss
 from qalora.base.prefixes import final_hidden
 from qalora.data.batching import Collator
@@ -148,17 +149,36 @@ def row_losses(
     order = _by_prompt(items)
     batches = [order[i : i + batch_size] for i in range(0, len(items), batch_size)]
     causal_lm = _causal_lm(model)
+
+    def summed(batch: Sequence[int]) -> list[float]:
+        inputs = collate([items[i] for i in batch])
+        inputs = {key: inputs[key].to(causal_lm.device) for key in ("input_ids", "attention_mask", "labels")}
+        labels = inputs.pop("labels")
+        hidden = final_hidden(causal_lm, **inputs, use_cache=False)
+        return label_only_loss(hidden, labels, causal_lm.get_output_embeddings().weight).tolist()
+
     losses = [0.0] * len(items)
     with inference(model):
         for batch in (track or _no_progress_bar)(batches, "loss"):
-            inputs = collate([items[i] for i in batch])
-            inputs = {key: inputs[key].to(causal_lm.device) for key in ("input_ids", "attention_mask", "labels")}
-            labels = inputs.pop("labels")
-            hidden = final_hidden(causal_lm, **inputs, use_cache=False)
-            sums = label_only_loss(hidden, labels, causal_lm.get_output_embeddings().weight)
-            for i, loss in zip(batch, sums.tolist(), strict=True):
+            for i, loss in zip(batch, _in_halves(summed, batch), strict=True):
                 losses[i] = loss
     return losses
+
+
+def _in_halves(work: Callable[[Sequence[int]], list[float]], batch: Sequence[int]) -> list[float]:
+    """`work` on a batch, or on its halves where memory runs out.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    try:
+        return work(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    free_unused()
+    middle = len(batch) // 2
+    return _in_halves(work, batch[:middle]) + _in_halves(work, batch[middle:])
 
 
 def generate_answers(
@@ -221,9 +241,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def with_answer(example: Example, answer: str) -> Example:
-    """The example with `answer` in the place of its reference, keeping the white space around that, alone
-    supervised."""
-    *before, last = example.turns
+    """The example up to its reference, with `answer` in the place of that, alone supervised; the white space around it is kept."""
+    before, last = example.prompt, example.turns[len(example.prompt)]
     stripped = last.text.strip()
     start = last.text.find(stripped) if stripped else len(last.text)
     text = last.text[:start] + answer + last.text[start + len(stripped) :]

@@ -14,6 +14,7 @@ from qalora.errors import InputError
 
 if TYPE_CHECKING:
     from qalora.base.memory import MemoryPlan
+    from qalora.base.registry import ModelShape
     from qalora.recipe import Recipe
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -77,17 +78,13 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
     from qalora.base.registry import resolve, shape_of
 
     shape = shape_of(resolve(recipe.model))
-    targets = recipe.lora.target_modules
     dtype = recipe.quantization.bnb_4bit_compute_dtype
     return partial(
         plan_memory,
         shape,
-        ranks={
-            name: recipe.lora.r
-            for name in shape.linear_maps()
-            if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets
-        },
+        ranks=first_ranks(recipe, shape),
         micro_batch_size=recipe.training.micro_batch_size,
+        gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         seq_len=recipe.data.max_seq_len,
         load_in_4bit=recipe.quantization.load_in_4bit,
         double_quant=recipe.quantization.bnb_4bit_use_double_quant,
@@ -95,9 +92,20 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
         optim=recipe.training.optim,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         mlp_tile=recipe.training.mlp_tile,
+        dropout=recipe.lora.dropout,
         directions=recipe.lora.r if recipe.chosen_init(sixteen_bit=True) == "gradient" else 0,
         device=device,
     )
+
+
+def first_ranks(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Full module name → ranks that its adapter begins with."""
+    targets = recipe.lora.target_modules
+    return {
+        name: recipe.lora.r
+        for name in shape.linear_maps()
+        if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets
+    }
 
 
 def limits(planned: Plan, memory: int) -> dict[str, int]:

@@ -50,6 +50,15 @@ class DataConfig(Section):
     train_on_inputs: bool = Field(False, description="loss on the prompt too")
     packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
 
+    @field_validator("columns", "labels", mode="before")
+    @classmethod
+    def _texts(cls, pairs: Any) -> Any:
+        if not isinstance(pairs, Mapping):
+            return pairs
+        if any(isinstance(text, bool) for text in pairs.values()):
+            raise ValueError("YAML takes yes, no, true and false for truth values; put the text in quotes")
+        return {str(value): str(text) for value, text in pairs.items()}
+
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
         names = "format columns prompt_template completion_template labels chat max_seq_len train_on_inputs"
@@ -126,7 +135,9 @@ class AllocationConfig(Section):
         description="N_A, rounds of pruning and growing at most; null: the paper's 8, and no more than one for every 100 steps of the "
         "run, for in runs of 36 and 80 steps they gave nothing; 0: ranks stay as they start, which is plain LoRA by default",
     )
-    prune_per_round: int | None = Field(None, ge=1, description="n_A, ranks; null: one per module")
+    prune_per_round: int | None = Field(
+        None, ge=1, description="n_A, ranks; null: one per module, and at most half of all"
+    )
     warmup: Duration = Field("1 epoch", description="K1, before the first round: steps, share of the run, or epochs")
     interval: Duration = Field("0.25 epochs", description="K2, between rounds: steps, share of the run, or epochs")
     val_batch_size: int = Field(32, ge=1, description="|B_val|, validation rows that score the ranks")
@@ -452,11 +463,20 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not word.startswith("--"):
                 raise InputError(f"{word}: not an option; write key=value or --key value.")
             text = rest.pop(0) if rest and not _starts_setting(rest[0]) else "true"
-        try:
-            overrides.append((key.replace("-", "_"), yaml.safe_load(text)))
-        except yaml.YAMLError:
-            raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
+        overrides.append((key.replace("-", "_"), _parsed(key.replace("-", "_"), text)))
     return overrides
+
+
+def _parsed(key: str, text: str) -> Any:
+    """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
+    known = dict(setting_types())
+    canonical, _ = _canonical(key, None, known)
+    if canonical and known[canonical] in (str, str | None) and text not in ("", "null") and text[:1] not in "\"'":
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
 
 
 def setting_types(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -486,8 +506,6 @@ def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | No
         value = {4: True, 16: False, 32: False}.get(value, value)
     elif canonical == "data.format" and isinstance(value, str):
         value = FORMAT_ALIASES.get(value, value)
-    elif canonical in ("data.columns", "data.labels") and isinstance(value, Mapping):
-        value = {str(k): str(v) for k, v in value.items()}
     elif _is_list(known[canonical]) and isinstance(value, str) and value != "all-linear":
         value = [] if value == "none" else [part.strip() for part in value.split(",")]
     return canonical, value

@@ -83,9 +83,9 @@ def main(argv: list[str]) -> int:
 
     from qalora.adapter.allocation import least_important
     from qalora.adapter.model import load_adapter, ranks
-    from qalora.adapter.round import free_memory
     from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
+    from qalora.base.device import memory_to_score
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.loss import use_label_only_loss
     from qalora.base.norm import use_lean_norms
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
         args.method,
         importance="path" if args.method == "path" else args.importance,
         prune=prune,
-        memory=free_memory(),
+        memory=memory_to_score(),
     )
     seconds = time.perf_counter() - start
     pruned = least_important(scores.importance, prune)

@@ -244,6 +244,10 @@ def test_resumed_equals_straight_exactly(finetune, watched_run, tmp_path, checkp
     """Invariant 9, with the evaluation before training and validations (eval-mode forwards) in between."""
     shutil.copytree(watched_run, tmp_path / "resumed")
     start = tmp_path / "resumed" / f"checkpoint-{checkpoint}"
+    with pytest.raises(InputError, match=r"holds checkpoint-1.*, made after it; move them away"):
+        finetune(*WATCHED, "--resume-from-checkpoint", str(start), output="resumed")
+    for later in range(checkpoint + 1, 13):
+        shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{later}")
     _, resumed = finetune(*WATCHED, "--resume-from-checkpoint", str(start), output="resumed")
     assert losses(resumed) == losses(watched_run)
     assert without_seconds(records(resumed)) == without_seconds(records(watched_run))
@@ -273,9 +277,41 @@ def test_a_checkpoint_continues_wherever_it_lies(finetune, default_run, tmp_path
     assert metrics["before"] == json.loads(before)["before"]
     assert metrics["allocation"]["seconds"] == 0  # both rounds were before the checkpoint
     assert metrics["train"]["rows"] == 3 * 8  # counted from there
+    with pytest.raises(InputError, match=r"best: output_dir=.*elsewhere holds something else; choose an empty folder"):
+        finetune("--resume-from-checkpoint", str(copied), output="elsewhere")
     (copied / "recipe.yaml").unlink()
     with pytest.raises(InputError, match=r"best: no run of qalora began it \(no recipe.yaml\)"):
         finetune("--resume-from-checkpoint", str(copied), output="other")
+
+
+def test_a_checkpoint_without_the_best_one_beside_it_keeps_the_best_of_what_follows(finetune, tmp_path, monkeypatch):
+    """The loss of weights that are gone, 1.0, would beat all that follows, and the last weights would be left."""
+    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(found))])
+    found = iter([1.0, 4.0, 3.0, 2.0, 7.0])
+    _, folder = finetune("training.max_steps=6", "allocation.rounds=0")
+    shutil.move(folder / "checkpoint-6", tmp_path / "copied")
+    shutil.rmtree(folder)
+    more = ("training.max_steps=12", "allocation.rounds=0", "--resume-from-checkpoint", str(tmp_path / "copied"))
+    found = iter([2.0, 7.0])
+    _, resumed = finetune(*more, output="resumed")
+    best, saved = (load_file(resumed / name / "adapter_model.safetensors") for name in ("checkpoint-9", "adapter"))
+    assert all(torch.equal(saved[key], best[key]) for key in best)
+
+
+def test_a_resumed_run_takes_its_new_rate_and_decay_and_keeps_what_its_weights_have_in_them(finetune, default_run):
+    """12 steps, linear from a warm-up of one step: after 9 steps 3/11 of the rate are left, and 2/11, 1/11."""
+    asked = ("training.learning_rate=1e-4", "training.weight_decay=0.5")
+    checkpoint = str(default_run / "checkpoint-9")
+    _, resumed = finetune(*asked, "--resume-from-checkpoint", checkpoint, output="slower")
+    history = json.loads((resumed / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry and entry["step"] > 9]
+    assert rates == pytest.approx([3e-4 / 11, 2e-4 / 11, 1e-4 / 11])
+    groups = torch.load(resumed / "checkpoint-12" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[0]["weight_decay"] == 0.5
+    for setting in ("lora.dropout=0.1", "training.optim=adamw_8bit", "lora.target_modules=q_proj"):
+        name = setting.partition("=")[0]
+        with pytest.raises(InputError, match=rf"{name} is .* was made with .*: set {name}="):
+            finetune(setting, "--resume-from-checkpoint", checkpoint, output="other")
 
 
 def test_a_finished_run_that_is_continued_trains_no_further(finetune):
@@ -469,7 +505,7 @@ def test_fit_keeps_the_rows_of_a_step_and_a_resumed_run_keeps_the_fit(finetune, 
 
     _, folder = finetune("training.fit=auto", "training.max_steps=6", "allocation.rounds=1")
     assert chosen(folder) == (8, 1, False)  # 4 rows · 2 micro-batches, in memory without end
-    monkeypatch.setattr(trainer, "free_memory_bytes", lambda: 1 << 14)
+    monkeypatch.setattr("qalora.base.device.available_memory", lambda: 1 << 14)
     finetune("training.fit=auto", "allocation.rounds=1", "--resume-from-checkpoint", "auto")
     assert chosen(folder) == (8, 1, False)
     with pytest.raises(InputError, match=r"training\.fit=auto: one row of 11 tokens .* needs 0\.00 GiB, of 0\.00 GiB"):
@@ -493,6 +529,24 @@ def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, default_run,
     assert code == 0
     assert losses(other) == pytest.approx(losses(plain), rel=2e-4)
     assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(plain)]
+
+
+def test_a_round_out_of_memory_scores_the_same_ranks_in_pieces(finetune, default_run, monkeypatch):
+    from qalora.adapter import round as rounds
+
+    score_ranks, seen = rounds.score_ranks, []
+
+    def failing(model, batch, *args, **kwargs):
+        seen.append(max(len(micro["input_ids"]) for micro in batch))
+        if seen[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score_ranks(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(rounds, "score_ranks", failing)
+    code, other = finetune()
+    assert code == 0
+    assert seen == [4, 2, 2]  # the second round begins where the first one had to go
+    assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(default_run)]
 
 
 def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
@@ -665,6 +719,19 @@ def test_a_run_that_never_allocated_is_an_error(finetune):
         )
 
 
+def test_ranks_of_one_a_module_are_halved_by_a_round_and_never_all_pruned(finetune):
+    _, folder = finetune("lora.r=1", "lora.alpha=2", "allocation.rounds=1")
+    (record,) = records(folder)
+    assert sum(map(len, record["pruned"].values())) == 7  # of 14 modules
+    assert sum(record["grown"].values()) == 7 and record["total_rank"] == 14
+
+
+def test_a_round_that_would_prune_all_is_refused_before_loading(finetune, monkeypatch):
+    monkeypatch.setattr("qalora.base.loading.load_base", None)
+    with pytest.raises(InputError, match=r"prune_per_round=28: the adapter has 28 ranks, .* leaves nothing to train"):
+        finetune("allocation.prune_per_round=28")
+
+
 def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
     with pytest.raises(InputError, match=r"a run of 1 optimizer steps has no room for a round"):
         finetune("training.max_steps=1")
@@ -679,7 +746,7 @@ def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
     other.mkdir()
     (other / "cat.jpg").touch()
     with pytest.raises(InputError, match="not empty, and no run of qalora"):
-        check_output_dir(other, [], resuming=False, overwrite=True)
+        check_output_dir(other, [], checkpoint=None, overwrite=True)
     assert (other / "cat.jpg").exists()
 
 
@@ -699,13 +766,21 @@ def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatc
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows):
+def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows, monkeypatch):
     _, folder = finetune("training.max_steps=3", "allocation.rounds=0")
     inside = folder / "rows.jsonl"
     shutil.copy(rows, inside)
-    with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
-        finetune("--overwrite", f"data.train={inside}")
-    assert inside.exists()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name in (inside, f"~/{folder.name}/rows.jsonl"):
+        with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
+            finetune("--overwrite", f"data.train={name}")
+    mine = folder / "mine.yaml"
+    shutil.copy(folder / "recipe.yaml", mine)
+    with pytest.raises(InputError, match=r"holds .*mine\.yaml, which the run reads"):
+        main(["--recipe", str(mine), "--output-dir", str(folder), "--overwrite"])
+    assert inside.exists() and mine.exists()
+    # A run's own recipe is read before it is written anew.
+    assert main(["--recipe", str(folder / "recipe.yaml"), "--output-dir", str(folder), "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -749,8 +824,10 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(finetune, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, tmp_path, number):
-    """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`."""
+    """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`, and where one checkpoint is kept, the best one,
+    which is not the newest."""
     recipe = yaml.safe_load((default_run / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "stopped")}
+    recipe["training"]["save_total_limit"] = 1 if number == signal.SIGTERM else 12
     (tmp_path / "stopped.yaml").write_text(yaml.safe_dump(recipe))
     # The run sends the signal to itself after its seventh step, at a point that is the same each time.
     code = f"""

@@ -28,6 +28,7 @@ from qalora.adapter.scoring import (
     score_ranks,
 )
 from qalora.adapter.surgery import apply_plan
+from qalora.base.device import spare_memory
 
 Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
 SHARE = 0.03  # of the training so far, which `auto` may spend on scoring
@@ -201,16 +202,3 @@ def _method(
 
 def _tokens(batch: Sequence[MicroBatch]) -> int:
     return sum(micro["input_ids"].numel() for micro in batch)
-
-
-def spare_memory() -> int:
-    """Bytes between what is allocated now and the peak so far, which is a training step's; 0 without CUDA, where a
-    larger forward is no faster."""
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-
-
-def free_memory() -> int:
-    """Bytes that a command which only scores may use for stacked variants: four fifths of what the GPU has free."""
-    return int(0.8 * torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0

@@ -52,15 +52,13 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None
     best: Fit | None = None
     for checkpointing, tile in LEVELS:
         for rows in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0):
-            total = plan(
-                micro_batch_size=rows, seq_len=seq_len, gradient_checkpointing=checkpointing, mlp_tile=tile
-            ).total
-            if total > HEADROOM * memory:
+            chosen = Fit(rows, batch_size // rows, checkpointing, tile)
+            if plan(seq_len=seq_len, **chosen.settings()).total > HEADROOM * memory:
                 continue
             if rows == batch_size or rows * seq_len >= FULL_FORWARD:
-                return Fit(rows, batch_size // rows, checkpointing, tile)
+                return chosen
             if best is None or rows > best.micro_batch_size:
-                best = Fit(rows, batch_size // rows, checkpointing, tile)
+                best = chosen
             break
     return best
 

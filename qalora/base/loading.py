@@ -73,10 +73,14 @@ def load_base(
             f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
         )
     config = _quantization_config(quant_type, double_quant, compute_dtype) if load_in_4bit else None
+    model: Any
     if source.kind == "gguf" and config is not None:
-        # transformers dequantizes a GGUF file's weights, and cannot quantize them anew in the same load.
-        model = _from_pretrained(source, storage_dtype(compute_dtype), device)
-        quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
+        # transformers dequantizes a GGUF file's weights, and cannot quantize them anew in the same load. In host memory, for the
+        # 16-bit model may be larger than the GPU.
+        model = _from_pretrained(source, storage_dtype(compute_dtype), "cpu")
+        quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
+        model.to(device)
+        model.hf_device_map = {"": device}
         _declare_quantized(model, config)
     else:
         model = _from_pretrained(source, compute_dtype, device, None if stored_4bit else config)

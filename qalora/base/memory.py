@@ -43,6 +43,7 @@ def plan_memory(
     *,
     ranks: int | Mapping[str, int] = 8,
     micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
     seq_len: int = 512,
     load_in_4bit: bool = True,
     double_quant: bool = True,
@@ -50,6 +51,7 @@ def plan_memory(
     optim: str = "adamw_torch",
     gradient_checkpointing: Checkpointing = True,
     mlp_tile: int | None = None,
+    dropout: float = 0.0,
     directions: int = 0,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -59,10 +61,12 @@ def plan_memory(
         shape: the base.
         ranks: of every module, or full module name → rank.
         micro_batch_size: rows a forward.
+        gradient_accumulation_steps: forwards an optimizer step; from the second on there are earlier gradients to add to.
         seq_len: tokens a row.
         gradient_checkpointing: "selective" keeps the outputs of maps beside the block inputs; "offload" keeps the
             inputs in host memory, all but two.
-        mlp_tile: tokens of a row that an MLP works on at a time; None: all.
+        mlp_tile: tokens of a row that an MLP works on at a time; None: all, and so it is with dropout.
+        dropout: of the adapters' inputs.
         directions: of ∂L/∂W that are looked for in every module before the first step.
         device: cuda adds the context's own memory.
     """
@@ -74,12 +78,17 @@ def plan_memory(
     kv = shape.num_key_value_heads * shape.head_dim
     biases = (q + 2 * kv) * shape.num_hidden_layers if shape.attention_bias else 0
 
+    tile = seq_len if dropout or mlp_tile is None else mlp_tile
+    # A mask of what is dropped: on CUDA of bytes, on a CPU in the dtype of what it multiplies.
+    mask = 0 if not dropout else 1 if device == "cuda" else size
+
     def activations(ranks: Mapping[str, int]) -> dict[str, int]:
         return _activations(
-            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, mlp_tile or seq_len
+            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, tile, mask
         )
 
     step = activations(rank_of)
+    kept, *_ = step.values()
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
@@ -91,6 +100,8 @@ def plan_memory(
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(n, optim) for n in adapters),
         **step,
+        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is left.
+        "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if gradient_accumulation_steps > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
     if directions:
@@ -110,14 +121,21 @@ def _activations(
     load_in_4bit: bool,
     checkpointing: bool | str,
     mlp_tile: int,
+    mask: int,
 ) -> dict[str, int]:
-    """What is alive at the worst moment of a step, beside weights and adapters; `size` is that of the compute dtype."""
+    """What is alive at the worst moment of a step, beside weights and adapters.
+
+    Args:
+        size: bytes of an element of the compute dtype.
+        mask: bytes of an element of dropout's mask; 0 without dropout.
+    """
     d, f, heads, blocks = (
         shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_hidden_layers
     )  # fmt: skip
     q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
     low: dict[str, int] = {}
+    read: dict[str, int] = {}  # what a block's adapters read, in elements a token
     maps = shape.linear_maps()
     # The largest B, of which a backward makes a transposed copy.
     transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
@@ -125,6 +143,7 @@ def _activations(
     for name, rank in ranks.items():
         index, part, which = name.split(".layers.")[1].split(".")
         low[index] = low.get(index, 0) + rank
+        read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
         low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
 
     hidden = tokens * d * size
@@ -142,7 +161,9 @@ def _activations(
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
     down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
-    block = attention + rotation + max(down, norm) + transposed
+    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product too.
+    dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
+    block = dropped + attention + rotation + max(down, norm) + transposed
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":
@@ -153,7 +174,7 @@ def _activations(
     elif checkpointing:
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
-        own = attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
+        own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
         kept, loss = hidden * blocks + own * (blocks - 1), loss + own
     return {
         "checkpoints" if checkpointing else "kept by the blocks": kept,

@@ -30,9 +30,14 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize_(
-    model: nn.Module, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype
+    model: nn.Module,
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype,
+    device: str | torch.device | None = None,
 ) -> None:
-    """Replaces every linear map of the blocks by its 4-bit form, one at a time, on the device where it is.
+    """Replaces every linear map of the blocks by its 4-bit form, one at a time, on the device, or where it is.
 
     The weights are quantized from `compute_dtype`, so that dequantizing gives that dtype without a cast.
     """
@@ -41,14 +46,27 @@ def quantize_(
         setattr(
             model.get_submodule(parent),
             child,
-            quantized(linear, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype),
+            quantized(
+                linear,
+                quant_type=quant_type,
+                double_quant=double_quant,
+                compute_dtype=compute_dtype,
+                device=device or linear.weight.device,
+            ),
         )
         linear.weight.data = torch.empty(0)
     guard_cpu_packing(model)
 
 
-def quantized(linear: nn.Linear, *, quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> Linear4bit:
-    """The 4-bit form of one map, on its device."""
+def quantized(
+    linear: nn.Linear,
+    *,
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    device: str | torch.device,
+) -> Linear4bit:
+    """The 4-bit form of one map, on the device."""
     module = Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -65,9 +83,9 @@ def quantized(linear: nn.Linear, *, quant_type: str, double_quant: bool, compute
         quant_type=quant_type,
         module=module,
     )
-    module.weight = weight.to(linear.weight.device)  # quantizes
+    module.weight = weight.to(device)  # quantizes
     if linear.bias is not None:
-        module.bias = nn.Parameter(linear.bias.data.to(compute_dtype), requires_grad=False)
+        module.bias = nn.Parameter(linear.bias.data.to(device, compute_dtype), requires_grad=False)
     return module
 
 

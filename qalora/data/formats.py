@@ -116,12 +116,14 @@ def to_example(
     where = f"{source}, row {number}"
     renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
     tools: tuple[Any, ...] = ()
+    asked = {"prompt_template": prompt_template, "completion_template": completion_template, "labels": labels}
+    whole = format == "text" and prompt_template is None and completion_template is None
+    unused = [f"data.{name}" for name, value in asked.items() if value]
+    if unused and (whole or format in _READERS):
+        raise InputError(f"{source}: rows of format {format} have no use for {', '.join(unused)}; leave it out.")
     if format in _READERS:
-        asked = {"prompt_template": prompt_template, "completion_template": completion_template, "labels": labels}
-        if unused := [f"data.{name}" for name, value in asked.items() if value]:
-            raise InputError(f"{source}: rows of format {format} have no use for {', '.join(unused)}; leave it out.")
         turns, tools = _READERS[format](renamed, where), _tools(renamed, where)
-    elif format == "text" and prompt_template is None and completion_template is None:
+    elif whole:
         turns = (Turn("assistant", _text(renamed, "text", where), True),)
     else:
         prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
@@ -353,7 +355,10 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).") from None
+        lines = " (a row a line? then call it .jsonl)" if error.msg == "Extra data" else ""
+        raise InputError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}){lines}."
+        ) from None
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise InputError(
@@ -364,6 +369,7 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit, 131,072 characters, is below a long context
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     try:
         header = next(reader, [])

@@ -20,8 +20,10 @@ from qalora.adapter.allocation import Init, Schedule, Share
 from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
+from qalora.adapter.scoring import RankScores
 from qalora.data.batching import on_device
 from qalora.files import write_whole
+from qalora.training.ladder import Ladder
 
 
 class _Console(Console):
@@ -63,9 +65,11 @@ class AllocationCallback(TrainerCallback):
         settings: RoundSettings,
         batch: Sequence[MicroBatch],
         start: Start,
+        ladder: Ladder,
         output_dir: Path,
     ):
         self.rounds, self.settings, self.batch, self.start = rounds, settings, batch, start
+        self.ladder = ladder
         self.file = output_dir / "allocation.jsonl"
         self.scores_dir = output_dir / "scores"
         self.history = read_history(self.file)
@@ -98,15 +102,16 @@ class AllocationCallback(TrainerCallback):
             control.should_evaluate = True  # else the last weights could not be the best
         if state.global_step not in self.rounds.steps:
             return
-        record, scores = allocation_round(
-            model,
-            optimizer,
-            on_device(self.batch, args.device),
-            self.settings,
-            state.global_step,
-            spent=sum(earlier["forward_equivalents"] for earlier in self.history),
-            growth=on_device(self.start.batch if self.start.init == "gradient" else (), args.device),
-        )
+        growth = on_device(self.start.batch if self.start.init == "gradient" else (), args.device)
+        spent = sum(earlier["forward_equivalents"] for earlier in self.history)
+
+        def round_of(batch: Sequence[MicroBatch]) -> tuple[dict[str, Any], RankScores]:
+            # Nothing changes before the scores are there, so a round that ran out of memory can begin anew.
+            return allocation_round(
+                model, optimizer, batch, self.settings, state.global_step, spent=spent, growth=growth
+            )
+
+        record, scores = self.ladder.attempt(on_device(self.batch, args.device), round_of)
         names = ("method", "loss", "base_loss", "drop", "alone", "importance", "stderr", "exact")
         self._keep(record, {name: getattr(scores, name) for name in names})
 
@@ -150,8 +155,11 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
+            # With a limit of 1 the Trainer ends by removing all checkpoints but the best one.
+            args.save_total_limit = None
 
-    def restore(self) -> None:
+    def close(self) -> None:
+        """Gives the signals back, however the training ended."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -230,9 +238,8 @@ class ProgressLine(TrainerCallback):
                 highlight=False,
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def close(self) -> None:
+        """Takes the bar away and shows the cursor again, however the training ended."""
         self.bar.stop()
 
 

@@ -7,19 +7,20 @@ take every MLP a stretch of tokens at a time
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qalora.base.device import free_unused
 from qalora.base.fitting import MLP_TILE
 from qalora.base.memory import Checkpointing
 from qalora.errors import AnswerNo
 from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 Inputs = dict[str, Any]
+T = TypeVar("T")
 
 # gradient_checkpointing → the next setting, and what that does.
 LOWER: dict[Checkpointing, tuple[Checkpointing, str]] = {
@@ -51,28 +52,42 @@ class Ladder:
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before = [parameter.grad for parameter in parameters]
-        while True:
+
+        def forget() -> None:
             for parameter in parameters:
                 parameter.grad = None
+
+        def summed(parts: Sequence[Inputs]) -> Tensor:
             try:
-                losses = [work(piece) for piece in pieces(inputs, self.halvings)]
-                break
+                return torch.stack([work(piece) for piece in parts]).sum()
             except torch.OutOfMemoryError:
-                pass  # climbing waits until the error's frames have let go of their tensors
-            for parameter, grad in zip(parameters, before, strict=True):
-                parameter.grad = grad
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.say(f"out of memory: {self._climb(inputs)}")
+                forget()
+                raise
+
+        forget()
+        loss = self.attempt([inputs], summed)
         for parameter, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        return torch.stack(losses).sum()
+        return loss
 
-    def _climb(self, inputs: Inputs) -> str:
+    def attempt(self, batch: Sequence[Inputs], work: Callable[[Sequence[Inputs]], T]) -> T:
+        """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing behind then.
+
+        Raises:
+            AnswerNo: memory ran out on the last rung.
+        """
+        while True:
+            try:
+                return work([piece for inputs in batch for piece in pieces(inputs, self.halvings)])
+            except torch.OutOfMemoryError:
+                pass  # climbing waits until the error's frames have let go of their tensors
+            free_unused()
+            self.say(f"out of memory: {self._climb(batch)}")
+
+    def _climb(self, batch: Sequence[Inputs]) -> str:
         """Takes the next rung, and says which it is."""
-        if any(_halves(piece) for piece in pieces(inputs, self.halvings)):
+        if any(_halves(piece) for inputs in batch for piece in pieces(inputs, self.halvings)):
             self.halvings += 1
             return f"micro-batches are worked through in {2**self.halvings} pieces from now on, with the same result"
         lower = LOWER.get(checkpointing_of(self.model))
@@ -84,7 +99,7 @@ class Ladder:
             set_mlp_tile(self.model, MLP_TILE)
             self.tiled = True
             return f"MLPs work on {MLP_TILE} tokens at a time from now on (training.mlp_tile={MLP_TILE})"
-        tokens = inputs["input_ids"].shape[1]
+        tokens = max(inputs["input_ids"].shape[1] for inputs in batch)
         raise AnswerNo(
             f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; lower "
             "data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "

@@ -18,18 +18,22 @@ def run_name(recipe: str, model: str) -> str:
     return f"{Path(recipe).stem}-{Path(model).expanduser().resolve().name.removesuffix('.gguf')}"
 
 
-def check_output_dir(output_dir: Path, reads: list[Path], *, resuming: bool, overwrite: bool) -> None:
+def check_output_dir(output_dir: Path, reads: list[Path], *, checkpoint: Path | None, overwrite: bool) -> None:
     """Keeps an earlier run from being lost or mixed with this one; nothing is deleted yet.
 
     Args:
         reads: what the run reads; some may be no paths.
+        checkpoint: what it continues.
 
     Raises:
-        InputError: the folder is in use, or would be emptied of what the run reads.
+        InputError: the folder is in use, by another run or by a later part of this one, or would be emptied of what the run reads.
     """
     if output_dir.is_file():
         raise InputError(f"output_dir={output_dir}: a file; choose a folder.")
-    if resuming or not output_dir.is_dir() or not any(output_dir.iterdir()):
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if checkpoint is not None:
+        _check_continued(output_dir, checkpoint)
         return
     if not (output_dir / "recipe.yaml").is_file():
         raise InputError(f"output_dir={output_dir}: not empty, and no run of qalora; choose another folder.")
@@ -39,10 +43,25 @@ def check_output_dir(output_dir: Path, reads: list[Path], *, resuming: bool, ove
             "or choose another --output-dir."
         )
     for path in reads:
-        if path.exists() and holds(output_dir, path):
+        own = path.resolve() == (output_dir / "recipe.yaml").resolve()  # read already, and written anew
+        if not own and path.exists() and holds(output_dir, path):
             raise InputError(
                 f"--overwrite: {output_dir} holds {path}, which the run reads; choose another --output-dir."
             )
+
+
+def _check_continued(output_dir: Path, checkpoint: Path) -> None:
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise InputError(
+            f"--resume-from-checkpoint {checkpoint}: output_dir={output_dir} holds something else; choose an empty folder, or "
+            "continue what is there with --resume-from-checkpoint auto."
+        )
+    later = [path.name for path in checkpoints_in(output_dir) if step_of(path) > step_of(checkpoint)]
+    if later:
+        raise InputError(
+            f"--resume-from-checkpoint {checkpoint}: {output_dir} holds {', '.join(sorted(later))}, made after it; move them away, "
+            "or continue from this one into an empty --output-dir."
+        )
 
 
 def begin_folder(output_dir: Path, checkpoint: Path | None) -> None:
@@ -66,10 +85,7 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
     if asked is None:
         return None
     if asked == "auto":
-        folders = (
-            path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
-        )
-        found = [path for path in folders if (path / "trainer_state.json").is_file()]
+        found = checkpoints_in(output_dir)
         if not found:
             raise InputError(
                 f"--resume-from-checkpoint auto: {output_dir} holds no checkpoint; leave the option out to start anew."
@@ -82,6 +98,12 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
         raise InputError(f"--resume-from-checkpoint {asked}: no run of qalora began it (no recipe.yaml).")
     step_of(path)
     return path
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run's folder."""
+    folders = (path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
+    return [path for path in folders if (path / "trainer_state.json").is_file()]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -37,6 +34,7 @@ from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
 from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
+from qalora.base.device import peak_memory
 from qalora.base.loss import use_label_only_loss
 from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
@@ -80,7 +78,7 @@ class Throughput:
             "rows": self.rows,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory(),
         }
 
 
@@ -95,15 +93,24 @@ class QaloraTrainer(Trainer):
         validation: list[dict[str, Any]],
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
+        ladder: Ladder,
         **kwargs: Any,
     ):
         super().__init__(processing_class=tokenizer, **kwargs)
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
-        self.ladder = Ladder(self.model, say=console.print)
+        self.ladder = ladder
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
         self.model_accepts_loss_kwargs = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, (InterruptCallback, ProgressLine)):
+                    callback.close()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, forward and backward, in pieces where memory has run out (ladder.py).
@@ -126,6 +133,8 @@ class QaloraTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
+        if self.state.best_model_checkpoint is None:
+            self.state.best_metric = None  # of weights that a checkpoint was copied without
         losses = row_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
         tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
@@ -164,6 +173,18 @@ class QaloraTrainer(Trainer):
         for name in RUN_FILES:
             if (file := Path(str(self.args.output_dir)) / name).is_file():
                 shutil.copy(file, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their place."""
+        if checkpoint is None:
+            return
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
+        for group, settings, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
+            group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
 
     def _load_best_model(self) -> None:
         """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
@@ -211,11 +232,13 @@ def build_trainer(
     set_checkpointing(base, training.gradient_checkpointing)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
+    ladder = Ladder(model, say=console.print)
     allocator = AllocationCallback(
         rounds,
         RoundSettings(
             budget=sum(start.values()),
-            prune=allocation.prune_per_round or len(start),
+            # With r = 1 one per module would be every rank there is.
+            prune=allocation.prune_per_round or min(len(start), sum(start.values()) // 2),
             scoring=allocation.scoring,
             importance=allocation.kind,
             min_rank=allocation.min_rank,
@@ -236,6 +259,7 @@ def build_trainer(
             starting_batch(recipe, rows, collate),
             original,
         ),
+        ladder,
         output_dir,
     )
     interrupt = InterruptCallback()
@@ -248,6 +272,7 @@ def build_trainer(
         tokenizer=tokenizer,
         validation=validation,
         eval_batch_size=recipe.evaluation.batch_size,
+        ladder=ladder,
         callbacks=[allocator, interrupt],
     )
     if training.early_stopping_patience is not None:
@@ -298,23 +323,6 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
             "(training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
         )
     return rounds
-
-
-def free_memory_bytes() -> int:
-    """CUDA memory that this process may still allocate, or the machine's available memory on a CPU."""
-    if not torch.cuda.is_available():
-        return psutil.virtual_memory().available
-    free, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    return int(min(free, allowed))
-
-
-def peak_memory_bytes() -> int:
-    """CUDA memory allocated at the peak, or the peak resident set of the process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:

@@ -24,18 +24,20 @@ def test_what_is_chosen_fits_and_keeps_the_batch(memory, batch_size, seq_len):
     found = fit(LLAMA, memory, batch_size=batch_size, seq_len=seq_len)
     if found is None:
         settings = least(batch_size).settings()
-        assert settings.pop("gradient_accumulation_steps") == batch_size
-        frugal = LLAMA(micro_batch_size=1, seq_len=seq_len, gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+        assert settings["gradient_accumulation_steps"] == batch_size
+        frugal = partial(LLAMA, gradient_checkpointing="offload", mlp_tile=MLP_TILE)(
+            micro_batch_size=1, gradient_accumulation_steps=batch_size, seq_len=seq_len
+        )
         assert LLAMA(seq_len=seq_len, **settings).total == frugal.total > HEADROOM * memory
         return
     settings = found.settings()
-    assert settings.pop("gradient_accumulation_steps") * settings["micro_batch_size"] == batch_size
+    assert settings["gradient_accumulation_steps"] * settings["micro_batch_size"] == batch_size
     assert LLAMA(seq_len=seq_len, **settings).total <= HEADROOM * memory
     assert (settings["gradient_checkpointing"], settings["mlp_tile"]) in LEVELS
 
 
 def test_a_faster_level_is_taken_only_where_its_forward_is_full():
-    def plan(micro_batch_size, seq_len, gradient_checkpointing, mlp_tile):
+    def plan(micro_batch_size, gradient_checkpointing, **settings):
         return MemoryPlan({"rows": micro_batch_size * {False: 8, "selective": 4}.get(gradient_checkpointing, 2)})
 
     def chosen(memory, seq_len):

@@ -19,6 +19,7 @@ from qalora.base.norm import use_lean_norms
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import MODELS, ModelShape
 from qalora.training.activations import set_checkpointing, set_mlp_tile
+from qalora.training.ladder import Ladder
 
 # Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.
 ODD = dict(hidden_size=160, intermediate_size=321, num_attention_heads=4, num_key_value_heads=2, head_dim=40)
@@ -147,6 +148,45 @@ def test_what_a_choice_does_to_the_plan():
     }
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("seq_len", [4, 256])
+def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, kept, seq_len):
+    """The second one's gradients grow beside the first one's: with rows of 4 tokens they are the most of it."""
+    shape = ModelShape(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=64,
+    )  # fmt: skip
+    config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
+    model = attach(tiny_llama(four_bit=True, **config), r=8, alpha=16).train()
+    use_lean_norms(model)
+    set_checkpointing(model, kept)
+    ladder = Ladder(model, say=print)
+    ids = torch.randint(0, shape.vocab_size, (1, seq_len))
+
+    def work(inputs):
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    with LiveBytes() as live:
+        for _ in range(2):
+            ladder.run({"input_ids": ids, "labels": ids}, work)
+    terms = plan_memory(
+        shape, seq_len=seq_len, gradient_accumulation_steps=2, gradient_checkpointing=kept, compute_dtype="float32",
+        device="cpu",
+    ).terms  # fmt: skip
+    names = (
+        "gradients",
+        "earlier gradients beyond it",
+        "checkpoints",
+        "kept by the blocks",
+        "block working set",
+        "loss beyond it",
+    )
+    assert ("earlier gradients beyond it" in terms) == (seq_len == 4)
+    assert sum(terms.get(name, 0) for name in names) == pytest.approx(live.peak, rel=0.06)
+
+
 STEPS = {
     "blocks, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=1024),
     "blocks, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=1024),
@@ -164,6 +204,9 @@ STEPS = {
     "kept and tiled": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=1024, mlp_tile=128),
     "16 bit": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, load_in_4bit=False),
     "large vocabulary": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=256, vocab_size=16000),
+    "dropout, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, dropout=0.1),
+    "dropout, kept": dict(gradient_checkpointing=False, compute_dtype="float32", seq_len=512, dropout=0.1),
+    "dropout, selective": dict(gradient_checkpointing="selective", compute_dtype="bfloat16", seq_len=512, dropout=0.1),
     "r = 64": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, ranks=64),
 }
 
@@ -175,13 +218,13 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
         hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, vocab_size=settings.pop("vocab_size", 64),
     )  # fmt: skip
-    settings = dict(micro_batch_size=1, load_in_4bit=True, mlp_tile=None, ranks=8) | settings
+    settings = dict(micro_batch_size=1, load_in_4bit=True, mlp_tile=None, ranks=8, dropout=0.0) | settings
     config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
     model = tiny_llama(
         getattr(torch, settings["compute_dtype"]), four_bit=settings["load_in_4bit"],
         max_position_embeddings=2048, **config,
     )  # fmt: skip
-    model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"]).train()
+    model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"], dropout=settings["dropout"]).train()
     use_lean_norms(model)
     set_checkpointing(model, settings["gradient_checkpointing"])
     set_mlp_tile(model, settings["mlp_tile"])
