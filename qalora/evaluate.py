@@ -62,7 +62,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
         "evaluation.answer_pattern": args.answer_pattern,
         "quantization.load_in_4bit": False if args.no_quantize else None,
         "quantization.bnb_4bit_compute_dtype": args.dtype,
-    } | {key: value.split(",") for key, value in split_list.items() if value}
+    } | {key: [part.strip() for part in value.split(",")] for key, value in split_list.items() if value}
     if args.recipe is None:
         given["data.train"] = args.data
     return [(key, value) for key, value in given.items() if value is not None]

@@ -103,7 +103,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
     def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
         dataset = load_dataset(name, tokenizer, split=split, limit=limit, **settings.reading())
-        cli.say(f"{name} ({split}): {dataset.report}")
+        say(recipe, f"{name} ({split}): {dataset.report}")
         return dataset
 
     train = load(settings.train, "train", settings.max_rows)

@@ -91,6 +91,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--raw: only a --prompt is taken as it stands.")
     if args.input and args.instruction is None:
         raise InputError("--input: goes with --instruction.")
+    if args.prompt == "" and args.raw:
+        raise InputError("--prompt: empty, and with --raw there is nothing to go on from; write something.")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: must be 0 or more, and below 2^32.")
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more.")
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    args.adapter, args.output = (str(Path(path).expanduser()) for path in (args.adapter, args.output))
 
     from qalora.base.registry import resolve
     from qalora.deploy.output import check_output
@@ -121,11 +122,20 @@ def check_flags(args: argparse.Namespace) -> None:
         InputError: a flag that the format does not use.
     """
     whole = ("hf", "gguf")
-    used_by = {"base": whole, "no_quantize": whole, "dtype": ("hf",), "max_shard_size": ("hf",), "gguf_type": ("gguf",)}
+    trained = ("bnb_4bit_quant_type", "no_double_quant", "bnb_4bit_compute_dtype")
+    used_by: dict[str, tuple[str, ...]] = {"dtype": ("hf",), "max_shard_size": ("hf",), "gguf_type": ("gguf",)}
+    used_by |= dict.fromkeys(("base", "no_quantize", "no_verify", *trained), whole)
+    given = {name: value for name, value in vars(args).items() if value} | {"no_verify": not args.verify}
     for name, formats in used_by.items():
-        if getattr(args, name) and args.format not in formats:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: goes with --format {' or '.join(formats)}, not {args.format}; leave it out.")
+        flag = f"--{name.replace('_', '-')}"
+        if given.get(name) and args.format not in formats:
+            raise InputError(f"{flag}: goes with --format {' or '.join(formats)}, not {args.format}; leave it out.")
+        if given.get(name) and name in trained and (args.no_quantize or args.base == "original"):
+            raise InputError(
+                f"{flag}: of the 4-bit weights, and the original ones were asked for; leave one of them out."
+            )
+    if args.no_quantize and args.base == "dequantized":
+        raise InputError("--no-quantize: the same as --base original, and --base dequantized was given; leave one out.")
 
 
 def export(args: argparse.Namespace, source: Any) -> int:
@@ -167,10 +177,14 @@ def trained_quantization(args: argparse.Namespace) -> Any:
     if not settings.load_in_4bit:
         return None
     dtype = args.bnb_4bit_compute_dtype or settings.bnb_4bit_compute_dtype
+    if dtype == "auto":
+        compute_dtype = choose_compute_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    else:  # whatever this machine would train in
+        compute_dtype = getattr(torch, dtype)
     return Quantization(
         quant_type=args.bnb_4bit_quant_type or settings.bnb_4bit_quant_type,
         double_quant=settings.bnb_4bit_use_double_quant and not args.no_double_quant,
-        compute_dtype=choose_compute_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu"),
+        compute_dtype=compute_dtype,
     )
 
 

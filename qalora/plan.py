@@ -158,9 +158,10 @@ def parse_size(text: str, flag: str = "--gpu-memory") -> int:
         InputError: anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
-    if match is None or float(match[1]) == 0:
+    size = 0 if match is None else int(float(match[1]) * UNITS[match[2] or ""])
+    if size < UNITS["KB"]:  # a bare 24 would be bytes
         raise InputError(f"{flag} {text}: give a size such as 24GiB, 15.9GB or a number of bytes.")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    return size
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.base.memory import Checkpointing
@@ -25,8 +34,21 @@ Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 
 
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types that a setting may have."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_values_where_they_belong(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and bool not in _options(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("a value is missing, or is a truth value for YAML: put it in quotes if it is a text")
+        return value
 
 
 class DataConfig(Section):
@@ -56,7 +78,7 @@ class DataConfig(Section):
         if not isinstance(pairs, Mapping):
             return pairs
         if any(isinstance(text, bool) for text in pairs.values()):
-            raise ValueError("YAML takes yes, no, true and false for truth values; put the text in quotes")
+            raise ValueError("yes, no, true and false are truth values for YAML; put the text in quotes")
         return {str(value): str(text) for value, text in pairs.items()}
 
     def reading(self) -> dict[str, Any]:
@@ -195,7 +217,7 @@ class TrainingConfig(Section):
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints; a multiple of eval_steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")
     early_stopping_patience: int | None = Field(10, ge=1, description="validations without a better loss; null: never")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     report_to: list[Literal["tensorboard", "wandb"]] = []
 
 
@@ -401,7 +423,8 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: s
         if profile not in profile_names():
             raise InputError(f"--profile {profile}: no such profile; there are {', '.join(profile_names())}.")
         settings += read_settings(recipes_dir() / "profiles" / f"{profile}.yaml")
-    return resolve([*settings, *with_preset(overrides)], origin=str(path))
+    origin = f"{path} and the command line" if overrides else str(path)
+    return resolve([*settings, *with_preset(overrides)], origin=origin)
 
 
 def with_preset(settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -512,10 +535,7 @@ def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | No
 
 
 def _is_list(annotation: Any) -> bool:
-    options = (annotation,)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        options = typing.get_args(annotation)
-    return any(typing.get_origin(option) is list for option in options)
+    return any(typing.get_origin(option) is list for option in _options(annotation))
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -551,5 +571,5 @@ def _nearest(word: str, names: Sequence[str]) -> str:
     leaf = word.rsplit(".", 1)[-1]
     by_leaf = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.7)]
     whole = difflib.get_close_matches(word, names, 1, 0.6)
-    match = whole or by_leaf
+    match = ([leaves[leaf]] if leaf in leaves else []) or whole or by_leaf
     return f", did you mean {match[0]}?" if match else ""

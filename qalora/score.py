@@ -31,8 +31,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--importance",
         choices=("sum", "drop", "alone"),
-        default="sum",
-        help="what decides, for any method but path (default: %(default)s, eq. 6)",
+        help="what decides, for any method but path (default: sum, eq. 6)",
     )
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
@@ -79,6 +78,8 @@ def main(argv: list[str]) -> int:
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")
+    if args.method == "path" and args.importance:
+        raise InputError(f"--importance {args.importance}: --method path has a measure of its own; leave it out.")
     check_writable(args.output)
 
     from qalora.adapter.allocation import least_important
@@ -93,7 +94,9 @@ def main(argv: list[str]) -> int:
     from qalora.data.tokenization import load_dataset
     from qalora.training.activations import set_checkpointing
 
-    check_adapter(args.adapter, source)
+    of_ranks = check_adapter(args.adapter, source).total_rank
+    if args.prune and args.prune >= of_ranks:
+        raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
     base = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading())
@@ -108,7 +111,7 @@ def main(argv: list[str]) -> int:
         model,
         batch,
         args.method,
-        importance="path" if args.method == "path" else args.importance,
+        importance="path" if args.method == "path" else args.importance or "sum",
         prune=prune,
         memory=memory_to_score(),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from qalora import __version__
 from qalora.__main__ import main
@@ -38,3 +39,21 @@ def test_exit_codes(capsys, error, code):
 
     assert run(command, []) == code
     assert (str(error) or "interrupted") in capsys.readouterr().err
+
+
+def test_a_lack_of_memory_is_one_sentence_and_other_errors_are_not(capsys):
+    def command(argv: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
+
+    assert run(command, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.); `qalora plan` says"
+    )
+    assert said.count("\n") == 1
+
+    def broken(argv: list[str]) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(broken, [])

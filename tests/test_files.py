@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from qalora.errors import InputError
-from qalora.files import check_writable, write_json, written_beside
+from qalora.files import check_folder, check_writable, write_json, written_beside
 
 
 def test_json_arrives_whole_in_folders_that_it_makes(tmp_path):
@@ -53,5 +55,29 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--output .*: a folder; name a file in it"):
         check_writable(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"--output .*pipe: no file; name one"):
+        check_writable(tmp_path / "pipe")
+    for place in ("pipe", "file"):
+        with pytest.raises(InputError, match=rf"output_dir=x{place}: no folder; choose one"):
+            check_folder(tmp_path / place, f"output_dir=x{place}")
+    with pytest.raises(InputError, match="something is mounted there, and it cannot be replaced"):
+        check_folder(Path("/proc"), "/proc")
     with pytest.raises(InputError, match=r"--output .*file/out\.json: nothing can be written to"):
         check_writable(tmp_path / "file" / "out.json")
+
+
+def test_a_link_stays_one_and_its_file_is_written(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link.json", 7)
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == 7
+
+
+def test_a_disk_that_fills_up_is_named_and_nothing_is_left(tmp_path):
+    said = r"new: cannot be written \(No space left on device\); nothing was kept"
+    with pytest.raises(InputError, match=said), written_beside(tmp_path / "new") as partial:
+        (partial / "file").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError), written_beside(tmp_path / "new"):
+        (tmp_path / "what the work reads").read_text()

@@ -92,6 +92,7 @@ def test_flags_are_hugging_faces_options(flags, options):
         ["--repetition-penalty", "0"],
         ["--do-sample", "--top-p", "1.5"],
         ["--max-new-tokens", "0"],
+        ["--seed", "-1"],
     ],
     ids=" ".join,
 )
@@ -106,6 +107,7 @@ def test_options_without_effect_or_out_of_range_are_errors(flags):
         (["--chat", "--raw"], "--raw"),
         (["--instruction", "hi", "--raw"], "--raw"),
         (["--prompt", "hi", "--input", "x"], "--input"),
+        (["--prompt", "", "--raw"], "--prompt: empty"),
     ],
     ids=" ".join,
 )

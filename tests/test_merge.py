@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qalora.base.checkpoint import Quantization
+from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.registry import resolve
 from qalora.errors import InputError
 from qalora.merge import main, parser, trained_quantization
 
@@ -66,6 +68,10 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
         (["--format", "gguf", "--dtype", "float32"], "--dtype: goes with --format hf, not gguf"),
         (["--gguf-type", "q8_0"], "--gguf-type: goes with --format gguf, not hf"),
         (["--format", "peft", "--base", "original"], "--base: goes with --format hf or gguf, not peft"),
+        (["--format", "peft", "--no-verify"], "--no-verify: goes with --format hf or gguf, not peft"),
+        (["--format", "peft", "--bnb-4bit-quant-type", "nf4"], "--bnb-4bit-quant-type: goes with --format hf or gguf"),
+        (["--base", "original", "--no-double-quant"], "--no-double-quant: of the 4-bit weights"),
+        (["--base", "dequantized", "--no-quantize"], "--no-quantize: the same as --base original"),
         (["--max-shard-size", "4 apples"], "--max-shard-size 4 apples: give a size such as"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -127,6 +133,10 @@ def test_the_base_is_quantized_as_in_the_run_that_the_adapter_lies_in(tmp_path):
     assert asked(adapter, "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "float32") == Quantization(
         "nf4", False, torch.float32
     )
+    (tmp_path / "recipe.yaml").write_text(
+        "quantization: {bnb_4bit_compute_dtype: float16}"
+    )  # a T4's run, on any machine
+    assert asked(adapter) == Quantization("nf4", True, torch.float16)
     (tmp_path / "recipe.yaml").write_text("quantization: {load_in_4bit: false}")
     assert asked(adapter) is None
     (tmp_path / "recipe.yaml").unlink()
@@ -140,3 +150,12 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(InputError, match=r"recipe.yaml: not the recipe of a run"):
         asked(tmp_path / "adapter")
+
+
+def test_a_base_in_4_bits_has_no_original_weights(folder, adapter, tmp_path):
+    load_base(resolve(str(folder)), dtype="bfloat16").model.save_pretrained(tmp_path / "4bit")
+    load_tokenizer(resolve(str(folder))).save_pretrained(tmp_path / "4bit")
+    with pytest.raises(InputError, match="stored in 4 bits, and --base original asks for 16-bit weights"):
+        arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+        main([*arguments, "--base", "original"])
+    assert not (tmp_path / "merged").exists()

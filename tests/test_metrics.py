@@ -219,6 +219,29 @@ def test_with_answer_changes_the_answer_alone(question, reference, answer):
     assert metrics.with_answer(example, reference.strip()).reference == reference
 
 
+def test_a_choice_takes_the_place_of_the_answer_also_where_a_question_follows():
+    question, answer, after = Turn("user", "red?", False), Turn("assistant", "no", True), Turn("user", "sure?", False)
+    changed = metrics.with_answer(Example(row=0, turns=(question, answer, after), chat=True), "yes")
+    assert changed.turns == (question, Turn("assistant", "yes", True))
+
+
+def test_rows_that_do_not_fit_are_worked_through_in_halves(model, tokenizer, dataset, monkeypatch):
+    expected, final_hidden, sizes = metrics.row_losses(model, tokenizer, dataset.items, 8), metrics.final_hidden, []
+
+    def failing(model, input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return final_hidden(model, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(metrics, "final_hidden", failing)
+    assert metrics.row_losses(model, tokenizer, dataset.items, 8) == pytest.approx(expected, rel=1e-5)
+    assert max(sizes) > 2 and sum(size for size in sizes if size <= 2) == len(dataset.items)
+    monkeypatch.setattr(metrics, "final_hidden", lambda *args, **kwargs: failing(model, torch.zeros(3, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        metrics.row_losses(model, tokenizer, dataset.items, 8)
+
+
 def test_modes_are_restored_also_after_an_error(model):
     model.train()
     model.model.layers[0].eval()

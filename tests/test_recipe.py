@@ -195,6 +195,11 @@ def test_validation_size_is_rows_or_a_share(size, kind):
         (["--training.seed", "-1"], [("training.seed", -1)]),
         (["--data.completion_template", "a=b"], [("data.completion_template", "a=b")]),
         (["data.train=a=b"], [("data.train", "a=b")]),
+        (["data.train=my rows #2.jsonl"], [("data.train", "my rows #2.jsonl")]),
+        (["output_dir=123"], [("output_dir", "123")]),
+        (["data.prompt_template={a} b"], [("data.prompt_template", "{a} b")]),
+        (['data.prompt_template="{a}\\n"'], [("data.prompt_template", "{a}\n")]),
+        (["--evaluation.answer_pattern", "#### (.*)"], [("evaluation.answer_pattern", "#### (.*)")]),
         (["data.validation="], [("data.validation", None)]),
         (["data.columns={mr: prompt}"], [("data.columns", {"mr": "prompt"})]),
     ],
@@ -212,7 +217,7 @@ def test_a_float_without_a_dot_is_a_float():
     ("arguments", "message"),
     [
         (["oops"], "oops: not an option"),
-        (["data.prompt_template={a} b"], "data.prompt_template: the value '{a} b' is not"),
+        (["data.columns={a: b"], "data.columns: the value '{a: b' is not"),
     ],
     ids=["bare-word", "not-yaml"],
 )
@@ -220,6 +225,15 @@ def test_overrides_that_are_refused(arguments, message):
     with pytest.raises(InputError) as error:
         parse_overrides(arguments)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("training.max_steps", True), ("lora.r", True), ("data.labels", {0: False, 1: True}), ("data.train", True)],
+)
+def test_a_truth_value_is_no_number_and_no_text(setting, value):
+    """`--lora.r` without its value, and YAML's yes and no."""
+    assert re.search(rf"{setting}=.*: (a value is missing|yes, no)", refusal((setting, value)))
 
 
 def test_the_command_line_wins_and_the_last_word_stays(write):
@@ -237,6 +251,8 @@ def test_the_command_line_wins_and_the_last_word_stays(write):
         ("training.learnin_rate", "training.learning_rate"),
         ("lora.rank", "lora_rank"),
         ("allocation.round", "allocation.rounds"),
+        ("load_in_4bit", "quantization.load_in_4bit"),
+        ("trainig.learning_rate", "training.learning_rate"),
         ("micro_batch_sise", "training.micro_batch_size"),
     ],
 )

@@ -20,7 +20,7 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
-from qalora.errors import InputError
+from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 
 ADAPTER = "default"
@@ -81,15 +81,18 @@ def save_adapter(model: PeftModel, path: str | Path) -> None:
     """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal.
 
     Raises:
-        RuntimeError: the adapter is empty, not finite or untrained (every B zero), or the file does not read back equal.
+        AnswerNo: the adapter is empty, not finite or untrained (every B zero).
+        RuntimeError: the file does not read back equal.
     """
     layers = gated_layers(model)
     if not layers:
-        raise RuntimeError("every rank was pruned: there is no adapter to save; set allocation.min_rank=1")
+        raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
     if not all(bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in layers.values()):
-        raise RuntimeError("the adapter holds weights that are not finite: it is not saved")
+        raise AnswerNo(
+            "the adapter holds weights that are not finite, and is not saved; lower training.learning_rate, or continue an earlier checkpoint."
+        )
     if not any(bool(layer.B.any()) for layer in layers.values()):
-        raise RuntimeError("the adapter is untrained (every B is zero): it is not saved")
+        raise AnswerNo("the adapter is untrained (every B is zero), and is not saved; train for more steps.")
     with written_beside(path) as partial:
         write_adapter(model, partial)
 

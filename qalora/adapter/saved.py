@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ class SavedAdapter:
     path: Path
     config: LoraConfig
     pairs: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def total_rank(self) -> int:
+        return sum(len(A) for A, _ in self.pairs.values())
 
     def check_fit(self, maps: Mapping[str, tuple[int, int]]) -> None:
         """
@@ -64,13 +69,15 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     return SavedAdapter(Path(path), read_config(path), _paired(_read_tensors(path), path))
 
 
-def check_adapter(path: str | Path, source: ModelSource) -> None:
-    """Refuses, before the base is loaded, an adapter that could not be put on it.
+def check_adapter(path: str | Path, source: ModelSource) -> SavedAdapter:
+    """Reads an adapter, and refuses, before the base is loaded, one that could not be put on it.
 
     Raises:
         InputError: as `read_adapter`, or the adapter was made for another model.
     """
-    read_adapter(path).check_fit(shape_of(source).linear_maps())
+    adapter = read_adapter(path)
+    adapter.check_fit(shape_of(source).linear_maps())
+    return adapter
 
 
 def read_config(path: str | Path) -> LoraConfig:
@@ -99,7 +106,25 @@ def read_config(path: str | Path) -> LoraConfig:
             f"{file}: init_lora_weights={start} took weights out of the base, and the adapter only fits what it left; save it "
             "with PEFT's path_initial_model_for_weight_conversion, or set it to true if --model is the base that was left."
         )
+    _check_numbers(fields, file)
     return LoraConfig.from_pretrained(str(path))
+
+
+def _check_numbers(fields: Mapping[str, Any], file: Path) -> None:
+    patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise InputError(f"{file}: {name} is {type(pattern).__name__}, not numbers by module.")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error:
+                raise InputError(f"{file}: {name} has {key!r}, which is no regular expression.") from None
+    numbers = {name: fields[name] for name in ("r", "lora_alpha") if name in fields}
+    numbers |= {f"{name} of {key}": value for name, pattern in patterns.items() for key, value in pattern.items()}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(f"{file}: {name} is {value!r}, not a number above 0.")
 
 
 def rank_of(config: LoraConfig, name: str) -> int:

@@ -24,12 +24,14 @@ from bitsandbytes.functional import (
     quantize_4bit,
     quantize_blockwise,
 )
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from qalora.base.gguf_config import gguf_config
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
-from qalora.base.gguf_reader import GGUFReader, fast_gguf
+from qalora.base.gguf_reader import GGUFReader
 from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource, check_model_type
 from qalora.errors import InputError
@@ -78,11 +80,12 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
     if quantization is None:
         yield from (piece.to(torch.float32, copy=True) for piece in checkpoint.pieces(name))  # the caller adds to it
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, block = "cuda" if torch.cuda.is_available() else "cpu", BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
-        codes, quant_type = data.to(device).view(-1), state.quant_type
+        # Codes may be stored under another dtype (bnb_4bit_quant_storage).
+        codes, quant_type, block = data.to(device).reshape(-1).view(torch.uint8), state.quant_type, state.blocksize
         state.to(device)
         absmax = state.absmax
         if state.nested:
@@ -90,12 +93,12 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
     else:
         codes, absmax = _quantized(_from_storage(checkpoint, name, dtype), quantization, device)
     code = get_4bit_type(quant_type, device=device)
-    step = BLOCK * max(1, STRETCH // (BLOCK * fan_in))  # rows that hold whole blocks, however wide they are
+    step = block * max(1, STRETCH // (block * fan_in))  # rows that hold whole blocks, however wide they are
     for row in range(0, fan_out, step):
         start, stop = row * fan_in, min(row + step, fan_out) * fan_in
         part = QuantState(
-            absmax=absmax[start // BLOCK : ceil(stop / BLOCK)].float().contiguous(),
-            shape=torch.Size((1, stop - start)), code=code, blocksize=BLOCK, quant_type=quant_type, dtype=dtype,
+            absmax=absmax[start // block : ceil(stop / block)].float().contiguous(),
+            shape=torch.Size((1, stop - start)), code=code, blocksize=block, quant_type=quant_type, dtype=dtype,
         )  # fmt: skip
         packed = codes[start // 2 : (stop + 1) // 2].view(-1, 1)
         yield dequantize_4bit(packed, part).view(-1, fan_in).to("cpu", torch.float32)
@@ -144,11 +147,16 @@ def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
 
 
 def open_folder(
-    folder: Path, gguf_file: str | None = None, *, name: str | None = None
+    folder: Path, gguf_file: str | None = None, *, name: str | None = None, config: PreTrainedConfig | None = None
 ) -> tuple[Checkpoint, PreTrainedConfig]:
-    """`open_checkpoint` of a folder, or of one GGUF file in it; `name` is what errors call the model."""
+    """`open_checkpoint` of a folder, or of one GGUF file in it.
+
+    Args:
+        name: what errors call the model.
+        config: of the model, where it is known; None: what the folder, or the file, says.
+    """
     name = name or str(folder)
-    config = _config(str(folder), gguf_file, name)
+    config = config or _config(str(folder), gguf_file, name)
     wanted = expected_shapes(config)
     if gguf_file:
         checkpoint: Checkpoint = _Gguf(folder / gguf_file, config, wanted)
@@ -181,9 +189,8 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
 
 def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
     try:
-        with fast_gguf():
-            config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
-    except (OSError, ValueError, KeyError) as error:
+        config = gguf_config(location, gguf_file) if gguf_file else AutoConfig.from_pretrained(location)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({_short(error)}).") from None
     check_model_type(config.model_type, f"--model {name}")
     return config
@@ -212,11 +219,14 @@ class _Safetensors:
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         index = folder / "model.safetensors.index.json"
-        names = (
-            sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if index.is_file()
-            else [file.name for file in sorted(folder.glob("*.safetensors"))]
-        )
+        try:
+            names = (
+                sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if index.is_file()
+                else [file.name for file in sorted(folder.glob("*.safetensors"))]
+            )
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{index}: not the index of a checkpoint; download the model again.") from None
         for file in (folder / name for name in names):
             try:
                 with safe_open(str(file), framework="pt") as opened:

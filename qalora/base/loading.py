@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.base.gguf_config import gguf_config
 from qalora.base.gguf_reader import fast_gguf
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
@@ -159,6 +160,7 @@ def _from_pretrained(
     """With `quantization` each weight is quantized as it is read: the 16-bit model never exists as a whole."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "device_map": {"": device}}
     if source.gguf_file:
+        options["config"] = _found(source, gguf_config)
         # transformers keeps a GGUF file's weights packed unless asked to dequantize them.
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif quantization is not None:

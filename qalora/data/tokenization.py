@@ -131,7 +131,10 @@ def split_validation(
     """
     count = max(1, round(size * len(dataset))) if size < 1 else int(size)
     if count >= len(dataset):
-        raise InputError(f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows; lower it.")
+        raise InputError(
+            f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows; lower it, or set a share of them, such as "
+            "data.val_set_size=0.05."
+        )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     return dataset.subset(sorted(order[count:])), dataset.subset(sorted(order[:count]))

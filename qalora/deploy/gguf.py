@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
+from qalora.base.gguf_config import FREQUENCIES, rope_divisors
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
 from qalora.base.gguf_reader import GGUFReader
 from qalora.base.registry import ModelSource
@@ -54,9 +55,9 @@ def write_model(
         _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
     else:
         _add_tokenizer(writer, tokenizer, config.vocab_size)
-    frequencies = _rope_frequencies(config)
+    frequencies = rope_divisors(config)
     if frequencies is not None:
-        writer.add_tensor_info("rope_freqs.weight", frequencies.shape, frequencies.dtype, frequencies.nbytes)
+        writer.add_tensor_info(FREQUENCIES, frequencies.shape, frequencies.dtype, frequencies.nbytes)
     kinds = {name: _kind(name, shape, gguf_type) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         writer.add_tensor_info(
@@ -109,12 +110,18 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
 
 
 def write_modelfile(folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapter_of: str | None = None) -> None:
-    """`ollama create NAME -f Modelfile` in the folder; the chat template is in the GGUF file."""
+    """`ollama create NAME -f Modelfile` in the folder; the chat template is in the GGUF file.
+
+    Args:
+        adapter_of: the base of an adapter: a name, or a file, whose relative path Ollama would look for beside the Modelfile.
+    """
     if adapter_of is None:
         text = "FROM ./model.gguf\n"
         if tokenizer.eos_token:
             text += f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n"
     else:
+        if Path(adapter_of).expanduser().exists():
+            adapter_of = str(Path(adapter_of).expanduser().resolve())
         text = f"# The base that the adapter was trained on, as Ollama names it or as a GGUF file.\nFROM {adapter_of}\n"
         text += "ADAPTER ./adapter.gguf\n"
     (folder / "Modelfile").write_text(text, encoding="utf-8")
@@ -188,19 +195,6 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
         raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
     if window := getattr(config, "sliding_window", None):
         writer.add_sliding_window(window)
-
-
-def _rope_frequencies(config: Any) -> Any:
-    """Llama-3.1's scaling, as the divisor of each frequency (arXiv 2407.21783, §3.2; transformers' rope type llama3)."""
-    rope = config.rope_parameters
-    if rope.get("rope_type") != "llama3":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return (plain / scaled).float().numpy()
 
 
 def _copy_tokenizer(writer: GGUFWriter, file: Path) -> None:

@@ -82,6 +82,11 @@ def merge(
     adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
     adapter.check_fit(maps_of(checkpoint.shapes))
+    if quantization is None and checkpoint.packed:
+        raise InputError(
+            f"--model {source.name}: stored in 4 bits, and --base original asks for 16-bit weights; leave it out, or pass the 16-bit "
+            "model that it was made from."
+        )
     updates = low_rank_updates(adapter)
     tokenizer = load_tokenizer(source)
     pieces = merged_pieces(checkpoint, updates, quantization, config)
@@ -108,7 +113,10 @@ def merge(
             "bytes": sum(file.stat().st_size for file in partial.iterdir() if file.suffix in (".safetensors", ".gguf")),
         }
         if verify:
-            written, saved_config = open_folder(partial, "model.gguf" if format == "gguf" else None)
+            # llama.cpp reads biases from a GGUF file, and transformers does not: so the base's own config says what is there.
+            written, saved_config = (
+                open_folder(partial, "model.gguf", config=config) if format == "gguf" else open_folder(partial)
+            )
             report |= compare(
                 config,
                 lambda name: base_pieces(checkpoint, quantization, config, name),

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from qalora.errors import InputError
-from qalora.files import holds
+from qalora.files import check_folder, holds
 
 REPORT = "merge.json"
 
@@ -19,11 +19,10 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
         InputError: a file; a folder that holds the adapter or the base; without `overwrite`, a folder with
             anything but a previous merge of the same model and adapter.
     """
-    for source in (adapter, Path(model)):
+    for source in (adapter, Path(model).expanduser()):
         if source.exists() and holds(output_dir, source):
             raise InputError(f"{output_dir}: holds {source}, which the merge reads; choose another output folder.")
-    if output_dir.is_file():
-        raise InputError(f"{output_dir}: is a file; choose a folder.")
+    check_folder(output_dir, str(output_dir))
     if overwrite or not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     try:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from qalora.errors import InputError
-from qalora.files import holds
+from qalora.files import check_folder, holds
 
 # What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
 RUN_FILES = ("recipe.yaml", "allocation.jsonl", "metrics.json")
@@ -28,8 +28,7 @@ def check_output_dir(output_dir: Path, reads: list[Path], *, checkpoint: Path | 
     Raises:
         InputError: the folder is in use, by another run or by a later part of this one, or would be emptied of what the run reads.
     """
-    if output_dir.is_file():
-        raise InputError(f"output_dir={output_dir}: a file; choose a folder.")
+    check_folder(output_dir, f"output_dir={output_dir}", replaced=False)
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     if checkpoint is not None:

@@ -20,7 +20,7 @@ from qalora.adapter.model import (
 from qalora.adapter.saved import check_adapter, rank_of, read_config, scaling_of
 from qalora.adapter.surgery import apply_plan
 from qalora.base.registry import resolve
-from qalora.errors import InputError
+from qalora.errors import AnswerNo, InputError
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -282,7 +282,7 @@ def test_sync_is_idempotent(uneven):
 
 
 def test_an_untrained_adapter_is_not_saved(tiny_llama, tmp_path):
-    with pytest.raises(RuntimeError, match="untrained"):
+    with pytest.raises(AnswerNo, match="untrained"):
         save_adapter(attach(tiny_llama(), r=2, alpha=4), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
@@ -291,14 +291,14 @@ def test_an_untrained_adapter_is_not_saved(tiny_llama, tmp_path):
 def test_an_adapter_that_is_not_finite_is_not_saved(tiny_adapter, tmp_path, value):
     model = tiny_adapter()
     gated_layers(model)[V].A.data[0, 0] = value
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(AnswerNo, match="not finite"):
         save_adapter(model, tmp_path / "adapter")
 
 
 def test_an_empty_adapter_is_not_saved(tiny_adapter, tmp_path):
     model = tiny_adapter(r=1, targets=["q_proj"])
     apply_plan(model, AllocationPlan(dict.fromkeys(ranks(model), (0,)), {}))
-    with pytest.raises(RuntimeError, match=r"every rank was pruned.*min_rank=1"):
+    with pytest.raises(AnswerNo, match=r"every rank was pruned.*min_rank=1"):
         save_adapter(model, tmp_path / "adapter")
 
 
@@ -411,3 +411,19 @@ def test_files_that_are_refused(tiny_llama, saved):
     (saved / "adapter_config.json").write_text("[")
     with pytest.raises(InputError, match="not valid JSON"):
         load_adapter(tiny_llama(), saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": "four"}, "r is 'four', not a number above 0"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern of q_proj is 0, not a number above 0"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\(', which is no regular expression"),
+        ({"rank_pattern": [4]}, "rank_pattern is list, not numbers by module"),
+    ],
+)
+def test_numbers_of_a_saved_adapter_that_are_none_are_named(saved, change, message):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {message}"):
+        read_config(saved)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
 from qalora.base import checkpoint as checkpoint_module
@@ -39,6 +40,23 @@ def test_trained_weights_are_those_that_loading_for_training_gives(
         parts = list(trained_pieces(checkpoint, f"{module}.weight", Quantization(quant_type, double_quant, dtype)))
         assert (len(parts) > 1) == (linear.weight.quant_state.shape.numel() > max(stretch, 64 * linear.in_features))
         assert torch.equal(torch.cat(parts), dequantize(linear, dtype).float()), module
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_packed_weights_are_read_whatever_their_storage_and_blocks(folder, tmp_path, monkeypatch, storage, blocksize):
+    """In several stretches, as a map of real size is."""
+    monkeypatch.setattr(checkpoint_module, "STRETCH", 2048)
+    weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    codes, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", quant_storage=storage)
+    packed = {"w.weight": codes, **{f"w.weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    save_file(packed, tmp_path / "model.safetensors")
+    checkpoint = checkpoint_module._Safetensors(tmp_path)
+    parts = list(trained_pieces(checkpoint, "w.weight", Quantization("fp4", True, torch.float32)))
+    assert len(parts) > 1
+    absmax = weight.view(-1, blocksize).abs().amax(1, keepdim=True)
+    assert torch.equal(torch.cat(parts), dequantize_4bit(codes, state))
+    assert ((torch.cat(parts) - weight).view(-1, blocksize).abs() <= 0.16 * absmax).all()  # NF4's widest gap is 0.304
 
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("fp4", False)])

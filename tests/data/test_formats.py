@@ -432,6 +432,11 @@ def test_blank_lines_in_a_csv_are_no_rows(file):
         ("r.csv", "", ": no rows in it."),
         ("r.jsonl", '{"a": 1}\n{"a": }\n', ", line 2: not valid JSON (Expecting value, column 7)."),
         ("r.json", '[{"a": 1},\n{"a": }]', ", line 2: not valid JSON (Expecting value, column 7)."),
+        (
+            "r.json",
+            '{"a": 1}\n{"a": 2}\n',
+            ", line 2: not valid JSON (Extra data, column 1) (a row a line? then call it .jsonl).",
+        ),
         ("r.jsonl", '{"a": 1}\n\n[2]\n', ", line 3: a row is an object with columns, this is list."),
         ("r.json", '[{"a": 1}, "b"]', ", row 1: a row is an object with columns, this is str."),
         (
@@ -470,6 +475,15 @@ def test_what_is_neither_a_file_nor_on_the_hub_is_named():
         InputError, match=r"^data nobody/nothing: neither a file nor a data set of the Hub .*split test"
     ):
         read_rows("nobody/nothing", split="test")
+
+
+def test_a_cell_may_be_longer_than_the_csv_modules_limit(file):
+    assert read_rows(file("r.csv", "text\n" + "x" * 200_000 + "\n")) == [{"text": "x" * 200_000}]
+
+
+def test_a_text_has_no_use_for_labels():
+    with pytest.raises(InputError, match=r"rows of format text have no use for data\.labels; leave it out"):
+        to_example({"text": "red"}, 0, format="text", labels={"a": "b"})
 
 
 @pytest.mark.parametrize("setting", ["prompt_template", "completion_template", "labels"])
