@@ -81,7 +81,8 @@ def load_base(
         model = _from_pretrained(source, storage_dtype(compute_dtype), "cpu")
         quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
         model.to(device)
-        model.hf_device_map = {"": device}
+        if hasattr(model, "hf_device_map"):  # which accelerate compares with the device that is trained on
+            model.hf_device_map = {"": device}
         _declare_quantized(model, config)
     else:
         model = _from_pretrained(source, compute_dtype, device, None if stored_4bit else config)

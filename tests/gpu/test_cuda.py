@@ -6,15 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
-from qalora.adapter.model import attach, gated_layers, ranks
+from qalora.adapter.model import attach, gated_layers, ranks, write_adapter
 from qalora.adapter.quantization_start import start_at_quantization_error
 from qalora.adapter.round import RoundSettings, keep_best_corrections
 from qalora.adapter.surgery import apply_plan
+from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.loss import fused_loss, label_only_loss, liger_loss
-from qalora.base.quantized import quantize_
+from qalora.base.quantized import dequantize, linear_maps, quantize_
+from qalora.base.registry import resolve
+from qalora.deploy.merging import merge
 from qalora.training.activations import set_checkpointing
 from qalora.training.ladder import Ladder
 
@@ -171,6 +175,30 @@ def test_the_ladder_gives_the_same_gradients_after_a_real_out_of_memory(tiny_lla
     assert said and "in 2 pieces" in said[0]
     assert loss.item() == pytest.approx(whole.item(), rel=1e-4)
     assert torch.cosine_similarity(gradients(), expected, dim=0) > 0.999
+
+
+def test_a_gguf_base_is_quantized_on_the_card_without_its_16_bit_model_there(save_tiny_llama, tmp_path):
+    from accelerate import Accelerator
+
+    wide = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
+    folder = save_tiny_llama(tmp_path / "model", **wide)
+    source = resolve(str(folder))
+    (tmp_path / "adapter").mkdir()
+    write_adapter(attach(AutoModelForCausalLM.from_pretrained(folder), r=1, alpha=1), tmp_path / "adapter")
+    merge(source, tmp_path / "adapter", tmp_path / "gguf", quantization=None, format="gguf", gguf_type="f32")
+    tokenizer = load_tokenizer(source)
+    expected = load_base(source, dtype="bfloat16", tokenizer=tokenizer).model
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    base = load_base(resolve(str(tmp_path / "gguf" / "model.gguf")), dtype="bfloat16", tokenizer=tokenizer).model
+    held = torch.cuda.memory_allocated() - before
+    assert (
+        torch.cuda.max_memory_allocated() - before < held + 16 * 512 * 1024
+    )  # and not the 16-bit maps, 8 times as much
+    for name, module in linear_maps(base).items():
+        assert torch.equal(dequantize(module), dequantize(expected.get_submodule(name))), name
+    assert {parameter.device.type for parameter in base.parameters()} == {"cuda"}
+    assert Accelerator().prepare_model(attach(base, r=2, alpha=4)).device.type == "cuda"
 
 
 def test_liger_computes_our_loss():
