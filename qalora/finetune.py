@@ -391,6 +391,14 @@ def check_reporting(names: Sequence[str]) -> None:
         raise InputError(f"training.report_to={','.join(names)}: {' '.join(str(error).split())}") from None
 
 
+# What the weights and moments of a checkpoint have in them.
+FIXED = (
+    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"),
+    ("quantization", "load_in_4bit"), ("quantization", "bnb_4bit_quant_type"), ("quantization", "bnb_4bit_use_double_quant"),
+    ("training", "optim"),
+)  # fmt: skip
+
+
 def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
     """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted.
 
@@ -416,14 +424,6 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
     if recipe.training.fit:
         for name in fitted(recipe):
             setattr(recipe.training, name, begun["training"][name])
-
-
-# What the weights and moments of a checkpoint have in them.
-FIXED = (
-    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"),
-    ("quantization", "load_in_4bit"), ("quantization", "bnb_4bit_quant_type"), ("quantization", "bnb_4bit_use_double_quant"),
-    ("training", "optim"),
-)  # fmt: skip
 
 
 def say(recipe: Recipe, text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qalora.base.gguf_names import architecture
+from qalora.base.gguf_names import ARCHITECTURES, architecture
 from qalora.base.gguf_reader import GGUFReader, fast_gguf
 from qalora.errors import InputError
 
@@ -28,7 +28,7 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     with fast_gguf():
         config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
     file = Path(folder) / gguf_file
-    if config.model_type in ("llama", "mistral", "qwen2"):
+    if config.model_type in ARCHITECTURES:  # the others are refused by whoever asked
         reader = GGUFReader(str(file))
         _check_biases(reader, config, file)
         config.rope_parameters = dict(config.rope_parameters) | _scaling(reader, config, file)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -184,7 +185,7 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     try:
         with fast_gguf():
             return load(source.location, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         hint = {
             "hub": "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded",
