@@ -107,7 +107,7 @@ def ours(*, kind: str = "qalora", rate_of: str | None = None, **settings: Any) -
 ALLOCATION = dict(
     allocation__rounds=4, allocation__warmup=0.3, allocation__interval=0.08, allocation__budget="parameters"
 )
-AS_SHIPPED = dict(allocation__rounds=None, allocation__budget="parameters")  # a round for every hundred steps
+THREE = dict(allocation__rounds=3, allocation__budget="parameters")  # after 171, 214 and 257 of 300 steps
 SCORES = dict(
     lora__init="quantization", allocation__start="scores", allocation__rounds=0, allocation__budget="parameters"
 )
@@ -143,8 +143,8 @@ FULL = CORE | {
 LONG = {
     "lora": CORE["lora"],
     "lora-quantization": CORE["lora-quantization"],
-    "alora-quantization": ours(lora__init="quantization", **AS_SHIPPED, rate_of="lora-quantization"),
-    "random-quantization": ours(lora__init="quantization", **AS_SHIPPED, kind="random", rate_of="lora-quantization"),
+    "alora-quantization": ours(lora__init="quantization", **THREE, rate_of="lora-quantization"),
+    "random-quantization": ours(lora__init="quantization", **THREE, kind="random", rate_of="lora-quantization"),
 }
 BUDGETS = {name: method for name, method in FULL.items() if name.endswith(("-r2", "-r16"))}
 METHODS = FULL | LONG
@@ -392,7 +392,7 @@ def answered(
 def default_method(task: str, steps: int) -> str:
     """What `qalora finetune` does in a run of this length when nothing about the adapter is set."""
     run = Run(task, "", 0, 1e-3, "test", steps, "auto")
-    recipe = recipe_of(run, TASKS[task], ours(lora__init="auto", **AS_SHIPPED), Path())
+    recipe = recipe_of(run, TASKS[task], ours(lora__init="auto", allocation__rounds=None), Path())
     moves = "alora" if recipe.allocation.rounds_in(steps) else "lora"
     return f"{moves}-{recipe.chosen_init(sixteen_bit=True)}"
 

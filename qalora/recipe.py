@@ -30,6 +30,7 @@ from qalora.base.memory import Checkpointing
 from qalora.base.registry import BLOCK_MAPS
 from qalora.errors import InputError
 
+ROUNDS_FROM = 1000  # steps of a run
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 
@@ -154,8 +155,8 @@ class AllocationConfig(Section):
     rounds: int | None = Field(
         None,
         ge=0,
-        description="N_A, rounds of pruning and growing at most; null: the paper's 8, and no more than one for every 100 steps of the "
-        "run, for in runs of 36 and 80 steps they gave nothing; 0: ranks stay as they start, which is plain LoRA by default",
+        description="N_A, rounds of pruning and growing at most; null: the paper's 8 in runs of 1,000 steps or more, and none in shorter "
+        "ones, for in runs of 20 to 300 steps they gave nothing (bench/results); 0: ranks stay as they start",
     )
     prune_per_round: int | None = Field(
         None, ge=1, description="n_A, ranks; null: one per module, and at most half of all"
@@ -182,7 +183,9 @@ class AllocationConfig(Section):
 
     def rounds_in(self, total_steps: int) -> int:
         """N_A of a run of so many optimizer steps."""
-        return min(8, total_steps // 100) if self.rounds is None else self.rounds
+        if self.rounds is not None:
+            return self.rounds
+        return 8 if total_steps >= ROUNDS_FROM else 0
 
     @property
     def kind(self) -> Literal["sum", "drop", "alone", "path"]:

@@ -66,8 +66,8 @@ def test_the_papers_schedule(settings):
     assert (recipe.training.early_stopping_patience, recipe.data.max_seq_len) == (10, 2048)
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(99, 0), (100, 1), (250, 2), (799, 7), (800, 8), (10_000, 8)])
-def test_a_round_for_every_hundred_steps_unless_it_is_given(steps, rounds):
+@pytest.mark.parametrize(("steps", "rounds"), [(20, 0), (300, 0), (999, 0), (1000, 8), (10_000, 8)])
+def test_rounds_from_a_thousand_steps_on_unless_they_are_given(steps, rounds):
     assert build().allocation.rounds_in(steps) == rounds
     assert build(("allocation.rounds", 5)).allocation.rounds_in(steps) == 5
     assert build(("allocation.preset", "paper")).allocation.rounds_in(steps) == 8
