@@ -66,13 +66,7 @@ def random_llama(shape: ModelShape, *, device: str, compute_dtype: torch.dtype) 
         setattr(
             model.get_submodule(parent),
             child,
-            quantized(
-                linear,
-                quant_type="nf4",
-                double_quant=True,
-                compute_dtype=compute_dtype,
-                device=linear.weight.device,
-            ),
+            quantized(linear, quant_type="nf4", double_quant=True, compute_dtype=compute_dtype),
         )
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -263,8 +263,8 @@ def check_pruning(recipe: Recipe, source: ModelSource) -> None:
     from qalora.errors import InputError
     from qalora.plan import first_ranks
 
-    asked, budget = recipe.allocation.prune_per_round, sum(first_ranks(recipe, shape_of(source)).values())
-    if asked is not None and asked >= budget:
+    asked, budget = recipe.allocation.prune_per_round or 0, sum(first_ranks(recipe, shape_of(source)).values())
+    if asked >= budget:
         raise InputError(
             f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves nothing to "
             "train; lower it (default: one per module)."

@@ -485,11 +485,12 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         word = rest.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
         if not equals:
             if not word.startswith("--"):
                 raise InputError(f"{word}: not an option; write key=value or --key value.")
             text = rest.pop(0) if rest and not _starts_setting(rest[0]) else "true"
-        overrides.append((key.replace("-", "_"), _parsed(key.replace("-", "_"), text)))
+        overrides.append((key, _parsed(key, text)))
     return overrides
 
 

@@ -35,6 +35,11 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     return config
 
 
+def head_dim(config: Any) -> int:
+    """Of older configs, which do not say it, the share of the hidden size."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_divisors(config: Any) -> Any:
     """(head_dim / 2,) what Llama 3.1's scaling divides each frequency by (arXiv 2407.21783, §3.2; transformers' rope type
     llama3); None of another type."""
@@ -42,8 +47,8 @@ def rope_divisors(config: Any) -> Any:
     if rope.get("rope_type") != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    width = head_dim(config)
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     return (plain / scaled).float().numpy()
 
 

@@ -47,11 +47,7 @@ def quantize_(
             model.get_submodule(parent),
             child,
             quantized(
-                linear,
-                quant_type=quant_type,
-                double_quant=double_quant,
-                compute_dtype=compute_dtype,
-                device=device or linear.weight.device,
+                linear, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype, device=device
             ),
         )
         linear.weight.data = torch.empty(0)
@@ -64,9 +60,10 @@ def quantized(
     quant_type: str,
     double_quant: bool,
     compute_dtype: torch.dtype,
-    device: str | torch.device,
+    device: str | torch.device | None = None,
 ) -> Linear4bit:
-    """The 4-bit form of one map, on the device."""
+    """The 4-bit form of one map, on the device, or where it is."""
+    device = device or linear.weight.device
     module = Linear4bit(
         linear.in_features,
         linear.out_features,

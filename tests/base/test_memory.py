@@ -4,6 +4,7 @@ at the worst moment of a real step within 5 %."""
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,16 @@ from qalora.training.ladder import Ladder
 # Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.
 ODD = dict(hidden_size=160, intermediate_size=321, num_attention_heads=4, num_key_value_heads=2, head_dim=40)
 SHAPE = ModelShape(num_hidden_layers=2, vocab_size=128, **ODD)
+# Small, but so wide that activations are more than what surrounds them.
+SMALL = ModelShape(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=64, vocab_size=64,
+)  # fmt: skip
 MIXED = {name: (3, 16, 29)[i % 3] for i, name in enumerate(SHAPE.linear_maps())}
+
+
+def config_of(shape: ModelShape) -> dict:
+    return {key: value for key, value in vars(shape).items() if key != "attention_bias"}
 
 
 def size(tensors) -> int:
@@ -152,12 +162,8 @@ def test_what_a_choice_does_to_the_plan():
 @pytest.mark.parametrize("seq_len", [4, 256])
 def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, kept, seq_len):
     """The second one's gradients grow beside the first one's: with rows of 4 tokens they are the most of it."""
-    shape = ModelShape(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=64,
-    )  # fmt: skip
-    config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
-    model = attach(tiny_llama(four_bit=True, **config), r=8, alpha=16).train()
+    shape = SMALL
+    model = attach(tiny_llama(four_bit=True, **config_of(shape)), r=8, alpha=16).train()
     use_lean_norms(model)
     set_checkpointing(model, kept)
     ladder = Ladder(model, say=print)
@@ -214,15 +220,11 @@ STEPS = {
 @pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
 def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
     settings = dict(settings)
-    shape = ModelShape(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=settings.pop("vocab_size", 64),
-    )  # fmt: skip
+    shape = replace(SMALL, vocab_size=settings.pop("vocab_size", SMALL.vocab_size))
     settings = dict(micro_batch_size=1, load_in_4bit=True, mlp_tile=None, ranks=8, dropout=0.0) | settings
-    config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
     model = tiny_llama(
         getattr(torch, settings["compute_dtype"]), four_bit=settings["load_in_4bit"],
-        max_position_embeddings=2048, **config,
+        max_position_embeddings=2048, **config_of(shape),
     )  # fmt: skip
     model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"], dropout=settings["dropout"]).train()
     use_lean_norms(model)
@@ -243,12 +245,9 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
 
 @pytest.mark.parametrize(("ranks", "seq_len"), [(8, 64), (32, 64), (4, 1024)], ids=["8", "many", "few"])
 def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, ranks, seq_len):
-    shape = ModelShape(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=64,
-    )  # fmt: skip
-    config = {key: value for key, value in vars(shape).items() if key != "attention_bias"}
-    model = attach(tiny_llama(four_bit=True, max_position_embeddings=2048, **config), r=ranks, alpha=2 * ranks).train()
+    shape = SMALL
+    base = tiny_llama(four_bit=True, max_position_embeddings=2048, **config_of(shape))
+    model = attach(base, r=ranks, alpha=2 * ranks).train()
     use_lean_norms(model)
     use_label_only_loss(model.get_base_model())
     set_checkpointing(model, True)
