@@ -153,7 +153,7 @@ def started(base: Any, checkpoint: Checkpoint, batch: Sequence[dict[str, Any]], 
         budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0, scoring="first-order",
         importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0,
     )  # fmt: skip
-    record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings)
+    record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings, even)
     model.unload()
     return record["ranks"]
 

@@ -13,6 +13,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qalora evaluate",
         description="Evaluates a base, with an adapter or without, or a merged model (--no-quantize).",
+        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
+        "answer}.",
+        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
     parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
@@ -69,22 +72,19 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
 
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json
-    from qalora.recipe import load_recipe
+    from qalora.recipe import load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     if args.output:
         check_writable(args.output)
-    recipe = (
-        load_recipe(args.recipe, settings(args))
-        if args.recipe
-        else resolve_recipe(settings(args), origin="qalora evaluate")
-    )
+    asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
+    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
 

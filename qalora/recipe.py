@@ -475,13 +475,18 @@ def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     return recipe
 
 
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+def parse_overrides(
+    arguments: Sequence[str], sections: Sequence[str] = tuple(Recipe.model_fields)
+) -> list[tuple[str, Any]]:
     """`--key value`, `--key=value`, `--flag` and `key=value` → (key, value), values parsed as YAML.
 
+    Args:
+        sections: of the recipe, those that the command reads.
+
     Raises:
-        InputError: a word that is none of these, or a value that is not YAML.
+        InputError: a word that is none of these, a value that is not YAML, or a setting of another section.
     """
-    overrides, rest = [], list(arguments)
+    overrides, rest, known = [], list(arguments), dict(setting_types())
     while rest:
         word = rest.pop(0)
         key, equals, text = word.removeprefix("--").partition("=")
@@ -490,6 +495,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not word.startswith("--"):
                 raise InputError(f"{word}: not an option; write key=value or --key value.")
             text = rest.pop(0) if rest and not _starts_setting(rest[0]) else "true"
+        canonical, _ = _canonical(key, None, known)
+        if canonical and canonical.split(".")[0] not in sections:
+            raise InputError(f"{key}: has no effect here; settings of {', '.join(sections)} can follow.")
         overrides.append((key, _parsed(key, text)))
     return overrides
 

@@ -13,6 +13,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qalora score",
         description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
+        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: answer}.",
+        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
@@ -62,19 +64,16 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
 
     from qalora.base.registry import resolve
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json
-    from qalora.recipe import load_recipe
+    from qalora.recipe import load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
-    recipe = (
-        load_recipe(args.recipe, settings(args))
-        if args.recipe
-        else resolve_recipe(settings(args), origin="qalora score")
-    )
+    asked = [*settings(args), *parse_overrides(rest, ("data",))]
+    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")

@@ -129,8 +129,19 @@ def test_flags_that_are_not_given_leave_the_recipe_alone():
         (["--data", "ROWS", "--metrics", "accuracy", "--choices", "true,false"], "none of the choices"),
         (["--data", "ROWS", "--adapter", "no-such-folder"], "no-such-folder"),
         (["--data", "ROWS", "--output", "FOLDER"], "a folder; name a file in it"),
+        (["--data", "ROWS", "--metric", "loss"], "metric: unknown setting"),
+        (["--data", "ROWS", "lr=1e-4"], "lr: has no effect here; settings of data, evaluation can follow"),
     ],
-    ids=["no data", "no validation rows", "unknown metric", "wrong choices", "no adapter", "output is a folder"],
+    ids=[
+        "no data",
+        "no validation rows",
+        "unknown metric",
+        "wrong choices",
+        "no adapter",
+        "output is a folder",
+        "typo",
+        "no setting of an evaluation",
+    ],
 )
 def test_bad_input_is_named_before_any_weights_load(folder, rows, monkeypatch, flags, message):
     def never(*args, **kwargs):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -547,6 +548,43 @@ def test_a_round_out_of_memory_scores_the_same_ranks_in_pieces(finetune, default
     assert code == 0
     assert seen == [4, 2, 2]  # the second round begins where the first one had to go
     assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(default_run)]
+
+
+@pytest.mark.parametrize(
+    ("start", "breaks", "at"),
+    [
+        ("lora.init=gradient", "gradient_start._gradients", 2),
+        ("lora.init=quantization", "quantization_start.correction", 2),
+        ("allocation.start=scores", "round.midpoint_shares", 1),
+    ],
+)
+def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, breaks, at):
+    """It breaks off halfway, when some maps or the number of ranks have changed, and ends as if it never had."""
+
+    def begun(output: str) -> list[torch.Tensor]:
+        code, folder = finetune(
+            start, "allocation.preset=null", "allocation.rounds=0", "training.micro_batch_size=4", "lora.init_rows=4",
+            "training.max_steps=1", "training.learning_rate=1e-9", output=output,
+        )  # fmt: skip
+        assert code == 0
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        pairs = [(A, saved[name.replace("lora_A", "lora_B")]) for name, A in saved.items() if "lora_A" in name]
+        return [part for A, B in pairs for part in (A.T @ A, B @ A)]  # the order and the signs of ranks mean nothing
+
+    whole = begun("whole")
+    module, name = breaks.split(".")
+    work, batches = getattr(import_module(f"qalora.adapter.{module}"), name), []
+
+    def failing(*args, **kwargs):
+        batches.append(args)
+        if len(batches) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(f"qalora.adapter.{module}.{name}", failing)
+    for again, once in zip(begun("again"), whole, strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-3, atol=1e-4)
+    assert len(batches) > at
 
 
 def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):

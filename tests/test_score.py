@@ -172,5 +172,9 @@ def test_a_recipe_reads_the_rows(score, rows, tmp_path):
     )
     found = score("--method", "first-order", "--recipe", str(recipe), data=other)
     assert found["scores"] == plain["scores"]
+    assert (
+        score("--method", "first-order", "data.columns={q: prompt, a: completion}", data=other)["scores"]
+        == plain["scores"]
+    )
     with pytest.raises(InputError, match="prompt"):
         score("--method", "first-order", data=other)

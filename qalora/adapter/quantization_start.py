@@ -44,8 +44,11 @@ def start_at_quantization_error(
         original: the weights that were quantized.
         generator: CPU generator that chooses tokens, for runs that can be repeated.
     """
+    layers = gated_layers(model)
+    for layer in layers.values():
+        layer.B.data.zero_()  # of an attempt that broke off: inputs are those of the base alone
     inputs = sampled_inputs(model, some_rows(batch, generator), generator)
-    for name, layer in gated_layers(model).items():
+    for name, layer in layers.items():
         error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A

@@ -120,22 +120,29 @@ def allocation_round(
 
 
 def keep_best_corrections(
-    model: PeftModel, optimizer: Any, batch: Sequence[MicroBatch], original: Weights, settings: RoundSettings
+    model: PeftModel,
+    optimizer: Any,
+    batch: Sequence[MicroBatch],
+    original: Weights,
+    settings: RoundSettings,
+    even: Mapping[str, int],
 ) -> tuple[dict[str, Any], PerRank]:
     """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that lower the loss
-    most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero.
+    most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero. An attempt that broke off can
+    be begun anew.
 
     Args:
         batch: training rows.
+        even: module → the ranks that it was given.
         original: the 16-bit weights (quantization_start.py).
 
     Returns:
         (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see `midpoint_shares`).
     """
     start = time.perf_counter()
-    even, generator = ranks(model), torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     candidates = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
-    apply_plan(model, _moved(even, candidates), optimizer, generator=generator)
+    apply_plan(model, _moved(ranks(model), candidates), optimizer, generator=generator)
     start_at_quantization_error(model, batch, original, generator=generator)
     importance = midpoint_shares(model, batch)
     cost = rank_parameters(model, even)

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Schedule, Share
 from qalora.adapter.gradient_start import start_along_gradient
+from qalora.adapter.model import ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.adapter.scoring import RankScores
@@ -87,7 +88,10 @@ class AllocationCallback(TrainerCallback):
         self.history = [record for record in self.history if record["step"] <= state.global_step]
         write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
         if state.global_step == 0 and self.start.init != "kaiming":
-            self._begin(model, optimizer, on_device(self.start.batch, args.device))
+            even = ranks(model)
+            self.ladder.attempt(
+                on_device(self.start.batch, args.device), lambda batch: self._begin(model, optimizer, batch, even)
+            )
 
     def on_step_end(
         self,
@@ -119,12 +123,14 @@ class AllocationCallback(TrainerCallback):
         """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
         return sum(record["step"] > 0 for record in self.history)
 
-    def _begin(self, model: Any, optimizer: Any, batch: Sequence[MicroBatch]) -> None:
+    def _begin(self, model: Any, optimizer: Any, batch: Sequence[MicroBatch], even: Mapping[str, int]) -> None:
         generator = torch.Generator().manual_seed(self.settings.seed)
         if self.start.original is None:
             start_along_gradient(model, batch, generator=generator)
         elif self.start.share == "scores":
-            record, importance = keep_best_corrections(model, optimizer, batch, self.start.original, self.settings)
+            record, importance = keep_best_corrections(
+                model, optimizer, batch, self.start.original, self.settings, even
+            )
             self._keep(record, {"method": "midpoint", "importance": importance})
         else:
             start_at_quantization_error(model, batch, self.start.original, generator=generator)

@@ -119,7 +119,7 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
         parameters=parameters,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    record, importance = keep_best_corrections(model, optimizer, rows, weights.__getitem__, settings)
+    record, importance = keep_best_corrections(model, optimizer, rows, weights.__getitem__, settings, ranks(model))
 
     start_at_quantization_error(
         candidates, rows, weights.__getitem__, generator=torch.Generator().manual_seed(0)

@@ -85,7 +85,7 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
     settings = RoundSettings(
         budget=48 * 14, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
     )
-    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings)
+    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings, ranks(best))
     assert record["total_rank"] == 48 * 14
     assert losses(best, on_card).sum() < before.sum()
 
