@@ -43,7 +43,8 @@ def report(
     defaults: Mapping[str, str],
     plot: Path,
 ) -> str:
-    """Markdown: for every task median, points by seed and paired differences to LoRA; then where the ranks went.
+    """Markdown: for every task median, points by seed and paired differences to LoRA, and seconds of runs on the default's processor;
+    then where the ranks went.
 
     Args:
         lines: of the runs that were measured on test rows, the rest is left out.
@@ -120,6 +121,8 @@ def _row(
     values = {seed: line["result"][measure.name] for seed, line in sorted(own.items())}
     difference = None if method == BASELINE else _difference(own, found.get((task, BASELINE), {}), measure)
     first = next(iter(own.values()))
+    processors = {line["device"] for line in found.get((task, default), own).values()}
+    seconds = [line["cpu_seconds"] for line in own.values() if line["device"] in processors]
     return {
         "method": f"**{method}**, the default" if method == default else method,
         "median": f"{statistics.median(values.values()):.4f}",
@@ -128,7 +131,7 @@ def _row(
         **({} if measure.name == "loss" else {"median loss": f"{statistics.median(_values(own.values(), LOSS)):.4f}"}),
         "lr": f"{first['run']['learning_rate']:g}",
         "parameters": f"{max(line['parameters'] for line in own.values()):,}",
-        "CPU seconds": f"{statistics.median(line['cpu_seconds'] for line in own.values()):.0f}",
+        "CPU seconds": f"{statistics.median(seconds):.0f}" if seconds else None,  # where the default ran
         "peak MB": f"{statistics.median(line['peak_bytes'] for line in own.values()) / 1e6:.0f}",
     }
 
