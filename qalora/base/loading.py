@@ -243,12 +243,16 @@ def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> No
 
 
 def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str) -> None:
-    """bitsandbytes 0.50 on a CPU lays blocks of 64 weights along each row, but quantizes the flattened matrix."""
+    """bitsandbytes 0.50 on a CPU with AVX-512 lays blocks along each row, but quantizes the flattened matrix."""
+    if torch.device(device).type != "cpu":
+        return
+    module: Any
     for name, module in linear_maps(model).items():
-        if torch.device(device).type == "cpu" and is_4bit(module) and module.in_features % 64:
+        block = module.weight.quant_state.blocksize if is_4bit(module) else 1
+        if module.in_features % block:
             raise InputError(
                 f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows that are no "
-                "multiple of 64 wrongly on a CPU; use --no-quantize, or a GPU."
+                f"multiple of {block}, its block, wrongly on a CPU; use a GPU, or the 16-bit model with --no-quantize."
             )
 
 

@@ -55,7 +55,8 @@ def test_packed_weights_are_read_whatever_their_storage_and_blocks(folder, tmp_p
     parts = list(trained_pieces(checkpoint, "w.weight", Quantization("fp4", True, torch.float32)))
     assert len(parts) > 1
     absmax = weight.view(-1, blocksize).abs().amax(1, keepdim=True)
-    assert torch.equal(torch.cat(parts), dequantize_4bit(codes, state))
+    state.shape = torch.Size((1, weight.numel()))  # on a CPU rows of 64 are dequantized wrongly in blocks of 128
+    assert torch.equal(torch.cat(parts), dequantize_4bit(codes, state).view_as(weight))
     assert ((torch.cat(parts) - weight).view(-1, blocksize).abs() <= 0.16 * absmax).all()  # NF4's widest gap is 0.304
 
 

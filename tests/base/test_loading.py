@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -59,6 +60,18 @@ def test_rows_that_are_no_multiple_of_64_are_refused_on_a_cpu(saved):
     with pytest.raises(InputError, match=r"mlp\.down_proj has 96 inputs.*--no-quantize"):
         load(path)
     assert load(path, load_in_4bit=False).quantized is False
+
+
+def test_a_4_bit_folder_whose_rows_are_no_whole_blocks_is_refused_on_a_cpu(saved, tmp_path):
+    path, _ = saved()
+    model = load(path).model
+    for linear in linear_maps(model).values():
+        weight = Params4bit(dequantize(linear), requires_grad=False, blocksize=128, quant_type="nf4", module=linear)
+        linear.weight = weight.to("cpu")
+    model.save_pretrained(tmp_path / "4bit")
+    word_tokenizer(unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path / "4bit")
+    with pytest.raises(InputError, match=r"q_proj has 64 inputs, and .* no multiple of 128, its block"):
+        load(tmp_path / "4bit")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
