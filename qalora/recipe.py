@@ -498,15 +498,13 @@ def parse_overrides(
         canonical, _ = _canonical(key, None, known)
         if canonical and canonical.split(".")[0] not in sections:
             raise InputError(f"{key}: has no effect here; settings of {', '.join(sections)} can follow.")
-        overrides.append((key, _parsed(key, text)))
+        overrides.append((key, _parsed(key, text, known.get(canonical or ""))))
     return overrides
 
 
-def _parsed(key: str, text: str) -> Any:
+def _parsed(key: str, text: str, annotation: Any) -> Any:
     """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
-    known = dict(setting_types())
-    canonical, _ = _canonical(key, None, known)
-    if canonical and known[canonical] in (str, str | None) and text not in ("", "null") and text[:1] not in "\"'":
+    if annotation in (str, str | None) and text not in ("", "null") and text[:1] not in "\"'":
         return text
     try:
         return yaml.safe_load(text)
