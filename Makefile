@@ -10,8 +10,8 @@ demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate b
 	$(PY) -m qalora.generate --model smollm2-135m --adapter outputs/quickstart/adapter --max-new-tokens 32 \
 		--prompt "Please send Mara 3 red mugs to Oslo by Friday."
 
-test: $(VENV)/.installed        ## the whole test suite, no network, no GPU
-	$(PY) -m pytest
+test: $(VENV)/.installed        ## the whole test suite, no network, no GPU; one torch thread a worker
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed        ## ruff and mypy
 	$(VENV)/bin/ruff check .

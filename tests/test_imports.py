@@ -27,7 +27,7 @@ FOUNDATION = {
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
-TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "data.formats"]
+TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "data.formats", "data.reading"]
 COMMAND_NAMES = ["finetune", "plan", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qalora.data.formats import Example, Turn, detect_format, read_rows, to_example
+from qalora.data.formats import Example, Turn, detect_format, to_example
+from qalora.data.reading import read_rows
 from qalora.errors import InputError
 
 IGNORE = -100
