@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers, load_adapter
+from qalora.adapter.saved import read_adapter
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
@@ -128,8 +129,13 @@ def watched_run(model_dir, rows, tmp_path_factory) -> Path:
 
 
 def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    return logs(folder, "loss", checkpoint)
+
+
+def logs(folder: Path, name: str, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    """Step → what was logged of that name."""
     history = json.loads((folder / checkpoint / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def records(folder: Path) -> list[dict]:
@@ -433,7 +439,10 @@ def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune
     assert [record["step"] for record in records(folder)] == [4, 8]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adafactor", "lion_32bit", "paged_lion_8bit"],
+)
 def test_rounds_work_with_every_optimizer(finetune, optim):
     """At r = 64, where the 8-bit ones hold moments in 8 bits (from 4,096 elements on)."""
     code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", "training.learning_rate=1e-3")
@@ -587,10 +596,36 @@ def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, break
     assert len(batches) > at
 
 
-def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
+SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "peft"),
+    [
+        ([], {}, {}),
+        (
+            ["label_smoothing_factor=0.2", "max_grad_norm=0", "lr_scheduler_type=cosine_with_min_lr", "warmup_steps=3",
+             "lr_scheduler_kwargs={min_lr: 1e-3}", "optim=adafactor"],
+            dict(label_smoothing_factor=0.2, max_grad_norm=0.0, lr_scheduler_type="cosine_with_min_lr", warmup_steps=3,
+                 lr_scheduler_kwargs={"min_lr": 1e-3}, optim="adafactor"),
+            {},
+        ),
+        (
+            ["neftune_noise_alpha=5", "optim=lion_32bit", "learning_rate=1e-3", "max_grad_norm=null",
+             "lora.target_modules=model.*(q|down)_proj", "lora.layers_to_transform=1"],
+            dict(neftune_noise_alpha=5.0, optim="lion_32bit", learning_rate=1e-3, max_grad_norm=0.0),
+            dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+        ),
+    ],
+    ids=["as-it-is", "smoothing-schedule-adafactor", "neftune-lion-targets"],
+)  # fmt: skip
+def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows, settings, theirs, peft):
     """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
     _, folder = finetune(
-        "allocation.rounds=0", "training.gradient_checkpointing=false", "training.group_by_length=false"
+        "allocation.rounds=0",
+        "training.gradient_checkpointing=false",
+        "training.group_by_length=false",
+        *(setting if "." in setting.partition("=")[0] else f"training.{setting}" for setting in settings),
     )
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
@@ -601,18 +636,22 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
     base = load_base(resolve(str(model_dir)), dtype="float32")
     train = load_data(recipe, base.tokenizer).train.items
     set_seed(42)
-    start = {n: (m.A.clone(), m.B.clone()) for n, m in gated_layers(attach(base.model, r=2, alpha=4, seed=42)).items()}
+    targets = dict(target_modules=recipe.lora.target_modules, layers_to_transform=recipe.lora.layers_to_transform)
+    ours = attach(base.model, r=2, alpha=4, seed=42, **targets)
+    start = {name: (layer.A.clone(), layer.B.clone()) for name, layer in gated_layers(ours).items()}
     plain = load_base(resolve(str(model_dir)), dtype="float32").model
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    plain = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **{"target_modules": SUFFIXES, **peft})
+    plain = get_peft_model(plain, config)
+    adapted = {name.removeprefix("base_model.model.") for name, module in plain.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(read_adapter(folder / "adapter").pairs)
     with torch.no_grad():
-        for name, (A, B) in start.items():
+        for name in adapted:
+            A, B = start[name]
             module = plain.get_submodule("base_model.model." + name)
             module.lora_A.default.weight.copy_(A)
             module.lora_B.default.weight.copy_(B)
     collate = Collator(base.tokenizer.pad_token_id)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "peft"),
+    options = dict(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=12,
@@ -628,6 +667,7 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         use_cpu=True,
         seed=42,
     )
+    arguments = TrainingArguments(output_dir=str(folder / "peft"), **{**options, **theirs})
     trainer = Trainer(
         model=plain,
         args=arguments,
@@ -635,8 +675,9 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "rows"},
     )
     trainer.train()
-    theirs = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    assert losses(folder) == pytest.approx(theirs, abs=2e-4)
+    for name in ("loss", "learning_rate"):
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert logs(folder, name) == pytest.approx(logged, abs=2e-4 if name == "loss" else 1e-12)
 
 
 def test_a_round_that_changes_nothing_changes_no_loss(finetune, monkeypatch):
