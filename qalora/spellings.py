@@ -7,7 +7,7 @@ config, axolotl's, LLaMA-Factory's, Unsloth's, torchtune's and litgpt's settings
 from __future__ import annotations
 
 NEAR = {
-    "batch_size": "training.micro_batch_size (rows a forward) or training.gradient_accumulation_steps",
+    "batch_size": "training.micro_batch_size (rows a forward), training.gradient_accumulation_steps or evaluation.batch_size",
     "global_batch_size": "training.gradient_accumulation_steps (times training.micro_batch_size)",
     "bf16": "quantization.bnb_4bit_compute_dtype=bfloat16",
     "fp16": "quantization.bnb_4bit_compute_dtype=float16",
