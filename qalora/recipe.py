@@ -255,7 +255,10 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(1.0, ge=0, description="gradients are scaled down to it; null or 0: never")
     label_smoothing_factor: float = Field(
-        0.0, ge=0, lt=1, description="share of every target that all tokens have alike; in training, never in validation"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of every target that all tokens have alike; in training, never in validation",
     )
     neftune_noise_alpha: float | None = Field(
         None, ge=0, description="NEFTune: noise on the embeddings while training (arXiv 2310.05914); null or 0: none"

@@ -232,7 +232,10 @@ def test_paths_have_home_and_variables(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
     recipe = build(
-        ("model", "~/models/m"), ("data.train", "${DATA}/rows.jsonl"), ("data.validation", "$DATA/v"), ("output_dir", "$HOME/runs")
+        ("model", "~/models/m"),
+        ("data.train", "${DATA}/rows.jsonl"),
+        ("data.validation", "$DATA/v"),
+        ("output_dir", "$HOME/runs"),
     )
     assert (recipe.model, recipe.output_dir) == ("/home/me/models/m", "/home/me/runs")
     assert (recipe.data.train, recipe.data.validation) == ("/data/rows.jsonl", "/data/v")
@@ -387,12 +390,18 @@ def test_a_setting_of_several_types_is_named_once():
             [("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)],
             "training.warmup_steps=30 and training.warmup_ratio=0.1 say the same thing twice",
         ),
-        ([("training.save_steps", 1.5)], "training.save_steps=1.5: a number of steps is whole, a share of the run is below 1"),
+        (
+            [("training.save_steps", 1.5)],
+            "training.save_steps=1.5: a number of steps is whole, a share of the run is below 1",
+        ),
         (
             [("training.lr_scheduler_type", "greedy"), ("training.eval_strategy", "no")],
             "training.lr_scheduler_type=greedy follows the validation loss, and training.eval_strategy=no takes none",
         ),
-        ([("lora.target_modules", "(q|v")], "lora.target_modules='(q|v': no regular expression (missing ), unterminated"),
+        (
+            [("lora.target_modules", "(q|v")],
+            "lora.target_modules='(q|v': no regular expression (missing ), unterminated",
+        ),
         ([("lora.layers_to_transform", [])], "lora.layers_to_transform=[]: name blocks by their numbers, from 0 on"),
         ([("lora.layers_to_transform", -1)], "name blocks by their numbers, from 0 on"),
         ([("training.max_steps", 0)], "training.max_steps=0"),

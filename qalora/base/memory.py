@@ -212,9 +212,10 @@ def _constants(weights: int, double_quant: bool) -> int:
 
 
 def _moments(rows: int, columns: int, optim: str) -> int:
-    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of means."""
+    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of means
+    and the size of the weights."""
     if optim == "adafactor":
-        return 4 * (rows + columns)
+        return 4 * (rows + columns + 1)
     elements, kinds = rows * columns, 1 if "lion" in optim else 2
     if optim.endswith("8bit") and elements >= MIN_8BIT:
         return kinds * (elements + 4 * ceil(elements / STATE_BLOCK))

@@ -211,7 +211,7 @@ class ProgressLine(TrainerCallback):
                 console.print(
                     f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
                     f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
-                    )
+                )
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
@@ -240,9 +240,8 @@ class ProgressLine(TrainerCallback):
         if "eval_loss" in logs:
             self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            norm = f"  grad norm {logs['grad_norm']:.3f}" if "grad_norm" in logs else ""  # taken only where it is clipped
             self.bar.console.print(
-                f"{step}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  "
+                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
                 f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
             )
 

@@ -211,7 +211,11 @@ def test_what_is_drawn_at_random_is_drawn_as_in_a_model_of_transformers(tiny_lla
 def test_a_batch_padded_elsewhere_is_what_transformers_makes_of_it(tiny_llama, mask, positions):
     mask = torch.tensor(mask)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]] * 3)
-    batch = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    batch = {
+        "input_ids": ids.masked_fill(mask == 0, 1),
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
     if positions:
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     found = []

@@ -57,12 +57,23 @@ def test_every_schedule_of_transformers_can_be_asked_for():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_rates_are_those_of_transformers(name, tmp_path: Path):
-    asked = [("lr_scheduler_type", name), ("lr_scheduler_kwargs", SETTINGS[name]), ("learning_rate", 1e-3), ("warmup_steps", 4)]
+    asked = [
+        ("lr_scheduler_type", name),
+        ("lr_scheduler_kwargs", SETTINGS[name]),
+        ("learning_rate", 1e-3),
+        ("warmup_steps", 4),
+    ]
     recipe = recipe_of(*asked)
     trainer.check_rates(recipe, STEPS)
     ours = trainer._arguments(recipe, STEPS, torch.float32, tmp_path)
     theirs = TrainingArguments(
-        str(tmp_path), max_steps=STEPS, report_to="none", use_cpu=True, eval_strategy="steps", eval_steps=200, **dict(asked)
+        str(tmp_path),
+        max_steps=STEPS,
+        report_to="none",
+        use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=200,
+        **dict(asked),
     )
     found = rates(ours)
     assert found == rates(theirs)
@@ -83,7 +94,11 @@ def test_steps_of_the_warm_up(ratio, steps, total, warmup):
     [
         ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate should be set"),
         ("cosine_with_min_lr", {"min_lr": 1e-6, "min_lr_rate": 0.1}, "Only one of min_lr or min_lr_rate"),
-        ("cosine_with_min_lr", {"min_lr_ratio": 0.1}, "takes num_cycles, min_lr, min_lr_rate, and not min_lr_ratio; leave"),
+        (
+            "cosine_with_min_lr",
+            {"min_lr_ratio": 0.1},
+            "takes num_cycles, min_lr, min_lr_rate, and not min_lr_ratio; leave",
+        ),
         ("cosine_with_min_lr", {"min_lr": "low"}, "takes num_cycles, min_lr, min_lr_rate; unsupported operand"),
         ("polynomial", {"lr_end": 1.0}, "lr_end"),
         ("polynomial", {"power": "two"}, "takes lr_end, power; "),
