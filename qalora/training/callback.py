@@ -200,7 +200,7 @@ class ProgressLine(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=console, transient=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.allocator = allocator
 
     def on_train_begin(

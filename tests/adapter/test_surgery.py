@@ -398,3 +398,23 @@ def test_the_other_optimizers_still_move_every_rank(tiny_adapter, train, other_o
     for name, layer in gated_layers(model).items():
         assert ((layer.A - before[name][0]).abs().amax(1) > 0).all(), name
         assert ((layer.B - before[name][1]).abs().amax(0) > 0).all(), name
+
+
+def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_batch):
+    """On a GPU each buffer of a paged optimizer is also held, and prefetched, by the page manager of the process."""
+    model = tiny_adapter(r=R)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # paged is plain on a CPU
+        optimizer = bnb.optim.PagedAdamW32bit(parameters_of(model), lr=1e-3)
+    plain, pages = optimizer.get_state_buffer, optimizer.page_mng.paged_tensors
+
+    def paged(parameter, dtype=torch.float32):
+        pages.append(plain(parameter, dtype=dtype))
+        return pages[-1]
+
+    optimizer.get_state_buffer = paged
+    before = len(pages)
+    train(model, optimizer, 1)
+    apply_plan(model, PLAN, optimizer)
+    held = {id(optimizer.state[p][key]) for p in parameters_of(model) for key in ("state1", "state2")}
+    assert {id(page) for page in pages[before:]} == held
