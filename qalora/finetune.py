@@ -413,7 +413,7 @@ def check_reporting(names: Sequence[str]) -> None:
 
 # What the weights and moments of a checkpoint have in them.
 FIXED = (
-    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"),
+    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"), ("lora", "layers_to_transform"),
     ("quantization", "load_in_4bit"), ("quantization", "bnb_4bit_quant_type"), ("quantization", "bnb_4bit_use_double_quant"),
     ("training", "optim"),
 )  # fmt: skip
@@ -429,6 +429,7 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 
     from qalora.errors import InputError
     from qalora.plan import fitted
+    from qalora.recipe import FOLLOWERS
 
     begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     for section, name in FIXED:
@@ -438,6 +439,12 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
                 f"--resume-from-checkpoint: {section}.{name} is {now}, and {checkpoint} was made with {then}; a run that is continued "
                 f"keeps it: set {section}.{name}={then}, or start anew."
             )
+    kinds = [name in FOLLOWERS for name in (recipe.training.lr_scheduler_type, begun["training"]["lr_scheduler_type"])]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"--resume-from-checkpoint: training.lr_scheduler_type is {recipe.training.lr_scheduler_type}, and {checkpoint} was made with "
+            f"{begun['training']['lr_scheduler_type']}: one follows the steps and the other the validation loss; keep it, or start anew."
+        )
     if recipe.quantization.bnb_4bit_compute_dtype == "auto":
         recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
     recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]

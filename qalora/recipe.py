@@ -507,7 +507,6 @@ ALIASES = {
     "logging_steps": "logging.steps",
     "max_samples": "data.max_rows",
     "dataset_name": "data.train",
-    "eval_dataset": "data.validation",
     "quantization_bit": "quantization.load_in_4bit",
     "quantization_type": "quantization.bnb_4bit_quant_type",
     "double_quantization": "quantization.bnb_4bit_use_double_quant",

@@ -315,7 +315,17 @@ def test_a_resumed_run_takes_its_new_rate_and_decay_and_keeps_what_its_weights_h
     assert rates == pytest.approx([3e-4 / 11, 2e-4 / 11, 1e-4 / 11])
     groups = torch.load(resumed / "checkpoint-12" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["weight_decay"] == 0.5
-    for setting in ("lora.dropout=0.1", "training.optim=adamw_8bit", "lora.target_modules=q_proj"):
+    with pytest.raises(
+        InputError, match="lr_scheduler_type is greedy, and .* was made with linear: one follows the steps"
+    ):
+        finetune("training.lr_scheduler_type=greedy", "--resume-from-checkpoint", checkpoint, output="other")
+    fixed = (
+        "lora.dropout=0.1",
+        "training.optim=adamw_8bit",
+        "lora.target_modules=q_proj",
+        "lora.layers_to_transform=0",
+    )
+    for setting in fixed:
         name = setting.partition("=")[0]
         with pytest.raises(InputError, match=rf"{name} is .* was made with .*: set {name}="):
             finetune(setting, "--resume-from-checkpoint", checkpoint, output="other")

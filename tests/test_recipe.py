@@ -346,7 +346,11 @@ def test_advice_names_settings_that_there_are():
     known = dict(setting_types())
     leaves = {name.rpartition(".")[2] for name in known}
     for table in (spellings.NEAR, spellings.NONE):
-        assert table.keys() & (leaves | ALIASES.keys()) <= {"batch_size", "warmup"}  # ours in another section
+        assert table.keys() & (leaves | ALIASES.keys()) <= {
+            "batch_size",
+            "warmup",
+            "adapter",
+        }  # ours in another section
         for text in table.values():
             for name in re.findall(r"\b(?:data|training|lora|quantization|allocation|evaluation|logging)\.\w+", text):
                 assert name in known, text
