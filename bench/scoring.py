@@ -27,7 +27,8 @@ from qalora.adapter.ablation import Rank, ablate, scoring_mode, supervised_token
 from qalora.adapter.allocation import least_important
 from qalora.adapter.layer import gated
 from qalora.adapter.model import attach, gated_layers, load_adapter
-from qalora.adapter.scoring import RankScores, score_ranks
+from qalora.adapter.scores import RankScores
+from qalora.adapter.scoring import score_ranks
 from qalora.base.device import memory_to_score
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.loss import use_label_only_loss

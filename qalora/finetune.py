@@ -255,19 +255,27 @@ def finetune(
 
 
 def check_pruning(recipe: Recipe, source: ModelSource) -> None:
-    """
+    """Says where a round will prune fewer ranks than it was asked to.
+
     Raises:
         InputError: allocation.prune_per_round is every rank there is.
     """
+    from qalora.adapter.allocation import most_pruned
     from qalora.base.registry import shape_of
     from qalora.errors import InputError
     from qalora.plan import first_ranks
 
-    asked, budget = recipe.allocation.prune_per_round or 0, sum(first_ranks(recipe, shape_of(source)).values())
+    ranks = first_ranks(recipe, shape_of(source)).values()
+    asked, budget = recipe.allocation.prune_per_round or 0, sum(ranks)
     if asked >= budget:
         raise InputError(
             f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves nothing to "
             "train; lower it (default: one per module)."
+        )
+    if (most := most_pruned(ranks, asked)) < asked:
+        say(
+            recipe,
+            f"allocation.prune_per_round={asked}: a round prunes {most} at most, one per module that has ranks and half of all",
         )
 
 

@@ -166,6 +166,22 @@ def sync_config(model: PeftModel) -> None:
     config.exclude_modules = bare or None
 
 
+def add_layer(model: PeftModel, name: str) -> GatedLinear:
+    """Puts a gated layer that has no ranks yet in the place of a frozen map, and returns it; PEFT's config stays."""
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
+    parent, _, child = (PREFIX + name).rpartition(".")
+    owner = model.get_submodule(parent)
+    base: Any = getattr(owner, child)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws rows of A, and has no layer with fewer than one
+        layer = GatedLinear(base, ADAPTER, config, r=1, lora_alpha=1)
+    layer.scaling[ADAPTER] = scaling_of(config, name)
+    device = base.weight.device
+    layer.A.data = torch.empty(0, base.in_features, device=device)
+    layer.B.data = torch.empty(base.out_features, 0, device=device)
+    setattr(owner, child, layer.train(owner.training))
+    return layer
+
+
 def remove_layer(model: PeftModel, name: str) -> None:
     """Puts the frozen map back in the place of its gated layer."""
     parent, _, child = (PREFIX + name).rpartition(".")

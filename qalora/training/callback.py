@@ -21,7 +21,7 @@ from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.model import ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
-from qalora.adapter.scoring import RankScores
+from qalora.adapter.scores import RankScores
 from qalora.data.batching import on_device
 from qalora.files import write_whole
 from qalora.training.ladder import Ladder

@@ -237,13 +237,13 @@ def build_trainer(
         rounds,
         RoundSettings(
             budget=sum(start.values()),
-            # With r = 1 one per module would be every rank there is.
-            prune=allocation.prune_per_round or min(len(start), sum(start.values()) // 2),
+            prune=allocation.prune_per_round or len(start),
             scoring=allocation.scoring,
             importance=allocation.kind,
             min_rank=allocation.min_rank,
             max_rank=allocation.max_rank,
             seed=training.seed,
+            modules=tuple(start),
             step_tokens=sum(len(item["input_ids"]) for item in train)
             / len(train)
             * training.micro_batch_size

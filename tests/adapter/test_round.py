@@ -22,7 +22,8 @@ def run_round(tiny_adapter, make_batch):
 
     def run(step: int, spent: float = 0.0, **more):
         settings = dict(
-            budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=480.0
+            budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=480.0,
+            modules=(),
         )
         model = tiny_adapter(r=4)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -61,7 +62,7 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
     start = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
         parameters=start,
     )  # fmt: skip
     for step in range(1, 6):
@@ -75,7 +76,7 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
 def test_new_ranks_point_along_the_gradient_of_the_growth_rows(tiny_adapter, make_batch):
     model, twin, rows = tiny_adapter(r=4), tiny_adapter(r=4), [make_batch(seed=9)]
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=()
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     record, _ = allocation_round(model, optimizer, [make_batch()], settings, 7, growth=rows)
@@ -115,7 +116,7 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     cost = rank_parameters(model, ranks(model))
     parameters = sum(4 * n for n in cost.values()) if counted == "parameters" else None
     settings = RoundSettings(
-        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
         parameters=parameters,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
