@@ -22,7 +22,14 @@ def run_round(tiny_adapter, make_batch):
 
     def run(step: int, spent: float = 0.0, **more):
         settings = dict(
-            budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=480.0,
+            budget=56,
+            prune=14,
+            scoring="auto",
+            importance="sum",
+            min_rank=0,
+            max_rank=None,
+            seed=0,
+            step_tokens=480.0,
             modules=(),
         )
         model = tiny_adapter(r=4)
@@ -36,10 +43,10 @@ def test_auto_stays_within_three_percent_of_the_training_so_far(run_round):
     """A step is 3 · 480 / 48 = 30 forwards of B_val, of which 0.9 are allowed."""
     first, _ = run_round(step=10)  # 9 forwards: first order, and nothing else
     assert (first["forward_equivalents"], first["exact_evaluations"], first["certified"]) == (6, 0, False)
-    later, _ = run_round(step=90)  # 81
+    later, _ = run_round(step=120)  # 108
     assert later["exact_evaluations"] >= 24
-    assert 6 < later["forward_equivalents"] <= 81
-    spent, _ = run_round(step=90, spent=60.0)
+    assert 6 < later["forward_equivalents"] <= 108
+    spent, _ = run_round(step=120, spent=60.0)
     assert spent["forward_equivalents"] == 6
 
 
@@ -76,7 +83,15 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
 def test_new_ranks_point_along_the_gradient_of_the_growth_rows(tiny_adapter, make_batch):
     model, twin, rows = tiny_adapter(r=4), tiny_adapter(r=4), [make_batch(seed=9)]
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=()
+        budget=56,
+        prune=14,
+        scoring="first-order",
+        importance="sum",
+        min_rank=0,
+        max_rank=None,
+        seed=0,
+        step_tokens=1.0,
+        modules=(),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     record, _ = allocation_round(model, optimizer, [make_batch()], settings, 7, growth=rows)
