@@ -174,3 +174,30 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     now = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert now == record["parameters"] and (parameters is None or now <= parameters)
     assert {name: len(values) for name, values in importance.items()} == dict.fromkeys(cost, 8)
+
+
+@pytest.mark.parametrize("growth", [False, True], ids=["random", "gradient"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ranks_of_one_on_queries_and_values_keep_their_budget(tiny_llama, randomize_B, make_batch, seed, growth):
+    """Half of 16 modules die in the first round; what they had is never lost, and some of them come back."""
+    model = attach(tiny_llama(num_hidden_layers=8), r=1, alpha=2, target_modules=["q_proj", "v_proj"], seed=seed)
+    randomize_B(model, seed=seed)
+    modules, dead, back = tuple(ranks(model)), set(), set()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    settings = RoundSettings(
+        budget=16, prune=16, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=1.0,
+        modules=modules, parameters=sum(rank_parameters(model, modules).values()),
+    )  # fmt: skip
+    cheapest = min(rank_parameters(model, modules).values())
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        model(**make_batch(seed=step)).loss.backward()
+        optimizer.step()
+        rows = [make_batch(rows=2, seed=9)] if growth else ()
+        record, _ = allocation_round(model, optimizer, [make_batch(seed=7)], settings, step, growth=rows)
+        assert settings.parameters - cheapest < record["parameters"] <= settings.parameters
+        back |= dead & set(record["grown"])
+        dead = set(modules) - set(record["ranks"])
+    assert back
+    live = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert live == {id(p) for layer in gated_layers(model).values() for p in (layer.A, layer.B)}
