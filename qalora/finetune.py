@@ -17,6 +17,7 @@ from qalora.training.run_folder import begin_folder, check_output_dir, find_chec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qalora.adapter.provenance import Provenance
     from qalora.adapter.quantization_start import Weights
     from qalora.base.loading import LoadedBase
     from qalora.base.registry import ModelSource
@@ -172,6 +173,9 @@ def finetune(
     begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
+    provenance = provenance_of(base, data.train)
+    say(recipe, _end_line(provenance))
+
     set_seed(recipe.training.seed)
     model = attach(
         base.model,
@@ -214,6 +218,7 @@ def finetune(
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
         original=original,
+        provenance=provenance,
     )
     begun = 0 if checkpoint is None else step_of(checkpoint)  # now: it may be rotated away before the end
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -239,7 +244,7 @@ def finetune(
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }
-    save_adapter(model, output_dir / "adapter")
+    save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
         metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
         say(recipe, f"after:  {_line(metrics['after'])}")
@@ -252,6 +257,24 @@ def finetune(
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
     return cli.DONE
+
+
+def provenance_of(base: LoadedBase, train: TokenizedDataset) -> Provenance:
+    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach."""
+    from qalora.adapter.provenance import Provenance
+    from qalora.data.ending import taught_ends
+    from qalora.data.tokenization import CHATML
+
+    stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
+    built_in = base.tokenizer.chat_template is None and any(example.chat for example in train.examples)
+    return Provenance(
+        model=base.source.hub_id or base.source.name,
+        quant_type=None if stored is None else stored.bnb_4bit_quant_type,
+        double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        stop_tokens=taught_ends(train, base.tokenizer),
+        chat_template=CHATML if built_in else None,
+    )
 
 
 def check_pruning(recipe: Recipe, source: ModelSource) -> None:
@@ -429,6 +452,15 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 def say(recipe: Recipe, text: str) -> None:
     if not recipe.logging.quiet:
         cli.say(text)
+
+
+def _end_line(provenance: Provenance) -> str:
+    ends = ", ".join(map(repr, provenance.stop_tokens))
+    return (
+        f"what ends an answer, as these rows teach it: {ends}"
+        if ends
+        else ("these rows teach nothing that ends an answer: a model trained on them stops at max_new_tokens alone")
+    )
 
 
 def _line(result: dict[str, float]) -> str:

@@ -907,3 +907,15 @@ def test_checkpoints_are_plain_peft_without_pickled_settings(default_run, model_
     assert config["rank_pattern"] == records(folder)[-1]["ranks"]
     assert config["alpha_pattern"] == {name: 2 * rank for name, rank in config["rank_pattern"].items()}
     assert not (folder / "checkpoint-9" / "training_args.bin").exists()
+
+
+def test_every_adapter_of_a_run_says_what_it_was_trained_on_and_taught(default_run, model_dir):
+    for folder in (default_run / "adapter", default_run / "checkpoint-3", default_run / "checkpoint-12"):
+        assert json.loads((folder / "qalora.json").read_text()) == {
+            "model": str(model_dir),
+            "quant_type": "nf4",
+            "double_quant": True,
+            "compute_dtype": "float32",
+            "stop_tokens": ["</s>"],
+            "chat_template": None,
+        }

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
+from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import guard_cpu_packing, linear_maps
@@ -77,8 +78,11 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     return peft_model
 
 
-def save_adapter(model: PeftModel, path: str | Path) -> None:
+def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | None = None) -> None:
     """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal.
+
+    Args:
+        provenance: written into the same folder.
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).
@@ -95,6 +99,8 @@ def save_adapter(model: PeftModel, path: str | Path) -> None:
         raise AnswerNo("the adapter is untrained (every B is zero), and is not saved; train for more steps.")
     with written_beside(path) as partial:
         write_adapter(model, partial)
+        if provenance is not None:
+            provenance.write(partial)
 
 
 def write_adapter(model: PeftModel, path: str | Path) -> None:

@@ -32,6 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
+from qalora.adapter.provenance import Provenance
 from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
 from qalora.base.device import peak_memory
@@ -94,13 +95,14 @@ class QaloraTrainer(Trainer):
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
         ladder: Ladder,
+        provenance: Provenance | None = None,
         **kwargs: Any,
     ):
         super().__init__(processing_class=tokenizer, **kwargs)
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
-        self.ladder = ladder
+        self.ladder, self.provenance = ladder, provenance
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
         self.model_accepts_loss_kwargs = True
 
@@ -169,6 +171,8 @@ class QaloraTrainer(Trainer):
         """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
         folder = Path(str(output_dir or self.args.output_dir))
         write_adapter(self.model, folder)
+        if self.provenance is not None:
+            self.provenance.write(folder)
         self.tokenizer.save_pretrained(str(folder))
         for name in RUN_FILES:
             if (file := Path(str(self.args.output_dir)) / name).is_file():
@@ -214,6 +218,7 @@ def build_trainer(
     compute_dtype: torch.dtype,
     output_dir: Path,
     original: Weights | None = None,
+    provenance: Provenance | None = None,
 ) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
     """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
 
@@ -224,6 +229,7 @@ def build_trainer(
         scoring: B_val, tokenized rows that score the ranks.
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
         original: the base's 16-bit weights, for lora.init=quantization.
+        provenance: written beside the adapter of every checkpoint.
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
@@ -273,6 +279,7 @@ def build_trainer(
         validation=validation,
         eval_batch_size=recipe.evaluation.batch_size,
         ladder=ladder,
+        provenance=provenance,
         callbacks=[allocator, interrupt],
     )
     if training.early_stopping_patience is not None:
