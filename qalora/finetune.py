@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
-from qalora.files import write_json
+from qalora.files import write_json, write_json_lines
 from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
     from qalora.data.tokenization import load_dataset, split_validation
-    from qalora.metrics import check
+    from qalora.metrics import check, several_references
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
@@ -122,6 +122,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
         check(validation, **evaluation.asking())
+        if said := several_references(validation):
+            say(recipe, said)
     return RunData(train, validation, scoring)
 
 
@@ -142,7 +144,7 @@ def finetune(
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.errors import AnswerNo
-    from qalora.metrics import evaluate
+    from qalora.metrics import predict
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
     if checkpoint is not None:
@@ -195,14 +197,22 @@ def finetune(
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         progress=not recipe.logging.quiet,
+        taught=provenance.stop_tokens,
         **settings.asking(),
     )
+
+    def measure(when: str) -> None:
+        """Figures for metrics.json; the answers behind them for people to read, as far as there are any."""
+        metrics[when], predictions = predict(model, tokenizer, data.validation, **asked)
+        say(recipe, f"{when + ':':7} {_line(metrics[when])}")
+        write_json(output_dir / "metrics.json", metrics)
+        if any("answer" in line for line in predictions):
+            write_json_lines(output_dir / f"predictions-{when}.jsonl", predictions)
+
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
     elif settings.before:
-        metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"before: {_line(metrics['before'])}")
-        write_json(output_dir / "metrics.json", metrics)
+        measure("before")
 
     trainer, allocator, interrupt = build_trainer(
         recipe,
@@ -246,8 +256,7 @@ def finetune(
     }
     save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
-        metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"after:  {_line(metrics['after'])}")
+        measure("after")
     write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
     if recipe.merge:

@@ -239,10 +239,14 @@ class EvaluationConfig(Section):
     answer_pattern: str | None = Field(
         None, description="regular expression; its first group is what exact_match compares"
     )
+    normalize: Literal["numbers"] | None = Field(
+        None,
+        description="numbers: exact_match sets commas, blanks, $ and a full stop at the end aside, as GSM8K is scored",
+    )
 
     def asking(self) -> dict[str, Any]:
         """What is measured, as the keyword arguments of `metrics.check` and `metrics.evaluate`."""
-        return {"metrics": self.metrics, "choices": self.choices, "answer_pattern": self.answer_pattern}
+        return {name: getattr(self, name) for name in ("metrics", "choices", "answer_pattern", "normalize")}
 
 
 class LoggingConfig(Section):

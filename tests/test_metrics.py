@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qalora import answers as answering
 from qalora import metrics
 from qalora.data.formats import Example, Turn
 from qalora.data.tokenization import load_dataset, tokenize_prompt
@@ -148,7 +149,7 @@ def test_answers_are_scored_against_their_own_reference(model, tokenizer, datase
     answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
     by_prompt = {tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)}
 
-    def rigged(input_ids, attention_mask, generation_config):
+    def rigged(input_ids, attention_mask, generation_config, tokenizer):
         rows = []
         for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
             assert mask == sorted(mask)  # padding on the left
@@ -168,7 +169,7 @@ def test_answers_are_scored_against_their_own_reference(model, tokenizer, datase
 
 def test_batched_generation_is_generation_one_by_one(model, tokenizer, dataset):
     prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
-    together = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
+    together = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
     for prompt, text in zip(prompts, together, strict=True):
         ids = list(prompt)
         with torch.no_grad():
@@ -179,29 +180,18 @@ def test_batched_generation_is_generation_one_by_one(model, tokenizer, dataset):
 
 def test_a_checkpoint_that_likes_to_sample_is_still_decoded_greedily(model, tokenizer, dataset, monkeypatch):
     prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
-    plain = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
+    plain = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
     own = dict(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
     for name, value in own.items():
         monkeypatch.setattr(model.generation_config, name, value)
-    assert metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
+    assert answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
 
 
 def test_every_token_that_ends_a_turn_ends_an_answer_and_sampling_is_plain(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 9])
-    config = metrics.generation_config(model, tokenizer, do_sample=True, max_new_tokens=3)
+    config = answering.generation_config(model, tokenizer, do_sample=True, max_new_tokens=3)
     assert config.eos_token_id == [7, 9, tokenizer.eos_token_id]
     assert (config.top_k, config.top_p, config.temperature) == (0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [(None, 25.0), (r"#### (-?\d+)", 75.0)],
-    ids=["whole answer", "number after ####"],
-)
-def test_exact_match(pattern, expected):
-    references = ["#### 4", "2 + 2\n#### 4", "#### 5", "#### 6"]
-    answers = [" #### 4\n", "so #### 4 #### 9", "#### 5.", "6"]
-    assert metrics.exact_match(answers, references, pattern) == expected
 
 
 @given(st.text(max_size=5), st.text(max_size=20), st.text(max_size=10))
@@ -246,7 +236,7 @@ def test_modes_are_restored_also_after_an_error(model):
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), metrics.inference(model):
+    with pytest.raises(ZeroDivisionError), answering.inference(model):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
         raise ZeroDivisionError

@@ -53,12 +53,14 @@ class Example:
         turns: in order; the last assistant turn is the reference.
         chat: rendered by the tokenizer's chat template; otherwise the texts are joined as they stand.
         tools: function signatures for the chat template.
+        others: texts that are as right as the reference; only metrics look at them.
     """
 
     row: int
     turns: tuple[Turn, ...]
     chat: bool
     tools: tuple[Any, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -69,6 +71,11 @@ class Example:
     def reference(self) -> str:
         """The text of the last assistant turn."""
         return self.turns[self._last].text
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Every right answer, the reference first."""
+        return tuple(dict.fromkeys((self.reference, *self.others)))
 
     @property
     def _last(self) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qalora.data.formats import Example, Turn, detect_format, to_example
+from qalora.data.formats import Example, Turn, detect_format
 from qalora.data.reading import read_rows
+from qalora.data.references import one_answer_each, read_example
 from qalora.errors import InputError
 
 IGNORE = -100
@@ -87,10 +88,10 @@ def load_dataset(
     rows = read_rows(source, split=split, limit=limit)
     if format == "auto":
         templated = prompt_template is not None and completion_template is not None
-        format = "prompt-completion" if templated else detect_format(rows, columns, source=source)
+        format = "prompt-completion" if templated else detect_format(one_answer_each(rows[0], columns)[0], columns, source=source)
     items, examples, truncated = [], [], 0
     for number, row in enumerate(rows):
-        example = to_example(
+        example = read_example(
             row,
             number,
             format=format,
