@@ -83,8 +83,17 @@ def parsed(*flags):
         (["--top-p", "0.9", "--top-k", "0"], dict(max_new_tokens=256, do_sample=True, top_p=0.9, top_k=0)),
     ],
     ids=[
-        "greedy", "sampling", "sampling settings", "top k", "penalty", "temperature 0", "temperature 0 wins", "as good as 0",
-        "a temperature samples", "top k samples", "top p samples, and 0 is all",
+        "greedy",
+        "sampling",
+        "sampling settings",
+        "top k",
+        "penalty",
+        "temperature 0",
+        "temperature 0 wins",
+        "as good as 0",
+        "a temperature samples",
+        "top k samples",
+        "top p samples, and 0 is all",
     ],
 )
 def test_flags_are_hugging_faces_options(flags, options):
@@ -209,7 +218,9 @@ def test_a_system_message_comes_first_and_is_never_forgotten(model, tokenizer, m
     config = generation_config(model, tokenizer, max_new_tokens=150, do_sample=False)  # leaves 106 tokens
     generate.chat(model, tokenizer, ["one", "two", "three"], config, system="Be brief.")
     assert prompts[0] == "<system>Be brief.</system><user>one</user><assistant>"
-    assert prompts[2].startswith("<system>Be brief.</system><user>two</user><assistant>reply</assistant><user>three</user>")
+    assert prompts[2].startswith(
+        "<system>Be brief.</system><user>two</user><assistant>reply</assistant><user>three</user>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,6 +317,39 @@ def test_an_adapter_is_part_of_what_answers(model, tokenizer, tmp_path, monkeypa
 def test_lines_of_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("one\n\n  zwölf  \nthree".encode()), encoding="ascii"))
     assert list(generate.lines()) == ["one", "zwölf", "three"]
+
+
+@pytest.fixture
+def command(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return ["--model", str(tmp_path), "--no-quantize", "--dtype", "float32", "--max-new-tokens", "12"]
+
+
+def test_the_answer_ends_before_the_first_stop_text(command, tmp_path, capsys):
+    assert generate.main([*command, "--prompt", "hi"]) == 0
+    free = capsys.readouterr().out.removesuffix("\n")
+    stop, later = free[3:5], free[6:8]
+    assert stop and later
+    (tmp_path / "prompt.txt").write_text("hi\n")
+    flags = ["--prompt-file", str(tmp_path / "prompt.txt"), "--stop", later, "--stop", stop]
+    assert generate.main([*command, *flags]) == 0
+    assert capsys.readouterr().out == free[: free.find(stop)] + "\n"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], "say \n"), (["--keep-special-tokens"], "<pad>say \n")])
+def test_special_tokens_are_shown_if_asked_but_not_what_ends_the_answer(command, monkeypatch, capsys, flags, expected):
+    def say(self, input_ids, streamer, **options):
+        words = [0, *make_tokenizer()("say ")["input_ids"], 1]
+        streamer.put(input_ids)
+        for word in words:
+            streamer.put(torch.tensor([word]))
+        streamer.end()
+        return torch.tensor([input_ids[0].tolist() + words])
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", say)
+    assert generate.main([*command, "--prompt", "hi", *flags]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_sampling_is_repeated_by_its_seed(model, tokenizer, tmp_path, capsys):

@@ -10,7 +10,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from qalora.recipe import load_recipe
 from qalora.text_scores import exact_match, rouge_l, words
 
-ENGLISH = st.lists(st.sampled_from("the The cat cats sat, on a mat. don't it's 3 3.5 x_y (so) - US! run".split()), min_size=1)
+ENGLISH = st.lists(
+    st.sampled_from("the The cat cats sat, on a mat. don't it's 3 3.5 x_y (so) - US! run".split()), min_size=1
+)
 LETTERS = st.characters(categories=("Lu", "Ll", "Lt", "Lo", "Nd"))
 
 
@@ -83,13 +85,27 @@ def test_equal_texts_score_100(text):
         ("snake_case don't", ["snake", "case", "don", "t"]),
         ("🙂!", []),
     ],
-    ids=["Russian", "Chinese", "Japanese", "Hindi", "Korean", "Thai", "umlauts", "decomposed", "mixed", "ASCII", "no word"],
+    ids=[
+        "Russian",
+        "Chinese",
+        "Japanese",
+        "Hindi",
+        "Korean",
+        "Thai",
+        "umlauts",
+        "decomposed",
+        "mixed",
+        "ASCII",
+        "no word",
+    ],
 )
 def test_words_of_every_script(text, expected):
     assert words(text) == expected
 
 
-@pytest.mark.parametrize(("left", "right"), [("Müller", "Möller"), ("日本", "中国"), ("да", "нет"), ("!", "?"), ("", "a")])
+@pytest.mark.parametrize(
+    ("left", "right"), [("Müller", "Möller"), ("日本", "中国"), ("да", "нет"), ("!", "?"), ("", "a")]
+)
 def test_different_texts_score_nothing(left, right):
     assert rouge_l(left, [right]) == 0
 

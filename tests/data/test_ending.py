@@ -108,7 +108,9 @@ def test_rows_say_what_ends_a_turn(tokenizer, tmp_path, template, rows, ends):
     assert taught(tokenizer, tmp_path, rows) == ends
 
 
-@pytest.mark.parametrize("rows", [[chat("a", "b", "c", "d")], [{"prompt": "a", "completion": "b"}]], ids=["chat", "pair"])
+@pytest.mark.parametrize(
+    "rows", [[chat("a", "b", "c", "d")], [{"prompt": "a", "completion": "b"}]], ids=["chat", "pair"]
+)
 def test_rows_that_are_learned_whole_teach_the_same_ends(tokenizer, tmp_path, rows):
     tokenizer.chat_template = CHATML
     assert taught(tokenizer, tmp_path, rows, train_on_inputs=True) == taught(tokenizer, tmp_path, rows)
