@@ -108,11 +108,15 @@ class _Chat:
 
     @cached_property
     def whole(self) -> str:
-        """The rendered chat; its last answer follows the generation prompt, whatever thought that opens."""
-        text, last = self.text(self.messages), len(self.turns) - 1
-        if self.turns[last].role != "assistant" or not last:
+        """The rendered chat."""
+        return self._written(self.messages)
+
+    def _written(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The rendered messages; a last answer follows the generation prompt, whatever thought that opens."""
+        text = self.text(messages)
+        if self.turns[-1].role != "assistant" or len(messages) == 1:
             return text
-        return _following(self.prompt(last), text)
+        return _following(self.text(messages[:-1], add_generation_prompt=True), text)
 
     @cached_property
     def spans(self) -> dict[int, Span]:
@@ -137,7 +141,7 @@ class _Chat:
     def _found(self, i: int) -> Span:
         """Where a template that writes earlier turns differently has this one: where another text would stand."""
         other = [*self.messages[:i], {"role": "assistant", "content": SENTINEL}, *self.messages[i + 1 :]]
-        before, found, after = self.text(other).partition(SENTINEL)
+        before, found, after = self._written(other).partition(SENTINEL)
         start, end = len(before), len(self.whole) - len(after)
         if not found or start > end or not (self.whole.startswith(before) and self.whole.endswith(after)):
             raise InputError(
