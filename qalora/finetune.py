@@ -175,7 +175,8 @@ def finetune(
     begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
-    provenance = provenance_of(base, data.train)
+    given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
+    provenance = provenance_of(base, data.train, given_template=given)
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
@@ -268,21 +269,25 @@ def finetune(
     return cli.DONE
 
 
-def provenance_of(base: LoadedBase, train: TokenizedDataset) -> Provenance:
-    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach."""
+def provenance_of(base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False) -> Provenance:
+    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
+
+    Args:
+        given_template: whether the tokenizer's chat template is the recipe's, and not the base's own.
+    """
     from qalora.adapter.provenance import Provenance
+    from qalora.data.chat_template import chat_template
     from qalora.data.ending import taught_ends
-    from qalora.data.tokenization import CHATML
 
     stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
-    built_in = base.tokenizer.chat_template is None and any(example.chat for example in train.examples)
+    built_in = chat_template(base.tokenizer).default if any(example.chat for example in train.examples) else None
     return Provenance(
         model=base.source.hub_id or base.source.name,
         quant_type=None if stored is None else stored.bnb_4bit_quant_type,
         double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         stop_tokens=taught_ends(train, base.tokenizer),
-        chat_template=CHATML if built_in else None,
+        chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
     )
 
 

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora import generate
 from qalora.adapter.model import gated_layers
+from qalora.answers import AnswerStreamer, generation_config
 from qalora.data.formats import to_example
 from qalora.data.tokenization import tokenize
 from qalora.errors import InputError
-from qalora.answers import AnswerStreamer, generation_config
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"

@@ -29,8 +29,8 @@ FOUNDATION = {
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
-TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.formats", "data.reading", "data.references", "text_scores"]
-COMMAND_NAMES = ["finetune", "plan", "score", "merge", "evaluate", "generate", "cli", "__main__"]
+TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.cells", "data.conversation", "data.formats", "data.reading", "data.references", "text_scores"]
+COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 
 def short(module: str) -> str:

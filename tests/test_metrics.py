@@ -268,7 +268,7 @@ def test_an_answer_is_right_if_it_is_one_of_several(model, tokenizer, tmp_path, 
     learned = [tokenizer.decode([t for t in item["labels"] if t != -100]) for item in dataset.items]
     assert learned == ["Paris</s>", "Rome</s>", "Bonn</s>"]
     saying("paris", "city of Rome", "Berlin")
-    result, lines = metrics.predict(model, tokenizer, dataset, metrics=["exact_match", "rougeL"], batch_size=1)
+    _, lines = metrics.predict(model, tokenizer, dataset, metrics=["exact_match", "rougeL"], batch_size=1)
     assert [line["exact_match"] for line in lines] == [100, 0, 0]
     best = RougeScorer(["rougeL"]).score("the city of Rome", "city of Rome")["rougeL"].fmeasure
     assert [line["rougeL"] for line in lines] == pytest.approx([100, 100 * best, 0])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from qalora import evaluate, finetune, generate
 from qalora.base.checkpoint import Quantization
 from qalora.base.registry import resolve
-from qalora.data.tokenization import CHATML as BUILT_IN
+from qalora.data.chat_template import CHATML as BUILT_IN
 from qalora.deploy.merging import merge
 
 ANSWERS = {"sky?": "blue", "sun?": "hot", "sea?": "salt", "ice?": "cold"}

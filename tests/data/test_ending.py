@@ -54,9 +54,9 @@ def tokenizer():
         (BOTH, ("\n# end", "</s>")),
         (NOTHING, ()),
         (REFUSED, ()),
-        (None, ()),
+        (None, ("</s>",)),
     ],
-    ids=["ChatML", "Llama 3", "Mistral", "words", "words and a token", "nothing", "refused", "no template"],
+    ids=["ChatML", "Llama 3", "Mistral", "words", "words and a token", "nothing", "refused", "built-in ChatML"],
 )
 def test_a_template_says_what_ends_a_turn(tokenizer, template, ends):
     tokenizer.chat_template = template
