@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
+from qalora.environment import check_one_process, leave_to_the_recipe
 from qalora.files import write_json, write_json_lines
 from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
@@ -61,10 +62,12 @@ def main(argv: list[str]) -> int:
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
+    check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
+    check_targets(recipe, source)
     if args.dry_run:
         dry_run(recipe)
         return 0
@@ -138,6 +141,7 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
+    import torch
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
@@ -145,8 +149,10 @@ def finetune(
     from qalora.base.registry import resolve
     from qalora.errors import AnswerNo
     from qalora.metrics import predict
-    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
+    from qalora.training.trainer import build_trainer, check_rates, schedule_of, steps_of, training_items
 
+    for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
+        say(recipe, line)
     if checkpoint is not None:
         _as_it_began(recipe, checkpoint)
     elif recipe.training.fit:
@@ -155,6 +161,7 @@ def finetune(
     check_reporting(recipe.training.report_to)
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
+    check_rates(recipe, total_steps)
     rounds = schedule_of(recipe, total_steps, per_epoch)
     say(
         recipe,
@@ -186,6 +193,7 @@ def finetune(
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
+        layers_to_transform=lora.layers_to_transform,
         seed=recipe.training.seed,
     )
     start = ranks(model)
@@ -289,6 +297,18 @@ def provenance_of(base: LoadedBase, train: TokenizedDataset, *, given_template: 
         stop_tokens=taught_ends(train, base.tokenizer),
         chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
     )
+
+
+def check_targets(recipe: Recipe, source: ModelSource) -> None:
+    """
+    Raises:
+        InputError: lora.target_modules or lora.layers_to_transform name what the model has not.
+    """
+    from qalora.base.registry import shape_of
+    from qalora.plan import first_ranks
+
+    if recipe.lora.target_modules != "all-linear" or recipe.lora.layers_to_transform is not None:
+        first_ranks(recipe, shape_of(source))
 
 
 def check_pruning(recipe: Recipe, source: ModelSource) -> None:
@@ -449,7 +469,7 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 
     begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     for section, name in FIXED:
-        now, then = getattr(getattr(recipe, section), name), begun[section][name]
+        now, then = getattr(getattr(recipe, section), name), begun[section].get(name)
         if now != then:
             raise InputError(
                 f"--resume-from-checkpoint: {section}.{name} is {now}, and {checkpoint} was made with {then}; a run that is continued "
