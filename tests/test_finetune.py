@@ -29,7 +29,8 @@ from qalora.errors import AnswerNo, InputError
 from qalora.finetune import load_data, main
 from qalora.recipe import load_recipe
 from qalora.training import callback, trainer
-from qalora.training.run_folder import check_output_dir, find_checkpoint, run_name
+from qalora.training.checkpoints import find_checkpoint
+from qalora.training.run_folder import check_output_dir, run_name
 
 WORDS = [
     "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog", "bird",
@@ -804,21 +805,45 @@ def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatc
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows, monkeypatch):
-    _, folder = finetune("training.max_steps=3", "allocation.rounds=0")
-    inside = folder / "rows.jsonl"
-    shutil.copy(rows, inside)
+def test_what_the_next_run_reads_and_a_run_wrote_is_not_overwritten(finetune, monkeypatch):
+    short = ("training.max_steps=3", "allocation.rounds=0")
+    _, folder = finetune(*short)
     monkeypatch.setenv("HOME", str(folder.parent))
-    for name in (inside, f"~/{folder.name}/rows.jsonl"):
-        with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
-            finetune("--overwrite", f"data.train={name}")
-    mine = folder / "mine.yaml"
-    shutil.copy(folder / "recipe.yaml", mine)
-    with pytest.raises(InputError, match=r"holds .*mine\.yaml, which the run reads"):
-        main(["--recipe", str(mine), "--output-dir", str(folder), "--overwrite"])
-    assert inside.exists() and mine.exists()
+    for name in (folder / "adapter", f"~/{folder.name}/adapter"):
+        with pytest.raises(InputError, match=r"adapter, which the run reads, is of the run in .*; choose another"):
+            finetune("--overwrite", *short, f"lora.adapter={name}")
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_no_run_wrote_stays_and_can_be_read(finetune, rows, capsys):
+    short = ("training.max_steps=3", "allocation.rounds=0", "evaluation.before=false", "evaluation.after=false")
+    _, folder = finetune(*short)
+    shutil.copy(rows, folder / "rows.jsonl")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / "runs" / "of-another-tool").mkdir(parents=True)
+    (folder / "scores").mkdir()
+    (folder / "scores" / "football.csv").write_text("3:1")
+    assert finetune("--overwrite", *short, f"data.train={folder / 'rows.jsonl'}")[0] == 0
+    assert "rows.jsonl" in capsys.readouterr().err
+    for name in ("rows.jsonl", ".git/HEAD", "runs/of-another-tool", "scores/football.csv"):
+        assert (folder / name).exists(), name
     # A run's own recipe is read before it is written anew.
     assert main(["--recipe", str(folder / "recipe.yaml"), "--output-dir", str(folder), "--overwrite"]) == 0
+
+
+def test_a_users_project_is_never_a_run(finetune, tmp_path, monkeypatch):
+    """`--recipe recipe.yaml --output-dir . --overwrite`, in a folder with a recipe.yaml of its owner's."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("recipe.yaml", "notes.txt", "run.json", "metrics.json"):
+        (project / name).write_text("{lora: {r: 2}}" if name == "recipe.yaml" else "{}")
+    monkeypatch.chdir(project)
+    before = {path.name: path.read_text() for path in project.iterdir()}
+    for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
+        with pytest.raises(InputError, match=r"holds a recipe\.yaml that no run wrote: not empty, and no run of qalora"):
+            main(["--recipe", "recipe.yaml", "--model", "m", "data.train=t", "--output-dir", ".", *more])
+    assert {path.name: path.read_text() for path in project.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -844,9 +869,19 @@ def test_a_run_of_one_step_learns(finetune):
     )
 
 
-def test_resume_without_a_checkpoint_is_refused(finetune, tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        finetune("--resume-from-checkpoint", "auto", output="nothing")
+def test_auto_begins_where_there_is_no_checkpoint_and_a_path_is_refused(finetune, tmp_path, capsys):
+    short = ("training.max_steps=3", "allocation.rounds=0", "--resume-from-checkpoint", "auto")
+    (tmp_path / "run" / "lost+found").mkdir(parents=True)  # of a mounted volume
+    code, folder = finetune(*short)
+    assert code == 0 and "run holds no checkpoint; the run begins" in capsys.readouterr().err
+    # Killed before its first checkpoint, and started again by a loop.
+    shutil.rmtree(folder / "checkpoint-3")
+    shutil.rmtree(folder / "adapter")
+    assert finetune(*short)[0] == 0 and (folder / "adapter").is_dir()
+    # A result is no failed attempt.
+    shutil.rmtree(folder / "checkpoint-3")
+    with pytest.raises(InputError, match="holds a run; continue it"):
+        finetune(*short)
     with pytest.raises(InputError, match=r"no checkpoint there"):
         finetune("--resume-from-checkpoint", str(tmp_path), output="nothing")
 
