@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
@@ -464,14 +465,17 @@ def draw(
 ) -> None:
     from qalora.report import draw_loss, draw_ranks
 
-    draw_ranks({name: final.get(name, 0) for name in start}, start, output_dir / "ranks.png")
-    draw_loss(
-        log_history,
-        [record["step"] for record in rounds],
-        output_dir / "loss.png",
-        total_rank={record["step"]: record["total_rank"] for record in rounds} or None,
-        budget=sum(start.values()),
-    )
+    with TemporaryDirectory(dir=output_dir, prefix=".drawing-") as drawn:
+        draw_ranks({name: final.get(name, 0) for name in start}, start, Path(drawn) / "ranks.png")
+        draw_loss(
+            log_history,
+            [record["step"] for record in rounds],
+            Path(drawn) / "loss.png",
+            total_rank={record["step"]: record["total_rank"] for record in rounds} or None,
+            budget=sum(start.values()),
+        )
+        for picture in Path(drawn).iterdir():
+            picture.replace(output_dir / picture.name)
 
 
 def fit_to_device(recipe: Recipe, longest: int) -> None:

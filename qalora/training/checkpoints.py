@@ -24,6 +24,7 @@ from qalora.training.identity import read_identity
 STATE = "trainer_state.json"
 MANIFEST = "files.json"
 PREFIX = "checkpoint-"
+SECTIONS = ("data", "quantization", "lora", "allocation", "training", "evaluation", "logging")  # of every resolved recipe
 
 
 def write_manifest(folder: Path) -> None:
@@ -186,6 +187,12 @@ def _check_mapping(file: Path) -> None:
         raise ValueError("no mapping")
 
 
+def _check_recipe(file: Path) -> None:
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if missing := [name for name in SECTIONS if not isinstance(tree.get(name), dict)]:
+        raise ValueError(f"no {missing[0]}")
+
+
 def _check_lines(file: Path) -> None:
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.strip():
@@ -201,7 +208,7 @@ def _check_archive(file: Path) -> None:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     STATE: _check_state,
-    "recipe.yaml": _check_mapping,
+    "recipe.yaml": _check_recipe,
     "allocation.jsonl": _check_lines,
     "adapter_config.json": _check_mapping,
     "adapter_model.safetensors": tensor_header,

@@ -13,7 +13,7 @@ from qalora.errors import InputError
 from qalora.files import check_folder, holds, put_back, write_whole, written_beside
 from qalora.locking import LOCK
 from qalora.training import identity
-from qalora.training.checkpoints import PREFIX, best_beside, checkpoints_in, problem_with, step_of
+from qalora.training.checkpoints import PREFIX, SECTIONS, best_beside, checkpoints_in, problem_with, step_of
 
 # What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
 RUN_FILES = ("recipe.yaml", identity.FILE, "allocation.jsonl", "metrics.json")
@@ -22,10 +22,9 @@ FILES = ("allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "predictio
 CHECKPOINT = ("adapter_config.json", "trainer_state.json", "recipe.yaml", "optimizer.pt")
 FOLDERS = {"checkpoint-*": CHECKPOINT, "damaged-checkpoint-*": CHECKPOINT, "adapter": CHECKPOINT[:1], "merged": ("merge.json",)}
 # What a killed run was writing.
-HALF_WRITTEN = tuple(f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced"))
+HALF_WRITTEN = (".drawing-*",) + tuple(f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced"))
 # Of folders that others may use too, only these files.
 SHARED = {"scores": "step-*.json", "runs": "**/events.out.tfevents.*"}
-SECTIONS = {"data", "quantization", "lora", "allocation", "training", "evaluation", "logging"}
 UNMINDED = ("lost+found",)  # and hidden files
 
 
@@ -44,7 +43,7 @@ def is_run(folder: Path) -> bool:
         tree = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    return isinstance(tree, dict) and tree.keys() >= SECTIONS and (folder / "allocation.jsonl").exists()
+    return isinstance(tree, dict) and tree.keys() >= set(SECTIONS) and (folder / "allocation.jsonl").exists()
 
 
 def is_finished(folder: Path) -> bool:
@@ -164,15 +163,17 @@ def begin_folder(output_dir: Path, checkpoint: Path | None, say: Callable[[str],
 
 
 def _clear(output_dir: Path, say: Callable[[str], None]) -> None:
-    begun = is_run(output_dir)
-    for path in list(own_entries(output_dir)) if begun else []:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if not begun:
+    if not is_run(output_dir):
         return
-    for name in SHARED:
-        for folder in sorted((output_dir / name).rglob("*"), reverse=True) + [output_dir / name]:
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
+    for path in list(own_entries(output_dir)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            continue
+        path.unlink()
+        for folder in path.parents:
+            if folder == output_dir or any(folder.iterdir()):
+                break
+            folder.rmdir()
     if stays := foreign_entries(output_dir):
         say(f"{output_dir}: {', '.join(stays[:5])}{' …' if len(stays) > 5 else ''} are no run's, and stay")
 
