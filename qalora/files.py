@@ -155,7 +155,8 @@ def unwritable(error: BaseException) -> str | None:
         if os.strerror(number) in text or f"os error {number})" in text:
             return os.strerror(number)
     # torch's writer notices that a write was short, and keeps the reason to itself.
-    return os.strerror(errno.ENOSPC) if re.search(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+", text) else None
+    short_write = r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|iostream error"
+    return os.strerror(errno.ENOSPC) if re.search(short_write, text) else None
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -113,6 +115,8 @@ def finetune(model_dir, rows, tmp_path):
 
     def run(*more: str, output: str = "run", settings: dict | None = None) -> tuple[int, Path]:
         return train(model_dir, rows, tmp_path / output, *more, settings=settings), tmp_path / output
+
+    run.folder = tmp_path / "run"
 
     return run
 
@@ -514,12 +518,12 @@ def test_rows_that_were_trained_on_never_validate_and_new_ones_are_trained_on(
 
     seen.clear()
     longer = tmp_path / "longer.jsonl"
-    added = "".join(json.dumps({"prompt": f"{a} {b} ", "completion": f"{b} {a}"}) + "\n" for a, b in zip(WORDS, WORDS[1:]))
+    added = "".join(json.dumps({"prompt": f"{a} {a} ", "completion": b}) + "\n" for a, b in itertools.pairwise(WORDS))
     longer.write_text(rows.read_text() + added)
     capsys.readouterr()
     _, folder = finetune(f"data.train={longer}", "training.max_steps=24", *more[1:], output="longer")
     said = capsys.readouterr().err
-    assert "other training rows than before (91, before 72; 19 of them are new)" in said
+    assert "other training rows than before (91, before 72; 19 of them are new)" in said, said
     assert "training.max_steps=24 (was 12)" in said and "other validation rows" not in said
     assert not held_back & set(seen) and set(range(96, 115)) <= set(seen)  # an epoch has 12 steps, and begins anew
     assert len(set(seen)) == 91
@@ -972,6 +976,82 @@ def test_a_round_that_would_prune_all_is_refused_before_loading(finetune, monkey
 def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
     with pytest.raises(InputError, match=r"a run of 1 optimizer steps has no room for a round"):
         finetune("training.max_steps=1")
+
+
+def test_a_second_run_of_the_same_folder_is_refused_by_the_first_ones_process(finetune, tmp_path, capsys, monkeypatch):
+    def meanwhile(*args):
+        for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
+            with pytest.raises(InputError, match=rf"output_dir=.*run: in use by process {os.getpid()} on .* wait for its end"):
+                finetune(*more)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qalora.base.loading.load_tokenizer", meanwhile)
+    with pytest.raises(ZeroDivisionError):
+        finetune()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("at", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_leaves_the_earlier_ones(finetune, default_run, monkeypatch, capsys, at):
+    """A limit on the size of files (EFBIG) makes each library fail in its own words, as a full disk (ENOSPC) does."""
+    sizes = {file.name: file.stat().st_size for file in (default_run / "checkpoint-6").iterdir()}
+    plain, before = trainer.QaloraTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, *args):
+        if self.state.global_step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[at] - 10, before[1]))
+        try:
+            plain(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    if at == "files.json":  # smaller than some others: only its own writing fails
+        monkeypatch.setattr("qalora.training.trainer.write_manifest", full_disk)
+    else:
+        monkeypatch.setattr(trainer.QaloraTrainer, "_save_checkpoint", limited)
+    said = r"checkpoint-\d+: cannot be written \((File too large|No space left on device)\); nothing was kept\. .* make room"
+    with pytest.raises(InputError, match=said):
+        finetune()
+    folder = finetune.folder
+    kept = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
+    assert kept == ({"checkpoint-3"} if at != "files.json" else set())
+    monkeypatch.undo()
+    assert finetune("--resume-from-checkpoint", "auto")[0] == 0
+    assert losses(folder) == losses(default_run)
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["allocation.jsonl", "step-4.json", "metrics.json", "recipe.yaml", "run.json"])
+def test_a_full_disk_elsewhere_is_one_sentence(finetune, monkeypatch, name):
+    from qalora import files
+
+    fsync, write = os.fsync, files.write_whole
+
+    def failing(file, text):
+        monkeypatch.setattr(os, "fsync", full_disk if Path(file).name == name else fsync)
+        write(file, text)
+
+    for module in ("files", "training.callback", "finetune"):
+        monkeypatch.setattr(f"qalora.{module}.write_whole", failing)
+    with pytest.raises(InputError, match=r"run: cannot be written \(No space left on device\)\. .* make room"):
+        finetune()
+    left = list(finetune.folder.rglob(f"*{name}*"))
+    assert all(path.name == name and path.parent.name.startswith("checkpoint-") for path in left) or name == "allocation.jsonl"
+    assert not list(finetune.folder.rglob("*.partial"))
+
+
+def test_a_weight_that_is_not_finite_is_not_saved_and_the_last_good_checkpoint_named(finetune, monkeypatch):
+    def poison(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 6:
+            next(iter(gated_layers(model).values())).B.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(callback.AllocationCallback, "on_step_end", poison)
+    with pytest.raises(AnswerNo, match=r"not finite after step 6; .*the last good checkpoint is .*checkpoint-3"):
+        finetune("allocation.rounds=0")
+    assert {path.name for path in finetune.folder.iterdir() if "checkpoint" in path.name} == {"checkpoint-3"}
 
 
 def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
