@@ -96,7 +96,9 @@ def main(argv: list[str]) -> int:
         from qalora.base.loading import load_tokenizer
 
         tokenizer = load_tokenizer(source)
-        data = load_data(recipe, tokenizer, None if continued is None or continued.identity is None else continued.identity.rows)
+        data = load_data(
+            recipe, tokenizer, None if continued is None or continued.identity is None else continued.identity.rows
+        )
         with full_disk_named(output_dir):
             return finetune(recipe, data, tokenizer, output_dir, continued)
 
@@ -113,7 +115,9 @@ def full_disk_named(output_dir: Path) -> Iterator[None]:
         cause = error if disk_is_full(error) else error.__cause__
         if cause is None or not disk_is_full(cause):
             raise
-        what = str(error) if isinstance(error, InputError) else f"{output_dir}: cannot be written ({unwritable(cause)})."
+        what = (
+            str(error) if isinstance(error, InputError) else f"{output_dir}: cannot be written ({unwritable(cause)})."
+        )
         raise InputError(
             f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and --resume-from-checkpoint auto."
         ) from error
@@ -314,7 +318,9 @@ def finetune(
         )
 
     model = trainer.model
-    seconds = sum(record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > first_step)
+    seconds = sum(
+        record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > first_step
+    )
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
         "rounds": allocator.done(),
@@ -568,7 +574,9 @@ def say_what_changed(recipe: Recipe, data: RunData, continued: Continued) -> Non
             "of them are new): the epoch begins anew with them"
         )
     if before.validation != after.validation:
-        cli.say("other validation rows than before: the best loss so far, of other rows, and the evaluation before training count no more")
+        cli.say(
+            "other validation rows than before: the best loss so far, of other rows, and the evaluation before training count no more"
+        )
 
 
 def say(recipe: Recipe, text: str) -> None:

@@ -547,7 +547,12 @@ def test_a_longer_run_makes_no_more_rounds_and_takes_its_own_intervals(finetune,
     _, folder = finetune(*scaled)
     done = [record["step"] for record in records(folder)]
     assert len(done) == 2
-    more = ("training.max_steps=24", "training.eval_steps=2", "training.save_steps=4", "training.early_stopping_patience=99")
+    more = (
+        "training.max_steps=24",
+        "training.eval_steps=2",
+        "training.save_steps=4",
+        "training.early_stopping_patience=99",
+    )
     assert finetune(*scaled, *more, "--resume-from-checkpoint", "auto")[0] == 0
     assert [record["step"] for record in records(folder)] == done
     state = json.loads((folder / "checkpoint-24" / "trainer_state.json").read_text())
@@ -591,7 +596,13 @@ def peft_loss(model_dir: Path, adapter: Path, items: list[dict]) -> float:
 
 def test_a_run_from_a_plain_lora_begins_with_its_function_and_keeps_its_budget(finetune, model_dir, tmp_path):
     adapter = save_rslora(model_dir, tmp_path / "theirs")
-    more = ("--no-quantize", "allocation.preset=null", "allocation.warmup=4", "lora.dropout=0.1", f"adapter_name_or_path={adapter}")
+    more = (
+        "--no-quantize",
+        "allocation.preset=null",
+        "allocation.warmup=4",
+        "lora.dropout=0.1",
+        f"adapter_name_or_path={adapter}",
+    )
     plain = _without("lora.r", "lora.alpha")
     code, folder = finetune(*more, settings=plain)
     assert code == 0
@@ -607,12 +618,16 @@ def test_a_run_from_a_plain_lora_begins_with_its_function_and_keeps_its_budget(f
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
     # Continued, it needs the adapter no more.
     shutil.rmtree(adapter)
-    _, resumed = finetune(*more, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed", settings=plain)
+    _, resumed = finetune(
+        *more, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed", settings=plain
+    )
     assert losses(resumed) == losses(folder)
     assert_same_adapter(resumed, folder)
 
 
-def test_what_contradicts_the_given_adapter_is_refused_before_loading(finetune, model_dir, tmp_path, monkeypatch, default_run):
+def test_what_contradicts_the_given_adapter_is_refused_before_loading(
+    finetune, model_dir, tmp_path, monkeypatch, default_run
+):
     adapter = save_rslora(model_dir, tmp_path / "theirs")
     monkeypatch.setattr("qalora.base.loading.load_base", None)
     for setting, message in {
@@ -623,7 +638,9 @@ def test_what_contradicts_the_given_adapter_is_refused_before_loading(finetune, 
         f"lora.adapter={default_run}": r"there is no adapter_config\.json; did you mean lora\.adapter=.*run/adapter\?",
     }.items():
         with pytest.raises(InputError, match=message):
-            finetune(f"lora.adapter={adapter}", "allocation.preset=null", setting, settings=_without("lora.r", "lora.alpha"))
+            finetune(
+                f"lora.adapter={adapter}", "allocation.preset=null", setting, settings=_without("lora.r", "lora.alpha")
+            )
 
 
 def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune, default_run, tmp_path):
@@ -981,7 +998,9 @@ def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
 def test_a_second_run_of_the_same_folder_is_refused_by_the_first_ones_process(finetune, tmp_path, capsys, monkeypatch):
     def meanwhile(*args):
         for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
-            with pytest.raises(InputError, match=rf"output_dir=.*run: in use by process {os.getpid()} on .* wait for its end"):
+            with pytest.raises(
+                InputError, match=rf"output_dir=.*run: in use by process {os.getpid()} on .* wait for its end"
+            ):
                 finetune(*more)
         raise ZeroDivisionError
 
@@ -992,7 +1011,9 @@ def test_a_second_run_of_the_same_folder_is_refused_by_the_first_ones_process(fi
 
 
 @pytest.mark.parametrize("at", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
-def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_leaves_the_earlier_ones(finetune, default_run, monkeypatch, capsys, at):
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_leaves_the_earlier_ones(
+    finetune, default_run, monkeypatch, capsys, at
+):
     """A limit on the size of files (EFBIG) makes each library fail in its own words, as a full disk (ENOSPC) does."""
     sizes = {file.name: file.stat().st_size for file in (default_run / "checkpoint-6").iterdir()}
     plain, before = trainer.QaloraTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1039,7 +1060,10 @@ def test_a_full_disk_elsewhere_is_one_sentence(finetune, monkeypatch, name):
     with pytest.raises(InputError, match=r"run: cannot be written \(No space left on device\)\. .* make room"):
         finetune()
     left = list(finetune.folder.rglob(f"*{name}*"))
-    assert all(path.name == name and path.parent.name.startswith("checkpoint-") for path in left) or name == "allocation.jsonl"
+    assert (
+        all(path.name == name and path.parent.name.startswith("checkpoint-") for path in left)
+        or name == "allocation.jsonl"
+    )
     assert not list(finetune.folder.rglob("*.partial"))
 
 
@@ -1119,7 +1143,9 @@ def test_a_users_project_is_never_a_run(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     before = {path.name: path.read_text() for path in project.iterdir()}
     for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
-        with pytest.raises(InputError, match=r"holds a recipe\.yaml that no run wrote: not empty, and no run of qalora"):
+        with pytest.raises(
+            InputError, match=r"holds a recipe\.yaml that no run wrote: not empty, and no run of qalora"
+        ):
             main(["--recipe", "recipe.yaml", "--model", str(model_dir), "data.train=t", "--output-dir", ".", *more])
     assert {path.name: path.read_text() for path in project.iterdir()} == before
 

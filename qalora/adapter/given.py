@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qalora.base.fingerprint import tensor_header
 from qalora.base.registry import BLOCK_MAPS, read_fields
@@ -30,7 +30,7 @@ class GivenAdapter:
     ranks: dict[str, int]
     r: int
     alpha: float
-    target_modules: str | list[str]
+    target_modules: Literal["all-linear"] | list[str]
 
     def check_settings(self, given: Mapping[str, Any]) -> None:
         """
@@ -76,7 +76,7 @@ def given_adapter(path: str | Path) -> GivenAdapter:
         raise InputError(f"{config}: r is {r!r} and lora_alpha {alpha!r}, not numbers above 0.")
     found = {name.rpartition(".")[2] for name in ranks}
     every = {name.rpartition(".")[2] for name in BLOCK_MAPS}
-    targets: str | list[str] = "all-linear" if found == every else sorted(found)
+    targets: Literal["all-linear"] | list[str] = "all-linear" if found == every else sorted(found)
     return GivenAdapter(folder, ranks, max(ranks.values()), alpha, targets)
 
 

@@ -24,7 +24,15 @@ from qalora.training.identity import read_identity
 STATE = "trainer_state.json"
 MANIFEST = "files.json"
 PREFIX = "checkpoint-"
-SECTIONS = ("data", "quantization", "lora", "allocation", "training", "evaluation", "logging")  # of every resolved recipe
+SECTIONS = (
+    "data",
+    "quantization",
+    "lora",
+    "allocation",
+    "training",
+    "evaluation",
+    "logging",
+)  # of every resolved recipe
 
 
 def write_manifest(folder: Path) -> None:
@@ -127,7 +135,9 @@ def last_good(output_dir: Path) -> Path | None:
     """The newest whole checkpoint up to whose step every loss was finite."""
     for path in checkpoints_in(output_dir):
         if problem_with(path) is None:
-            losses = [entry[key] for entry in _state(path)["log_history"] for key in ("loss", "eval_loss") if key in entry]
+            losses = [
+                entry[key] for entry in _state(path)["log_history"] for key in ("loss", "eval_loss") if key in entry
+            ]
             if all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
                 return path
     return None

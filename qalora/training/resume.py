@@ -49,6 +49,7 @@ class Continued:
         steps = [int(json.loads(line)["step"]) for line in lines if line.strip()]
         return [step for step in steps if 0 < step <= self.step]
 
+
 # What weights, moments and the position among the rows have in them.
 FIXED = (
     "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules",

@@ -20,9 +20,16 @@ RUN_FILES = ("recipe.yaml", identity.FILE, "allocation.jsonl", "metrics.json")
 # What else it writes: files, and folders that hold one of these files or nothing.
 FILES = ("allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "predictions*.jsonl", "report.html")
 CHECKPOINT = ("adapter_config.json", "trainer_state.json", "recipe.yaml", "optimizer.pt")
-FOLDERS = {"checkpoint-*": CHECKPOINT, "damaged-checkpoint-*": CHECKPOINT, "adapter": CHECKPOINT[:1], "merged": ("merge.json",)}
+FOLDERS = {
+    "checkpoint-*": CHECKPOINT,
+    "damaged-checkpoint-*": CHECKPOINT,
+    "adapter": CHECKPOINT[:1],
+    "merged": ("merge.json",),
+}
 # What a killed run was writing.
-HALF_WRITTEN = (".drawing-*",) + tuple(f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced"))
+HALF_WRITTEN = (".drawing-*",) + tuple(
+    f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced")
+)
 # Of folders that others may use too, only these files.
 SHARED = {"scores": "step-*.json", "runs": "**/events.out.tfevents.*"}
 UNMINDED = ("lost+found",)  # and hidden files

@@ -44,8 +44,8 @@ from qalora.metrics import row_losses
 from qalora.recipe import Recipe
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
-from qalora.training.ladder import Ladder
 from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_good, write_manifest
+from qalora.training.ladder import Ladder
 from qalora.training.run_folder import RUN_FILES
 
 
@@ -230,10 +230,16 @@ class QaloraTrainer(Trainer):
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
         for group, settings, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
             group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+        if not math.isclose(then, scheduler._last_lr[0], rel_tol=1e-9, abs_tol=1e-15):
+            console.print(
+                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} by the checkpoint)",
+                highlight=False,
+            )
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """A checkpoint's state, with the best checkpoint where this folder has it, and this run's own intervals."""

@@ -265,7 +265,13 @@ def test_a_longer_run_makes_no_more_rounds_than_it_was_to(planned, done, rounds)
 
 def settings(**training):
     tree = {
-        "training": {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1, "optim": "a", "learning_rate": 0.1},
+        "training": {
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "seed": 1,
+            "optim": "a",
+            "learning_rate": 0.1,
+        },
         "lora": {"r": 2},
         "data": {"packing": False, "max_seq_len": 8, "validation": None},
     }
@@ -279,7 +285,9 @@ def test_what_would_be_another_run_is_refused_with_both_values():
     check_settings(settings(learning_rate=0.2, max_steps=24), begun, at)
     with pytest.raises(InputError, match=r"are 8 rows an optimizer step, .* with 16"):
         check_settings(begun, settings(micro_batch_size=8), at)
-    with pytest.raises(InputError, match=r"training\.seed is 1, and checkpoint-6 was made with 3; .* set training\.seed=3"):
+    with pytest.raises(
+        InputError, match=r"training\.seed is 1, and checkpoint-6 was made with 3; .* set training\.seed=3"
+    ):
         check_settings(begun, settings(seed=3), at)
     packed, longer = settings(), settings()
     packed["data"] = {"packing": True, "max_seq_len": 8, "validation": None}
