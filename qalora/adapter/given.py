@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qalora.adapter.targets import targeted
 from qalora.base.fingerprint import tensor_header
 from qalora.base.registry import BLOCK_MAPS, read_fields
 from qalora.errors import InputError
@@ -40,7 +41,16 @@ class GivenAdapter:
         Raises:
             InputError: one of them is another than the adapter has; names both values.
         """
-        own = {"r": self.r, "alpha": self.alpha, "target_modules": self.target_modules}
+        own: dict[str, Any] = {"r": self.r, "alpha": self.alpha, "target_modules": self.target_modules}
+        layers = given.get("layers_to_transform")
+        targets = given.get("target_modules", "all-linear")
+        if layers is not None or (isinstance(targets, str) and targets != "all-linear"):
+            own.pop("target_modules")
+            if set(targeted(self.ranks, targets, layers)) != set(self.ranks):
+                raise InputError(
+                    f"lora.target_modules={_shown(targets)} with lora.layers_to_transform={layers}: the adapter in lora.adapter={self.path} has "
+                    "other modules, and it stays as it is; leave both out."
+                )
         for name, value in own.items():
             asked = given.get(name, value)
             if _comparable(asked) != _comparable(value):

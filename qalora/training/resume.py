@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,9 @@ class Continued:
 
 # What weights, moments and the position among the rows have in them.
 FIXED = (
-    "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules",
+    "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.layers_to_transform",
     "quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant",
     "training.optim", "training.seed", "training.group_by_length", "data.packing",
-)  # fmt: skip
-READING = (
-    "data.format", "data.columns", "data.prompt_template", "data.completion_template", "data.labels", "data.chat",
-    "data.max_seq_len", "data.train_on_inputs",
 )  # fmt: skip
 # Decided when the run began, or said elsewhere.
 UNSAID = ("output_dir", "model", "merge", "lora.init", "allocation.start", "training.fit", "training.mlp_tile")
@@ -103,13 +99,16 @@ def check_base(now: str | None, model: str, begun: Identity | None, checkpoint: 
         )
 
 
-def check_rows(now: Settings, begun: Settings, checkpoint: Path) -> None:
+def check_rows(now: Settings, begun: Settings, reading: Iterable[str], checkpoint: Path) -> None:
     """Of a run whose rows are not those of the checkpoint.
+
+    Args:
+        reading: the settings that decide how a row becomes tokens.
 
     Raises:
         InputError: they are read in another way.
     """
-    for key in READING:
+    for key in reading:
         new, old = _get(now, key), _get(begun, key)
         if old is not MISSING and new != old:
             raise _another(key, new, old, checkpoint)

@@ -27,8 +27,9 @@ FOLDERS = {
     "merged": ("merge.json",),
 }
 # What a killed run was writing.
-HALF_WRITTEN = (".drawing-*",) + tuple(
-    f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced")
+HALF_WRITTEN = (
+    ".drawing-*",
+    *(f".{name}.{state}" for name in ("checkpoint-*", "adapter", "merged") for state in ("partial", "replaced")),
 )
 # Of folders that others may use too, only these files.
 SHARED = {"scores": "step-*.json", "runs": "**/events.out.tfevents.*"}
