@@ -144,6 +144,11 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    adapter: str | None = Field(
+        None,
+        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and target_modules are its own, its "
+        "ranks are the budget; null: a new adapter",
+    )
     init: Literal["auto"] | Init = Field(
         "auto",
         description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
@@ -413,6 +418,9 @@ class Recipe(Section):
                 "training.eval_strategy=no takes none: set it to steps or epoch"
             )
         init, start = self.lora.init, self.allocation.start
+        if self.lora.adapter and (init not in ("auto", "kaiming") or start == "scores"):
+            asked = "allocation.start=scores" if start == "scores" else f"lora.init={init}"
+            yield f"{asked} places new ranks, and lora.adapter={self.lora.adapter} brings trained ones: leave one of them out"
         if start == "scores" and init not in ("auto", "quantization"):
             yield (
                 f"allocation.start=scores chooses among the ranks of lora.init=quantization, and lora.init is {init}: set "
@@ -431,6 +439,8 @@ class Recipe(Section):
                 "scoring path or auto, the others with any but path"
             )
         low, high = self.allocation.min_rank, self.allocation.max_rank
+        if self.lora.adapter:
+            return  # r and alpha are the adapter's
         if high is not None and not low <= self.lora.r <= high:
             yield f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}"
         elif low > self.lora.r:
@@ -451,6 +461,8 @@ class Recipe(Section):
         """
         if self.lora.init != "auto":
             return self.lora.init
+        if self.lora.adapter:
+            return "kaiming"
         moving, chosen = self.allocation.rounds != 0, self.allocation.start == "scores"
         if chosen or (moving and self.quantization.load_in_4bit and sixteen_bit):
             return "quantization"
@@ -503,6 +515,8 @@ ALIASES = {
     "lora_rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_target": "lora.target_modules",
+    "adapter_name_or_path": "lora.adapter",
+    "lora_model_dir": "lora.adapter",
     "lora_target_modules": "lora.target_modules",
     "lora_dropout": "lora.dropout",
     "lora_layers_to_transform": "lora.layers_to_transform",

@@ -21,6 +21,7 @@ FOUNDATION = {
     "paths": 0,
     "spellings": 0,
     "files": 0,
+    "locking": 0,
     "text_scores": 0,
     "recipe": 1,
     "adapter.allocation": 0,
@@ -51,6 +52,10 @@ TORCH_FREE = [
     "paths",
     "spellings",
     "adapter.targets",
+    "adapter.given",
+    "base.fingerprint",
+    "training.run_folder",
+    "training.resume",
 ]
 COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 

@@ -5,6 +5,7 @@ What reaches the disk is a plain PEFT LoRA: vanilla PEFT reads it without this p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -58,8 +59,13 @@ def attach(
         return _with_gated_layers(model, config)
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, path: str | Path, *, trainable: bool = False, dropout: float | None = None
+) -> PeftModel:
     """Puts a saved plain PEFT LoRA (ours or any other) on the base, with gates, weights in fp32.
+
+    Args:
+        dropout: of the adapter's inputs while training; None: what its config says.
 
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
@@ -68,6 +74,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = saved.config
     config.inference_mode = not trainable
+    if dropout is not None:
+        config.lora_dropout = dropout
     config.init_lora_weights = True  # the start is overwritten below, and some need more than a config (EVA)
     peft_model = _with_gated_layers(model, config)
     layers = gated_layers(peft_model)
@@ -93,7 +101,7 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
     layers = gated_layers(model)
     if not layers:
         raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
-    if not all(bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in layers.values()):
+    if not is_finite(model):
         raise AnswerNo(
             "the adapter holds weights that are not finite, and is not saved; lower training.learning_rate, or continue an earlier checkpoint."
         )
@@ -103,6 +111,13 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
         write_adapter(model, partial)
         if provenance is not None:
             provenance.write(partial)
+
+
+def is_finite(model: PeftModel) -> bool:
+    """Whether every weight of the adapter is a number."""
+    return all(
+        bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in gated_layers(model).values()
+    )
 
 
 def write_adapter(model: PeftModel, path: str | Path) -> None:
@@ -188,6 +203,21 @@ def add_layer(model: PeftModel, name: str) -> GatedLinear:
     layer.B.data = torch.empty(base.out_features, 0, device=device)
     setattr(owner, child, layer.train(owner.training))
     return layer
+
+
+def settle_scalings(model: PeftModel) -> None:
+    """Gives each module a scaling that alpha over rank is exactly, whatever its rank becomes; the function stays the same.
+
+    rsLoRA's alpha / √r, for one, may not be: the nearest power of two takes its place, and B the factor between them.
+    """
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
+    for layer in gated_layers(model).values():
+        s = layer.s
+        if config.use_rslora or any((s * r) / r != s for r in range(1, 1025)):
+            settled = 2.0 ** round(math.log2(s))
+            layer.B.data.mul_(s / settled)
+            layer.scaling[ADAPTER], layer.lora_alpha[ADAPTER] = settled, settled * len(layer.A)
+    sync_config(model)
 
 
 def remove_layer(model: PeftModel, name: str) -> None:
