@@ -80,6 +80,13 @@ class DataConfig(Section):
     chat: bool | None = Field(
         None, description="wrap prompt and completion in the chat template; null: only chat formats"
     )
+    chat_template: str | None = Field(
+        None, description="Jinja file, or its text, in place of the tokenizer's own; it goes along with the tokenizer"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        {}, description="switches of the chat template, e.g. enable_thinking: false, written into it as its defaults"
+    )
+    mask_history: bool = Field(False, description="of several answers in a row only the last is learned")
     max_seq_len: int = Field(2048, ge=8, description="tokens a row; longer rows are cut and counted")
     val_set_size: int | float = Field(0.05, ge=0, description="rows (integer) or share (below 1) of train held back")
     max_rows: int | None = Field(
@@ -104,7 +111,10 @@ class DataConfig(Section):
 
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
-        names = "format columns prompt_template completion_template labels chat max_seq_len train_on_inputs"
+        names = (
+            "format columns prompt_template completion_template labels chat chat_template chat_template_kwargs mask_history "
+            "max_seq_len train_on_inputs"
+        )
         return {name: getattr(self, name) for name in names.split()}
 
 
@@ -134,6 +144,11 @@ class LoraSettings(Section):
     r: int = Field(8, ge=1, description="ranks a module at the start; the budget is r times the modules")
     alpha: int = Field(16, ge=1, description="scaling = alpha / r; it never changes, whatever the ranks become")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    adapter: str | None = Field(
+        None,
+        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and target_modules are its own, its "
+        "ranks are the budget; null: a new adapter",
+    )
     init: Literal["auto"] | Init = Field(
         "auto",
         description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
@@ -152,6 +167,11 @@ class LoraSettings(Section):
     layers_to_transform: list[int] | None = Field(
         None, description="blocks that get adapters, counted from 0; null: all"
     )
+
+    @field_validator("adapter")
+    @classmethod
+    def _expanded(cls, where: str | None) -> str | None:
+        return expanded(where)
 
     @field_validator("target_modules")
     @classmethod
@@ -343,10 +363,14 @@ class EvaluationConfig(Section):
     answer_pattern: str | None = Field(
         None, description="regular expression; its first group is what exact_match compares"
     )
+    normalize: Literal["numbers"] | None = Field(
+        None,
+        description="numbers: exact_match sets commas, blanks, $ and a full stop at the end aside, as GSM8K is scored",
+    )
 
     def asking(self) -> dict[str, Any]:
         """What is measured, as the keyword arguments of `metrics.check` and `metrics.evaluate`."""
-        return {"metrics": self.metrics, "choices": self.choices, "answer_pattern": self.answer_pattern}
+        return {name: getattr(self, name) for name in ("metrics", "choices", "answer_pattern", "normalize")}
 
 
 class LoggingConfig(Section):
@@ -399,6 +423,9 @@ class Recipe(Section):
                 "training.eval_strategy=no takes none: set it to steps or epoch"
             )
         init, start = self.lora.init, self.allocation.start
+        if self.lora.adapter and (init not in ("auto", "kaiming") or start == "scores"):
+            asked = "allocation.start=scores" if start == "scores" else f"lora.init={init}"
+            yield f"{asked} places new ranks, and lora.adapter={self.lora.adapter} brings trained ones: leave one of them out"
         if start == "scores" and init not in ("auto", "quantization"):
             yield (
                 f"allocation.start=scores chooses among the ranks of lora.init=quantization, and lora.init is {init}: set "
@@ -417,6 +444,8 @@ class Recipe(Section):
                 "scoring path or auto, the others with any but path"
             )
         low, high = self.allocation.min_rank, self.allocation.max_rank
+        if self.lora.adapter:
+            return  # r and alpha are the adapter's
         if high is not None and not low <= self.lora.r <= high:
             yield f"lora.r={self.lora.r} must lie between allocation.min_rank={low} and max_rank={high}"
         elif low > self.lora.r:
@@ -437,6 +466,8 @@ class Recipe(Section):
         """
         if self.lora.init != "auto":
             return self.lora.init
+        if self.lora.adapter:
+            return "kaiming"
         moving, chosen = self.allocation.rounds != 0, self.allocation.start == "scores"
         if chosen or (moving and self.quantization.load_in_4bit and sixteen_bit):
             return "quantization"
@@ -473,6 +504,8 @@ ALIASES = {
     "train_on_source": "data.train_on_inputs",
     "train_on_prompt": "data.train_on_inputs",
     "mask_prompt": "data.train_on_inputs",
+    "chat_template_jinja": "data.chat_template",
+    "chat_template_path": "data.chat_template",
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",
     "per_device_train_batch_size": "training.micro_batch_size",
@@ -487,6 +520,8 @@ ALIASES = {
     "lora_rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_target": "lora.target_modules",
+    "adapter_name_or_path": "lora.adapter",
+    "lora_model_dir": "lora.adapter",
     "lora_target_modules": "lora.target_modules",
     "lora_dropout": "lora.dropout",
     "lora_layers_to_transform": "lora.layers_to_transform",

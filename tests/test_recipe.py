@@ -111,7 +111,7 @@ def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start
 VALUES = {
     "model": "m", "data.train": "t", "data.format": "text", "data.max_seq_len": 77, "data.val_set_size": 0.5,
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
-    "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
+    "lora.adapter": "a", "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
     "lora.alpha": 32, "lora.target_modules": ["q_proj"], "lora.dropout": 0.1, "lora.layers_to_transform": [1, 2],
     "data.validation": "v", "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,

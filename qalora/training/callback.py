@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.model import ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
-from qalora.adapter.scoring import RankScores
+from qalora.adapter.scores import RankScores
 from qalora.data.batching import on_device
 from qalora.files import write_whole
 from qalora.training.ladder import Ladder
@@ -34,7 +35,9 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no markup."""
-        super().print(*objects, **{"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options})
+        settings = {"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options}
+        with suppress(OSError):  # a log on a full disk is no reason to end a run
+            super().print(*objects, **settings)
 
 
 console = _Console(stderr=True)
@@ -90,7 +93,7 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
-        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
+        self._write()
         if state.global_step == 0 and self.start.init != "kaiming":
             even = ranks(model)
             self.ladder.attempt(
@@ -141,12 +144,13 @@ class AllocationCallback(TrainerCallback):
 
     def _keep(self, record: dict[str, Any], scores: dict[str, Any]) -> None:
         scores_file = self.scores_dir / f"step-{record['step']}.json"
-        scores_file.parent.mkdir(exist_ok=True)
-        scores_file.write_text(json.dumps(scores), encoding="utf-8")
+        write_whole(scores_file, json.dumps(scores))
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
 
 
 class InterruptCallback(TrainerCallback):

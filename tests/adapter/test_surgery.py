@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import gated
-from qalora.adapter.model import gated_layers, ranks
+from qalora.adapter.model import gated_layers, load_adapter, ranks, write_adapter
 from qalora.adapter.surgery import apply_plan
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -336,6 +336,53 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
             ]
             for tensor in (tensor for tensor in stored if tensor is not None):
                 assert tensor.untyped_storage().nbytes() == parameter.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
+def test_a_module_comes_back_from_rank_0_and_a_resumed_run_goes_on_the_same(
+    tiny_adapter, tiny_llama, train, make_batch, tmp_path, four_bit
+):
+    """Saved and loaded after the revival, with the optimizer's state by place as a checkpoint has it: the same weights after."""
+    model = tiny_adapter(r=2, four_bit=four_bit)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-3)
+    train(model, optimizer, 2)
+    apply_plan(model, AllocationPlan({Q: (0, 1), DOWN: (0, 1)}, {}), optimizer)
+    train(model, optimizer, 1, first=2)
+    with torch.no_grad():
+        before = model(**make_batch()).loss
+    apply_plan(model, AllocationPlan({}, {Q: 3}), optimizer, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**make_batch()).loss, before)
+    layer = gated_layers(model)[Q]
+    assert (len(layer.A), layer.s, layer.A.requires_grad, layer.B.any().item()) == (3, 2.0, True, False)
+    live = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert live == [id(p) for p in parameters_of(model)]
+    train(model, optimizer, 2, first=3)
+    assert layer.B.any() and layer.A in optimizer.state
+
+    write_adapter(model, tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = load_adapter(tiny_llama(four_bit=four_bit), tmp_path, trainable=True)
+    assert ranks(resumed) == ranks(model) and DOWN not in ranks(resumed)
+    again = torch.optim.AdamW(parameters_of(resumed), lr=1e-3)
+    again.load_state_dict(state)
+    for run, its in ((model, optimizer), (resumed, again)):
+        apply_plan(run, AllocationPlan({}, {DOWN: 1}), its, generator=torch.Generator().manual_seed(1))
+    assert train(model, optimizer, 3, first=5) == train(resumed, again, 3, first=5)
+    straight, other = weights(model), weights(resumed)
+    assert all(torch.equal(a, b) for name in straight for a, b in zip(straight[name], other[name], strict=True))
+
+
+def test_a_revived_module_is_trained_by_every_optimizer(tiny_adapter, train, make_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 2)
+    apply_plan(model, AllocationPlan({Q: tuple(range(R))}, {}), optimizer)
+    apply_plan(model, AllocationPlan({}, {Q: 4}), optimizer)
+    before = weights(model)[Q]
+    train(model, optimizer, 2, first=2)
+    after = weights(model)[Q]
+    assert all((old != new).any() for old, new in zip(before, after, strict=True))
 
 
 # ------------------------------------------------------------------------------------- optimizers of other moments

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from qalora.data.formats import Example, Turn, to_example
+from qalora.data.rendering import render
 from qalora.data.tokenization import (
     Report,
     TokenizedDataset,
     load_dataset,
-    render,
     split_validation,
     tokenize,
     tokenize_prompt,
@@ -228,8 +228,9 @@ def test_a_tokenizer_that_adds_bos_adds_one(chat):
 @pytest.mark.parametrize("tokenizer", [bpe(template=None), bpe(bos="<s>", add_bos=True, template=None), metaspace()])
 def test_without_a_chat_template_it_is_chatml(tokenizer):
     example, end = conversation("Say", "yes", "the", "no"), tokenizer.eos_token
+    bos = "<s>" if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
     assert "".join(text for text, _ in render(example, tokenizer)) == (
-        f"<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes{end}\n"
+        f"{bos}<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes{end}\n"
         f"<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nno{end}\n"
     )
     assert "".join(text for text, supervised in render(example, tokenizer) if supervised) == f"yes{end}no{end}"
@@ -312,7 +313,7 @@ def test_rows_are_cut_at_max_seq_len_and_dropped_when_nothing_is_left_to_learn(r
     assert dataset[1]["labels"] == whole[1]["labels"][:12]
     tokens = len(whole[0]["input_ids"]) + 12
     supervised = sum(label != -100 for item in dataset.items for label in item["labels"])
-    assert dataset.report == Report(2, 2, 1, tokens, supervised, 12)
+    assert dataset.report == Report(2, 2, 1, tokens, supervised, 12, longest=42)
     assert str(dataset.report) == (
         f"2 rows, {tokens} tokens, {supervised} of them supervised; 2 rows cut at data.max_seq_len=12; "
         "1 rows dropped, nothing to learn was left of them"
