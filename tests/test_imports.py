@@ -17,10 +17,15 @@ MODULES = {
 }
 FOUNDATION = {
     "errors": 0,
+    "environment": 0,
+    "paths": 0,
+    "spellings": 0,
     "files": 0,
+    "locking": 0,
     "text_scores": 0,
     "recipe": 1,
     "adapter.allocation": 0,
+    "adapter.targets": 0,
     "adapter.provenance": 0,
     "base.memory": 1,
     "base.registry": 0,
@@ -29,7 +34,29 @@ FOUNDATION = {
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
-TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.cells", "data.conversation", "data.formats", "data.reading", "data.references", "text_scores"]
+TORCH_FREE = [
+    "errors",
+    "recipe",
+    "base.registry",
+    "base.memory",
+    "base.fitting",
+    "adapter.allocation",
+    "adapter.provenance",
+    "data.cells",
+    "data.conversation",
+    "data.formats",
+    "data.reading",
+    "data.references",
+    "text_scores",
+    "environment",
+    "paths",
+    "spellings",
+    "adapter.targets",
+    "adapter.given",
+    "base.fingerprint",
+    "training.run_folder",
+    "training.resume",
+]
 COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 

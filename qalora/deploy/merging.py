@@ -38,7 +38,7 @@ from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import load_tokenizer, storage_dtype
 from qalora.base.registry import ModelSource
 from qalora.data.ending import Ending, ending_of
-from qalora.deploy.output import REPORT, check_output, free_disk
+from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
 from qalora.deploy.verification import TOLERANCE, Update, compare
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
@@ -47,6 +47,7 @@ Format = Literal["hf", "gguf"]
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
+@one_at_a_time
 def merge(
     source: ModelSource,
     adapter_dir: str | Path,
