@@ -6,15 +6,17 @@ A tokenizer's eos need not be among them: ChatML over a base model ends with <|i
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.tokenization import CHATML, IGNORE, TokenizedDataset
 
+T = TypeVar("T")
 ANSWER = "an answer of a few words"
 
 
@@ -24,10 +26,12 @@ class Ending:
     Attributes:
         tokens: ids that each end an answer, the base's own first.
         texts: what ends an answer likewise and is no single token.
+        turns: those of the tokens that end a turn by what was taught or by the template, the likeliest first.
     """
 
     tokens: tuple[int, ...]
     texts: tuple[str, ...] = ()
+    turns: tuple[int, ...] = ()
 
 
 def ending_of(
@@ -40,10 +44,14 @@ def ending_of(
         taught: texts, as `taught_ends` finds them and an adapter's Provenance has them.
     """
     known = unsplit(tokenizer)
-    tokens = [own] if isinstance(own, int) else list(own or ())
-    texts = [*taught, tokenizer.eos_token, *(end for end in template_ends(tokenizer) if end.strip())]
-    tokens += [known[text] for text in texts if text in known]
-    return Ending(tuple(dict.fromkeys(tokens)), tuple(dict.fromkeys(t for t in texts if t and t not in known)))
+    ends = [*taught, *(end for end in template_ends(tokenizer) if end.strip())]
+    turns = [known[end] for end in ends if end in known]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Ending(
+        tokens=_distinct([own] if isinstance(own, int) else own or (), eos, turns),
+        texts=_distinct(end for end in ends if end not in known),
+        turns=_distinct(turns),
+    )
 
 
 def taught_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ def taught_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -
         for end in template_ends(tokenizer, None if tokenizer.chat_template else CHATML):
             if end in names.values() or not any(end in answer for answer in answers):
                 ends.append(end)
-    return tuple(dict.fromkeys(ends))
+    return _distinct(ends)
 
 
 def template_ends(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> tuple[str, ...]:
@@ -95,6 +103,10 @@ def unsplit(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return {text: token for text, token in (added | special).items() if text.strip()}
+
+
+def _distinct(*values: Iterable[T]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(itertools.chain(*values)))
 
 
 def _learned(item: Mapping[str, Any], max_seq_len: int) -> Iterator[tuple[list[int], bool]]:
