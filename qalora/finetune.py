@@ -140,6 +140,7 @@ def finetune(
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
     from qalora.base.loading import load_base
+    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
     from qalora.errors import AnswerNo
     from qalora.metrics import evaluate
@@ -168,12 +169,14 @@ def finetune(
     if recipe.merge:
         check_room_to_merge(source, output_dir)
     original = choose_start(recipe, source) if checkpoint is None else None
+    if line := loaded_in_4bit(source, quantization.load_in_4bit, trained_on=True)[1]:
+        say(recipe, line)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
-    provenance = provenance_of(base, data.train)
+    provenance = provenance_of(base, data.train, recipe.data.prompt_template)
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
@@ -259,10 +262,15 @@ def finetune(
     return cli.DONE
 
 
-def provenance_of(base: LoadedBase, train: TokenizedDataset) -> Provenance:
-    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach."""
+def provenance_of(base: LoadedBase, train: TokenizedDataset, prompt_template: str | None = None) -> Provenance:
+    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
+
+    Args:
+        prompt_template: the recipe's own, with {column} fields.
+    """
     from qalora.adapter.provenance import Provenance
     from qalora.data.ending import taught_ends
+    from qalora.data.prompts import served_prompt
     from qalora.data.tokenization import CHATML
 
     stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
@@ -274,6 +282,7 @@ def provenance_of(base: LoadedBase, train: TokenizedDataset) -> Provenance:
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         stop_tokens=taught_ends(train, base.tokenizer),
         chat_template=CHATML if built_in else None,
+        prompt=served_prompt(train.examples, prompt_template),
     )
 
 

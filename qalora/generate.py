@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         required=True,
-        help="registry name, Hub id, folder (a merged one: with --no-quantize) or .gguf file",
+        help="registry name, Hub id, folder or .gguf file",
     )
     parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
     parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
@@ -62,13 +62,18 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
     from qalora.base.loading import load_base
+    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
+    from qalora.cli import say
     from qalora.metrics import generation_config
 
     source = resolve(args.model)
     if args.adapter:
         check_adapter(args.adapter, source)
-    loaded = load_base(source, load_in_4bit=not args.no_quantize, dtype=args.dtype)
+    in_4bit, line = loaded_in_4bit(source, not args.no_quantize, trained_on=args.adapter is not None)
+    if line:
+        say(line)
+    loaded = load_base(source, load_in_4bit=in_4bit, dtype=args.dtype)
     model: Any = load_adapter(loaded.model, args.adapter) if args.adapter else loaded.model
     config = generation_config(model, loaded.tokenizer, **options)
     set_seed(args.seed)

@@ -117,7 +117,9 @@ def read_config(path: str | Path) -> LoraConfig:
         raise InputError(f"{file}: peft_type is not LORA (it is {kind}); only plain LoRA adapters work.")
     for variant, (what, advice) in VARIANTS.items():
         if fields.get(variant):
-            raise InputError(f"{file}: {variant} is set; only plain LoRA adapters work, and this one has {what}{advice}.")
+            raise InputError(
+                f"{file}: {variant} is set; only plain LoRA adapters work, and this one has {what}{advice}."
+            )
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(

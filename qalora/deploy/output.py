@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+from qalora.base.precision import MERGED as REPORT
 from qalora.errors import InputError
 from qalora.files import check_folder, holds
 
-REPORT = "merge.json"
+__all__ = ["REPORT", "check_output", "free_disk"]
 
 
 def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from qalora.adapter.provenance import read_provenance
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import ModelSource, read_fields
-from qalora.data.ending import Ending
+from qalora.data.ending import Ending, ending_of
 from qalora.errors import InputError
 from qalora.files import write_json, write_whole
 
@@ -27,32 +29,55 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Served:
+    """How a model is asked, and where it stops: the base's own way, and what training added to it.
+
+    Attributes:
+        tokenizer: the base's, with the chat template that was trained with.
+        ending: what ends an answer; its tokens go to the generation config.
+        chat_template: where it is not the tokenizer's own.
+        prompt: the text that was trained around what a user says, {prompt}; None: a chat, or unknown.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ending: Ending
+    chat_template: str | None = None
+    prompt: str | None = None
+
+
+def served_after(source: ModelSource, config: PreTrainedConfig, adapter_dir: Path) -> Served:
+    """How the base is asked once this adapter is on it."""
+    tokenizer = read_tokenizer(source)
+    provenance = read_provenance(adapter_dir)
+    own = base_generation(source, config).get("eos_token_id")
+    if provenance is None:
+        return Served(tokenizer, ending_of(tokenizer, own))
+    if provenance.chat_template is not None:
+        tokenizer.chat_template = provenance.chat_template
+    ending = ending_of(tokenizer, own, provenance.stop_tokens)
+    return Served(tokenizer, ending, provenance.chat_template, provenance.prompt)
+
+
 def write_settings(
-    folder: Path,
-    source: ModelSource,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    ending: Ending,
-    chat_template: str | None = None,
+    folder: Path, source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, served: Served
 ) -> None:
     """Writes config.json (without quantization_config), generation_config.json and the tokenizer's files.
 
     Args:
         config: the model's as it was trained.
         dtype: of the weights in the folder.
-        ending: its tokens are what the generation config ends an answer with.
-        chat_template: that was trained with and is not the tokenizer's own.
     """
     published = published_folder(source)
     fields = json.loads(config.to_json_string()) if published is None else read_fields(published / "config.json")
     write_json(folder / "config.json", served_config(fields, config, dtype))
-    _write_generation(folder, published, config, ending)
+    _write_generation(folder, published, config, served.ending)
     if published is None:
         _write_tokenizer(folder, source)
     else:
         _copy_tokenizer(folder, published)
-    if chat_template is not None:
-        add_chat_template(folder, chat_template)
+    if served.chat_template is not None:
+        add_chat_template(folder, served.chat_template)
 
 
 def published_folder(source: ModelSource) -> Path | None:
