@@ -69,9 +69,9 @@ def write_settings(
         dtype: of the weights in the folder.
     """
     published = published_folder(source)
-    fields = json.loads(config.to_json_string()) if published is None else read_fields(published / "config.json")
+    fields = _config_fields(published, config)
     write_json(folder / "config.json", served_config(fields, config, dtype))
-    _write_generation(folder, published, config, served.ending)
+    _write_generation(folder, published, fields, served.ending)
     if published is None:
         _write_tokenizer(folder, source)
     else:
@@ -106,6 +106,11 @@ def published_folder(source: ModelSource) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ config
+
+
+def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, Any]:
+    """config.json as published; of a GGUF file, as it would be."""
+    return dict(json.loads(config.to_json_string())) if published is None else read_fields(published / "config.json")
 
 
 def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -143,15 +148,16 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
 def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, Any]:
     """The base's generation defaults as it publishes them, or as they follow from its config."""
     published = published_folder(source)
-    return (_published_generation(published) if published else None) or _implied_generation(config)
+    own = _published_generation(published)
+    return _implied_generation(_config_fields(published, config)) if own is None else own
 
 
-def _write_generation(folder: Path, published: Path | None, config: PreTrainedConfig, ending: Ending) -> None:
+def _write_generation(folder: Path, published: Path | None, config: Mapping[str, Any], ending: Ending) -> None:
     """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its config's.
 
     As it stands: saving it through transformers would refuse what it loads, such as a temperature without do_sample.
     """
-    own = _published_generation(published) if published else None
+    own = _published_generation(published)
     fields = own if own is not None else _implied_generation(config)
     if _ids(fields.get("eos_token_id")) != list(ending.tokens):
         ends = ending.tokens[0] if len(ending.tokens) == 1 else list(ending.tokens)
@@ -160,14 +166,14 @@ def _write_generation(folder: Path, published: Path | None, config: PreTrainedCo
         shutil.copyfile(published / "generation_config.json", folder / "generation_config.json")
 
 
-def _published_generation(published: Path) -> dict[str, Any] | None:
-    file = published / "generation_config.json"
-    return read_fields(file) if file.is_file() else None
+def _published_generation(published: Path | None) -> dict[str, Any] | None:
+    file = published / "generation_config.json" if published else None
+    return read_fields(file) if file is not None and file.is_file() else None
 
 
-def _implied_generation(config: PreTrainedConfig) -> dict[str, Any]:
-    """What transformers makes of a config where there is no file: token ids, and older configs' sampling."""
-    fields = GenerationConfig.from_model_config(config).to_diff_dict()
+def _implied_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers makes of config.json where there is no file: token ids, and older configs' sampling."""
+    fields = GenerationConfig.from_model_config(dict(config)).to_diff_dict()
     internal = ("_from_model_config", "transformers_version", "use_cache", "output_attentions", "output_hidden_states")
     return {name: value for name, value in fields.items() if name not in internal}
 
