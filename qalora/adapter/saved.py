@@ -238,11 +238,15 @@ def _paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[
         InputError: a tensor that is neither an A nor a B of a linear layer of a block, or lacks its partner.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
+    strays: list[tuple[str, str]] = []
     for key, tensor in tensors.items():
         module, kind = _module_of(key), key.removesuffix(".weight").rpartition(".")[2]
         if kind not in ("lora_A", "lora_B") or tensor.ndim != 2 or module.endswith("lm_head"):
-            raise InputError(f"{path}: {_no_pair(module, kind)}.")
-        pairs.setdefault(module, {})[kind] = tensor
+            strays.append((module, kind))
+        else:
+            pairs.setdefault(module, {})[kind] = tensor
+    if strays:  # PEFT saves whole weights too beside LoRA on the head or the embeddings
+        raise InputError(f"{path}: {_no_pair(*min(strays, key=lambda stray: not stray[1].startswith('lora_')))}.")
     for module, pair in pairs.items():
         if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             raise InputError(f"{path}: lora_A and lora_B of {module} do not belong together.")
