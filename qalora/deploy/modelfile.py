@@ -3,7 +3,7 @@
 Ollama reads no Jinja. What a chat template writes around the turns is found by rendering a few, and written as a Go template, of which
 Ollama renders one exchange after the other:
 
-    {{ if .System }}before{{ .System }}after{{ else }}before{{ end }}{{ .Prompt }}opening{{ .Response }}end
+    {{ if .System }}head{{ .System }}tail{{ end }}before{{ .Prompt }}opening{{ .Response }}end
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ class Exchange:
         """As a Go template."""
         before, opening, end = map(_literal, (self.before, self.opening, self.end))
         if self.system is not None:
-            around = tuple(map(_literal, self.system))
-            before = f"{{{{ if .System }}}}{around[0]}{{{{ .System }}}}{around[1]}{{{{ else }}}}{before}{{{{ end }}}}"
+            head, tail = map(_literal, self.system)
+            if tail.endswith(before):  # the system text is a turn of its own
+                before = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{tail.removesuffix(before)}{{{{ end }}}}{before}"
+            else:
+                before = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{tail}{{{{ else }}}}{before}{{{{ end }}}}"
         return f"{before}{{{{ .Prompt }}}}{opening}{{{{ .Response }}}}{end}"
 
     def text(self, *turns: str, system: str | None = None) -> str:

@@ -29,7 +29,12 @@ def save(folder):
 
     def write(path: Path, **options) -> Path:
         torch.manual_seed(0)
-        config = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"} | options
+        config = {
+            "r": 2,
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+            "task_type": "CAUSAL_LM",
+        } | options
         get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**config)).save_pretrained(str(path))
         return path
 
@@ -87,7 +92,9 @@ def test_nothing_in_a_pickle_is_run(plain, content):
     ],
     ids=lambda value: "" if isinstance(value, str) else str(next(iter(value.values()))),
 )
-def test_what_is_no_lora_of_blocks_is_called_by_its_name_and_what_works_is_said(folder, save, tmp_path, options, message):
+def test_what_is_no_lora_of_blocks_is_called_by_its_name_and_what_works_is_said(
+    folder, save, tmp_path, options, message
+):
     save(tmp_path / "adapter", **options)
     with pytest.raises(InputError) as found:
         check_adapter(tmp_path / "adapter", resolve(str(folder)))

@@ -60,7 +60,9 @@ def modelfile(folder, served: Served) -> dict[str, list[str]]:
     write_modelfile(folder, served)
     text = (folder / "Modelfile").read_text()
     found: dict[str, list[str]] = {}
-    for command, whole, short in re.findall(r'^([A-Z]+) (?:"""(.*?)"""|([^"].*?|".*?"))$', text, re.MULTILINE | re.DOTALL):
+    for command, whole, short in re.findall(
+        r'^([A-Z]+) (?:"""(.*?)"""|([^"].*?|".*?"))$', text, re.MULTILINE | re.DOTALL
+    ):
         found.setdefault(command, []).append(whole or short)
     return found
 
@@ -87,13 +89,18 @@ def by_ollama(file: dict[str, list[str]], turns: list[str], system: str | None) 
     text, system = "", system or file.get("SYSTEM", [None])[0]
     for i in range(0, len(turns), 2):
         last = i + 1 == len(turns)
-        values = {"System": system or "" if i == 0 else "", "Prompt": turns[i], "Response": "" if last else turns[i + 1]}
+        values = {
+            "System": system or "" if i == 0 else "",
+            "Prompt": turns[i],
+            "Response": "" if last else turns[i + 1],
+        }
         text += go(template.partition("{{ .Response }}")[0] if last else template, values)
     return text
 
 
 @pytest.mark.parametrize(
-    ("name", "bos"), [*((name, True) for name in TEMPLATES), *((n, False) for n in TEMPLATES if "bos" not in TEMPLATES[n])]
+    ("name", "bos"),
+    [*((name, True) for name in TEMPLATES), *((n, False) for n in TEMPLATES if "bos" not in TEMPLATES[n])],
 )
 def test_ollama_renders_what_the_chat_template_does(tmp_path, name, bos):
     spoken = tokenizer(TEMPLATES[name], bos)
@@ -122,7 +129,10 @@ def test_a_template_that_no_exchange_can_be_cut_from_is_left_to_llama_cpp(tmp_pa
     assert "no form as a Go template" in text
 
 
-ALPACA = [{"instruction": "Add 2 and 3.", "input": "", "output": "5"}, {"instruction": "Sum.", "input": "1, 2", "output": "3"}]
+ALPACA = [
+    {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
+    {"instruction": "Sum.", "input": "1, 2", "output": "3"},
+]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +164,10 @@ def test_ollama_asks_with_the_prompt_that_was_trained(tmp_path, rows, settings, 
     ("rows", "settings"),
     [
         ([{"text": "Once upon a time"}], {"format": "text"}),
-        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], {"format": "messages"}),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+            {"format": "messages"},
+        ),
         (
             [{"a": "1", "b": "2", "c": "3"}],
             {"format": "prompt-completion", "prompt_template": "{a}, {b}:", "completion_template": "{c}"},
