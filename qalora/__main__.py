@@ -12,6 +12,7 @@ from qalora.errors import InputError
 COMMANDS = {
     "finetune": "train an adapter on a frozen 4-bit base",
     "plan": "memory of a run by term, and whether it fits a card",
+    "preview": "rows as they are trained on, with what is learned marked",
     "score": "AB-LoRA importance of every rank of an adapter",
     "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",

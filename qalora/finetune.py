@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
-from qalora.files import write_json
+from qalora.files import write_json, write_json_lines
 from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
     from qalora.data.tokenization import load_dataset, split_validation
-    from qalora.metrics import check
+    from qalora.metrics import check, several_references
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
@@ -122,6 +122,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
         check(validation, **evaluation.asking())
+        if said := several_references(validation):
+            say(recipe, said)
     return RunData(train, validation, scoring)
 
 
@@ -143,7 +145,7 @@ def finetune(
     from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
     from qalora.errors import AnswerNo
-    from qalora.metrics import evaluate
+    from qalora.metrics import predict
     from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
 
     if checkpoint is not None:
@@ -176,7 +178,8 @@ def finetune(
     begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
-    provenance = provenance_of(base, data.train, recipe.data.prompt_template)
+    given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
+    provenance = provenance_of(base, data.train, given_template=given, prompt_template=recipe.data.prompt_template)
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
@@ -198,14 +201,22 @@ def finetune(
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         progress=not recipe.logging.quiet,
+        taught=provenance.stop_tokens,
         **settings.asking(),
     )
+
+    def measure(when: str) -> None:
+        """Figures for metrics.json; the answers behind them for people to read, as far as there are any."""
+        metrics[when], predictions = predict(model, tokenizer, data.validation, **asked)
+        say(recipe, f"{when + ':':7} {_line(metrics[when])}")
+        write_json(output_dir / "metrics.json", metrics)
+        if any("answer" in line for line in predictions):
+            write_json_lines(output_dir / f"predictions-{when}.jsonl", predictions)
+
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
     elif settings.before:
-        metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"before: {_line(metrics['before'])}")
-        write_json(output_dir / "metrics.json", metrics)
+        measure("before")
 
     trainer, allocator, interrupt = build_trainer(
         recipe,
@@ -249,8 +260,7 @@ def finetune(
     }
     save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
-        metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"after:  {_line(metrics['after'])}")
+        measure("after")
     write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
     if recipe.merge:
@@ -262,26 +272,29 @@ def finetune(
     return cli.DONE
 
 
-def provenance_of(base: LoadedBase, train: TokenizedDataset, prompt_template: str | None = None) -> Provenance:
+def provenance_of(
+    base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False, prompt_template: str | None = None
+) -> Provenance:
     """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
 
     Args:
+        given_template: whether the tokenizer's chat template is the recipe's, and not the base's own.
         prompt_template: the recipe's own, with {column} fields.
     """
     from qalora.adapter.provenance import Provenance
+    from qalora.data.chat_template import chat_template
     from qalora.data.ending import taught_ends
     from qalora.data.prompts import served_prompt
-    from qalora.data.tokenization import CHATML
 
     stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
-    built_in = base.tokenizer.chat_template is None and any(example.chat for example in train.examples)
+    built_in = chat_template(base.tokenizer).default if any(example.chat for example in train.examples) else None
     return Provenance(
         model=base.source.hub_id or base.source.name,
         quant_type=None if stored is None else stored.bnb_4bit_quant_type,
         double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         stop_tokens=taught_ends(train, base.tokenizer),
-        chat_template=CHATML if built_in else None,
+        chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
         prompt=served_prompt(train.examples, prompt_template),
     )
 

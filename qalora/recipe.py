@@ -65,6 +65,13 @@ class DataConfig(Section):
     chat: bool | None = Field(
         None, description="wrap prompt and completion in the chat template; null: only chat formats"
     )
+    chat_template: str | None = Field(
+        None, description="Jinja file, or its text, in place of the tokenizer's own; it goes along with the tokenizer"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        {}, description="switches of the chat template, e.g. enable_thinking: false, written into it as its defaults"
+    )
+    mask_history: bool = Field(False, description="of several answers in a row only the last is learned")
     max_seq_len: int = Field(2048, ge=8, description="tokens a row; longer rows are cut and counted")
     val_set_size: int | float = Field(0.05, ge=0, description="rows (integer) or share (below 1) of train held back")
     max_rows: int | None = Field(
@@ -84,7 +91,10 @@ class DataConfig(Section):
 
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
-        names = "format columns prompt_template completion_template labels chat max_seq_len train_on_inputs"
+        names = (
+            "format columns prompt_template completion_template labels chat chat_template chat_template_kwargs mask_history "
+            "max_seq_len train_on_inputs"
+        )
         return {name: getattr(self, name) for name in names.split()}
 
 
@@ -239,10 +249,14 @@ class EvaluationConfig(Section):
     answer_pattern: str | None = Field(
         None, description="regular expression; its first group is what exact_match compares"
     )
+    normalize: Literal["numbers"] | None = Field(
+        None,
+        description="numbers: exact_match sets commas, blanks, $ and a full stop at the end aside, as GSM8K is scored",
+    )
 
     def asking(self) -> dict[str, Any]:
         """What is measured, as the keyword arguments of `metrics.check` and `metrics.evaluate`."""
-        return {"metrics": self.metrics, "choices": self.choices, "answer_pattern": self.answer_pattern}
+        return {name: getattr(self, name) for name in ("metrics", "choices", "answer_pattern", "normalize")}
 
 
 class LoggingConfig(Section):
@@ -350,6 +364,8 @@ ALIASES = {
     "train_on_source": "data.train_on_inputs",
     "train_on_prompt": "data.train_on_inputs",
     "mask_prompt": "data.train_on_inputs",
+    "chat_template_jinja": "data.chat_template",
+    "chat_template_path": "data.chat_template",
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",
     "per_device_train_batch_size": "training.micro_batch_size",

@@ -18,6 +18,7 @@ MODULES = {
 FOUNDATION = {
     "errors": 0,
     "files": 0,
+    "text_scores": 0,
     "recipe": 1,
     "adapter.allocation": 0,
     "adapter.provenance": 0,
@@ -26,7 +27,7 @@ FOUNDATION = {
     "base.registry": 0,
     "base.gguf_reader": 0,
 }
-LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
+LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
@@ -38,11 +39,15 @@ TORCH_FREE = [
     "base.precision",
     "adapter.allocation",
     "adapter.provenance",
+    "data.cells",
+    "data.conversation",
     "data.formats",
     "data.prompts",
     "data.reading",
+    "data.references",
+    "text_scores",
 ]
-COMMAND_NAMES = ["finetune", "plan", "score", "merge", "evaluate", "generate", "cli", "__main__"]
+COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 
 def short(module: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from qalora.data.tokenization import CHATML, IGNORE, TokenizedDataset
+from qalora.data.chat_template import chat_template
+from qalora.data.tokenization import IGNORE, TokenizedDataset
 
 T = TypeVar("T")
 ANSWER = "an answer of a few words"
@@ -63,29 +64,25 @@ def taught_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -
     last: Counter[int] = Counter()
     inside: set[int] = set()
     for item in dataset.items:
-        for stretch, whole in _learned(item, dataset.report.max_seq_len):
+        for stretch, whole in _learned(item):
             last.update(stretch[-1:] if whole else ())
             inside.update(stretch[:-1])
     names = {token: text for text, token in unsplit(tokenizer).items()}
     ends = [names[token] for token, _ in last.most_common() if token in names and token not in inside]
     if any(example.chat for example in dataset.examples):
         answers = [turn.text for example in dataset.examples for turn in example.turns if turn.role == "assistant"]
-        for end in template_ends(tokenizer, None if tokenizer.chat_template else CHATML):
+        for end in template_ends(tokenizer):
             if end in names.values() or not any(end in answer for answer in answers):
                 ends.append(end)
     return _distinct(ends)
 
 
-def template_ends(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> tuple[str, ...]:
-    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or nothing.
-
-    Args:
-        chat_template: in place of the tokenizer's own.
-    """
+def template_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or nothing."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
-    except Exception:  # jinja's own errors, raise_exception() of the template, or there is none
+        text = chat_template(tokenizer).apply(turns)
+    except Exception:  # jinja's own errors, or raise_exception() of the template
         return ()
     _, found, after = text.rpartition(ANSWER)
     if not found:
@@ -109,8 +106,8 @@ def _distinct(*values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(itertools.chain(*values)))
 
 
-def _learned(item: Mapping[str, Any], max_seq_len: int) -> Iterator[tuple[list[int], bool]]:
-    """(token ids, whether its end was seen) of each stretch of learned tokens; one that fills the row may have been cut."""
+def _learned(item: Mapping[str, Any]) -> Iterator[tuple[list[int], bool]]:
+    """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been cut."""
     stretch: list[int] = []
     for token, label in zip(item["input_ids"], item["labels"], strict=True):
         if label != IGNORE:
@@ -119,4 +116,4 @@ def _learned(item: Mapping[str, Any], max_seq_len: int) -> Iterator[tuple[list[i
             yield stretch, True
             stretch = []
     if stretch:
-        yield stretch, len(item["input_ids"]) < max_seq_len
+        yield stretch, not item["truncated"]

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from qalora.data.chat_template import CHATML
 from qalora.data.ending import Ending
 from qalora.data.formats import to_example
 from qalora.data.prompts import served_prompt
-from qalora.data.tokenization import CHATML
 from qalora.deploy.modelfile import write_modelfile
 from qalora.deploy.settings import Served
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora.base import loading
 from qalora.base.registry import resolve
+from qalora.data.chat_template import CHATML
 from qalora.data.formats import to_example
-from qalora.data.tokenization import CHATML, render
+from qalora.data.tokenization import render
 from qalora.evaluate import main as evaluate
 from qalora.finetune import main as finetune
 from qalora.generate import main as generate
@@ -138,7 +139,7 @@ def test_a_merged_folder_is_evaluated_as_it_is(chat_run, loads, tmp_path, capsys
 def test_a_merged_folder_answers_as_it_is_through_its_template(chat_run, loads, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "qalora.generate.answer", lambda model, tokenizer, ids, *rest: asked.append(tokenizer.decode(ids))
+        "qalora.generate.answer", lambda model, tokenizer, ids, *rest, **options: asked.append(tokenizer.decode(ids))
     )
     assert generate(["--model", str(chat_run / "merged"), "--prompt", "3 and 1?"]) == 0
     assert asked == ["<|im_start|>user\n3 and 1?<|im_end|>\n<|im_start|>assistant\n"]
@@ -161,7 +162,7 @@ def test_training_on_a_merged_folder_says_that_it_is_quantized_again(chat_run, r
 
 
 def test_an_adapter_trained_on_a_merged_folder_gets_the_base_of_its_training(chat_run, loads, monkeypatch, capsys):
-    monkeypatch.setattr("qalora.generate.answer", lambda *arguments: "")
+    monkeypatch.setattr("qalora.generate.answer", lambda *arguments, **options: "")
     arguments = ["--model", chat_run / "merged", "--adapter", chat_run / "adapter", "--prompt", "a"]
     assert generate([*map(str, arguments)]) == 0
     assert maps_in_4bit(loads[0]) == 14
@@ -169,7 +170,7 @@ def test_an_adapter_trained_on_a_merged_folder_gets_the_base_of_its_training(cha
 
 
 def test_a_base_that_is_not_merged_needs_no_line(base, loads, monkeypatch, capsys):
-    monkeypatch.setattr("qalora.generate.answer", lambda *arguments: "")
+    monkeypatch.setattr("qalora.generate.answer", lambda *arguments, **options: "")
     assert generate(["--model", str(base), "--prompt", "a"]) == 0
     assert maps_in_4bit(loads[0]) == 14
     assert "quantized" not in capsys.readouterr().err

@@ -26,8 +26,8 @@ from transformers import (
 from qalora.adapter.provenance import Provenance
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import resolve
+from qalora.data.chat_template import CHATML
 from qalora.data.ending import Ending
-from qalora.data.tokenization import CHATML
 from qalora.deploy.merging import merge
 from qalora.deploy.settings import Served, write_settings
 
