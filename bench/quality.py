@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from qalora.adapter import round as rounds_module
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.quantization_start import Weights, original_weights
-from qalora.adapter.scoring import RankScores
+from qalora.adapter.scores import RankScores
 from qalora.answers import generate_answers
 from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 
 from qalora.errors import InputError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
 
 
 def check_writable(file: str | Path, flag: str = "--output", *, others: Iterable[str | Path] = ()) -> None:
@@ -65,12 +67,20 @@ def holds(folder: Path, path: Path) -> bool:
 
 
 def write_whole(file: str | Path, text: str) -> None:
-    """Writes beside the file and moves it there when it is whole."""
+    """Writes beside the file and moves it there when it is whole and on the disk."""
     path = Path(file).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
@@ -81,28 +91,84 @@ def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
     write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk: a rename may reach it before the content does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of every file in a folder, and of the folders."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
 @contextmanager
 def written_beside(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, that takes the place of `folder` at the end, or vanishes after an error.
 
-    Killed at any moment, it leaves the old content, nothing, or the new content, never a part; what lies beside it
-    then is cleared away by the next attempt.
+    Killed at any moment, it leaves the old content, the new content, or for a moment nothing, never a part; what lies beside it
+    then is put back or cleared away by the next attempt.
+
+    Raises:
+        InputError: the disk is full, or nothing can be written there.
     """
     path = Path(folder).resolve()  # "." has no name
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
+    put_back(path)
     try:
         partial.mkdir(parents=True)
         yield partial
+        sync_tree(partial)
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
+        sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+    except Exception as error:
+        reason = unwritable(error)
+        if reason is None:
             raise
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); nothing was kept.") from error
+        raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Gives a folder its place again that was killed while another one was about to take it."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    if replaced.is_dir() and not path.exists():
+        replaced.rename(path)
+
+
+def unwritable(error: BaseException) -> str | None:
+    """The reason, where an error says that a disk is full or cannot be written; None for any other error.
+
+    torch and safetensors raise errors of their own, which say it in words or by a number alone.
+    """
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return os.strerror(error.errno)
+    if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+        return None
+    text = str(error)
+    for number in FULL:
+        if os.strerror(number) in text or f"os error {number})" in text:
+            return os.strerror(number)
+    # torch's writer notices that a write was short, and keeps the reason to itself.
+    short_write = r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|iostream error"
+    return os.strerror(errno.ENOSPC) if re.search(short_write, text) else None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that there was no room to write, wherever that was."""
+    return unwritable(error) in {os.strerror(number) for number in FULL}

@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
-from qalora.files import write_json, write_json_lines
-from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
+from qalora.environment import check_one_process, leave_to_the_recipe
+from qalora.errors import AnswerNo, InputError
+from qalora.files import check_folder, disk_is_full, unwritable, write_json, write_json_lines, write_whole
+from qalora.locking import locked
+from qalora.training.checkpoints import find_checkpoint
+from qalora.training.identity import Identity, Rows, row_digests, rows_of
+from qalora.training.resume import Continued, changes, check_base, check_rows, check_settings, kept_apart, rounds_left
+from qalora.training.run_folder import begin_folder, check_output_dir, is_finished, is_run, lock_of, run_name
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from qalora.adapter.allocation import Schedule
     from qalora.adapter.provenance import Provenance
     from qalora.adapter.quantization_start import Weights
     from qalora.base.loading import LoadedBase
@@ -51,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
+    from qalora.plan import settle_adapter
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
     args, rest = parser().parse_known_args(argv)
@@ -61,24 +72,59 @@ def main(argv: list[str]) -> int:
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
+    check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
+    check_targets(recipe, source)
     if args.dry_run:
+        settle_adapter(recipe)
         dry_run(recipe)
         return 0
     output_dir = Path(recipe.output_dir).expanduser()
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    names = (recipe.model, recipe.data.train, recipe.data.validation)
-    reads = [recipe_path(args.recipe), *(Path(name).expanduser() for name in names if name)]
-    check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite)
+    check_folder(output_dir, f"output_dir={output_dir}", replaced=False)
+    with locked(lock_of(output_dir), f"output_dir={output_dir}", say=cli.say):
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, anew=args.overwrite, say=cli.say)
+        # `auto` is for loops that start a command again: an attempt that was killed before its first checkpoint is no result.
+        restarts = args.resume_from_checkpoint == "auto" and is_run(output_dir) and not is_finished(output_dir)
+        names = (recipe.model, recipe.data.train, recipe.data.validation, recipe.lora.adapter)
+        reads = [recipe_path(args.recipe), *(Path(name).expanduser() for name in names if name)]
+        check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite or restarts)
+        continued = None if checkpoint is None else Continued.at(checkpoint)
+        if continued is not None:
+            as_it_began(recipe, continued)
+        else:
+            settle_adapter(recipe)
 
-    from qalora.base.loading import load_tokenizer
+        from qalora.base.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(source)
-    data = load_data(recipe, tokenizer)
-    return finetune(recipe, data, tokenizer, output_dir, checkpoint)
+        tokenizer = load_tokenizer(source)
+        data = load_data(
+            recipe, tokenizer, None if continued is None or continued.identity is None else continued.identity.rows
+        )
+        with full_disk_named(output_dir):
+            return finetune(recipe, data, tokenizer, output_dir, continued)
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """
+    Raises:
+        InputError: whatever was written in the block found no room; what had been written whole is still there.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error if disk_is_full(error) else error.__cause__
+        if cause is None or not disk_is_full(cause):
+            raise
+        what = (
+            str(error) if isinstance(error, InputError) else f"{output_dir}: cannot be written ({unwritable(cause)})."
+        )
+        raise InputError(
+            f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and --resume-from-checkpoint auto."
+        ) from error
 
 
 @dataclass
@@ -89,10 +135,14 @@ class RunData:
     train: TokenizedDataset
     validation: TokenizedDataset
     scoring: TokenizedDataset
+    rows: Rows
 
 
-def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | None = None) -> RunData:
     """Reads, renders and tokenizes every row, and says what was cut; all of it before any weights load.
+
+    Args:
+        known: the rows of the run that is continued.
 
     Raises:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
@@ -109,9 +159,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
     train = load(settings.train, "train", settings.max_rows)
     if settings.validation is None:
-        train, validation = split_validation(train, settings.val_set_size, seed)
+        train, validation = hold_back(train, settings.val_set_size, seed, known)
     else:
         validation = load(settings.validation, "validation", None)
+    held_back = validation
     # B_val chooses ranks, so it does not also measure them, wherever there are rows enough for both.
     wanted = recipe.allocation.val_batch_size
     if len(validation) >= 2 * wanted:
@@ -124,39 +175,75 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         check(validation, **evaluation.asking())
         if said := several_references(validation):
             say(recipe, said)
-    return RunData(train, validation, scoring)
+    return RunData(train, validation, scoring, rows_of(train.items, held_back.items, validation.items))
+
+
+def hold_back(
+    dataset: TokenizedDataset, size: int | float, seed: int, known: Rows | None
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """(train, validation) of one data set. A run that is continued keeps the rows that it held back, so that no row which it trained
+    on ever measures it.
+
+    Raises:
+        InputError: no row is left for one of the two.
+    """
+    from qalora.data.tokenization import split_validation
+
+    as_ever = split_validation(dataset, size, seed)
+    if known is None or tuple(row_digests(part.items) for part in as_ever) == (known.train, known.held_back):
+        return as_ever
+    rows = row_digests(dataset.items)
+    kept = set(kept_apart(rows, known, size, seed))
+    if len(kept) == len(rows):
+        raise InputError(
+            "--resume-from-checkpoint: data.train holds nothing but rows that the run held back for validation; give it rows to train on."
+        )
+    return dataset.subset([i for i in range(len(rows)) if i not in kept]), dataset.subset(sorted(kept))
 
 
 def finetune(
-    recipe: Recipe, data: RunData, tokenizer: PreTrainedTokenizerBase, output_dir: Path, checkpoint: Path | None = None
+    recipe: Recipe,
+    data: RunData,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    continued: Continued | None = None,
 ) -> int:
     """Loads the base, trains, evaluates before and after, saves. Returns the command's exit code.
 
     Args:
-        output_dir: emptied once the base is there, unless a checkpoint is continued.
+        output_dir: cleared of an earlier run once the base is there, unless a checkpoint is continued.
 
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
+    import torch
     from transformers import set_seed
 
-    from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
+    from qalora.adapter.model import ranks, save_adapter
+    from qalora.adapter.saved import check_adapter
+    from qalora.base.fingerprint import fingerprint
     from qalora.base.loading import load_base
     from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
-    from qalora.errors import AnswerNo
     from qalora.metrics import predict
-    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
+    from qalora.training.trainer import build_trainer, check_rates, steps_of, training_items
 
-    if checkpoint is not None:
-        _as_it_began(recipe, checkpoint)
+    for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
+        say(recipe, line)
+    checkpoint = None if continued is None else continued.checkpoint
+    begun = None if continued is None else continued.identity
+    if continued is not None:
+        say_what_changed(recipe, data, continued)
+        if recipe.allocation.rounds is None and begun is not None:
+            recipe.allocation.rounds = begun.rounds
     elif recipe.training.fit:
         longest = max(len(item["input_ids"]) for item in data.train.items)
         fit_to_device(recipe, recipe.data.max_seq_len if recipe.data.packing else longest)
     check_reporting(recipe.training.report_to)
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
-    rounds = schedule_of(recipe, total_steps, per_epoch)
+    check_rates(recipe, total_steps)
+    rounds = rounds_of(recipe, total_steps, per_epoch, continued)
     say(
         recipe,
         f"{total_steps} optimizer steps, {per_epoch} an epoch; rounds of allocation after steps {list(rounds.steps)}",
@@ -171,30 +258,34 @@ def finetune(
     if recipe.merge:
         check_room_to_merge(source, output_dir)
     original = choose_start(recipe, source) if checkpoint is None else None
+    if checkpoint is None and lora.adapter:
+        check_adapter(Path(lora.adapter).expanduser(), source)
+    weights = fingerprint(source)
+    if checkpoint is not None:
+        check_base(weights, recipe.model, begun, checkpoint)
     if line := loaded_in_4bit(source, quantization.load_in_4bit, trained_on=True)[1]:
         say(recipe, line)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
-    begin_folder(output_dir, checkpoint)
-    (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if weights is None:  # downloaded by now
+        weights = fingerprint(source)
+        if checkpoint is not None:
+            check_base(weights, recipe.model, begun, checkpoint)
 
     given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
     provenance = provenance_of(base, data.train, given_template=given, prompt_template=recipe.data.prompt_template)
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
-    model = attach(
-        base.model,
-        r=lora.r,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        seed=recipe.training.seed,
-    )
-    start = ranks(model)
-    if checkpoint is not None:
-        model = load_adapter(model.unload(), checkpoint, trainable=True)
+    model, start = first_model(recipe, base, continued, moving=bool(rounds.steps))
+    begin_folder(output_dir, checkpoint, cli.say)
+    known = {} if begun is None else {"run": begun.run}
+    rounds_at_most = recipe.allocation.rounds_in(total_steps)
+    Identity(recipe.model, weights, total_steps, rounds_at_most, start, data.rows, **known).write(output_dir)
+    write_whole(output_dir / "recipe.yaml", recipe.to_yaml())
 
+    other_rows = begun is not None and begun.rows.train != data.rows.train
+    other_validation = begun is not None and begun.rows.validation != data.rows.validation
     metrics: dict[str, Any] = {}
     settings = recipe.evaluation
     asked: dict[str, Any] = dict(
@@ -215,6 +306,8 @@ def finetune(
 
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        if other_validation:
+            metrics.pop("before", None)
     elif settings.before:
         measure("before")
 
@@ -232,9 +325,11 @@ def finetune(
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
         original=original,
+        other_rows=other_rows,
+        other_validation=other_validation,
         provenance=provenance,
     )
-    begun = 0 if checkpoint is None else step_of(checkpoint)  # now: it may be rotated away before the end
+    first_step = 0 if continued is None else continued.step  # now: the checkpoint may be rotated away before the end
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.signal is not None:
         say(
@@ -249,7 +344,9 @@ def finetune(
         )
 
     model = trainer.model
-    seconds = sum(record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > begun)
+    seconds = sum(
+        record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > first_step
+    )
     metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
     metrics["allocation"] = {
         "rounds": allocator.done(),
@@ -270,6 +367,55 @@ def finetune(
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
     return cli.DONE
+
+
+def first_model(
+    recipe: Recipe, base: LoadedBase, continued: Continued | None, *, moving: bool
+) -> tuple[PeftModel, dict[str, int]]:
+    """(the base with the adapter that training goes on with, full module name → its ranks at the start of the run).
+
+    Args:
+        moving: rounds of allocation will change ranks.
+    """
+    from qalora.adapter.model import attach, load_adapter, ranks, settle_scalings
+
+    lora = recipe.lora
+    if continued is not None and continued.identity is not None:
+        return load_adapter(base.model, continued.checkpoint, trainable=True), continued.identity.ranks
+    if continued is None and lora.adapter:
+        model = load_adapter(base.model, Path(lora.adapter).expanduser(), trainable=True, dropout=lora.dropout)
+        if moving:
+            settle_scalings(model)
+        return model, ranks(model)
+    model = attach(
+        base.model,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        layers_to_transform=lora.layers_to_transform,
+        seed=recipe.training.seed,
+    )
+    start = ranks(model)
+    if continued is not None:
+        model = load_adapter(model.unload(), continued.checkpoint, trainable=True)
+    return model, start
+
+
+def rounds_of(recipe: Recipe, total_steps: int, per_epoch: int, continued: Continued | None) -> Schedule:
+    """The rounds of a run; one that is continued makes no more than N_A with those behind it.
+
+    Raises:
+        InputError: the run is too short for any.
+    """
+    from qalora.adapter.allocation import Schedule
+    from qalora.training.trainer import schedule_of
+
+    planned = schedule_of(recipe, total_steps, per_epoch)
+    if continued is None:
+        return planned
+    most = recipe.allocation.rounds_in(total_steps)
+    return Schedule(rounds_left(planned.steps, continued.rounds_done(), continued.step, most), planned.scaled)
 
 
 def provenance_of(
@@ -299,20 +445,41 @@ def provenance_of(
     )
 
 
-def check_pruning(recipe: Recipe, source: ModelSource) -> None:
+def check_targets(recipe: Recipe, source: ModelSource) -> None:
     """
+    Raises:
+        InputError: lora.target_modules or lora.layers_to_transform name what the model has not.
+    """
+    from qalora.base.registry import shape_of
+    from qalora.plan import first_ranks
+
+    if recipe.lora.adapter:
+        return  # the adapter's own
+    if recipe.lora.target_modules != "all-linear" or recipe.lora.layers_to_transform is not None:
+        first_ranks(recipe, shape_of(source))
+
+
+def check_pruning(recipe: Recipe, source: ModelSource) -> None:
+    """Says where a round will prune fewer ranks than it was asked to.
+
     Raises:
         InputError: allocation.prune_per_round is every rank there is.
     """
+    from qalora.adapter.allocation import most_pruned
     from qalora.base.registry import shape_of
-    from qalora.errors import InputError
     from qalora.plan import first_ranks
 
-    asked, budget = recipe.allocation.prune_per_round or 0, sum(first_ranks(recipe, shape_of(source)).values())
+    ranks = first_ranks(recipe, shape_of(source)).values()
+    asked, budget = recipe.allocation.prune_per_round or 0, sum(ranks)
     if asked >= budget:
         raise InputError(
             f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves nothing to "
             "train; lower it (default: one per module)."
+        )
+    if (most := most_pruned(ranks, asked)) < asked:
+        say(
+            recipe,
+            f"allocation.prune_per_round={asked}: a round prunes {most} at most, one per module that has ranks and half of all",
         )
 
 
@@ -379,14 +546,17 @@ def draw(
 ) -> None:
     from qalora.report import draw_loss, draw_ranks
 
-    draw_ranks({name: final.get(name, 0) for name in start}, start, output_dir / "ranks.png")
-    draw_loss(
-        log_history,
-        [record["step"] for record in rounds],
-        output_dir / "loss.png",
-        total_rank={record["step"]: record["total_rank"] for record in rounds} or None,
-        budget=sum(start.values()),
-    )
+    with TemporaryDirectory(dir=output_dir, prefix=".drawing-") as drawn:
+        draw_ranks({name: final.get(name, 0) for name in start}, start, Path(drawn) / "ranks.png")
+        draw_loss(
+            log_history,
+            [record["step"] for record in rounds],
+            Path(drawn) / "loss.png",
+            total_rank={record["step"]: record["total_rank"] for record in rounds} or None,
+            budget=sum(start.values()),
+        )
+        for picture in Path(drawn).iterdir():
+            picture.replace(output_dir / picture.name)
 
 
 def fit_to_device(recipe: Recipe, longest: int) -> None:
@@ -402,7 +572,6 @@ def fit_to_device(recipe: Recipe, longest: int) -> None:
 
     from qalora.base.device import available_memory
     from qalora.base.loading import choose_compute_dtype
-    from qalora.errors import InputError
     from qalora.plan import fit_recipe, fitted, planner
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -427,8 +596,6 @@ def check_reporting(names: Sequence[str]) -> None:
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from qalora.errors import InputError
-
     try:
         for callback in get_reporting_integration_callbacks(list(names)):
             callback()
@@ -436,39 +603,55 @@ def check_reporting(names: Sequence[str]) -> None:
         raise InputError(f"training.report_to={','.join(names)}: {' '.join(str(error).split())}") from None
 
 
-# What the weights and moments of a checkpoint have in them.
-FIXED = (
-    ("lora", "r"), ("lora", "alpha"), ("lora", "dropout"), ("lora", "target_modules"),
-    ("quantization", "load_in_4bit"), ("quantization", "bnb_4bit_quant_type"), ("quantization", "bnb_4bit_use_double_quant"),
-    ("training", "optim"),
-)  # fmt: skip
-
-
-def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
-    """A resumed run keeps what its beginning chose by itself: the dtype, the start, and the settings that were fitted.
+def as_it_began(recipe: Recipe, continued: Continued) -> None:
+    """A resumed run keeps what its beginning chose by itself: the dtype, the start, N_A, the settings that were fitted, and those that
+    came from `lora.adapter`.
 
     Raises:
-        InputError: a setting of the adapter, the base or the optimizer's state is another now.
+        InputError: a setting that would make it another run.
     """
-    import yaml
-
-    from qalora.errors import InputError
     from qalora.plan import fitted
 
-    begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-    for section, name in FIXED:
-        now, then = getattr(getattr(recipe, section), name), begun[section][name]
-        if now != then:
-            raise InputError(
-                f"--resume-from-checkpoint: {section}.{name} is {now}, and {checkpoint} was made with {then}; a run that is continued "
-                f"keeps it: set {section}.{name}={then}, or start anew."
-            )
-    if recipe.quantization.bnb_4bit_compute_dtype == "auto":
-        recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
-    recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]
+    begun, lora = continued.settings, recipe.lora
+    if lora.adapter is None:
+        lora.adapter = begun["lora"].get("adapter")
+    if lora.adapter is not None and lora.adapter == begun["lora"].get("adapter"):
+        for name in {"r", "alpha", "target_modules"} - lora.model_fields_set:
+            setattr(lora, name, begun["lora"][name])
     if recipe.training.fit:
         for name in fitted(recipe):
             setattr(recipe.training, name, begun["training"][name])
+    check_settings(recipe.model_dump(mode="json"), begun, continued.checkpoint)
+    if recipe.quantization.bnb_4bit_compute_dtype == "auto":
+        recipe.quantization.bnb_4bit_compute_dtype = begun["quantization"]["bnb_4bit_compute_dtype"]
+    recipe.lora.init, recipe.allocation.start = begun["lora"]["init"], begun["allocation"]["start"]
+
+
+def say_what_changed(recipe: Recipe, data: RunData, continued: Continued) -> None:
+    """
+    Raises:
+        InputError: rows are read in another way than they were.
+    """
+    now, then, identity = recipe.model_dump(mode="json"), continued.settings, continued.identity
+    changed = changes(now, then)
+    if changed:
+        cli.say(f"{continued.checkpoint} is continued with {changed}")
+    if identity is None:
+        cli.say(f"{continued.checkpoint} does not say which base and rows it was made with: they are taken to be these")
+        return
+    if data.rows == identity.rows:
+        return
+    check_rows(now, then, [f"data.{name}" for name in recipe.data.reading()], continued.checkpoint)
+    before, after = identity.rows, data.rows
+    if before.train != after.train:
+        cli.say(
+            f"other training rows than before ({len(after.train)}, before {len(before.train)}; {len(set(after.train) - set(before.train))} "
+            "of them are new): the epoch begins anew with them"
+        )
+    if before.validation != after.validation:
+        cli.say(
+            "other validation rows than before: the best loss so far, of other rows, and the evaluation before training count no more"
+        )
 
 
 def say(recipe: Recipe, text: str) -> None:

@@ -9,6 +9,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qalora.adapter.given import given_adapter
+from qalora.adapter.targets import targeted
 from qalora.base.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
 from qalora.errors import InputError
 
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
     if args.dtype:
         flags.append(("quantization.bnb_4bit_compute_dtype", args.dtype))
     recipe = load_recipe(args.recipe, [*flags, *parse_overrides(rest)], args.profile)
+    settle_adapter(recipe)
     if recipe.training.fit and card is not None:
         fit_recipe(recipe, card)
     planned = planner(recipe)
@@ -99,13 +102,29 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
 
 
 def first_ranks(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Full module name → ranks that its adapter begins with."""
-    targets = recipe.lora.target_modules
-    return {
-        name: recipe.lora.r
-        for name in shape.linear_maps()
-        if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets
-    }
+    """Full module name → ranks that its adapter begins with.
+
+    Raises:
+        InputError: the recipe targets what the model has not.
+    """
+    lora = recipe.lora
+    if lora.adapter:
+        return given_adapter(lora.adapter).ranks
+    return dict.fromkeys(targeted(shape.linear_maps(), lora.target_modules, lora.layers_to_transform), lora.r)
+
+
+def settle_adapter(recipe: Recipe) -> None:
+    """With `lora.adapter`, r, alpha and target_modules become that adapter's.
+
+    Raises:
+        InputError: no adapter there, or a setting beside it that contradicts it.
+    """
+    if recipe.lora.adapter:
+        given = given_adapter(recipe.lora.adapter)
+        given.check_settings({name: getattr(recipe.lora, name) for name in recipe.lora.model_fields_set})
+        recipe.lora.r, recipe.lora.target_modules = given.r, given.target_modules
+        if float(given.alpha).is_integer():
+            recipe.lora.alpha = int(given.alpha)
 
 
 def limits(planned: Plan, memory: int) -> dict[str, int]:

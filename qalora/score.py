@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("exact", "first-order", "certified", "path"),
         default="certified",
         help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first order "
-        "leaves a doubt about --prune; path: shares of what the adapter achieved (default: %(default)s)",
+        "leaves a doubt about --prune, given how far it errs on ranks drawn at random; path: shares of what the adapter achieved (default: %(default)s)",
     )
     parser.add_argument(
         "--importance",
@@ -164,13 +164,26 @@ def _summary(result: dict[str, Any]) -> str:
     residual = result["residual"]
     if residual is not None:
         text += (
-            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by {residual['std']:.1e} "
-            f"(largest {residual['largest']:.1e}), rounding by {residual['noise']:.1e}; the {result['prune']} to prune are "
-            + ("those of exhaustive ablation" if result["certified"] else "not certified: the budget was spent")
+            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by {residual['std']:.1e} on "
+            f"{residual['drawn']} drawn at random (largest {residual['largest']:.1e}), rounding by {residual['noise']:.1e}; the "
+            f"{result['prune']} to prune are {_certainty(result)}"
         )
     if result.get("quadrature_error") is not None:
         text += f"; the shares add up to what the adapter achieved within {result['quadrature_error']:.2%}"
     return text
+
+
+def _certainty(result: dict[str, Any]) -> str:
+    residual = result["residual"]
+    if not result["certified"]:
+        return "not settled: the budget was spent"
+    if residual["missed"] == 0:
+        return "settled: every rank was ablated"
+    ties = f", but for {residual['tied']} that rounding alone could exchange" if residual["tied"] else ""
+    return (
+        f"settled{ties}, given the residuals seen (with 95 % confidence, at most {residual['missed']:.0%} of the ranks that were not "
+        "ablated err by more than the band that is left to them)"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qalora.errors import InputError
-from qalora.files import check_folder, check_writable, write_json, written_beside
+from qalora.files import check_folder, check_writable, unwritable, write_json, written_beside
 
 
 def test_json_arrives_whole_in_folders_that_it_makes(tmp_path):
@@ -81,3 +81,49 @@ def test_a_disk_that_fills_up_is_named_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError), written_beside(tmp_path / "new"):
         (tmp_path / "what the work reads").read_text()
+
+
+def test_what_counts_as_whole_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def synced(handle):
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(f"name {Path(to).name}"), replace(self, to))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(f"name {Path(to).name}"), rename(self, to))[1])
+    write_json(tmp_path / "a.json", 1)
+    assert done == ["sync .a.json.partial", "name a.json", f"sync {tmp_path.name}"]
+    done.clear()
+    with written_beside(tmp_path / "new") as partial:
+        (partial / "in").mkdir()
+        (partial / "in" / "file").write_text("x")
+    assert done.index("sync file") < done.index("name new") > done.index("sync .new.partial")
+    assert done[-1] == f"sync {tmp_path.name}"
+
+
+def test_what_a_killed_replacement_took_away_is_put_back(tmp_path):
+    (tmp_path / ".new.replaced").mkdir()
+    (tmp_path / ".new.replaced" / "old").touch()
+    with pytest.raises(ZeroDivisionError), written_beside(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert (tmp_path / "new" / "old").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EFBIG, "x"), "File too large"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "No space left on device"),
+        (RuntimeError("basic_ios::clear: iostream error"), "No space left on device"),
+        (OSError("No space left on device (os error 28)"), "No space left on device"),
+        (RuntimeError("shapes do not agree"), None),
+        (ValueError("No space left on device"), None),
+        (OSError(errno.ENOENT, "x"), None),
+    ],
+)
+def test_a_full_disk_is_known_whoever_says_so(error, reason):
+    assert unwritable(error) == reason

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers, load_adapter
+from qalora.adapter.saved import read_adapter
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
@@ -29,7 +32,8 @@ from qalora.errors import AnswerNo, InputError
 from qalora.finetune import load_data, main
 from qalora.recipe import load_recipe
 from qalora.training import callback, trainer
-from qalora.training.run_folder import check_output_dir, find_checkpoint, run_name
+from qalora.training.checkpoints import find_checkpoint
+from qalora.training.run_folder import check_output_dir, run_name
 
 WORDS = [
     "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog", "bird",
@@ -78,11 +82,16 @@ def rows(tmp_path_factory) -> Path:
     return file
 
 
-def train(model_dir: Path, rows: Path, folder: Path, *more: str) -> int:
+def _without(*names: str) -> dict[str, None]:
+    """Settings of `train` that are left out."""
+    return dict.fromkeys(names)
+
+
+def train(model_dir: Path, rows: Path, folder: Path, *more: str, settings: dict | None = None) -> int:
     """12 steps, rounds after steps 4 and 8. → the exit code"""
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 2}\n")
-    settings = {
+    chosen = {
         "data.train": rows, "data.val_set_size": 24, "data.max_seq_len": 32,
         "lora.r": 2, "lora.alpha": 4,
         "allocation.preset": "paper", "allocation.rounds": 2, "allocation.warmup": 4, "allocation.interval": 4,
@@ -95,7 +104,7 @@ def train(model_dir: Path, rows: Path, folder: Path, *more: str) -> int:
     return main(
         [
             *(str(word) for flag in flags.items() for word in flag),
-            *(f"{key}={value}" for key, value in settings.items()),
+            *(f"{key}={value}" for key, value in (chosen | (settings or {})).items() if value is not None),
             *more,
         ]
     )
@@ -105,8 +114,10 @@ def train(model_dir: Path, rows: Path, folder: Path, *more: str) -> int:
 def finetune(model_dir, rows, tmp_path):
     """run(*more settings, output=…) → (exit code, output folder)."""
 
-    def run(*more: str, output: str = "run") -> tuple[int, Path]:
-        return train(model_dir, rows, tmp_path / output, *more), tmp_path / output
+    def run(*more: str, output: str = "run", settings: dict | None = None) -> tuple[int, Path]:
+        return train(model_dir, rows, tmp_path / output, *more, settings=settings), tmp_path / output
+
+    run.folder = tmp_path / "run"
 
     return run
 
@@ -128,8 +139,13 @@ def watched_run(model_dir, rows, tmp_path_factory) -> Path:
 
 
 def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    return logs(folder, "loss", checkpoint)
+
+
+def logs(folder: Path, name: str, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    """Step → what was logged of that name."""
     history = json.loads((folder / checkpoint / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def records(folder: Path) -> list[dict]:
@@ -315,6 +331,123 @@ def test_a_resumed_run_takes_its_new_rate_and_decay_and_keeps_what_its_weights_h
             finetune(setting, "--resume-from-checkpoint", checkpoint, output="other")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.optim=adafactor", "training.neftune_noise_alpha=5"),
+        ("training.optim=lion_8bit", "lora.r=64", "lora.alpha=128", "training.label_smoothing_factor=0.1"),
+        ("training.lr_scheduler_type=greedy", "training.lr_scheduler_kwargs={patience: 0, min_lr: 1e-5, factor: 0.5}"),
+    ],
+    ids=["adafactor-noise", "lion-smoothing", "greedy"],
+)
+def test_other_optimizers_and_schedules_resume_exactly(finetune, settings):
+    """Across the round after step 8."""
+    _, straight = finetune(*settings, output="straight")
+    code, resumed = finetune(*settings, "--resume-from-checkpoint", str(straight / "checkpoint-6"), output="resumed")
+    assert code == 0
+    assert losses(resumed) == losses(straight)
+    assert logs(resumed, "learning_rate") == logs(straight, "learning_rate")
+    assert_same_adapter(straight, resumed)
+
+
+def test_a_schedule_that_follows_the_loss_goes_on_from_the_share_it_had_come_to(finetune, monkeypatch):
+    """The loss never gets better, so each validation halves the rate: after steps 3, 6 and 9."""
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [1.0] * len(items))
+    settings = (
+        "training.lr_scheduler_type=reduce_lr_on_plateau",
+        "training.lr_scheduler_kwargs={patience: 0, factor: 0.5}",
+    )
+    _, folder = finetune(*settings, "allocation.rounds=0", "training.save_strategy=steps", output="straight")
+    rate = 5e-3
+    after_the_first = [rate] * 3 + [rate] * 3 + [rate / 2] * 3 + [rate / 4] * 3
+    assert list(logs(folder, "learning_rate").values()) == pytest.approx(after_the_first)
+    more = ("training.learning_rate=1e-4", "--resume-from-checkpoint", str(folder / "checkpoint-9"))
+    _, resumed = finetune(*settings, "allocation.rounds=0", *more, output="slower")
+    assert [logs(resumed, "learning_rate")[step] for step in (10, 11, 12)] == pytest.approx([1e-4 / 4] * 3)
+
+
+def test_validations_and_checkpoints_by_epoch(finetune, monkeypatch):
+    """9 steps an epoch; two and a half of them are 23 steps. No validation is better than the first."""
+    worse = itertools.count(1)
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    epochs = (
+        "training.max_steps=null",
+        "training.num_epochs=2.5",
+        "training.eval_strategy=epoch",
+        "training.save_strategy=epoch",
+    )
+    _, folder = finetune(*epochs, "allocation.rounds=0")
+    assert sorted(logs(folder, "eval_loss", "checkpoint-23")) == [9, 18, 23]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-18", "checkpoint-23"}
+    assert logs(folder, "epoch", "checkpoint-18")[18] == 2
+    best = load_file(folder / "checkpoint-9" / "adapter_model.safetensors")
+    assert all(torch.equal(best[k], v) for k, v in load_file(folder / "adapter" / "adapter_model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "validations", "checkpoints"),
+    [
+        ("training.eval_strategy=no", 0, {3, 6, 9, 12}),
+        ("training.save_strategy=no", 4, set()),
+        ("training.save_strategy=best", 4, {3, 12}),
+        ("training.save_steps=0.4", 4, {3, 5, 10, 12}),
+    ],
+)
+def test_a_run_without_validations_or_checkpoints_ends_with_its_last_weights(
+    finetune, default_run, monkeypatch, setting, validations, checkpoints
+):
+    worse, plain, last = itertools.count(1), trainer.QaloraTrainer._load_best_model, []
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    monkeypatch.setattr(trainer.QaloraTrainer, "_load_best_model", lambda self: last.append(plain(self)))
+    code, folder = finetune(setting, "allocation.rounds=0", "evaluation.before=false", "evaluation.after=false")
+    assert code == 0
+    assert (next(worse) - 1, len(last)) == (validations, 0 if setting.endswith("=no") else 1)
+    assert {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")} == checkpoints
+    if setting == "training.eval_strategy=no":
+        assert logs(folder, "eval_loss") == {}
+        trained = load_file(folder / "checkpoint-12" / "adapter_model.safetensors")
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(saved[key], trained[key]) for key in trained)
+
+
+def test_the_recipe_decides_whatever_a_launcher_left_in_the_environment(finetune, default_run, monkeypatch, capsys):
+    """As `torchrun --nproc-per-node 1` and `accelerate launch --mixed_precision bf16` leave it."""
+    left = {
+        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "SLURM_NTASKS": "4",
+    }  # fmt: skip
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    code, folder = finetune("logging.quiet=false")
+    assert code == 0
+    assert losses(folder) == losses(default_run)
+    said = capsys.readouterr().err
+    assert (
+        "ACCELERATE_MIXED_PRECISION=bf16 is not followed: the recipe decides (quantization.bnb_4bit_compute_dtype)"
+        in said
+    )
+
+
+def test_several_processes_are_refused_before_anything_is_read(finetune, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2 in the environment: qalora trains in one process"):
+        finetune("data.train=nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["training.lr_scheduler_kwargs={min_lr: 1e-6}"], "linear takes none, and not min_lr"),
+        (["lora.target_modules=q|v"], "matches no linear layer"),
+        (["lora.layers_to_transform=0,2"], "lora.layers_to_transform=2: the model has blocks 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_weights_load(finetune, monkeypatch, settings, says):
+    monkeypatch.setattr("qalora.base.loading.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=says):
+        finetune(*settings)
+
+
 def test_a_finished_run_that_is_continued_trains_no_further(finetune):
     more = ("training.lr_scheduler_type=constant",)
     _, folder = finetune(*more)
@@ -423,6 +556,216 @@ def test_a_base_stored_in_4_bits_starts_along_the_gradient(finetune, model_dir, 
     assert not records(folder)  # so short a run has no rounds
 
 
+def test_damaged_checkpoints_are_passed_over_and_the_run_ends_as_ever(finetune, default_run, tmp_path, capsys):
+    folder = shutil.copytree(default_run, tmp_path / "run")
+    (folder / "checkpoint-12" / "optimizer.pt").unlink()
+    (folder / "checkpoint-9" / "trainer_state.json").write_text("")
+    assert finetune("--resume-from-checkpoint", "auto")[0] == 0
+    said = capsys.readouterr().err
+    assert "checkpoint-12 is damaged and passed over: optimizer.pt is missing" in said
+    assert "checkpoint-9 is damaged and passed over: trainer_state.json" in said
+    assert losses(folder) == losses(default_run)
+    assert_same_adapter(folder, default_run)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
+
+
+def test_a_moved_run_keeps_its_best_weights_and_takes_no_other_runs(finetune, tmp_path, monkeypatch):
+    """The first validation is the best one; at the place where the run was lies another run's checkpoint of that step."""
+    worse = itertools.count(1)
+    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    short = ("training.max_steps=6", "allocation.rounds=0", "training.lr_scheduler_type=constant")
+    _, first = finetune(*short)
+    best = load_file(first / "checkpoint-3" / "adapter_model.safetensors")
+    moved = Path(shutil.move(first, tmp_path / "moved"))
+    finetune(*short, "training.learning_rate=1e-3")
+    longer = ("training.max_steps=9", *short[1:], "--resume-from-checkpoint")
+    _, same = finetune(*longer, "auto", output="moved")
+    _, elsewhere = finetune(*longer, str(moved / "checkpoint-6"), output="elsewhere")
+    for folder in (same, elsewhere):
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(saved[key], best[key]) for key in best)
+    shutil.rmtree(moved / "checkpoint-3")
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", moved / "checkpoint-3")
+    shutil.rmtree(moved / "checkpoint-9")
+    finetune(*longer, "auto", output="moved")
+    saved = load_file(moved / "adapter" / "adapter_model.safetensors")
+    last = load_file(moved / "checkpoint-9" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], last[key]) for key in last)  # the only one whose loss counts
+
+
+def test_another_base_is_refused_and_a_copied_one_is_not(finetune, default_run, model_dir, tmp_path):
+    copied = shutil.copytree(model_dir, tmp_path / "copied")
+    checkpoint = ("--resume-from-checkpoint", str(default_run / "checkpoint-9"))
+    assert losses(finetune("--model", str(copied), *checkpoint)[1]) == losses(default_run)
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 0.1
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"weights of --model .*copied .* are not those of .*tiny-llama.* made with"):
+        finetune("--model", str(copied), *checkpoint, output="other")
+
+
+def test_another_micro_batch_of_as_many_rows_a_step_goes_on_with_the_same_rows(finetune, default_run, capsys):
+    checkpoint = ("--resume-from-checkpoint", str(default_run / "checkpoint-6"))
+    halves = ("training.micro_batch_size=2", "training.gradient_accumulation_steps=4")
+    _, resumed = finetune(*halves, *checkpoint)
+    assert losses(resumed) == pytest.approx(losses(default_run), rel=2e-4)
+    assert "training.micro_batch_size=2 (was 4)" in capsys.readouterr().err
+    with pytest.raises(InputError, match="are 16 rows an optimizer step, .* with 8"):
+        finetune("training.micro_batch_size=8", *checkpoint, output="other")
+    with pytest.raises(InputError, match=r"training\.seed is 7, .* made with 42"):
+        finetune("training.seed=7", *checkpoint, output="other")
+
+
+def rows_seen(monkeypatch) -> list[int]:
+    seen, step = [], trainer.QaloraTrainer.training_step
+
+    def watch(self, model, inputs, *args, **kwargs):
+        seen.extend(inputs["rows"].tolist())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.QaloraTrainer, "training_step", watch)
+    return seen
+
+
+def test_rows_that_were_trained_on_never_validate_and_new_ones_are_trained_on(
+    finetune, rows, default_run, tmp_path, monkeypatch, capsys
+):
+    recipe = load_recipe(str(default_run / "recipe.yaml"))
+    data = load_data(recipe, load_tokenizer(resolve(recipe.model)))
+    held_back = {item["row"] for part in (data.validation, data.scoring) for item in part.items}
+    seen = rows_seen(monkeypatch)
+    more = ("training.max_steps=18", "--resume-from-checkpoint", str(default_run / "checkpoint-9"))
+    _, folder = finetune("data.val_set_size=0.5", *more)
+    assert not held_back & set(seen) and len(set(seen)) == 72
+    assert json.loads((folder / "metrics.json").read_text())["before"]["rows"] == 16
+
+    seen.clear()
+    longer = tmp_path / "longer.jsonl"
+    added = "".join(json.dumps({"prompt": f"{a} {a} ", "completion": b}) + "\n" for a, b in itertools.pairwise(WORDS))
+    longer.write_text(rows.read_text() + added)
+    capsys.readouterr()
+    _, folder = finetune(f"data.train={longer}", "training.max_steps=24", *more[1:], output="longer")
+    said = capsys.readouterr().err
+    assert "other training rows than before (91, before 72; 19 of them are new)" in said, said
+    assert "training.max_steps=24 (was 12)" in said and "other validation rows" not in said
+    assert not held_back & set(seen) and set(range(96, 115)) <= set(seen)  # an epoch has 12 steps, and begins anew
+    assert len(set(seen)) == 91
+
+
+def test_the_best_loss_of_other_validation_rows_does_not_count(finetune, rows, default_run, tmp_path, capsys):
+    other = tmp_path / "validation.jsonl"
+    other.write_text("".join(rows.read_text().splitlines(keepends=True)[:20]))
+    more = ("--resume-from-checkpoint", str(default_run / "checkpoint-9"))
+    _, folder = finetune(f"data.validation={other}", *more)
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    last = [entry["eval_loss"] for entry in state["log_history"] if entry.get("eval_loss") and entry["step"] == 12]
+    assert state["best_global_step"] == 12 and state["best_metric"] == last[0]
+    assert "before" not in json.loads((folder / "metrics.json").read_text())
+    assert "other validation rows than before" in capsys.readouterr().err
+
+
+def test_a_longer_run_makes_no_more_rounds_and_takes_its_own_intervals(finetune, capsys):
+    """Warm-up and interval are scaled to a run of 12 steps, and rounds of one of 24 fall on other steps."""
+    scaled = ("allocation.warmup=0.6", "allocation.interval=0.3")
+    _, folder = finetune(*scaled)
+    done = [record["step"] for record in records(folder)]
+    assert len(done) == 2
+    more = (
+        "training.max_steps=24",
+        "training.eval_steps=2",
+        "training.save_steps=4",
+        "training.early_stopping_patience=99",
+    )
+    assert finetune(*scaled, *more, "--resume-from-checkpoint", "auto")[0] == 0
+    assert [record["step"] for record in records(folder)] == done
+    state = json.loads((folder / "checkpoint-24" / "trainer_state.json").read_text())
+    evaluated = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry and entry["step"] > 12]
+    assert set(evaluated) >= {14, 16, 18, 20, 22, 24} and (folder / "checkpoint-16").is_dir()
+    assert "training.max_steps=24 (was 12)" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- from an adapter
+
+
+def save_rslora(model_dir: Path, folder: Path) -> Path:
+    """Of PEFT's own making, with B that is not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], rank_pattern={"1.self_attn.q_proj": 3}, task_type="CAUSAL_LM")  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def peft_loss(model_dir: Path, adapter: Path, items: list[dict]) -> float:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter).eval()
+    total = count = 0
+    for item in items:
+        ids, labels = torch.tensor([item["input_ids"]]), torch.tensor([item["labels"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
+        count += int((labels[0, 1:] != -100).sum())
+    return total / count
+
+
+def test_a_run_from_a_plain_lora_begins_with_its_function_and_keeps_its_budget(finetune, model_dir, tmp_path):
+    adapter = save_rslora(model_dir, tmp_path / "theirs")
+    more = (
+        "--no-quantize",
+        "allocation.preset=null",
+        "allocation.warmup=4",
+        "lora.dropout=0.1",
+        f"adapter_name_or_path={adapter}",
+    )
+    plain = _without("lora.r", "lora.alpha")
+    code, folder = finetune(*more, settings=plain)
+    assert code == 0
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.init) == (5, 8, "kaiming")
+    data = load_data(recipe, load_tokenizer(resolve(str(model_dir))))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["before"]["loss"] == pytest.approx(peft_loss(model_dir, adapter, data.validation.items), rel=1e-5)
+    assert metrics["allocation"]["budget"] == 5 + 5 + 3 + 5
+    assert [record["step"] for record in records(folder)] == [4, 8]
+    after = peft_loss(model_dir, folder / "adapter", data.validation.items)
+    assert metrics["after"]["loss"] == pytest.approx(after, rel=1e-5) and after < metrics["before"]["loss"]
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    # Continued, it needs the adapter no more.
+    shutil.rmtree(adapter)
+    _, resumed = finetune(
+        *more, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed", settings=plain
+    )
+    assert losses(resumed) == losses(folder)
+    assert_same_adapter(resumed, folder)
+
+
+def test_what_contradicts_the_given_adapter_is_refused_before_loading(
+    finetune, model_dir, tmp_path, monkeypatch, default_run
+):
+    adapter = save_rslora(model_dir, tmp_path / "theirs")
+    monkeypatch.setattr("qalora.base.loading.load_base", None)
+    for setting, message in {
+        "lora.r=8": r"lora\.r=8: the adapter in lora\.adapter=.*theirs has 5",
+        "lora.alpha=16": r"lora\.alpha=16: .* has 8",
+        "lora.target_modules=q_proj": r"lora\.target_modules=q_proj: .* has q_proj,v_proj",
+        "lora.init=gradient": r"lora\.init=gradient places new ranks, and lora\.adapter=.* brings trained ones",
+        f"lora.adapter={default_run}": r"there is no adapter_config\.json; did you mean lora\.adapter=.*run/adapter\?",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            finetune(
+                f"lora.adapter={adapter}", "allocation.preset=null", setting, settings=_without("lora.r", "lora.alpha")
+            )
+
+
 def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune, default_run, tmp_path):
     folder = shutil.copytree(default_run, tmp_path / "run")
     for step in (9, 12):
@@ -433,7 +776,18 @@ def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune
     assert [record["step"] for record in records(folder)] == [4, 8]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_torch",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "adamw_8bit",
+        "adafactor",
+        "lion_32bit",
+        "paged_lion_8bit",
+    ],
+)
 def test_rounds_work_with_every_optimizer(finetune, optim):
     """At r = 64, where the 8-bit ones hold moments in 8 bits (from 4,096 elements on)."""
     code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", "training.learning_rate=1e-3")
@@ -587,10 +941,36 @@ def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, break
     assert len(batches) > at
 
 
-def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
+SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "peft"),
+    [
+        ([], {}, {}),
+        (
+            ["label_smoothing_factor=0.2", "max_grad_norm=0", "lr_scheduler_type=cosine_with_min_lr", "warmup_steps=3",
+             "lr_scheduler_kwargs={min_lr: 1e-3}", "optim=adafactor"],
+            dict(label_smoothing_factor=0.2, max_grad_norm=0.0, lr_scheduler_type="cosine_with_min_lr", warmup_steps=3,
+                 lr_scheduler_kwargs={"min_lr": 1e-3}, optim="adafactor"),
+            {},
+        ),
+        (
+            ["neftune_noise_alpha=5", "optim=lion_32bit", "learning_rate=1e-3", "max_grad_norm=null",
+             "lora.target_modules=model.*(q|down)_proj", "lora.layers_to_transform=1"],
+            dict(neftune_noise_alpha=5.0, optim="lion_32bit", learning_rate=1e-3, max_grad_norm=0.0),
+            dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+        ),
+    ],
+    ids=["as-it-is", "smoothing-schedule-adafactor", "neftune-lion-targets"],
+)  # fmt: skip
+def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows, settings, theirs, peft):
     """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
     _, folder = finetune(
-        "allocation.rounds=0", "training.gradient_checkpointing=false", "training.group_by_length=false"
+        "allocation.rounds=0",
+        "training.gradient_checkpointing=false",
+        "training.group_by_length=false",
+        *(setting if "." in setting.partition("=")[0] else f"training.{setting}" for setting in settings),
     )
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
@@ -601,18 +981,24 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
     base = load_base(resolve(str(model_dir)), dtype="float32")
     train = load_data(recipe, base.tokenizer).train.items
     set_seed(42)
-    start = {n: (m.A.clone(), m.B.clone()) for n, m in gated_layers(attach(base.model, r=2, alpha=4, seed=42)).items()}
+    targets = dict(target_modules=recipe.lora.target_modules, layers_to_transform=recipe.lora.layers_to_transform)
+    ours = attach(base.model, r=2, alpha=4, seed=42, **targets)
+    start = {name: (layer.A.clone(), layer.B.clone()) for name, layer in gated_layers(ours).items()}
     plain = load_base(resolve(str(model_dir)), dtype="float32").model
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    plain = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **{"target_modules": SUFFIXES, **peft})
+    plain = get_peft_model(plain, config)
+    adapted = {
+        name.removeprefix("base_model.model.") for name, module in plain.named_modules() if hasattr(module, "lora_A")
+    }
+    assert adapted == set(read_adapter(folder / "adapter").pairs)
     with torch.no_grad():
-        for name, (A, B) in start.items():
+        for name in adapted:
+            A, B = start[name]
             module = plain.get_submodule("base_model.model." + name)
             module.lora_A.default.weight.copy_(A)
             module.lora_B.default.weight.copy_(B)
     collate = Collator(base.tokenizer.pad_token_id)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "peft"),
+    options = dict(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=12,
@@ -628,6 +1014,7 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         use_cpu=True,
         seed=42,
     )
+    arguments = TrainingArguments(output_dir=str(folder / "peft"), **{**options, **theirs})
     trainer = Trainer(
         model=plain,
         args=arguments,
@@ -635,8 +1022,9 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "rows"},
     )
     trainer.train()
-    theirs = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    assert losses(folder) == pytest.approx(theirs, abs=2e-4)
+    for name in ("loss", "learning_rate"):
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert logs(folder, name) == pytest.approx(logged, abs=2e-4 if name == "loss" else 1e-12)
 
 
 def test_a_round_that_changes_nothing_changes_no_loss(finetune, monkeypatch):
@@ -775,6 +1163,89 @@ def test_a_run_too_short_for_a_round_is_refused_before_loading(finetune):
         finetune("training.max_steps=1")
 
 
+def test_a_second_run_of_the_same_folder_is_refused_by_the_first_ones_process(finetune, tmp_path, capsys, monkeypatch):
+    def meanwhile(*args):
+        for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
+            with pytest.raises(
+                InputError, match=rf"output_dir=.*run: in use by process {os.getpid()} on .* wait for its end"
+            ):
+                finetune(*more)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qalora.base.loading.load_tokenizer", meanwhile)
+    with pytest.raises(ZeroDivisionError):
+        finetune()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("at", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_leaves_the_earlier_ones(
+    finetune, default_run, monkeypatch, capsys, at
+):
+    """A limit on the size of files (EFBIG) makes each library fail in its own words, as a full disk (ENOSPC) does."""
+    sizes = {file.name: file.stat().st_size for file in (default_run / "checkpoint-6").iterdir()}
+    plain, before = trainer.QaloraTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, *args):
+        if self.state.global_step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[at] - 10, before[1]))
+        try:
+            plain(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    if at == "files.json":  # smaller than some others: only its own writing fails
+        monkeypatch.setattr("qalora.training.trainer.write_manifest", full_disk)
+    else:
+        monkeypatch.setattr(trainer.QaloraTrainer, "_save_checkpoint", limited)
+    said = r"checkpoint-\d+: cannot be written \((File too large|No space left on device)\); nothing was kept\. .* make room"
+    with pytest.raises(InputError, match=said):
+        finetune()
+    folder = finetune.folder
+    kept = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
+    assert kept == ({"checkpoint-3"} if at != "files.json" else set())
+    monkeypatch.undo()
+    assert finetune("--resume-from-checkpoint", "auto")[0] == 0
+    assert losses(folder) == losses(default_run)
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["allocation.jsonl", "step-4.json", "metrics.json", "recipe.yaml", "run.json"])
+def test_a_full_disk_elsewhere_is_one_sentence(finetune, monkeypatch, name):
+    from qalora import files
+
+    fsync, write = os.fsync, files.write_whole
+
+    def failing(file, text):
+        monkeypatch.setattr(os, "fsync", full_disk if Path(file).name == name else fsync)
+        write(file, text)
+
+    for module in ("files", "training.callback", "finetune"):
+        monkeypatch.setattr(f"qalora.{module}.write_whole", failing)
+    with pytest.raises(InputError, match=r"run: cannot be written \(No space left on device\)\. .* make room"):
+        finetune()
+    left = list(finetune.folder.rglob(f"*{name}*"))
+    assert (
+        all(path.name == name and path.parent.name.startswith("checkpoint-") for path in left)
+        or name == "allocation.jsonl"
+    )
+    assert not list(finetune.folder.rglob("*.partial"))
+
+
+def test_a_weight_that_is_not_finite_is_not_saved_and_the_last_good_checkpoint_named(finetune, monkeypatch):
+    def poison(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 6:
+            next(iter(gated_layers(model).values())).B.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(callback.AllocationCallback, "on_step_end", poison)
+    with pytest.raises(AnswerNo, match=r"not finite after step 6; .*the last good checkpoint is .*checkpoint-3"):
+        finetune("allocation.rounds=0")
+    assert {path.name for path in finetune.folder.iterdir() if "checkpoint" in path.name} == {"checkpoint-3"}
+
+
 def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
     shutil.copytree(default_run, tmp_path / "run")
     with pytest.raises(InputError, match="holds a run; continue it with --resume-from-checkpoint auto"):
@@ -804,21 +1275,47 @@ def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatc
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows, monkeypatch):
-    _, folder = finetune("training.max_steps=3", "allocation.rounds=0")
-    inside = folder / "rows.jsonl"
-    shutil.copy(rows, inside)
+def test_what_the_next_run_reads_and_a_run_wrote_is_not_overwritten(finetune, monkeypatch):
+    short = ("training.max_steps=3", "allocation.rounds=0")
+    _, folder = finetune(*short)
     monkeypatch.setenv("HOME", str(folder.parent))
-    for name in (inside, f"~/{folder.name}/rows.jsonl"):
-        with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
-            finetune("--overwrite", f"data.train={name}")
-    mine = folder / "mine.yaml"
-    shutil.copy(folder / "recipe.yaml", mine)
-    with pytest.raises(InputError, match=r"holds .*mine\.yaml, which the run reads"):
-        main(["--recipe", str(mine), "--output-dir", str(folder), "--overwrite"])
-    assert inside.exists() and mine.exists()
+    for name in (folder / "adapter", f"~/{folder.name}/adapter"):
+        with pytest.raises(InputError, match=r"adapter, which the run reads, is of the run in .*; choose another"):
+            finetune("--overwrite", *short, f"lora.adapter={name}")
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_no_run_wrote_stays_and_can_be_read(finetune, rows, capsys):
+    short = ("training.max_steps=3", "allocation.rounds=0", "evaluation.before=false", "evaluation.after=false")
+    _, folder = finetune(*short)
+    shutil.copy(rows, folder / "rows.jsonl")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / "runs" / "of-another-tool").mkdir(parents=True)
+    (folder / "scores").mkdir()
+    (folder / "scores" / "football.csv").write_text("3:1")
+    assert finetune("--overwrite", *short, f"data.train={folder / 'rows.jsonl'}")[0] == 0
+    assert "rows.jsonl" in capsys.readouterr().err
+    for name in ("rows.jsonl", ".git/HEAD", "runs/of-another-tool", "scores/football.csv"):
+        assert (folder / name).exists(), name
     # A run's own recipe is read before it is written anew.
     assert main(["--recipe", str(folder / "recipe.yaml"), "--output-dir", str(folder), "--overwrite"]) == 0
+
+
+def test_a_users_project_is_never_a_run(model_dir, tmp_path, monkeypatch):
+    """`--recipe recipe.yaml --output-dir . --overwrite`, in a folder with a recipe.yaml of its owner's."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("recipe.yaml", "notes.txt", "run.json", "metrics.json"):
+        (project / name).write_text("{lora: {r: 2}}" if name == "recipe.yaml" else "{}")
+    monkeypatch.chdir(project)
+    before = {path.name: path.read_text() for path in project.iterdir()}
+    for more in ([], ["--overwrite"], ["--resume-from-checkpoint", "auto"]):
+        with pytest.raises(
+            InputError, match=r"holds a recipe\.yaml that no run wrote: not empty, and no run of qalora"
+        ):
+            main(["--recipe", "recipe.yaml", "--model", str(model_dir), "data.train=t", "--output-dir", ".", *more])
+    assert {path.name: path.read_text() for path in project.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -844,9 +1341,19 @@ def test_a_run_of_one_step_learns(finetune):
     )
 
 
-def test_resume_without_a_checkpoint_is_refused(finetune, tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        finetune("--resume-from-checkpoint", "auto", output="nothing")
+def test_auto_begins_where_there_is_no_checkpoint_and_a_path_is_refused(finetune, tmp_path, capsys):
+    short = ("training.max_steps=3", "allocation.rounds=0", "--resume-from-checkpoint", "auto")
+    (tmp_path / "run" / "lost+found").mkdir(parents=True)  # of a mounted volume
+    code, folder = finetune(*short)
+    assert code == 0 and "run holds no checkpoint; the run begins" in capsys.readouterr().err
+    # Killed before its first checkpoint, and started again by a loop.
+    shutil.rmtree(folder / "checkpoint-3")
+    shutil.rmtree(folder / "adapter")
+    assert finetune(*short)[0] == 0 and (folder / "adapter").is_dir()
+    # A result is no failed attempt.
+    shutil.rmtree(folder / "checkpoint-3")
+    with pytest.raises(InputError, match="holds a run; continue it"):
+        finetune(*short)
     with pytest.raises(InputError, match=r"no checkpoint there"):
         finetune("--resume-from-checkpoint", str(tmp_path), output="nothing")
 

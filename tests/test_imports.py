@@ -17,10 +17,15 @@ MODULES = {
 }
 FOUNDATION = {
     "errors": 0,
+    "environment": 0,
+    "paths": 0,
+    "spellings": 0,
     "files": 0,
+    "locking": 0,
     "text_scores": 0,
     "recipe": 1,
     "adapter.allocation": 0,
+    "adapter.targets": 0,
     "adapter.provenance": 0,
     "base.memory": 1,
     "base.precision": 1,
@@ -46,6 +51,14 @@ TORCH_FREE = [
     "data.reading",
     "data.references",
     "text_scores",
+    "environment",
+    "paths",
+    "spellings",
+    "adapter.targets",
+    "adapter.given",
+    "base.fingerprint",
+    "training.run_folder",
+    "training.resume",
 ]
 COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.adapter.layer import GatedLinear, closed, gated
+from qalora.adapter.layer import GatedLinear, closed, frozen_forward, gated
 from qalora.adapter.model import gated_layers
+from qalora.base.quantized import linear_maps
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
@@ -69,8 +71,9 @@ def ablate(
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
     tokens = supervised_tokens(batch)
-    adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory)
-    base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory)
+    with _in_dtype_of_input(model):
+        adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory)
+        base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory)
     blocks = len(_decoder(model).layers)
     suffixes = sum((blocks - _block_of(name)) / blocks for name, _ in ranks)
     return Ablation(
@@ -115,6 +118,24 @@ def _losses(
                     for rank, loss in zip(variants, losses.tolist(), strict=True):
                         sums[rank] += loss
     return total, sums
+
+
+@contextmanager
+def _in_dtype_of_input(model: PeftModel) -> Iterator[None]:
+    """Linear layers without an adapter compute in the dtype of their input, as those with one do."""
+    adapted = gated_layers(model)
+    bare: list[Any] = [module for name, module in linear_maps(model).items() if name not in adapted]
+    own = [module.__dict__.get("forward") for module in bare]
+    try:
+        for module in bare:
+            module.forward = partial(frozen_forward, module)
+        yield
+    finally:
+        for module, forward in zip(bare, own, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 @dataclass

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from qalora.errors import AnswerNo
 
 Init = Literal["kaiming", "gradient", "quantization"]  # where new ranks point
 Share = Literal["even", "scores"]  # how the budget is shared out before the first step
@@ -41,13 +43,13 @@ def plan(
 ) -> AllocationPlan:
     """One round of Algorithm 1: the least important ranks go, the modules that lost none share what is left of the budget.
 
-    The total after the round is never above the budget; it is below when every module lost a rank, or when `max_rank` or
-    `parameters` leave no room, and then the next round makes up for it where it can. A module that has no rank left stays
-    without: it lost none only because it had none.
+    A module without ranks lost none either, so it can be given some; where an average decides, its own counts as that of all
+    ranks. The total after the round is never above the budget. It is below when every module lost a rank, or when `max_rank` or
+    `parameters` leave no room, and then the next round makes up for it where it can.
 
     Args:
-        importance: module → importance of each of its ranks, higher is better (eq. 6).
-        prune: n_A, how many ranks go (fewer when `min_rank` protects the rest).
+        importance: module → importance of each of its ranks, higher is better (eq. 6); none for a module without ranks.
+        prune: n_A, how many ranks go (fewer by `most_pruned`, or when `min_rank` protects the rest).
         min_rank: ranks that every module keeps.
         max_rank: ranks that no module exceeds by growing.
         budget: R, ranks in all; None: as many as there are.
@@ -56,24 +58,37 @@ def plan(
 
     Raises:
         ValueError: an importance that is not finite.
+        AnswerNo: no rank would be left.
     """
     ranks = {module: len(scores) for module, scores in importance.items()}
     for module, scores in importance.items():
         if not all(math.isfinite(score) for score in scores):
             raise ValueError(f"the importance of a rank of {module} is not finite: {list(scores)}")
 
-    pruned = least_important(importance, prune, min_rank)
-    kept_whole = [module for module, rank in ranks.items() if rank and module not in pruned]
-    room = {module: math.inf if max_rank is None else max(max_rank - ranks[module], 0) for module in kept_whole}
-    average = {module: sum(importance[module]) / ranks[module] for module in kept_whole}
+    pruned = least_important(importance, most_pruned(ranks.values(), prune), min_rank)
+    lost_none = [module for module in ranks if module not in pruned]
+    room = {module: math.inf if max_rank is None else max(max_rank - ranks[module], 0) for module in lost_none}
     total = sum(ranks.values())
-    unspent = 0 if budget is None else max(budget - total, 0)
-    freed = sum(len(indices) for indices in pruned.values())
-    grown = share_out(unspent + freed, room, average)
+    overall = sum(map(sum, importance.values())) / max(total, 1)
+    average = {module: sum(importance[module]) / ranks[module] if ranks[module] else overall for module in lost_none}
+    kept = {module: rank - len(pruned.get(module, ())) for module, rank in ranks.items()}
+    count = max(total if budget is None else budget, total) - sum(kept.values())
+    grown = share_out(count, room, average)
     if parameters is not None and cost is not None:
-        kept = sum(cost[module] * (rank - len(pruned.get(module, ()))) for module, rank in ranks.items())
-        grown = affordable(grown, cost, parameters - kept, average)
+        left = parameters - sum(cost[module] * rank for module, rank in kept.items())
+        grown = topped_up(affordable(grown, cost, left, average), count, room, cost, left, average)
+    if not any(kept.values()) and not grown:
+        raise AnswerNo("no rank of the adapter is left, and a round of allocation has none to prune or to grow.")
     return AllocationPlan(pruned, grown)
+
+
+def most_pruned(ranks: Iterable[int], asked: int) -> int:
+    """How many of the modules' ranks a round prunes: as many as asked for, but at most one per module that has any, and half of all.
+
+    So what n_A was fixed at, when every module had ranks, never eats an adapter whose modules have fewer.
+    """
+    living = [rank for rank in ranks if rank]
+    return min(asked, len(living), sum(living) // 2)
 
 
 def least_important(
@@ -209,6 +224,28 @@ def affordable(
         if not left[module]:
             del left[module]
     return left
+
+
+def topped_up(
+    grown: Mapping[str, int],
+    count: int,
+    room: Mapping[str, float],
+    cost: Mapping[str, int],
+    parameters: int,
+    average: Mapping[str, float],
+) -> dict[str, int]:
+    """`grown`, and as many ranks more as `count` and the parameters allow: one after another, to a module that has gained
+    fewest, and of these to the one with the highest average importance."""
+    more = dict(grown)
+    spare = parameters - sum(cost[module] * n for module, n in grown.items())
+    for _ in range(count - sum(grown.values())):
+        able = [module for module in room if more.get(module, 0) < room[module] and cost[module] <= spare]
+        if not able:
+            break
+        module = min(able, key=lambda module: (more.get(module, 0), -average[module]))
+        more[module] = more.get(module, 0) + 1
+        spare -= cost[module]
+    return more
 
 
 @dataclass(frozen=True)

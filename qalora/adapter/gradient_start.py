@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
 from qalora.adapter.inputs import visit_inputs
 from qalora.adapter.layer import GatedLinear
-from qalora.adapter.model import gated_layers, ranks
+from qalora.adapter.model import add_layer, gated_layers, ranks, remove_layer
 from qalora.base.memory import OVERSAMPLING
 from qalora.base.stretches import stretches
 
@@ -71,7 +71,21 @@ def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, gener
 def gradient_directions(
     model: PeftModel, batch: Sequence[MicroBatch], counts: Mapping[str, int], generator: torch.Generator
 ) -> dict[str, Directions]:
-    """The leading `counts` directions of ∂L/∂W for each of the named modules; fewer where a map has fewer."""
+    """The leading `counts` directions of ∂L/∂W for each of the named modules, which may have no ranks; fewer where a map has fewer."""
+    bare = [name for name in counts if name not in gated_layers(model)]
+    try:
+        for name in bare:
+            add_layer(model, name)
+        return _directions(model, batch, counts, generator)
+    finally:
+        for name in bare:
+            if name in gated_layers(model):
+                remove_layer(model, name)
+
+
+def _directions(
+    model: PeftModel, batch: Sequence[MicroBatch], counts: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Directions]:
     layers = {name: gated_layers(model)[name] for name in counts}
     spans = _spans(model, batch, layers, counts, generator)
     moments = _input_moments(model, batch, layers, spans)

@@ -90,7 +90,12 @@ class GatedLinear(nn.Module, LoraLayer):
             x.device.type
         ):
             return base(x)
-        return F.linear(x, _weight(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        return frozen_forward(base, x)
+
+
+def frozen_forward(base: Any, x: Tensor) -> Tensor:
+    """W x, computed in the dtype of x, with the weights' values as they are in theirs."""
+    return F.linear(x, _weight(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What reaches the disk is a plain PEFT LoRA: vanilla PEFT reads it without this p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.swiglu import use_fused_mlps
+from qalora.adapter.targets import EVERY, targeted
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
@@ -33,31 +35,37 @@ def attach(
     r: int,
     alpha: int,
     dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
+    target_modules: str | Sequence[str] = EVERY,
+    layers_to_transform: Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """A rank-`r` adapter on every targeted linear map: rows of A Kaiming-uniform as in PEFT, B zero.
+    """A rank-`r` adapter on every targeted linear layer: rows of A Kaiming-uniform as in PEFT, B zero.
+
+    Args:
+        target_modules, layers_to_transform: see `adapter.targets.targeted`.
 
     Raises:
-        InputError: a target that no linear map of the model ends with.
+        InputError: a target or a block that the model has not.
     """
-    maps = linear_maps(model)
-    suffixes = {name.rsplit(".", 1)[-1] for name in maps}
-    targets = suffixes if target_modules == "all-linear" else set(target_modules)
-    if unknown := sorted(targets - suffixes):
-        raise InputError(
-            f"lora.target_modules={', '.join(unknown)}: the model has no such linear map; it has {', '.join(sorted(suffixes))}."
-        )
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), task_type="CAUSAL_LM"
-    )
+    names = list(linear_maps(model))
+    chosen = targeted(names, target_modules, layers_to_transform)
+    # The ends of names where they say it all, for that is the form which every reader of adapters knows.
+    ends = {name.rpartition(".")[2] for name in chosen}
+    all_of_them = [name for name in names if name.rpartition(".")[2] in ends]
+    targets = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _with_gated_layers(model, config)
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, path: str | Path, *, trainable: bool = False, dropout: float | None = None
+) -> PeftModel:
     """Puts a saved plain PEFT LoRA (ours or any other) on the base, with gates, weights in fp32.
+
+    Args:
+        dropout: of the adapter's inputs while training; None: what its config says.
 
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
@@ -66,6 +74,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = saved.config
     config.inference_mode = not trainable
+    if dropout is not None:
+        config.lora_dropout = dropout
     config.init_lora_weights = True  # the start is overwritten below, and some need more than a config (EVA)
     peft_model = _with_gated_layers(model, config)
     layers = gated_layers(peft_model)
@@ -91,7 +101,7 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
     layers = gated_layers(model)
     if not layers:
         raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
-    if not all(bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in layers.values()):
+    if not is_finite(model):
         raise AnswerNo(
             "the adapter holds weights that are not finite, and is not saved; lower training.learning_rate, or continue an earlier checkpoint."
         )
@@ -101,6 +111,13 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
         write_adapter(model, partial)
         if provenance is not None:
             provenance.write(partial)
+
+
+def is_finite(model: PeftModel) -> bool:
+    """Whether every weight of the adapter is a number."""
+    return all(
+        bool(torch.isfinite(layer.A).all() & torch.isfinite(layer.B).all()) for layer in gated_layers(model).values()
+    )
 
 
 def write_adapter(model: PeftModel, path: str | Path) -> None:
@@ -170,6 +187,37 @@ def sync_config(model: PeftModel) -> None:
     config.exclude_modules = None
     bare = [name for name in linear_maps(model) if name not in layers and check_target_module_exists(config, name)]
     config.exclude_modules = bare or None
+
+
+def add_layer(model: PeftModel, name: str) -> GatedLinear:
+    """Puts a gated layer that has no ranks yet in the place of a frozen map, and returns it; PEFT's config stays."""
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
+    parent, _, child = (PREFIX + name).rpartition(".")
+    owner = model.get_submodule(parent)
+    base: Any = getattr(owner, child)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws rows of A, and has no layer with fewer than one
+        layer = GatedLinear(base, ADAPTER, config, r=1, lora_alpha=1)
+    layer.scaling[ADAPTER] = scaling_of(config, name)
+    device = base.weight.device
+    layer.A.data = torch.empty(0, base.in_features, device=device)
+    layer.B.data = torch.empty(base.out_features, 0, device=device)
+    setattr(owner, child, layer.train(owner.training))
+    return layer
+
+
+def settle_scalings(model: PeftModel) -> None:
+    """Gives each module a scaling that alpha over rank is exactly, whatever its rank becomes; the function stays the same.
+
+    rsLoRA's alpha / √r, for one, may not be: the nearest power of two takes its place, and B the factor between them.
+    """
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
+    for layer in gated_layers(model).values():
+        s = layer.s
+        if config.use_rslora or any((s * r) / r != s for r in range(1, 1025)):
+            settled = 2.0 ** round(math.log2(s))
+            layer.B.data.mul_(s / settled)
+            layer.scaling[ADAPTER], layer.lora_alpha[ADAPTER] = settled, settled * len(layer.A)
+    sync_config(model)
 
 
 def remove_layer(model: PeftModel, name: str) -> None:

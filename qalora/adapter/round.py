@@ -12,21 +12,13 @@ import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, plan
+from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, most_pruned, plan
+from qalora.adapter.certified import LEAST_CERTIFIED
 from qalora.adapter.gradient_start import FORWARDS, gradient_directions
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
-from qalora.adapter.scoring import (
-    FIRST_ORDER,
-    LEAST_CERTIFIED,
-    MIDPOINT,
-    Importance,
-    Method,
-    PerRank,
-    RankScores,
-    midpoint_shares,
-    score_ranks,
-)
+from qalora.adapter.scores import Importance, Method, PerRank, RankScores
+from qalora.adapter.scoring import FIRST_ORDER, MIDPOINT, midpoint_shares, score_ranks
 from qalora.adapter.surgery import apply_plan
 from qalora.base.device import spare_memory
 
@@ -41,10 +33,11 @@ class RoundSettings:
     Attributes:
         budget: R, which the total never exceeds.
         parameters: what the parameters of all ranks never exceed; None: their number alone counts.
-        prune: n_A, ranks that leave in a round.
+        prune: n_A, ranks that leave in a round, see `most_pruned`.
         scoring: auto is first order, then exact evaluations nearest the threshold as far as 3 % of the training so far
             allow. Cost is counted in tokens through the model, not in seconds, so that a run repeats exactly.
         step_tokens: tokens of an optimizer step, on average.
+        modules: those that had ranks at the start, in the model's order; one that lost all of them can be given some again.
     """
 
     budget: int
@@ -55,6 +48,7 @@ class RoundSettings:
     max_rank: int | None
     seed: int
     step_tokens: float
+    modules: tuple[str, ...]
     parameters: int | None = None
 
 
@@ -77,25 +71,28 @@ def allocation_round(
         (a line of allocation.jsonl without its scores' file, the scores that decided).
 
     Raises:
+        AnswerNo: no rank is left, or the scores are not finite.
         RuntimeError: the total would be above the budget.
     """
     start = time.perf_counter()
     method, budget = _method(settings, batch, step, spent)
+    prune = most_pruned(ranks(model).values(), settings.prune)
     scores = score_ranks(
         model,
         batch,
         method,
         importance=settings.importance,
-        prune=settings.prune,
+        prune=prune,
         min_rank=settings.min_rank,
         memory=spare_memory(),
         budget=budget,
         seed=settings.seed,
     )
-    cost = rank_parameters(model, scores.importance)
+    importance = {**dict.fromkeys(settings.modules, ()), **scores.importance}
+    cost = rank_parameters(model, importance)
     decision = plan(
-        scores.importance,
-        prune=settings.prune,
+        importance,
+        prune=prune,
         min_rank=settings.min_rank,
         max_rank=settings.max_rank,
         budget=settings.budget,
@@ -146,7 +143,7 @@ def keep_best_corrections(
     start_at_quantization_error(model, batch, original, generator=generator)
     importance = midpoint_shares(model, batch)
     cost = rank_parameters(model, even)
-    # Every module keeps a rank, since one without any could not come back.
+    # Every module keeps a rank, for only a round could give it one again, and a run may have none.
     least = max(1, settings.min_rank)
     decision = keep_best(importance, cost, ranks=settings.budget, parameters=settings.parameters, least=least)
     apply_plan(model, decision, optimizer)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import GatedLinear
-from qalora.adapter.model import gated_layers, remove_layer, sync_config
+from qalora.adapter.model import add_layer, gated_layers, remove_layer, sync_config
 
 
 def apply_plan(
@@ -31,19 +31,20 @@ def apply_plan(
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
     A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function unchanged, but for the
-    order in which a processor sums.
+    order in which a processor sums. A module that loses all its ranks leaves the model and the optimizer; one that had lost them
+    comes back with new parameters, which the optimizer takes as it takes those of a first step.
 
     Args:
         model: the adapter model.
         plan: what leaves and what enters.
-        optimizer: torch's or bitsandbytes' AdamW, or accelerate's wrapper of one.
+        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper of one.
         generator: CPU generator for the random rows of A, for runs that can be repeated.
         new_rows: module → (n, in), the first rows of A of its new ranks.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     layers = gated_layers(model)
     for name in {**plan.pruned, **plan.grown}:
-        layer = layers[name]
+        layer = layers[name] if name in layers else add_layer(model, name)
         pruned = set(plan.pruned.get(name, ()))
         keep = [rank for rank in range(len(layer.A)) if rank not in pruned]
         grow = plan.grown.get(name, 0)
@@ -55,6 +56,8 @@ def apply_plan(
             given = (new_rows or {}).get(name, rows[:0])[:grow]
             rows[: len(given)] = given
             _resize(layer, optimizer, keep, rows)
+            if name not in layers:
+                _admit(optimizer, model, layer)
     sync_config(model)
 
 
@@ -105,6 +108,19 @@ def _resize_moments(
         if key in ("exp_avg", "state1"):
             new = torch.zeros_like(new)
         _store(optimizer, parameter, state, key, torch.cat([live, new], dim=rank_dim).contiguous())
+    if "exp_avg_sq_row" in state:
+        _resize_factors(state, rank_dim, keep, grow)
+
+
+def _resize_factors(state: dict[str, Any], rank_dim: int, keep: Tensor, grow: int) -> None:
+    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those of the ranks
+    that stay do not change, and those of new ranks are their mean."""
+    of_ranks, beside = ("exp_avg_sq_row", "exp_avg_sq_col")[:: 1 if rank_dim == 0 else -1]
+    old = state[of_ranks]
+    live = old.index_select(0, keep.to(old.device))
+    mean = (live if len(live) else old).mean()
+    state[of_ranks] = torch.cat([live, mean.expand(grow)])
+    state[beside] = state[beside] * (mean / old.mean())
 
 
 def _to_fp32(state: dict[str, Any], key: str) -> Tensor:
@@ -138,4 +154,23 @@ def _forget(optimizer: Any, *parameters: nn.Parameter) -> None:
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
     for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+        state = optimizer.state.pop(parameter, {})
+        if hasattr(optimizer, "page_mng"):
+            held = {id(value) for value in state.values()}
+            pages = optimizer.page_mng.paged_tensors
+            pages[:] = [page for page in pages if id(page) not in held]
+
+
+def _admit(optimizer: Any, model: PeftModel, layer: GatedLinear) -> None:
+    """Has a new layer trained with the settings of the others, each matrix with those of its kind.
+
+    Parameters stand in the model's order: a checkpoint numbers them by their place, and a resumed run lists them so.
+    """
+    if optimizer is None:
+        return
+    place = {id(parameter): index for index, parameter in enumerate(model.parameters())}
+    others = [other for other in gated_layers(model).values() if other is not layer]
+    for parameter, kind in ((layer.A, {id(other.A) for other in others}), (layer.B, {id(other.B) for other in others})):
+        groups = [group for group in optimizer.param_groups if any(id(member) in kind for member in group["params"])]
+        group = (groups or optimizer.param_groups)[0]
+        group["params"] = sorted([*group["params"], parameter], key=lambda member: place[id(member)])

@@ -27,7 +27,7 @@ from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import expected_shapes, open_config
 from qalora.base.registry import ModelSource
 from qalora.deploy.merging import low_rank_updates, maps_of
-from qalora.deploy.output import REPORT, check_output
+from qalora.deploy.output import REPORT, check_output, one_at_a_time
 from qalora.deploy.settings import served_after
 from qalora.deploy.verification import Update
 from qalora.files import written_beside
@@ -36,6 +36,7 @@ AdapterFormat = Literal["peft", "peft-uniform", "gguf-lora"]
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
+@one_at_a_time
 def export_adapter(
     adapter_dir: str | Path,
     output_dir: str | Path,

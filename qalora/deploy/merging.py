@@ -35,7 +35,7 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource
-from qalora.deploy.output import REPORT, check_output, free_disk
+from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
 from qalora.deploy.settings import served_after, write_settings
 from qalora.deploy.verification import TOLERANCE, Update, compare
 from qalora.errors import AnswerNo, InputError
@@ -45,6 +45,7 @@ Format = Literal["hf", "gguf"]
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
+@one_at_a_time
 def merge(
     source: ModelSource,
     adapter_dir: str | Path,

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qalora.adapter.gradient_start import start_along_gradient
 from qalora.adapter.model import ranks
 from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
-from qalora.adapter.scoring import RankScores
+from qalora.adapter.scores import RankScores
 from qalora.data.batching import on_device
 from qalora.files import write_whole
 from qalora.training.ladder import Ladder
@@ -31,6 +32,12 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         # Ctrl-C ends the reader of a pipe too (`| tee log`), and the run still has its checkpoint to write.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no markup."""
+        settings = {"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options}
+        with suppress(OSError):  # a log on a full disk is no reason to end a run
+            super().print(*objects, **settings)
 
 
 console = _Console(stderr=True)
@@ -86,7 +93,7 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         self.history = [record for record in self.history if record["step"] <= state.global_step]
-        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
+        self._write()
         if state.global_step == 0 and self.start.init != "kaiming":
             even = ranks(model)
             self.ladder.attempt(
@@ -102,7 +109,7 @@ class AllocationCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True  # else the last weights could not be the best
         if state.global_step not in self.rounds.steps:
             return
@@ -137,12 +144,13 @@ class AllocationCallback(TrainerCallback):
 
     def _keep(self, record: dict[str, Any], scores: dict[str, Any]) -> None:
         scores_file = self.scores_dir / f"step-{record['step']}.json"
-        scores_file.parent.mkdir(exist_ok=True)
-        scores_file.write_text(json.dumps(scores))
+        write_whole(scores_file, json.dumps(scores))
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
 
 
 class InterruptCallback(TrainerCallback):
@@ -196,7 +204,7 @@ class ProgressLine(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=console, transient=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.allocator = allocator
 
     def on_train_begin(
@@ -207,7 +215,6 @@ class ProgressLine(TrainerCallback):
                 console.print(
                     f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
                     f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
-                    highlight=False,
                 )
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
@@ -222,7 +229,6 @@ class ProgressLine(TrainerCallback):
                 f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
                 f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
                 f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
-                highlight=False,
             )
 
     def on_log(
@@ -236,12 +242,11 @@ class ProgressLine(TrainerCallback):
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}", highlight=False)
+            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             self.bar.console.print(
                 f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
                 f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
-                highlight=False,
             )
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qalora.adapter.allocation import Schedule, schedule
-from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
+from qalora.adapter.model import is_finite, load_adapter, rank_parameters, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
@@ -40,11 +40,14 @@ from qalora.base.loss import use_label_only_loss
 from qalora.base.norm import use_lean_norms
 from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
 from qalora.errors import AnswerNo, InputError
+from qalora.files import written_beside
 from qalora.metrics import row_losses
 from qalora.recipe import Recipe
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
+from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_good, write_manifest
 from qalora.training.ladder import Ladder
+from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
 
 
@@ -95,14 +98,19 @@ class QaloraTrainer(Trainer):
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
         ladder: Ladder,
+        other_validation: bool = False,
         provenance: Provenance | None = None,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(processing_class=tokenizer, **kwargs)
+        self.label_smoothing = label_smoothing  # by our own loss: the Trainer's reads logits
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
         self.ladder, self.provenance = ladder, provenance
+        self.other_validation = other_validation
+        self._writing_to: Path | None = None
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
         self.model_accepts_loss_kwargs = True
 
@@ -125,18 +133,18 @@ class QaloraTrainer(Trainer):
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
         step = super().training_step
-        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
+        smoothed = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        loss = self.ladder.run(inputs, lambda piece: step(model, {**piece, **smoothed}, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
-                f"lower training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+                f"lower training.learning_rate (now {self.args.learning_rate:g}) or {'lower' if self.args.max_grad_norm else 'set'} "
+                f"training.max_grad_norm; {self._last_checkpoint()}"
             )
         return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
-        if self.state.best_model_checkpoint is None:
-            self.state.best_metric = None  # of weights that a checkpoint was copied without
         losses = row_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
         tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
@@ -167,6 +175,52 @@ class QaloraTrainer(Trainer):
             seed=self.args.seed,
         )
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint beside its place and moves it there once it is whole and on the disk.
+
+        Raises:
+            AnswerNo: a weight is not finite.
+        """
+        if not is_finite(self.model):
+            raise AnswerNo(
+                f"a weight of the adapter is not finite after step {self.state.global_step}; lower training.learning_rate (now "
+                f"{self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+            )
+        with written_beside(self._checkpoint(self.state.global_step)) as partial:
+            self._writing_to = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing_to = None
+            # Hugging Face's wrote into a folder of its own name; the best checkpoint is looked for where they all are.
+            written = partial / self._checkpoint(self.state.global_step).name
+            for path in written.iterdir():
+                path.rename(partial / path.name)
+            written.rmdir()
+            best = self.state.best_global_step
+            self.state.best_model_checkpoint = str(self._checkpoint(best)) if best and self._holds(best) else None
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+            write_manifest(partial)
+        self._rotate()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing_to or super()._get_output_dir(trial))
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"{PREFIX}{step}"
+
+    def _holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of that step, or will be in a moment."""
+        return step == self.state.global_step or self._checkpoint(step).is_dir()
+
+    def _rotate(self) -> None:
+        """Removes the oldest checkpoints above `save_total_limit`; the newest and the best one stay."""
+        found = checkpoints_in(Path(str(self.args.output_dir)))  # the newest first
+        stay = {found[0], self._checkpoint(self.state.best_global_step or -1)} & set(found)
+        limit = max(self.args.save_total_limit or len(found), len(stay))
+        for path in [path for path in reversed(found) if path not in stay][: max(0, len(found) - limit)]:
+            shutil.rmtree(path, ignore_errors=True)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
         folder = Path(str(output_dir or self.args.output_dir))
@@ -178,6 +232,12 @@ class QaloraTrainer(Trainer):
             if (file := Path(str(self.args.output_dir)) / name).is_file():
                 shutil.copy(file, folder)
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        for group in cast(Any, self.optimizer).param_groups:
+            group.setdefault("initial_lr", group["lr"])  # as most schedules leave it; a checkpoint keeps it
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their place."""
         if checkpoint is None:
@@ -185,22 +245,54 @@ class QaloraTrainer(Trainer):
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
-        for group, settings, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
-            group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
+        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it had come to.
+        factors = [factor(scheduler.last_epoch) for factor in getattr(scheduler, "lr_lambdas", ())] or [
+            group["lr"] / group["initial_lr"] for group in optimizer.param_groups
+        ]
+        for group, settings, factor in zip(optimizer.param_groups, asked, factors, strict=True):
+            group.update(settings, lr=settings["initial_lr"] * factor)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+        if not math.isclose(then, scheduler._last_lr[0], rel_tol=1e-9, abs_tol=1e-15):
+            console.print(
+                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} by the checkpoint)",
+                highlight=False,
+            )
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """A checkpoint's state, with the best checkpoint where this folder has it, and this run's own intervals."""
+        begun: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        state, folder = self.state, Path(str(self.args.output_dir))
+        best = state.best_global_step
+        if self.other_validation or not best or not belongs(self._checkpoint(best), folder):
+            # Of other rows, or of weights that are gone: no loss to compare with.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        else:
+            state.best_model_checkpoint = str(self._checkpoint(best))
+        state.compute_steps(self.args, max_steps)
+        return begun
+
+    def _load_callback_state(self) -> None:
+        """How long nothing got better is the checkpoint's; how long that may last is this run's."""
+        patience = {type(cb): cb.early_stopping_patience for cb in self._early_stopping()}
+        super()._load_callback_state()
+        for callback in self._early_stopping():
+            callback.early_stopping_patience = patience[type(callback)]
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
 
     def _load_best_model(self) -> None:
         """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
-        best = Path(str(self.state.best_model_checkpoint))
-        if best.name != f"checkpoint-{self.state.global_step}":
-            self.model = self.model_wrapped = load_adapter(cast(PreTrainedModel, self.model.unload()), best)
+        best = self.state.best_global_step
+        if best and best != self.state.global_step:
+            unloaded = cast(PreTrainedModel, self.model.unload())
+            self.model = self.model_wrapped = load_adapter(unloaded, self._checkpoint(best))
 
     def _last_checkpoint(self) -> str:
-        checkpoints = sorted(
-            Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
-        )
-        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been written yet"
+        good = last_good(Path(str(self.args.output_dir)))
+        return f"the last good checkpoint is {good}" if good else "no good checkpoint had been written yet"
 
 
 def build_trainer(
@@ -218,6 +310,8 @@ def build_trainer(
     compute_dtype: torch.dtype,
     output_dir: Path,
     original: Weights | None = None,
+    other_rows: bool = False,
+    other_validation: bool = False,
     provenance: Provenance | None = None,
 ) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
     """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
@@ -229,6 +323,8 @@ def build_trainer(
         scoring: B_val, tokenized rows that score the ranks.
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
         original: the base's 16-bit weights, for lora.init=quantization.
+        other_rows: than the checkpoint was trained on: the epoch begins anew with them.
+        other_validation: rows than those that gave the checkpoint its best loss.
         provenance: written beside the adapter of every checkpoint.
     """
     training, allocation = recipe.training, recipe.allocation
@@ -243,13 +339,13 @@ def build_trainer(
         rounds,
         RoundSettings(
             budget=sum(start.values()),
-            # With r = 1 one per module would be every rank there is.
-            prune=allocation.prune_per_round or min(len(start), sum(start.values()) // 2),
+            prune=allocation.prune_per_round or len(start),
             scoring=allocation.scoring,
             importance=allocation.kind,
             min_rank=allocation.min_rank,
             max_rank=allocation.max_rank,
             seed=training.seed,
+            modules=tuple(start),
             step_tokens=sum(len(item["input_ids"]) for item in train)
             / len(train)
             * training.micro_batch_size
@@ -269,9 +365,11 @@ def build_trainer(
         output_dir,
     )
     interrupt = InterruptCallback()
+    arguments = _arguments(recipe, total_steps, compute_dtype, output_dir, steps_of(recipe, len(train))[1])
+    arguments.ignore_data_skip = other_rows
     trainer = QaloraTrainer(
         model=model,
-        args=_arguments(recipe, total_steps, compute_dtype, output_dir),
+        args=arguments,
         train_dataset=train,
         eval_dataset=validation,
         data_collator=PackingCollator() if recipe.data.packing else collate,
@@ -279,10 +377,12 @@ def build_trainer(
         validation=validation,
         eval_batch_size=recipe.evaluation.batch_size,
         ladder=ladder,
+        other_validation=other_validation,
         provenance=provenance,
+        label_smoothing=training.label_smoothing_factor,
         callbacks=[allocator, interrupt],
     )
-    if training.early_stopping_patience is not None:
+    if training.early_stopping_patience is not None and training.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -332,8 +432,42 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     return rounds
 
 
-def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:
+def check_rates(recipe: Recipe, total_steps: int) -> None:
+    """
+    Raises:
+        InputError: settings that the schedule of the learning rate does not take.
+    """
     training = recipe.training
+    check_schedule(
+        training.lr_scheduler_type,
+        training.lr_scheduler_kwargs,
+        rate=training.learning_rate,
+        warmup=warmup_of(total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps),
+        total_steps=total_steps,
+    )
+
+
+def steps_between(strategy: str, steps: int | float, total_steps: int, steps_per_epoch: int) -> int:
+    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is left.
+
+    Args:
+        strategy: steps, epoch, or another, which has no regular ones.
+        steps: a count, or below 1 a share of the run.
+    """
+    if strategy == "epoch":
+        return steps_per_epoch
+    if strategy != "steps":
+        return total_steps
+    return math.ceil(steps * total_steps) if steps < 1 else int(steps)
+
+
+def _arguments(
+    recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path, steps_per_epoch: int | None = None
+) -> TrainingArguments:
+    training = recipe.training
+    per_epoch = steps_per_epoch or total_steps
+    validated, saved = (strategy != "no" for strategy in (training.eval_strategy, training.save_strategy))
+    eval_steps = steps_between(training.eval_strategy, training.eval_steps, total_steps, per_epoch)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=training.micro_batch_size,
@@ -341,19 +475,20 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         max_steps=total_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        # The first step of a warm-up has a learning rate of zero.
-        warmup_steps=min(math.ceil(training.warmup_ratio * total_steps), total_steps - 1),
+        lr_scheduler_kwargs=training.lr_scheduler_kwargs,
+        warmup_steps=warmup_of(total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps),
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=training.max_grad_norm or 0.0,
         optim=training.optim,
+        neftune_noise_alpha=training.neftune_noise_alpha or None,
         seed=training.seed,
         train_sampling_strategy="group_by_length" if training.group_by_length and not recipe.data.packing else "random",
-        eval_strategy="steps",
-        eval_steps=training.eval_steps,
-        save_strategy="steps",
-        save_steps=training.save_steps,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=eval_steps,
+        save_strategy="steps" if saved else "no",
+        save_steps=eval_steps,  # the Trainer asks for a multiple of it; what is meant is set below
         save_total_limit=training.save_total_limit,
-        load_best_model_at_end=True,
+        load_best_model_at_end=validated and saved,
         restore_callback_states_from_checkpoint=True,  # how often early stopping has seen no gain
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -367,6 +502,8 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         fp16=compute_dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
     )
+    # The best weights are written whenever they are found, so checkpoints need not fall on validations.
+    arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)
     if arguments.device.type == "cuda":
         # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the loss.
         arguments._n_gpu = 1

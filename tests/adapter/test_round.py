@@ -22,7 +22,15 @@ def run_round(tiny_adapter, make_batch):
 
     def run(step: int, spent: float = 0.0, **more):
         settings = dict(
-            budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=480.0
+            budget=56,
+            prune=14,
+            scoring="auto",
+            importance="sum",
+            min_rank=0,
+            max_rank=None,
+            seed=0,
+            step_tokens=480.0,
+            modules=(),
         )
         model = tiny_adapter(r=4)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -35,10 +43,10 @@ def test_auto_stays_within_three_percent_of_the_training_so_far(run_round):
     """A step is 3 · 480 / 48 = 30 forwards of B_val, of which 0.9 are allowed."""
     first, _ = run_round(step=10)  # 9 forwards: first order, and nothing else
     assert (first["forward_equivalents"], first["exact_evaluations"], first["certified"]) == (6, 0, False)
-    later, _ = run_round(step=90)  # 81
+    later, _ = run_round(step=120)  # 108
     assert later["exact_evaluations"] >= 24
-    assert 6 < later["forward_equivalents"] <= 81
-    spent, _ = run_round(step=90, spent=60.0)
+    assert 6 < later["forward_equivalents"] <= 108
+    spent, _ = run_round(step=120, spent=60.0)
     assert spent["forward_equivalents"] == 6
 
 
@@ -61,7 +69,7 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
     start = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
         parameters=start,
     )  # fmt: skip
     for step in range(1, 6):
@@ -75,7 +83,15 @@ def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
 def test_new_ranks_point_along_the_gradient_of_the_growth_rows(tiny_adapter, make_batch):
     model, twin, rows = tiny_adapter(r=4), tiny_adapter(r=4), [make_batch(seed=9)]
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
+        budget=56,
+        prune=14,
+        scoring="first-order",
+        importance="sum",
+        min_rank=0,
+        max_rank=None,
+        seed=0,
+        step_tokens=1.0,
+        modules=(),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     record, _ = allocation_round(model, optimizer, [make_batch()], settings, 7, growth=rows)
@@ -115,7 +131,7 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     cost = rank_parameters(model, ranks(model))
     parameters = sum(4 * n for n in cost.values()) if counted == "parameters" else None
     settings = RoundSettings(
-        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
         parameters=parameters,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -158,3 +174,30 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     now = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert now == record["parameters"] and (parameters is None or now <= parameters)
     assert {name: len(values) for name, values in importance.items()} == dict.fromkeys(cost, 8)
+
+
+@pytest.mark.parametrize("growth", [False, True], ids=["random", "gradient"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ranks_of_one_on_queries_and_values_keep_their_budget(tiny_llama, randomize_B, make_batch, seed, growth):
+    """Half of 16 modules die in the first round; what they had is never lost, and some of them come back."""
+    model = attach(tiny_llama(num_hidden_layers=8), r=1, alpha=2, target_modules=["q_proj", "v_proj"], seed=seed)
+    randomize_B(model, seed=seed)
+    modules, dead, back = tuple(ranks(model)), set(), set()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    settings = RoundSettings(
+        budget=16, prune=16, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=1.0,
+        modules=modules, parameters=sum(rank_parameters(model, modules).values()),
+    )  # fmt: skip
+    cheapest = min(rank_parameters(model, modules).values())
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        model(**make_batch(seed=step)).loss.backward()
+        optimizer.step()
+        rows = [make_batch(rows=2, seed=9)] if growth else ()
+        record, _ = allocation_round(model, optimizer, [make_batch(seed=7)], settings, step, growth=rows)
+        assert settings.parameters - cheapest < record["parameters"] <= settings.parameters
+        back |= dead & set(record["grown"])
+        dead = set(modules) - set(record["ranks"])
+    assert back
+    live = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert live == {id(p) for layer in gated_layers(model).values() for p in (layer.A, layer.B)}

@@ -7,10 +7,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers.optimization import Adafactor
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import gated
-from qalora.adapter.model import gated_layers, ranks
+from qalora.adapter.model import gated_layers, load_adapter, ranks, write_adapter
 from qalora.adapter.surgery import apply_plan
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -335,6 +336,115 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
             ]
             for tensor in (tensor for tensor in stored if tensor is not None):
                 assert tensor.untyped_storage().nbytes() == parameter.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "4bit"])
+def test_a_module_comes_back_from_rank_0_and_a_resumed_run_goes_on_the_same(
+    tiny_adapter, tiny_llama, train, make_batch, tmp_path, four_bit
+):
+    """Saved and loaded after the revival, with the optimizer's state by place as a checkpoint has it: the same weights after."""
+    model = tiny_adapter(r=2, four_bit=four_bit)
+    optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-3)
+    train(model, optimizer, 2)
+    apply_plan(model, AllocationPlan({Q: (0, 1), DOWN: (0, 1)}, {}), optimizer)
+    train(model, optimizer, 1, first=2)
+    with torch.no_grad():
+        before = model(**make_batch()).loss
+    apply_plan(model, AllocationPlan({}, {Q: 3}), optimizer, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**make_batch()).loss, before)
+    layer = gated_layers(model)[Q]
+    assert (len(layer.A), layer.s, layer.A.requires_grad, layer.B.any().item()) == (3, 2.0, True, False)
+    live = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert live == [id(p) for p in parameters_of(model)]
+    train(model, optimizer, 2, first=3)
+    assert layer.B.any() and layer.A in optimizer.state
+
+    write_adapter(model, tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = load_adapter(tiny_llama(four_bit=four_bit), tmp_path, trainable=True)
+    assert ranks(resumed) == ranks(model) and DOWN not in ranks(resumed)
+    again = torch.optim.AdamW(parameters_of(resumed), lr=1e-3)
+    again.load_state_dict(state)
+    for run, its in ((model, optimizer), (resumed, again)):
+        apply_plan(run, AllocationPlan({}, {DOWN: 1}), its, generator=torch.Generator().manual_seed(1))
+    assert train(model, optimizer, 3, first=5) == train(resumed, again, 3, first=5)
+    straight, other = weights(model), weights(resumed)
+    assert all(torch.equal(a, b) for name in straight for a, b in zip(straight[name], other[name], strict=True))
+
+
+def test_a_revived_module_is_trained_by_every_optimizer(tiny_adapter, train, make_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 2)
+    apply_plan(model, AllocationPlan({Q: tuple(range(R))}, {}), optimizer)
+    apply_plan(model, AllocationPlan({}, {Q: 4}), optimizer)
+    before = weights(model)[Q]
+    train(model, optimizer, 2, first=2)
+    after = weights(model)[Q]
+    assert all((old != new).any() for old, new in zip(before, after, strict=True))
+
+
+# ------------------------------------------------------------------------------------- optimizers of other moments
+
+
+@pytest.fixture(params=["adafactor", "lion-32bit", "lion-8bit"])
+def other_optimizer(request):
+    kind = {
+        "adafactor": lambda p: Adafactor(p, lr=1e-3, scale_parameter=False, relative_step=False),
+        "lion-32bit": lambda p: bnb.optim.Lion32bit(p, lr=1e-3),
+        "lion-8bit": lambda p: bnb.optim.Lion8bit(p, lr=1e-3),
+    }[request.param]
+    return lambda model: kind(parameters_of(model))
+
+
+def moment_of(optimizer, parameter):
+    """The one moment of an element: Lion's first, Adafactor's second as it makes it of its factors."""
+    state = optimizer.state[parameter]
+    if "state1" not in state:
+        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        return torch.outer(row / row.mean(), col)
+    moment = state["state1"]
+    if moment.dtype == torch.uint8:
+        blocks = state["qmap1"][moment.flatten().long()].split(256)
+        moment = torch.cat([b * a for b, a in zip(blocks, state["absmax1"], strict=True)]).view(parameter.shape)
+    return moment.clone()
+
+
+def test_the_one_moment_of_survivors_stays_and_newcomers_have_their_mean_or_none(tiny_adapter, train, other_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = other_optimizer(model)
+    train(model, optimizer, 3)
+    layers = gated_layers(model)
+    before = {name: (moment_of(optimizer, layer.A), moment_of(optimizer, layer.B)) for name, layer in layers.items()}
+    apply_plan(model, PLAN, optimizer)
+    second = isinstance(optimizer, Adafactor)
+    for name in (Q, V, GATE, DOWN):
+        keep = torch.tensor([rank for rank in range(R) if rank not in PLAN.pruned.get(name, ())])
+        for parameter, dim, old in ((layers[name].A, 0, before[name][0]), (layers[name].B, 1, before[name][1])):
+            new, want = moment_of(optimizer, parameter), old.index_select(dim, keep)
+            assert new.shape == parameter.shape
+            assert (new.narrow(dim, 0, len(keep)) - want).norm() <= (0.02 if not second else 1e-5) * want.norm(), name
+            entering = new.narrow(dim, len(keep), parameter.shape[dim] - len(keep))
+            if second:
+                mean = want.mean(dim, keepdim=True).expand_as(entering)
+                assert torch.allclose(entering, mean, rtol=1e-4, atol=0)
+                state = optimizer.state[parameter]  # both factors are means of one matrix
+                assert torch.allclose(state["exp_avg_sq_row"].mean(), state["exp_avg_sq_col"].mean(), rtol=1e-4)
+            elif entering.numel():
+                assert entering.abs().max() <= 1e-4 * old.abs().max()
+
+
+def test_the_other_optimizers_still_move_every_rank(tiny_adapter, train, other_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = other_optimizer(model)
+    train(model, optimizer, 3)
+    apply_plan(model, PLAN, optimizer)
+    before = weights(model)
+    train(model, optimizer, 2, first=3)
+    for name, layer in gated_layers(model).items():
+        assert ((layer.A - before[name][0]).abs().amax(1) > 0).all(), name
+        assert ((layer.B - before[name][1]).abs().amax(0) > 0).all(), name
 
 
 def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_batch):
