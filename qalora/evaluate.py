@@ -12,7 +12,7 @@ from typing import Any
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qalora evaluate",
-        description="Evaluates a base, with an adapter or without, or a merged model (--no-quantize).",
+        description="Evaluates a base, with an adapter or without, or a merged model.",
         epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
         "answer}.",
         allow_abbrev=False,
@@ -100,7 +100,9 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.saved import check_adapter
     from qalora.answers import prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
+    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
+    from qalora.cli import say
     from qalora.data.tokenization import load_dataset
     from qalora.metrics import check, predict, several_references
 
@@ -122,7 +124,11 @@ def main(argv: list[str]) -> int:
         print(said, file=sys.stderr)
     check(dataset, **evaluation.asking())
 
-    model = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading()).model
+    loading = recipe.quantization.loading()
+    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
+    if line:
+        say(line)
+    model = load_base(source, tokenizer=tokenizer, **loading).model
     result, predictions = predict(
         load_adapter(model, args.adapter) if args.adapter else model,
         tokenizer,

@@ -223,6 +223,7 @@ def finetune(
     from qalora.adapter.saved import check_adapter
     from qalora.base.fingerprint import fingerprint
     from qalora.base.loading import load_base
+    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
     from qalora.metrics import predict
     from qalora.training.trainer import build_trainer, check_rates, steps_of, training_items
@@ -262,6 +263,8 @@ def finetune(
     weights = fingerprint(source)
     if checkpoint is not None:
         check_base(weights, recipe.model, begun, checkpoint)
+    if line := loaded_in_4bit(source, quantization.load_in_4bit, trained_on=True)[1]:
+        say(recipe, line)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     if weights is None:  # downloaded by now
@@ -270,7 +273,7 @@ def finetune(
             check_base(weights, recipe.model, begun, checkpoint)
 
     given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
-    provenance = provenance_of(base, data.train, given_template=given)
+    provenance = provenance_of(base, data.train, given_template=given, prompt_template=recipe.data.prompt_template)
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
@@ -415,15 +418,19 @@ def rounds_of(recipe: Recipe, total_steps: int, per_epoch: int, continued: Conti
     return Schedule(rounds_left(planned.steps, continued.rounds_done(), continued.step, most), planned.scaled)
 
 
-def provenance_of(base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False) -> Provenance:
+def provenance_of(
+    base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False, prompt_template: str | None = None
+) -> Provenance:
     """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
 
     Args:
         given_template: whether the tokenizer's chat template is the recipe's, and not the base's own.
+        prompt_template: the recipe's own, with {column} fields.
     """
     from qalora.adapter.provenance import Provenance
     from qalora.data.chat_template import chat_template
     from qalora.data.ending import taught_ends
+    from qalora.data.prompts import served_prompt
 
     stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
     built_in = chat_template(base.tokenizer).default if any(example.chat for example in train.examples) else None
@@ -434,6 +441,7 @@ def provenance_of(base: LoadedBase, train: TokenizedDataset, *, given_template: 
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         stop_tokens=taught_ends(train, base.tokenizer),
         chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
+        prompt=served_prompt(train.examples, prompt_template),
     )
 
 

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         required=True,
-        help="registry name, Hub id, folder (a merged one: with --no-quantize) or .gguf file",
+        help="registry name, Hub id, folder or .gguf file",
     )
     parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
     parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
@@ -90,7 +90,9 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.saved import check_adapter
     from qalora.answers import generation_config, prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
+    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
+    from qalora.cli import say
 
     source = resolve(args.model)
     if args.adapter:
@@ -105,7 +107,10 @@ def main(argv: list[str]) -> int:
     elif args.system is not None:
         prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
 
-    base = load_base(source, tokenizer=tokenizer, load_in_4bit=not args.no_quantize, dtype=args.dtype).model
+    in_4bit, line = loaded_in_4bit(source, not args.no_quantize, trained_on=args.adapter is not None)
+    if line:
+        say(line)
+    base = load_base(source, tokenizer=tokenizer, load_in_4bit=in_4bit, dtype=args.dtype).model
     model: Any = load_adapter(base, args.adapter) if args.adapter else base
     config = generation_config(model, tokenizer, [*args.stop, *taught], **options)
     set_seed(args.seed)

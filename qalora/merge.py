@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     if args.format == "gguf":
         print(f"try it: llama-cli -m {args.output}/model.gguf, or ollama create NAME -f {args.output}/Modelfile")
     else:
-        print(f"try it: python -m qalora.generate --model {args.output} --no-quantize --prompt '…'")
+        print(f"try it: python -m qalora.generate --model {args.output} --prompt '…'")
     return 0
 
 
@@ -139,14 +139,18 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace, source: Any) -> int:
-    from qalora.deploy.export import export_adapter
+    from qalora.deploy.export import VLLM_RANKS, export_adapter
 
     report = export_adapter(args.adapter, args.output, args.format, source=source, overwrite=args.overwrite)
     print(
         f"{args.output}: {report['modules']} modules, largest rank {report['rank']}; s · B A differs by at most "
         f"{report['relative_difference']:.1e} of its largest element"
     )
-    if args.format == "peft-uniform":
+    if args.format == "peft-uniform" and report["max_lora_rank"] is None:
+        print(
+            f"vLLM: takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {report['rank']}; serve the merged model (--format hf)"
+        )
+    elif args.format == "peft-uniform":
         print(f"vLLM: --enable-lora --max-lora-rank {report['max_lora_rank']} --lora-modules NAME={args.output}")
     elif args.format == "gguf-lora":
         print(f"llama.cpp: llama-cli -m BASE.gguf --lora {args.output}/adapter.gguf")

@@ -89,6 +89,8 @@ def main(argv: list[str]) -> int:
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.loss import use_label_only_loss
     from qalora.base.norm import use_lean_norms
+    from qalora.base.precision import loaded_in_4bit
+    from qalora.cli import say
     from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
     from qalora.training.activations import set_checkpointing
@@ -98,7 +100,10 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
-    base = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading())
+    loading = recipe.quantization.loading()
+    if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:
+        say(line)
+    base = load_base(source, tokenizer=tokenizer, **loading)
     use_label_only_loss(base.model)
     use_lean_norms(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)

@@ -159,3 +159,16 @@ def test_a_base_in_4_bits_has_no_original_weights(folder, adapter, tmp_path):
         arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
         main([*arguments, "--base", "original"])
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_rank_that_no_vllm_takes_is_said(folder, tmp_path, capsys):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(r=513, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(str(tmp_path / "adapter"))
+    arguments = ["--model", folder, "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"]
+    assert main([*map(str, arguments), "--format", "peft-uniform"]) == 0
+    out = capsys.readouterr().out
+    assert "vLLM: takes ranks up to 512, and this adapter has 513" in out
+    assert "None" not in out

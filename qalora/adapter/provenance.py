@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qalora.errors import InputError
-from qalora.files import write_json
+from qalora.files import write_json, write_whole
 
 FILE = "qalora.json"
 
@@ -26,6 +26,7 @@ class Provenance:
         compute_dtype: bfloat16, float16 or float32: the base was quantized from it and computed in it.
         stop_tokens: texts of the tokens that the run taught to end an answer, the likeliest first.
         chat_template: the one that rows were rendered with, where the base's tokenizer has none; None: the tokenizer's own, or none.
+        prompt: the text around what a user says, {prompt}, in rows that are no chats; None: a chat, or a prompt of several columns.
     """
 
     model: str
@@ -34,9 +35,13 @@ class Provenance:
     compute_dtype: str
     stop_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
+    prompt: str | None = None
 
     def write(self, folder: str | Path) -> None:
+        """Writes the file, and a chat template in one of its own too, which servers of an adapter can be given."""
         write_json(Path(folder) / FILE, asdict(self))
+        if self.chat_template is not None:
+            write_whole(Path(folder) / "chat_template.jinja", self.chat_template)
 
 
 def read_provenance(folder: str | Path) -> Provenance | None:

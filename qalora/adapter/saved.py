@@ -19,6 +19,28 @@ from qalora.base.registry import ModelSource, read_fields, shape_of
 from qalora.errors import InputError
 
 PREFIX = "base_model.model."  # of every name in the file
+MERGED_BY_PEFT = (
+    "; what works: merge it into the 16-bit base with PEFT (PeftModel.from_pretrained(base, DIR).merge_and_unload()), save that model "
+    "with its tokenizer, and pass its folder as --model"
+)
+# PEFT merges into the one weight that a tied head and the embeddings share.
+UNTIED = f"{MERGED_BY_PEFT} (where head and embeddings are tied, PEFT merges them wrongly: train without them)"
+# Fields of adapter_config.json that make another function of the adapter: what they stand for, and what to do.
+VARIANTS = {
+    "use_dora": ("magnitudes (DoRA)", MERGED_BY_PEFT),
+    "use_qalora": ("pooled inputs (PEFT's QALoRA)", ""),
+    "use_bdlora": ("block-diagonal matrices (BD-LoRA)", ""),
+    "arrow_config": ("a router (Arrow)", ""),
+    "kasa_config": ("singular values of the base (KaSA)", ""),
+    "monteclora_config": ("random matrices (MonteCLoRA)", ""),
+    "velora_config": ("compressed activations (VeLoRA)", ""),
+    "alora_invocation_tokens": ("tokens that switch it on (activated LoRA)", ""),
+    "modules_to_save": ("whole copies of other layers", UNTIED),
+    "lora_bias": ("biases", MERGED_BY_PEFT),
+    "layer_replication": ("replicated blocks", ""),
+    "trainable_token_indices": ("rows of the embeddings", UNTIED),
+    "target_parameters": ("updates of bare parameters", MERGED_BY_PEFT),
+}
 
 
 @dataclass(frozen=True)
@@ -88,18 +110,16 @@ def read_config(path: str | Path) -> LoraConfig:
     """
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
-        raise InputError(f"{path}: not an adapter, there is no adapter_config.json.")
+        raise InputError(f"{path}: not an adapter, {_what_is_there(Path(path))}")
     fields = read_fields(file)
     if fields.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type is not LORA; only plain LoRA adapters work.")
-    variants = (
-        "use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-        "alora_invocation_tokens", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices",
-        "target_parameters",
-    )  # fmt: skip
-    for variant in variants:
+        kind = fields.get("peft_type") or "missing"
+        raise InputError(f"{file}: peft_type is not LORA (it is {kind}); only plain LoRA adapters work.")
+    for variant, (what, advice) in VARIANTS.items():
         if fields.get(variant):
-            raise InputError(f"{file}: {variant} is set; only plain LoRA adapters work.")
+            raise InputError(
+                f"{file}: {variant} is set; only plain LoRA adapters work, and this one has {what}{advice}."
+            )
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
@@ -108,6 +128,40 @@ def read_config(path: str | Path) -> LoraConfig:
         )
     _check_numbers(fields, file)
     return LoraConfig.from_pretrained(str(path))
+
+
+def _what_is_there(path: Path) -> str:
+    """The rest of a sentence on a path without an adapter_config.json: what it is, and what to pass instead."""
+    if path.suffix == ".gguf" or (path / "adapter.gguf").is_file():
+        return "but one in GGUF, which llama.cpp reads; pass the PEFT adapter that it was made from."
+    if path.is_file():
+        return f"but a file; pass the folder of an adapter, such as {path.parent}."
+    if not path.is_dir():
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
+        hint = f"; of one on the Hub, `hf download {path} --local-dir DIR` makes one" if on_hub else ""
+        return f"there is no such folder{hint}."
+    below = _adapters_below(path)
+    if (path / "recipe.yaml").is_file() and not (path / "trainer_state.json").is_file() and below:
+        return f"but the folder of a run; pass the adapter in it: --adapter {below[0]}"
+    if below:
+        more = f" (and {len(below) - 3} more)" if len(below) > 3 else ""
+        return f"but a folder that holds some; pass one of them: {', '.join(map(str, below[:3]))}{more}"
+    if (path / "config.json").is_file():
+        return f"but a whole model; pass it as --model {path}, without --adapter."
+    if any(path.glob("adapter_model.*")):
+        return "there is no adapter_config.json beside its weights; copy that file along."
+    return "there is no adapter_config.json."
+
+
+def _adapters_below(path: Path) -> list[Path]:
+    """Folders of adapters at most two levels down: finished ones first, then checkpoints, the newest first."""
+
+    def order(folder: Path) -> tuple[Any, ...]:
+        step = folder.name.removeprefix("checkpoint-")
+        return (True, -int(step), folder) if step.isdecimal() else (False, folder.name != "adapter", folder)
+
+    found = {file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/adapter_config.json")}
+    return sorted(found, key=order)
 
 
 def _check_numbers(fields: Mapping[str, Any], file: Path) -> None:
@@ -144,40 +198,79 @@ def whole(alpha: float) -> Any:
 
 
 def _read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of adapter_model.safetensors, on the CPU.
+    """Every tensor of adapter_model.safetensors, or of an older adapter_model.bin, on the CPU.
 
     Raises:
-        InputError: no such file (pickled adapter_model.bin is not read), or a weight that is not finite.
+        InputError: no such file, one that holds more than tensors, or a weight that is not finite.
     """
     file = Path(path) / "adapter_model.safetensors"
-    if not file.is_file():
+    pickled = file.with_suffix(".bin")
+    if file.is_file():
+        try:
+            tensors = load_file(str(file))
+        except Exception as error:  # safetensors raises its own class, which older versions do not export
+            raise InputError(f"{file}: not a safetensors file ({error}).") from None
+    elif pickled.is_file():
+        tensors, file = _unpickled(pickled), pickled
+    else:
         raise InputError(f"{path}: there is no adapter_model.safetensors.")
-    try:
-        tensors = load_file(str(file))
-    except Exception as error:  # safetensors raises its own class, which older versions do not export
-        raise InputError(f"{file}: not a safetensors file ({error}).") from None
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{file}: {key} holds a value that is not finite (NaN or infinite).")
+            raise InputError(f"{file}: {_module_of(key)} holds a value that is not finite (NaN or infinite).")
     return tensors
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, read without running anything in it."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("other values than tensors")
+    except Exception as error:  # of pickle, zipfile or torch
+        raise InputError(f"{file}: cannot be read as tensors ({' '.join(str(error).split())[:160]}).") from None
+    return dict(tensors)
 
 
 def _paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Full module name → (A, B) of the tensors of a saved adapter.
 
     Raises:
-        InputError: a tensor that is neither an A nor a B of a linear map, or lacks its partner.
+        InputError: a tensor that is neither an A nor a B of a linear layer of a block, or lacks its partner.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
+    strays: list[tuple[str, str]] = []
     for key, tensor in tensors.items():
-        module, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if kind not in ("lora_A", "lora_B") or tensor.ndim != 2:
-            raise InputError(f"{path}: {key} is not a LoRA matrix of a linear map; only plain LoRA adapters work.")
-        pairs.setdefault(module, {})[kind] = tensor
+        module, kind = _module_of(key), key.removesuffix(".weight").rpartition(".")[2]
+        if kind not in ("lora_A", "lora_B") or tensor.ndim != 2 or module.endswith("lm_head"):
+            strays.append((module, kind))
+        else:
+            pairs.setdefault(module, {})[kind] = tensor
+    if strays:  # PEFT saves whole weights too beside LoRA on the head or the embeddings
+        raise InputError(f"{path}: {_no_pair(*min(strays, key=lambda stray: not stray[1].startswith('lora_')))}.")
     for module, pair in pairs.items():
         if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             raise InputError(f"{path}: lora_A and lora_B of {module} do not belong together.")
     return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
+
+
+def _module_of(key: str) -> str:
+    """base_model.model.model.layers.0.mlp.up_proj.lora_A.weight → model.layers.0.mlp.up_proj"""
+    return re.split(r"\.(?:lora_|modules_to_save|base_layer|token_adapter|weight$|bias$)", key.removeprefix(PREFIX))[0]
+
+
+def _no_pair(module: str, kind: str) -> str:
+    """What a tensor is that is no LoRA matrix of a block's linear layer."""
+    only = "only plain LoRA adapters of the blocks' linear layers work"
+    name = module.rpartition(".")[2]
+    if kind == "lora_magnitude_vector":
+        return f"{only}, and this one is a DoRA{MERGED_BY_PEFT}"
+    if kind in ("lora_A", "lora_B") and name == "lm_head":
+        return f"{only}, and this one adapts the output head (lm_head) too{UNTIED}"
+    if kind in ("lora_embedding_A", "lora_embedding_B"):
+        return f"{only}, and this one adapts the embeddings ({name}) too{UNTIED}"
+    if not kind.startswith("lora_"):
+        return f"{only}, and this one brings whole weights of {module} along{UNTIED}"
+    return f"{only}, and the weights of {module} are no LoRA matrices of one"
 
 
 def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:

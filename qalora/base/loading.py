@@ -108,11 +108,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no tokenizer there.
     """
-    tokenizer = _found(source, AutoTokenizer.from_pretrained)
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers."
-        )
+    tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -120,6 +116,20 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"--model {source.name}: the tokenizer has no pad, unknown or end token; give it one (pad_token)."
         )
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The base's fast tokenizer as it was published, without a setting of ours.
+
+    Raises:
+        InputError: no tokenizer there.
+    """
+    tokenizer: PreTrainedTokenizerBase = _found(source, AutoTokenizer.from_pretrained)
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers."
+        )
     return tokenizer
 
 

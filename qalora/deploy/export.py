@@ -22,12 +22,13 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import expected_shapes, open_config
-from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
-from qalora.deploy.merging import ending_after, low_rank_updates, maps_of
+from qalora.deploy.merging import low_rank_updates, maps_of
 from qalora.deploy.output import REPORT, check_output, one_at_a_time
+from qalora.deploy.settings import served_after
 from qalora.deploy.verification import Update
 from qalora.files import written_beside
 
@@ -64,14 +65,16 @@ def export_adapter(
     with written_beside(output_dir) as partial:
         if format == "gguf-lora":
             from qalora.deploy import gguf
+            from qalora.deploy.modelfile import write_modelfile
 
             gguf.write_adapter(partial / "adapter.gguf", written, model_config)
-            tokenizer = load_tokenizer(source)
-            ending = ending_after(source, model_config, tokenizer, adapter_dir)
-            gguf.write_modelfile(partial, tokenizer, ending, adapter_of=source.hub_id or source.name)
+            served = served_after(source, model_config, adapter_dir)
+            write_modelfile(partial, served, adapter_of=source.hub_id or source.name)
             found = gguf.read_adapter(partial / "adapter.gguf", list(updates), model_config)
         else:
             write_peft(partial, adapter.config, written)
+            if provenance := read_provenance(adapter_dir):
+                provenance.write(partial)
             found = low_rank_updates(read_adapter(partial))
         difference = largest_difference(updates, found)
         if difference > 1e-6:

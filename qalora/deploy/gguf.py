@@ -1,4 +1,4 @@
-"""What llama.cpp and Ollama read: a merged model or an adapter as GGUF, and a Modelfile.
+"""What llama.cpp and Ollama read: a merged model or an adapter as GGUF.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys, names and number formats are the gguf library's.
 """
@@ -61,6 +61,10 @@ def write_model(
         turns += _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
     else:
         _add_tokenizer(writer, tokenizer, config.vocab_size)
+    template: Any = tokenizer.chat_template
+    if template:
+        named = isinstance(template, dict)  # several, of which one is the default
+        writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named else template)
     for key, token in zip(TURN_ENDS, dict.fromkeys(turns), strict=False):
         writer.add_uint32(key, token)
     frequencies = rope_divisors(config)
@@ -115,33 +119,6 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
         A, B = tensors[f"{stem}.lora_a"], unpermuted(f"{name}.weight", tensors[f"{stem}.lora_b"], config)
         found[name] = (A, B, alpha / len(A))
     return found
-
-
-def write_modelfile(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, ending: Ending, *, adapter_of: str | None = None
-) -> None:
-    """`ollama create NAME -f Modelfile` in the folder; the chat template is in the GGUF file.
-
-    Args:
-        ending: where Ollama stops, with its tokens by their text.
-        adapter_of: the base of an adapter: a name, or a file, whose relative path Ollama would look for beside the Modelfile.
-    """
-    if adapter_of is None:
-        text = "FROM ./model.gguf\n"
-    else:
-        if Path(adapter_of).expanduser().exists():
-            adapter_of = str(Path(adapter_of).expanduser().resolve())
-        text = f"# The base that the adapter was trained on, as Ollama names it or as a GGUF file.\nFROM {adapter_of}\n"
-        text += "ADAPTER ./adapter.gguf\n"
-    tokens = tokenizer.convert_ids_to_tokens(list(ending.tokens))
-    text += "".join(f"PARAMETER stop {quoted(stop)}\n" for stop in [*tokens, *ending.texts] if stop)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-
-
-def quoted(text: str) -> str:
-    """A value of a Modelfile, which knows no escapes: https://docs.ollama.com/modelfile#format"""
-    marks = '"""' if '"' in text or "\n" in text else '"'
-    return f"{marks}{text}{marks}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ tensors
@@ -214,10 +191,10 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
 
 
 def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
-    """Copies all of the file's tokenizer but its end-of-turn tokens, which it returns."""
+    """Copies all of the file's tokenizer but its chat template and its end-of-turn tokens, which it returns."""
     fields = GGUFReader(str(file)).fields
     for key, field in fields.items():
-        if key.startswith("tokenizer.") and key not in TURN_ENDS:
+        if key.startswith("tokenizer.") and key not in (*TURN_ENDS, Keys.Tokenizer.CHAT_TEMPLATE):
             kinds = field.types
             value = field.contents()
             writer.add_key_value(key, value, kinds[0], sub_type=kinds[1] if len(kinds) > 1 else None)
@@ -267,8 +244,6 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     ids = tokenizer("x")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:

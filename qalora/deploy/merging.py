@@ -10,7 +10,6 @@ No more than some rows of one tensor are in memory at a time, and of a map its 4
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,9 +19,8 @@ import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
-from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import SavedAdapter, read_adapter, scaling_of
 from qalora.base.checkpoint import (
     PIECE,
@@ -35,10 +33,10 @@ from qalora.base.checkpoint import (
     trained_pieces,
 )
 from qalora.base.gguf_names import is_permuted
-from qalora.base.loading import load_tokenizer, storage_dtype
+from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource
-from qalora.data.ending import Ending, ending_of
 from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
+from qalora.deploy.settings import served_after, write_settings
 from qalora.deploy.verification import TOLERANCE, Update, compare
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
@@ -91,8 +89,7 @@ def merge(
             "model that it was made from."
         )
     updates = low_rank_updates(adapter)
-    tokenizer = load_tokenizer(source)
-    ending = ending_after(source, config, tokenizer, adapter_dir)
+    served = served_after(source, config, adapter_dir)
     pieces = merged_pieces(checkpoint, updates, quantization, config)
     shapes = expected_shapes(config)
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
@@ -100,13 +97,16 @@ def merge(
 
     with written_beside(output_dir) as partial:
         if format == "gguf":
-            from qalora.deploy.gguf import write_model, write_modelfile
+            from qalora.deploy.gguf import write_model
+            from qalora.deploy.modelfile import write_modelfile
 
-            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source, ending)
-            write_modelfile(partial, tokenizer, ending)
+            write_model(
+                partial / "model.gguf", shapes, pieces, config, served.tokenizer, gguf_type, source, served.ending
+            )
+            write_modelfile(partial, served)
         else:
             write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
-            write_settings(config, tokenizer, partial, dtype, source, ending)
+            write_settings(partial, source, config, dtype, served)
         report: dict[str, Any] = {
             "model": source.name,
             "adapter": str(adapter_dir.resolve()),
@@ -127,7 +127,7 @@ def merge(
                 updates,
                 saved_config,
                 written.pieces,
-                tokenizer,
+                served.tokenizer,
             )
             report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -269,52 +269,3 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(result).all():
         raise InputError(f"{name}: a merged value is beyond the range of {dtype}; use bfloat16.")
     return result
-
-
-def write_settings(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    dtype: torch.dtype,
-    source: ModelSource,
-    ending: Ending,
-) -> None:
-    """Writes config (without quantization_config), generation config and tokenizer.
-
-    Args:
-        ending: its tokens are what the generation config ends an answer with.
-    """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if not config.architectures:  # a GGUF file names none, and vLLM asks for it
-        with torch.device("meta"):
-            config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    config.dtype = dtype
-    config.use_cache = True
-    config.save_pretrained(folder)
-    generation = _generation_config(source, config)
-    # Published files (LLaMA-2's) set temperature or top_p without do_sample, which strict saving refuses.
-    if (generation.temperature or 1.0) != 1.0 or (generation.top_p or 1.0) != 1.0:
-        generation.do_sample = True
-    generation.eos_token_id = list(ending.tokens) if len(ending.tokens) > 1 else next(iter(ending.tokens), None)
-    generation.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def ending_after(
-    source: ModelSource, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, adapter_dir: Path
-) -> Ending:
-    """What ends an answer of the base with this adapter."""
-    provenance = read_provenance(adapter_dir)
-    own = _generation_config(source, config).eos_token_id
-    return ending_of(tokenizer, own, provenance.stop_tokens if provenance else ())
-
-
-def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
-    if source.kind != "gguf":
-        try:
-            return GenerationConfig.from_pretrained(source.location)
-        except OSError:  # the model has none
-            pass
-    return GenerationConfig.from_model_config(config)

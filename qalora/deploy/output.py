@@ -10,11 +10,13 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from qalora.base.precision import MERGED as REPORT
 from qalora.errors import InputError
 from qalora.files import check_folder, holds
 from qalora.locking import locked
 
-REPORT = "merge.json"
+__all__ = ["REPORT", "check_output", "free_disk", "one_at_a_time"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -20,10 +21,15 @@ from qalora.base.checkpoint import Quantization, expected_shapes, open_checkpoin
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.ending import Ending
+from qalora.data.formats import to_example
+from qalora.data.prompts import served_prompt
 from qalora.data.quickstart import rows
+from qalora.data.tokenization import tokenize_prompt
 from qalora.deploy.export import export_adapter
 from qalora.deploy.gguf import write_model
 from qalora.deploy.merging import merge
+from qalora.deploy.modelfile import write_modelfile
+from qalora.deploy.settings import Served
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (pip install .[llama-cpp])")
 pytestmark = [
@@ -99,6 +105,38 @@ def test_same_tokens_and_same_greedy_continuations(merged):
         ids = tokenizer(prompt)["input_ids"]
         assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == ids
         assert greedy(llama, ids, 24) == greedy_by_transformers(model, ids, 24), prompt
+
+
+@pytest.mark.parametrize("trained_as", ["alpaca", "chat"])
+def test_the_modelfiles_prompt_is_the_one_that_was_trained(merged, tmp_path, trained_as):
+    """Its text in llama.cpp gives the tokens of the training's rows, and what transformers goes on with."""
+    model, tokenizer, folder = merged
+    if trained_as == "alpaca":
+        row = {"instruction": "Name the capital of France.", "input": "", "output": "Paris"}
+    else:
+        row = {
+            "messages": [
+                {"role": "user", "content": "Name the capital of France."},
+                {"role": "assistant", "content": "Paris"},
+            ]
+        }
+    example = to_example(row, 0, format="alpaca" if trained_as == "alpaca" else "messages")
+    served = Served(tokenizer, Ending(()), prompt=served_prompt([example]))
+    write_modelfile(tmp_path, served)
+    text = (tmp_path / "Modelfile").read_text()
+    template, system = (re.search(rf'{name} """(.*?)"""', text, re.DOTALL) for name in ("TEMPLATE", "SYSTEM"))
+    # As Ollama fills it in: with a system text, or without.
+    said = "\\1" if system else ""
+    prompt = re.sub(
+        r"{{ if .System }}(.*?){{ end }}", said, template[1].partition("{{ .Response }}")[0], flags=re.DOTALL
+    )
+    prompt = prompt.replace("{{ .System }}", system[1] if system else "").replace(
+        "{{ .Prompt }}", "Name the capital of France."
+    )
+    ids = tokenize_prompt(example, tokenizer)
+    llama = client(folder / "model.gguf")
+    assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == ids
+    assert greedy(llama, ids, 8) == greedy_by_transformers(model, ids, 8)
 
 
 def test_same_perplexity_on_50_rows(merged):
