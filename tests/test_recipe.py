@@ -112,7 +112,8 @@ VALUES = {
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
     "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
-    "lora.alpha": 32, "lora.target_modules": ["q_proj"],
+    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "data.validation": "v", "data.split": "a", "data.validation_split": "b",
+    "data.name": "main",
 }  # fmt: skip
 SPECIAL = {"mask_prompt": False, "bits": 16}  # the value that means the one above
 
@@ -236,9 +237,9 @@ def test_a_truth_value_is_no_number_and_no_text(setting, value):
     assert re.search(rf"{setting}=.*: (a value is missing|yes, no)", refusal((setting, value)))
 
 
-def test_the_command_line_wins_and_the_last_word_stays(write):
+def test_the_command_line_wins_over_the_file(write):
     path = write("model: a\ndata: {train: t}\nlora: {r: 4, alpha: 8}\ntraining: {lr: 0.1}\n")
-    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora_r", 2), ("lora.r", 1)])
+    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora.r", 1)])
     assert (recipe.training.learning_rate, recipe.lora.r, recipe.lora.alpha) == (0.2, 1, 8)
 
 
@@ -413,10 +414,8 @@ def test_shipped_recipes_are_valid(name):
 )
 def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
     recipe = load_recipe(name, [("model", "tiny")])
-    reading = recipe.data.reading()
-    example = to_example(
-        row, 0, **{key: value for key, value in reading.items() if key not in ("max_seq_len", "train_on_inputs")}
-    )
+    elsewhere = ("name", "max_seq_len", "train_on_inputs")
+    example = to_example(row, 0, **{key: value for key, value in recipe.data.reading().items() if key not in elsewhere})
     assert ("".join(turn.text for turn in example.prompt), example.reference) == (prompt, completion)
     assert completion.strip() in (recipe.evaluation.choices or [completion.strip()])
     if recipe.evaluation.answer_pattern:

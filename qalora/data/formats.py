@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qalora.data.columns import is_text, kind_of, label_of, renamed
 from qalora.errors import InputError
 
 FORMATS = ("alpaca", "sharegpt", "messages", "prompt-completion", "text")
@@ -89,6 +90,7 @@ def to_example(
     labels: Mapping[str, str] | None = None,
     chat: bool | None = None,
     source: str = "data",
+    place: str | None = None,
 ) -> Example:
     """Builds the example of one row.
 
@@ -102,14 +104,15 @@ def to_example(
         labels: value → text, for the fields of the completion (`0: negative`).
         chat: wrap prompt and completion in the chat template; None: only the chat formats.
         source: named in errors.
+        place: of the row, named instead of source and number, such as "rows.jsonl, line 3".
 
     Raises:
-        InputError: a column is missing or has a value of the wrong kind; names source, row and column.
+        InputError: a column is missing, or two are mapped to one, or one has a value of the wrong kind; names source, row and column.
     """
     if format not in FORMATS:
         raise InputError(f"data.format={format}: no such format; known are {', '.join(FORMATS)}.")
-    where = f"{source}, row {number}"
-    renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
+    where = place or f"{source}, row {number}"
+    cells = renamed(row, columns or {}, where)
     tools: tuple[Any, ...] = ()
     asked = {"prompt_template": prompt_template, "completion_template": completion_template, "labels": labels}
     whole = format == "text" and prompt_template is None and completion_template is None
@@ -117,11 +120,11 @@ def to_example(
     if unused and (whole or format in _READERS):
         raise InputError(f"{source}: rows of format {format} have no use for {', '.join(unused)}; leave it out.")
     if format in _READERS:
-        turns, tools = _READERS[format](renamed, where), _tools(renamed, where)
+        turns, tools = _READERS[format](cells, where), _tools(cells, where)
     elif whole:
-        turns = (Turn("assistant", _text(renamed, "text", where), True),)
+        turns = (Turn("assistant", _text(cells, "text", where), True),)
     else:
-        prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
+        prompt, completion = _pair(cells, format, prompt_template, completion_template, labels or {}, where)
         turns = (Turn("user", prompt, False), Turn("assistant", completion, True))
     for turn in turns:
         _encodable(turn, where)
@@ -244,8 +247,8 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
             f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; map one with data.columns={{COLUMN: {name}}}."
         )
     value = row[name]
-    if isinstance(value, (list, dict)) or value is None:
-        raise InputError(f"{where}: {name} is {'empty (null)' if value is None else type(value).__name__}, not a text.")
+    if not is_text(value):
+        raise InputError(f"{where}: {name} is {kind_of(value)}, not a text.")
     return str(value)
 
 
@@ -262,9 +265,7 @@ def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], wher
 
     With labels, at least one field has to be one of them: -1, where 0 and 1 have names, is not a text to learn.
     """
-    # str(True) is "True", while a file or a command line may as well say "true".
-    texts = {value.casefold(): text for value, text in labels.items()}
-    parts, values = [], []
+    parts, values, labelled = [], [], False
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -275,8 +276,10 @@ def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], wher
             continue
         if spec or conversion or not name.isidentifier():
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
-        values.append(_text(row, name, where))
-        parts.append(texts.get(values[-1].casefold(), values[-1]))
-    if labels and not any(value.casefold() in texts for value in values):
+        label = label_of(str(row[name]), labels) if name in row else None
+        labelled |= label is not None
+        values.append(str(row.get(name)))
+        parts.append(_text(row, name, where) if label is None else label)
+    if labels and not labelled:
         raise InputError(f"{where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)
