@@ -557,16 +557,16 @@ def parse_overrides(
 
 def _parsed(key: str, text: str, annotation: Any) -> Any:
     """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
-    options = _options(annotation)
+    a_text = annotation in (str, str | None, str | list[str], str | list[str] | None)
     a_list = _is_list(annotation) and text.startswith("[") and text.endswith("]")
-    if str in options and not a_list and text not in ("", "null") and text[:1] not in "\"'":
+    if a_text and not a_list and text not in ("", "null") and text[:1] not in "\"'":
         return text
     try:
         return read_yaml(text)[0]
     except TwiceError as error:
         raise InputError(f"{key}: {error}.") from None
     except yaml.YAMLError:
-        if str in options:  # such as a pattern, [ab].jsonl
+        if a_text:  # such as a pattern, [ab].jsonl
             return text
         raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
 
