@@ -52,7 +52,7 @@ class Continued:
 
 # What weights, moments and the position among the rows have in them.
 FIXED = (
-    "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.layers_to_transform", "lora.layers_to_transform",
+    "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.layers_to_transform",
     "quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant",
     "training.optim", "training.seed", "training.group_by_length", "data.packing",
 )  # fmt: skip
