@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qalora.adapter.saved import PREFIX, read_adapter, whole
-from qalora.base.checkpoint import expected_shapes, open_config
+from qalora.base.checkpoint import open_config
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
+from qalora.base.tensor_files import expected_shapes
 from qalora.deploy.merging import low_rank_updates, maps_of
 from qalora.deploy.output import REPORT, check_output
 from qalora.deploy.verification import Update

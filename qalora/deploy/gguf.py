@@ -6,19 +6,20 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys, names and numbe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType, quantize
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
 from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
-from qalora.base.gguf_config import FREQUENCIES, head_dim, rope_divisors
+from qalora.base.gguf_config import FREQUENCIES, add_positions, head_dim, rope_divisors
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
 from qalora.base.gguf_reader import GGUFReader
 from qalora.base.registry import ModelSource
@@ -141,6 +142,12 @@ def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantization
     return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
 
 
+def stored(name: str, value: Tensor, gguf_type: str) -> Tensor:
+    """(rows, in) or (out,): what a reader of the file finds for such values, in fp32."""
+    kind = _kind(name, tuple(value.shape), gguf_type)
+    return torch.from_numpy(dequantize(quantize(value.float().contiguous().numpy(), kind), kind)).view(value.shape)
+
+
 def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block * size
@@ -166,7 +173,8 @@ def _encoded(
 
 
 def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
-    rope = config.rope_parameters
+    if config.hidden_act != "silu":
+        raise InputError(f"hidden_act={config.hidden_act}: there is no GGUF form of it here; use --format hf.")
     writer.add_type("model")
     writer.add_file_type(LlamaFileType[{"f32": "ALL_F32"}.get(gguf_type, f"MOSTLY_{gguf_type.upper()}")])
     writer.add_quantization_version(2)
@@ -181,17 +189,7 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    elif kind not in ("default", "llama3"):
-        raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
+    add_positions(writer, config)
     if window := getattr(config, "sliding_window", None):
         writer.add_sliding_window(window)
 
@@ -248,7 +246,22 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_chat_templates(writer: GGUFWriter, templates: str | Mapping[str, str]) -> None:
+    """The template that llama.cpp uses under its own key, and others by their names, as transformers has several: the one without
+    a name is `default`, or the first where none is called so."""
+    if isinstance(templates, str):
+        writer.add_chat_template(templates)
+        return
+    default = "default" if "default" in templates else next(iter(templates))
+    others = {re.sub(r"[^a-zA-Z0-9]", "_", name): text for name, text in sorted(templates.items()) if name != default}
+    writer.add_chat_template(templates[default])
+    if others:
+        writer.add_array("tokenizer.chat_templates", list(others))
+    for name, text in others.items():
+        writer.add_string(f"tokenizer.chat_template.{name}", text)
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
