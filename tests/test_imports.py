@@ -23,12 +23,13 @@ FOUNDATION = {
     "adapter.provenance": 0,
     "base.memory": 1,
     "base.registry": 0,
+    "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
-TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.formats", "data.reading"]
+TORCH_FREE = ["errors", "recipe", "base.registry", "base.weight_files", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.formats", "data.reading"]
 COMMAND_NAMES = ["finetune", "plan", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 

@@ -99,7 +99,7 @@ def compare(
     # Padded on the right: under a causal mask nothing before it sees the padding.
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    with _without_progress_bars():
+    with _quiet():
         left, right = streamed(reference, updates, rounding, n), streamed(result)
         rotation = rotation_difference(left, right)
         groups = _logits(left, ids.repeat(3, 1))
@@ -175,14 +175,16 @@ def streamed(
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws one for each part that it loads."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """transformers draws a bar for each part that it loads, and wonders at parts without linear layers."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()
 
 
