@@ -6,9 +6,11 @@ llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.
     freq_base                                θ
     scaling.type, .factor                    linear, yarn or none; linear where there is a factor alone
     scaling.original_context_length          of yarn; else context_length
-    scaling.yarn_beta_fast, .yarn_beta_slow  of yarn: 32 and 1
     scaling.attn_factor                      what cos and sin are multiplied by, over yarn's own 1 + 0.1 ln factor
     rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1)
+
+Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor. A model that
+needs them is refused.
 """
 
 from __future__ import annotations
@@ -103,17 +105,15 @@ def _add_yarn(writer: Any, config: Any) -> None:
     rope, original = config.rope_parameters, config.rope_parameters["original_max_position_embeddings"]
     factor = rope["factor"] or config.max_position_embeddings / original
     frequencies, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    whole = copy.deepcopy(config)
-    whole.rope_parameters = dict(rope) | {"truncate": True}
-    if not torch.equal(ROPE_INIT_FUNCTIONS["yarn"](whole, "cpu")[0], frequencies):
-        raise InputError("rope_type=yarn with truncate=false: llama.cpp rounds where yarn's ramp begins and ends; use --format hf.")
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    plain = copy.deepcopy(config)
+    plain.rope_parameters = dict(rope) | usual
+    if not torch.equal(ROPE_INIT_FUNCTIONS["yarn"](plain, "cpu")[0], frequencies):
+        asked = ", ".join(f"{name}={rope[name]}" for name, value in usual.items() if rope.get(name, value) not in (None, value))
+        raise InputError(f"rope_type=yarn with {asked}: llama.cpp knows yarn without it only; use --format hf.")
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(original)
-    if rope.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-    if rope.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if not math.isclose(attention, yarn_factor(factor), rel_tol=1e-6):  # of attention_factor, or mscale and mscale_all_dim
         writer.add_rope_scaling_attn_factors(attention / yarn_factor(factor))
 
@@ -140,17 +140,16 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     if kind != "yarn" or not factor or FREQUENCIES in tensors:
         raise _unknown(file, kind)
     own = yarn_factor(factor)
-    # llama.cpp's converter writes the first, and llama.cpp does not read it; the second has no setting in transformers.
-    for name, usual in (("yarn_attn_factor", own), ("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+    # Converters write them, and llama.cpp does not read them all; or transformers has no setting for them.
+    usual = {"attn_factor": own, "ext_factor": 1.0, "log_multiplier": 0.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    for name, plain in ((f"yarn_{name}", value) for name, value in usual.items()):
         value = field(f"scaling.{name}")
-        if value is not None and not math.isclose(value, usual, rel_tol=1e-4):
+        if value is not None and not math.isclose(value, plain, rel_tol=1e-4):
             raise _unknown(file, f"yarn with {name} {value:g}")
-    betas = {name: field(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     found = {
         "rope_type": "yarn",
         "factor": float(factor),
         "original_max_position_embeddings": int(field("scaling.original_context_length") or config.max_position_embeddings),
-        **{name: float(value) for name, value in betas.items() if value is not None},
     }
     return found | ({} if attention is None else {"attention_factor": attention * own})
 

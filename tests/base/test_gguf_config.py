@@ -30,9 +30,7 @@ SCALINGS = {
     "Llama 3.2": {**LLAMA3, "factor": 32.0},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": YARN,
-    "yarn with all": {
-        **YARN, "attention_factor": 0.7, "beta_fast": 16.0, "beta_slow": 2.0,
-    },
+    "yarn with a factor of its own": {**YARN, "attention_factor": 0.7},
     "none": {"rope_type": "default"},
 }
 
@@ -95,11 +93,13 @@ def test_what_yarn_folds_into_one_factor_is_kept_as_one(exported):
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type=dynamic"),
         ({**YARN, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}, "rope_type=longrope"),
-        ({**YARN, "truncate": False}, "truncate=false"),
+        ({**YARN, "truncate": False}, "yarn with truncate=False"),
+        ({**YARN, "beta_fast": 1.5}, "yarn with beta_fast=1.5"),
+        ({**YARN, "beta_slow": 0.3}, "yarn with beta_slow=0.3"),
         ({"rope_type": "spiral"}, "rope_type=spiral: transformers knows no such scaling"),
         ({"rope_type": "llama3", "factor": 8.0}, "Missing required keys .*llama3"),
     ],
-    ids=["dynamic", "longrope", "untruncated", "unknown", "incomplete"],
+    ids=["dynamic", "longrope", "untruncated", "fast", "slow", "unknown", "incomplete"],
 )
 def test_a_scaling_without_a_form_in_gguf_is_refused_by_name(exported, rope, named):
     with pytest.raises(InputError, match=named):
@@ -107,7 +107,7 @@ def test_a_scaling_without_a_form_in_gguf_is_refused_by_name(exported, rope, nam
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("yarn_attn_factor", 0.5), ("yarn_ext_factor", 0.5), ("attn_factor", 0.5)], ids=str
+    ("key", "value"), [("yarn_attn_factor", 0.5), ("yarn_ext_factor", 0.5), ("yarn_beta_fast", 0.5), ("attn_factor", 0.5)], ids=str
 )
 def test_keys_that_readers_of_gguf_take_in_different_ways_are_refused(tmp_path, key, value):
     """attn_factor without yarn, and keys of llama.cpp's converter that llama.cpp does not read."""

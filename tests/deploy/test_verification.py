@@ -207,8 +207,6 @@ def test_a_fault_of_a_folder_is_found(folder, adapter, tmp_path, monkeypatch, ca
 GGUF_FAULTS = {
     "attention_factor": (dict(YARN, attention_factor=0.6), writes_no("add_rope_scaling_attn_factors")),
     "mscale": (dict(YARN, mscale=0.5, mscale_all_dim=2.0), writes_no("add_rope_scaling_attn_factors")),
-    "beta_fast": (dict(YARN, beta_fast=1.5), writes_no("add_rope_scaling_yarn_beta_fast")),
-    "beta_slow": (dict(YARN, beta_slow=3.0), writes_no("add_rope_scaling_yarn_beta_slow")),
     "original context": (YARN, writes_no("add_rope_scaling_orig_ctx_len")),
     "the whole scaling": (dict(YARN, rope_type="linear"), writes_no("add_rope_scaling_factor")),
     "rope_theta": (None, writes_no("add_rope_freq_base")),
