@@ -6,12 +6,13 @@ import sys
 from importlib import import_module
 
 from qalora import __version__
-from qalora.cli import BAD_INPUT, DONE, run
+from qalora.cli import BAD_INPUT, DONE, print_in_any_encoding, run
 from qalora.errors import InputError
 
 COMMANDS = {
     "finetune": "train an adapter on a frozen 4-bit base",
     "plan": "memory of a run by term, and whether it fits a card",
+    "preview": "rows as they are trained on, with what is learned marked",
     "score": "AB-LoRA importance of every rank of an adapter",
     "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
@@ -26,6 +27,7 @@ USAGE = (
 
 
 def main() -> int:
+    print_in_any_encoding()
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)

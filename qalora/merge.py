@@ -175,7 +175,9 @@ def trained_quantization(args: argparse.Namespace, source: Any) -> Quantization 
         return None
     known = known_quantization(Path(args.adapter)) or {}
     stored = stored_quantization(source)
-    asked = args.base == "dequantized" or args.bnb_4bit_quant_type or args.no_double_quant or args.bnb_4bit_compute_dtype
+    asked = (
+        args.base == "dequantized" or args.bnb_4bit_quant_type or args.no_double_quant or args.bnb_4bit_compute_dtype
+    )
     if not (known or stored or asked):
         raise InputError(
             f"{args.adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that was 4 bits "
@@ -216,11 +218,15 @@ def known_quantization(adapter: Path) -> dict[str, Any] | None:
     if found := read_provenance(adapter):
         return {name: getattr(found, name) for name in ("quant_type", "double_quant", "compute_dtype")}
     # Beside the adapter of a run, and in a checkpoint with it.
-    run = next((file for place in (adapter, adapter.resolve().parent) if (file := place / "recipe.yaml").is_file()), None)
+    run = next(
+        (file for place in (adapter, adapter.resolve().parent) if (file := place / "recipe.yaml").is_file()), None
+    )
     if run is None:
         return None
     try:
-        settings = QuantizationConfig.model_validate(yaml.safe_load(run.read_text(encoding="utf-8")).get("quantization", {}))
+        settings = QuantizationConfig.model_validate(
+            yaml.safe_load(run.read_text(encoding="utf-8")).get("quantization", {})
+        )
     except (yaml.YAMLError, AttributeError, ValidationError) as error:
         raise InputError(f"{run}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
     return {

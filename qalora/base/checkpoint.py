@@ -1,6 +1,8 @@
 """The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for merging.
 
     files ─ Checkpoint ─ quantized and dequantized, or cast, as the training did ─ pieces of rows in fp32
+
+Which files these are, and whether the head is tied, is decided here for both.
 """
 
 from __future__ import annotations

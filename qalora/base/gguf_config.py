@@ -109,12 +109,16 @@ def _add_yarn(writer: Any, config: Any) -> None:
     plain = copy.deepcopy(config)
     plain.rope_parameters = dict(rope) | usual
     if not torch.equal(ROPE_INIT_FUNCTIONS["yarn"](plain, "cpu")[0], frequencies):
-        asked = ", ".join(f"{name}={rope[name]}" for name, value in usual.items() if rope.get(name, value) not in (None, value))
+        asked = ", ".join(
+            f"{name}={rope[name]}" for name, value in usual.items() if rope.get(name, value) not in (None, value)
+        )
         raise InputError(f"rope_type=yarn with {asked}: llama.cpp knows yarn without it only; use --format hf.")
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(original)
-    if not math.isclose(attention, yarn_factor(factor), rel_tol=1e-6):  # of attention_factor, or mscale and mscale_all_dim
+    if not math.isclose(
+        attention, yarn_factor(factor), rel_tol=1e-6
+    ):  # of attention_factor, or mscale and mscale_all_dim
         writer.add_rope_scaling_attn_factors(attention / yarn_factor(factor))
 
 
@@ -149,7 +153,9 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     found = {
         "rope_type": "yarn",
         "factor": float(factor),
-        "original_max_position_embeddings": int(field("scaling.original_context_length") or config.max_position_embeddings),
+        "original_max_position_embeddings": int(
+            field("scaling.original_context_length") or config.max_position_embeddings
+        ),
     }
     return found | ({} if attention is None else {"attention_factor": attention * own})
 

@@ -48,7 +48,9 @@ def open_shards(file: Path) -> list[GGUFReader]:
         try:
             readers.append(GGUFReader(str(shard)))
         except Exception as error:  # the library raises whatever numpy does
-            raise InputError(f"{shard}: not a GGUF file of a LLaMA-class model ({' '.join(str(error).split())[:200]}).") from None
+            raise InputError(
+                f"{shard}: not a GGUF file of a LLaMA-class model ({' '.join(str(error).split())[:200]})."
+            ) from None
         count = _shard_field(readers[-1], "split.count", 1)
         number = _shard_field(readers[-1], "split.no", 0) + 1
         if count != len(files) or (count > 1 and files[number - 1] != shard):

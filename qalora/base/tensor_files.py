@@ -3,6 +3,8 @@
     *.safetensors, 16-, 32- or 4-bit ┐
     pytorch_model*.bin ──────────────┼─ Checkpoint ─ pieces(name): blocks of rows │ tensor(name): the whole
     *.gguf, one file or several ─────┘
+
+No more than what is asked for is in memory.
 """
 
 from __future__ import annotations
@@ -175,7 +177,9 @@ class GgufTensors:
                 if info.name.startswith("rope_"):  # no weights, but what the config has
                     continue
                 if info.name not in names:
-                    raise InputError(f"{reader.path}: holds {info.name}, which a {config.model_type} model has no place for.")
+                    raise InputError(
+                        f"{reader.path}: holds {info.name}, which a {config.model_type} model has no place for."
+                    )
                 name = names[info.name]
                 self.stored[name] = info.name
                 self.shapes[name] = tuple(int(n) for n in reversed(info.shape))
@@ -207,5 +211,3 @@ class GgufTensors:
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
         raise KeyError(name)
-
-

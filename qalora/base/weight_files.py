@@ -61,7 +61,8 @@ def weight_files(folder: Path, gguf_file: str | None = None, *, name: str) -> We
     wanted = asked or "model.safetensors, pytorch_model.bin or the index of one of them, or a .gguf file"
     others = ", ".join(sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))[:3])
     raise InputError(
-        f"--model {name}: {folder} holds no weights that are read ({wanted})" + (f"; it has {others}." if others else ".")
+        f"--model {name}: {folder} holds no weights that are read ({wanted})"
+        + (f"; it has {others}." if others else ".")
     )
 
 
@@ -87,6 +88,8 @@ def base_folder(source: ModelSource) -> Path:
         InputError: no such model, or it cannot be downloaded.
     """
     if source.kind != "hub":
+        if source.kind == "folder":
+            refuse_adapter_beside(Path(source.location), source.name)
         return Path(source.location)
 
     from huggingface_hub import snapshot_download

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qalora.data.cells import Cells
+from qalora.data.conversation import Turn, pairs, parse_json, read_turns
 from qalora.errors import InputError
 
+__all__ = ["FORMATS", "Example", "Turn", "detect_format", "to_example"]
+
 FORMATS = ("alpaca", "sharegpt", "messages", "prompt-completion", "text")
+# Chat formats → the columns that may hold the conversation, the format's own first.
+CONVERSATIONS = {"sharegpt": ("conversations", "messages"), "messages": ("messages", "conversations")}
 
 # Stanford's prompts; https://github.com/tatsu-lab/stanford_alpaca#data-release
 ALPACA_WITH_INPUT = (
@@ -22,26 +27,6 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """role: system, user, assistant or tool; supervised: its text carries loss."""
-
-    role: str
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True)
@@ -53,26 +38,43 @@ class Example:
         turns: in order; the last assistant turn is the reference.
         chat: rendered by the tokenizer's chat template; otherwise the texts are joined as they stand.
         tools: function signatures for the chat template.
+        source: of the row; named in errors.
+        unused: columns of the row that hold something and are not used.
+        others: texts that are as right as the reference; only metrics look at them.
     """
 
     row: int
     turns: tuple[Turn, ...]
     chat: bool
     tools: tuple[Any, ...] = ()
+    source: str = ""
+    unused: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
         """The turns before the reference."""
-        return self.turns[: self._last]
+        return self.turns[: self.last]
 
     @property
     def reference(self) -> str:
         """The text of the last assistant turn."""
-        return self.turns[self._last].text
+        return self.turns[self.last].text
 
     @property
-    def _last(self) -> int:
+    def references(self) -> tuple[str, ...]:
+        """Every right answer, the reference first."""
+        return tuple(dict.fromkeys((self.reference, *self.others)))
+
+    @property
+    def last(self) -> int:
+        """Which turn the reference is; the last one where no assistant speaks."""
         return max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns) - 1)
+
+    @property
+    def where(self) -> str:
+        """The row's place, for errors."""
+        return f"{self.source}, row {self.row}" if self.source else f"row {self.row}"
 
 
 # ----------------------------------------------------------------------------------------------------- row → example
@@ -88,44 +90,60 @@ def to_example(
     completion_template: str | None = None,
     labels: Mapping[str, str] | None = None,
     chat: bool | None = None,
+    mask_history: bool = False,
+    roles: Collection[str] = (),
     source: str = "data",
 ) -> Example:
     """Builds the example of one row.
 
     Args:
-        row: column → value.
+        row: column → value; a NaN is a null.
         number: of the row in its source, from 0; named in errors.
         format: one of FORMATS.
-        columns: column in the file → column that the format, or a template, names.
+        columns: column in the file, or field of a message → what the format, or a template, names.
         prompt_template: the prompt with {column} fields, instead of the format's own.
         completion_template: likewise the completion.
         labels: value → text, for the fields of the completion (`0: negative`).
         chat: wrap prompt and completion in the chat template; None: only the chat formats.
+        mask_history: of several answers only the last is learned.
+        roles: those that the chat template names, besides the known ones.
         source: named in errors.
 
     Raises:
-        InputError: a column is missing or has a value of the wrong kind; names source, row and column.
+        InputError: a column is missing, has a value of the wrong kind, or says what cannot be trained on; names source,
+            row and column.
     """
     if format not in FORMATS:
         raise InputError(f"data.format={format}: no such format; known are {', '.join(FORMATS)}.")
     where = f"{source}, row {number}"
-    renamed = {(columns or {}).get(name, name): value for name, value in row.items()}
-    tools: tuple[Any, ...] = ()
+    cells = Cells(row, columns or {}, where)
+    templated = prompt_template is not None or completion_template is not None
+    whole = format == "text" and not templated
     asked = {"prompt_template": prompt_template, "completion_template": completion_template, "labels": labels}
-    whole = format == "text" and prompt_template is None and completion_template is None
     unused = [f"data.{name}" for name, value in asked.items() if value]
-    if unused and (whole or format in _READERS):
+    if unused and (whole or format in CONVERSATIONS):
         raise InputError(f"{source}: rows of format {format} have no use for {', '.join(unused)}; leave it out.")
-    if format in _READERS:
-        turns, tools = _READERS[format](renamed, where), _tools(renamed, where)
+
+    conversation = format in CONVERSATIONS or (not templated and cells.hold_messages())
+    is_chat = conversation if chat is None else chat
+    if conversation:
+        turns = _conversation(cells, format, columns, roles)
     elif whole:
-        turns = (Turn("assistant", _text(renamed, "text", where), True),)
+        turns = (Turn("assistant", cells.text("text"), True),)
     else:
-        prompt, completion = _pair(renamed, format, prompt_template, completion_template, labels or {}, where)
-        turns = (Turn("user", prompt, False), Turn("assistant", completion, True))
+        prompt, completion = _pair(cells, format, prompt_template, completion_template, labels or {})
+        earlier = () if templated else _earlier(cells, format, is_chat)
+        if any(turn.role == "user" for turn in earlier) and not is_chat:
+            prompt = f"\n\n{prompt}"
+        turns = (*earlier, Turn("user", prompt, False), Turn("assistant", completion, True))
     for turn in turns:
         _encodable(turn, where)
-    return Example(number, turns, format in _READERS if chat is None else chat, tools)
+    tools = _tools(cells, is_chat, where)
+    for name in ("images", "videos", "audios"):
+        if cells.value(name):
+            raise InputError(f"{where}: {name} holds something, and only texts can be trained on; take such rows out.")
+    example = Example(number, turns, is_chat, tools, source, cells.unread())
+    return _last_alone(example) if mask_history else example
 
 
 def detect_format(
@@ -147,84 +165,102 @@ def detect_format(
     ):
         if needed <= names:
             return format
+    preferences = (
+        f" Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set data.columns="
+        f"{{chosen: {'completion' if 'prompt' in names else 'messages'}}}."
+    )
     raise InputError(
         f"{source}: no known format has the columns {', '.join(sorted(names))}; set data.format "
         f"({', '.join(FORMATS)}) and map the columns with data.columns."
+        + (preferences if {"chosen", "rejected"} <= names else "")
     )
 
 
+# ------------------------------------------------------------------------------------------------------ the formats
+
+
+def _conversation(
+    cells: Cells, format: str, columns: Mapping[str, str] | None, roles: Collection[str]
+) -> tuple[Turn, ...]:
+    def read(name: str) -> tuple[Turn, ...]:
+        return read_turns(cells.value(name), name, cells.where, columns=columns, roles=roles)
+
+    if format in CONVERSATIONS:
+        name = next((name for name in CONVERSATIONS[format] if name in cells), CONVERSATIONS[format][0])
+        cells.present(name)
+        turns = read(name)
+    else:
+        prompt, completion = cells.pair()
+        cells.present(completion)
+        asked = read(prompt) if cells.is_list(prompt) else (Turn("user", cells.text(prompt), False),)
+        answered = read(completion) if cells.is_list(completion) else (Turn("assistant", cells.text(completion), True),)
+        turns = (*(replace(turn, supervised=False) for turn in asked), *answered)
+    system = cells.optional("system")
+    given = [turn.text for turn in turns if turn.role in ("system", "developer")]
+    if system and given and system.strip() != given[0].strip():
+        raise InputError(
+            f"{cells.where}: two system texts, one in the column system and one in the conversation; take one out, the "
+            "column with data.columns={system: other_system}."
+        )
+    return turns if given or not system else (Turn("system", system, False), *turns)
+
+
 def _pair(
-    row: Mapping[str, Any],
+    cells: Cells,
     format: str,
     prompt_template: str | None,
     completion_template: str | None,
     labels: Mapping[str, str],
-    where: str,
 ) -> tuple[str, str]:
+    prompt, completion = cells.pair()
     if prompt_template is None and format == "alpaca":
-        prompt_template = ALPACA_WITHOUT_INPUT if row.get("input") in (None, "") else ALPACA_WITH_INPUT
+        prompt_template = ALPACA_WITHOUT_INPUT if cells.value("input") in (None, "") else ALPACA_WITH_INPUT
     if prompt_template is None:
-        prompt_template = "{input}" if "input" in row and "prompt" not in row else "{prompt}"
+        prompt_template = f"{{{prompt}}}"
     if completion_template is None:
-        output = format == "alpaca" or ("output" in row and "completion" not in row)
-        completion_template = "{output}" if output else "{completion}"
-    return _fill(prompt_template, row, {}, where), _fill(completion_template, row, labels, where)
+        completion_template = "{output}" if format == "alpaca" else f"{{{completion}}}"
+    return _fill(prompt_template, cells, {}), _fill(completion_template, cells, labels)
 
 
-def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+def _earlier(cells: Cells, format: str, chat: bool) -> tuple[Turn, ...]:
+    """What comes before the prompt: a system text, and pairs of an earlier question and its answer (`history`).
+
+    Outside a chat template these are paragraphs of their own.
+    """
     turns = []
-    system = row.get("system")
-    if isinstance(system, str) and system:
-        turns.append(Turn("system", system, False))
-    for message in _list(row, "conversations", where):
-        if not isinstance(message, Mapping):
-            raise InputError(f"{where}: conversations holds {type(message).__name__}, not objects with from and value.")
-        speaker = _text(message, "from", f"{where}, conversations")
-        if speaker not in SHAREGPT_ROLES:
-            raise InputError(f"{where}: from={speaker!r} is no known speaker; known are {', '.join(SHAREGPT_ROLES)}.")
-        role = SHAREGPT_ROLES[speaker]
-        turns.append(Turn(role, _text(message, "value", f"{where}, conversations"), role == "assistant"))
+    if system := cells.optional("system"):
+        turns.append(Turn("system", system if chat else f"{system}\n\n", False))
+    for number, (question, answer) in enumerate(pairs(cells.value("history"), "history", cells.where)):
+        if format == "alpaca":
+            question = ALPACA_WITHOUT_INPUT.replace("{instruction}", question)
+        turns += [
+            Turn("user", question if chat or not number else f"\n\n{question}", False),
+            Turn("assistant", answer, True),
+        ]
     return tuple(turns)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
-    turns = []
-    for message in _list(row, "messages", where):
-        if not isinstance(message, Mapping):
-            raise InputError(f"{where}: messages holds {type(message).__name__}, not objects with role and content.")
-        role = _text(message, "role", f"{where}, messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_part(part, where) for part in content)
-        if not isinstance(content, str):
-            raise InputError(f"{where}: content of a {role} message is neither a text nor a list of text parts.")
-        learned = role == "assistant" and message.get("loss_weight", 1) != 0
-        turns.append(Turn(role, content, learned))
-    return tuple(turns)
-
-
-_READERS = {"sharegpt": _sharegpt, "messages": _messages}
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, Mapping) and part.get("type", "text") == "text":
-        text = part.get("text", part.get("value"))
-        if isinstance(text, str):
-            return text
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InputError(f"{where}: a content part of type {kind}; only text parts can be trained on.")
-
-
-def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...]:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise InputError(f"{where}: tools is not valid JSON.") from None
-    if tools and not isinstance(tools, (list, str)):
+def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
+    if not chat and not isinstance(cells.get("tools"), list):
+        return ()  # outside a chat, a text in such a column may be anything
+    tools = parse_json(cells.value("tools"), "tools", where) or ()
+    if isinstance(tools, str):
+        return ()
+    if not isinstance(tools, (list, tuple)):
         raise InputError(f"{where}: tools is {type(tools).__name__}, not a list of function signatures.")
-    return tuple(tools) if isinstance(tools, list) else ()
+    tools = tuple(parse_json(tool, "tools", where) for tool in tools)
+    if tools and not chat:
+        raise InputError(
+            f"{where}: tools go into a chat template alone; set data.chat=true, or leave the column out with "
+            "data.columns={tools: other_tools}."
+        )
+    return tools
+
+
+def _last_alone(example: Example) -> Example:
+    last = max((i for i, turn in enumerate(example.turns) if turn.supervised), default=-1)
+    turns = [replace(turn, supervised=turn.supervised and i == last) for i, turn in enumerate(example.turns)]
+    return replace(example, turns=tuple(turns))
 
 
 def _encodable(turn: Turn, where: str) -> None:
@@ -238,26 +274,7 @@ def _encodable(turn: Turn, where: str) -> None:
         ) from None
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    if name not in row:
-        raise InputError(
-            f"{where}: no column {name!r}; it has {', '.join(map(repr, row))}; map one with data.columns={{COLUMN: {name}}}."
-        )
-    value = row[name]
-    if isinstance(value, (list, dict)) or value is None:
-        raise InputError(f"{where}: {name} is {'empty (null)' if value is None else type(value).__name__}, not a text.")
-    return str(value)
-
-
-def _list(row: Mapping[str, Any], name: str, where: str) -> list[Any]:
-    if name not in row:
-        _text(row, name, where)
-    if not isinstance(row[name], (list, tuple)) or not row[name]:
-        raise InputError(f"{where}: {name} is not a list with at least one entry.")
-    return list(row[name])
-
-
-def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], where: str) -> str:
+def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
     """{column} fields only: `str.format`'s attribute and index access would reach beyond the row.
 
     With labels, at least one field has to be one of them: -1, where 0 and 1 have names, is not a text to learn.
@@ -275,8 +292,8 @@ def _fill(template: str, row: Mapping[str, Any], labels: Mapping[str, str], wher
             continue
         if spec or conversion or not name.isidentifier():
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
-        values.append(_text(row, name, where))
+        values.append(cells.text(name))
         parts.append(texts.get(values[-1].casefold(), values[-1]))
     if labels and not any(value.casefold() in texts for value in values):
-        raise InputError(f"{where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
+        raise InputError(f"{cells.where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)

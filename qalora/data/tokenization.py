@@ -9,25 +9,31 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qalora.data.formats import Example, Turn, detect_format, to_example
+from qalora.data.chat_template import ChatTemplate, set_chat_template
+from qalora.data.chat_template import chat_template as template_of
+from qalora.data.conversation import REASONING
+from qalora.data.formats import Example, detect_format
 from qalora.data.reading import read_rows
+from qalora.data.references import one_answer_each, read_example
+from qalora.data.rendering import Segment, render, render_prompt
 from qalora.errors import InputError
 
 IGNORE = -100
 
-# For tokenizers without a chat template: ChatML, but an answer ends with the end token, for such a tokenizer has no
-# <|im_end|> that could stop a generation; https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{{ (eos_token if message['role'] == 'assistant' else '<|im_end|>') + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows. truncated: cut at max_seq_len; dropped: nothing left to learn after that."""
+    """What became of the rows.
+
+    Attributes:
+        rows: kept.
+        truncated: cut at max_seq_len, dropped ones included.
+        dropped: nothing of them is learned: after the cut, or (`masked`) because the rows say so.
+        tokens, supervised_tokens: of the rows kept.
+        longest: tokens of the longest row, before the cut.
+        masked: of the dropped rows, those that have nothing to learn whatever max_seq_len is.
+        unused: columns, and fields of messages, that hold something and are not used.
+    """
 
     rows: int
     truncated: int
@@ -35,14 +41,19 @@ class Report:
     tokens: int
     supervised_tokens: int
     max_seq_len: int
+    longest: int = 0
+    masked: int = 0
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.rows} rows, {self.tokens} tokens, {self.supervised_tokens} of them supervised"
         if self.truncated:
             text += f"; {self.truncated} rows cut at data.max_seq_len={self.max_seq_len}"
-        if self.dropped:
-            text += f"; {self.dropped} rows dropped, nothing to learn was left of them"
-        return text
+        if cut := self.dropped - self.masked:
+            text += f"; {cut} rows dropped, nothing to learn was left of them"
+        if self.masked:
+            text += f"; {self.masked} rows dropped, no turn of them is learned"
+        return f"{text}; not used: {', '.join(self.unused)}" if self.unused else text
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,9 @@ def load_dataset(
     completion_template: str | None = None,
     labels: Mapping[str, str] | None = None,
     chat: bool | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    mask_history: bool = False,
     max_seq_len: int = 2048,
     train_on_inputs: bool = False,
     split: str = "train",
@@ -81,16 +95,23 @@ def load_dataset(
 ) -> TokenizedDataset:
     """Reads and tokenizes a data set; the settings are those of `to_example` and `tokenize`.
 
+    Args:
+        chat_template, chat_template_kwargs: given to the tokenizer, which keeps them (see `set_chat_template`).
+
     Raises:
         InputError: the source or a row is wrong, or no row has a supervised token within max_seq_len.
     """
+    set_chat_template(tokenizer, chat_template, chat_template_kwargs)
+    template = template_of(tokenizer)
     rows = read_rows(source, split=split, limit=limit)
     if format == "auto":
         templated = prompt_template is not None and completion_template is not None
-        format = "prompt-completion" if templated else detect_format(rows, columns, source=source)
-    items, examples, truncated = [], [], 0
+        alone, _ = one_answer_each(rows[0], columns)
+        format = "prompt-completion" if templated else detect_format(alone, columns, source=source)
+    items, examples, truncated, masked, longest = [], [], 0, 0, 0
+    unused: dict[str, None] = {}  # in the order of their first appearance
     for number, row in enumerate(rows):
-        example = to_example(
+        example = read_example(
             row,
             number,
             format=format,
@@ -99,14 +120,25 @@ def load_dataset(
             completion_template=completion_template,
             labels=labels,
             chat=chat,
+            mask_history=mask_history,
+            roles=template.roles,
             source=source,
         )
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)
-        truncated += item.pop("truncated")
+        truncated += item["truncated"]
+        longest = max(longest, item.pop("length"))
+        unused |= dict.fromkeys([*example.unused, *_unused_fields(example, template)])
         if any(label != IGNORE for label in item["labels"][1:]):
             items.append(item)
             examples.append(example)
+        elif not (train_on_inputs or any(turn.supervised for turn in example.turns)):
+            masked += 1
     if not items:
+        if masked == len(rows):
+            raise InputError(
+                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or all its "
+                "turns are masked (weight, loss_weight, train …)."
+            )
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a supervised token within data.max_seq_len={max_seq_len}"
             f" ({truncated} were cut); raise data.max_seq_len, or check data.format={format} and the completions."
@@ -118,8 +150,17 @@ def load_dataset(
         tokens=sum(len(item["input_ids"]) for item in items),
         supervised_tokens=sum(label != IGNORE for item in items for label in item["labels"]),
         max_seq_len=max_seq_len,
+        longest=longest,
+        masked=masked,
+        unused=tuple(unused),
     )
     return TokenizedDataset(items, examples, report)
+
+
+def _unused_fields(example: Example, template: ChatTemplate) -> list[str]:
+    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not used."""
+    fields = {name for turn in example.turns for name in turn.fields if name not in (*REASONING, "tool_calls")}
+    return [f"messages.{name}" for name in sorted(fields) if not (example.chat and template.names(name))]
 
 
 def split_validation(
@@ -150,151 +191,75 @@ def tokenize(
     learned with it; a completion that no template ends is ended by EOS.
 
     Returns:
-        input_ids and labels (lists of equal length ≤ max_seq_len), row, and truncated (bool).
+        input_ids and labels (lists of equal length ≤ max_seq_len), row, truncated (bool), and length (tokens before the
+        cut).
     """
     segments = render(example, tokenizer)
-    ids, starts = _encode_segments(segments, tokenizer)
+    ids, starts = _encode_segments(segments, tokenizer, special_tokens=not example.chat)
     learned = _supervised(starts, segments)
-    if not example.chat and tokenizer.eos_token_id is not None:
+    if not example.chat and tokenizer.eos_token is not None and not _ends(segments, tokenizer.eos_token):
         ids.append(tokenizer.eos_token_id)
-        learned.append(segments[-1][1])
-    labels = [token if flag or train_on_inputs else IGNORE for token, flag in zip(ids, learned, strict=True)]
+        learned.append(segments[-1][1] if segments else False)
+    every = train_on_inputs  # but for turns that are masked
+    labels = [
+        token if flag or (every and flag is not None) else IGNORE for token, flag in zip(ids, learned, strict=True)
+    ]
     labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
     return {
         "input_ids": ids[:max_seq_len],
         "labels": labels[:max_seq_len],
         "row": example.row,
         "truncated": len(ids) > max_seq_len,
+        "length": len(ids),
     }
 
 
 def tokenize_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of everything before the reference, up to where a model has to answer: where `tokenize` begins too."""
-    if example.chat:
-        text = _Chat(example, tokenizer).text(len(example.prompt), add_generation_prompt=True)
-    else:
-        text = "".join(turn.text for turn in example.prompt)
-    return _encode(text, tokenizer)[0]
+    return _encode(render_prompt(example, tokenizer), tokenizer, special_tokens=not example.chat)[0]
 
 
-def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The example's text, in (text, supervised) segments.
-
-    A chat is rendered on growing prefixes, so that what the template puts around an assistant's text is known:
-
-        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n   Hello.<|im_end|>   \\n<|im_start|>user\\n …
-        ───────────────────── prompt ──────────────────────   ─── learned ────   ──── prompt again ───
-
-    Raises:
-        InputError: the chat template refuses the turns, or rewrites earlier ones as the chat grows.
-    """
-    if not example.chat:
-        return [(turn.text, turn.supervised) for turn in example.turns]
-    chat = _Chat(example, tokenizer)
-    segments: list[tuple[str, bool]] = []
-    done = ""
-
-    def extend(text: str, supervised: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise InputError(
-                f"row {example.row}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they "
-                "cannot be trained on together; split the conversation into rows that end with one answer each."
-            )
-        segments.append((text[len(done) :], supervised))
-        done = text
-
-    for i, turn in enumerate(example.turns):
-        if turn.role == "assistant":
-            after = chat.text(i + 1)
-            extend(chat.text(i, add_generation_prompt=True) if i else _opening(after, turn), False)
-            extend(_ended(after, turn), turn.supervised)
-    extend(chat.text(len(example.turns)), False)
-    return [segment for segment in segments if segment[0]]
-
-
-def _opening(text: str, turn: Turn) -> str:
-    """What a template writes before a chat's first turn; it cannot render no turns at all."""
-    return text[: max(0, text.rfind(turn.text.strip()))]
-
-
-def _ended(text: str, turn: Turn) -> str:
-    """The rendered chat up to the end of its last turn: without the line break that follows an end token."""
-    stripped = text.rstrip()
-    return text if stripped.endswith(turn.text.rstrip()) else stripped
-
-
-class _Chat:
-    """An example's turns through the tokenizer's chat template, ChatML where it has none."""
-
-    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
-        self.row = example.row
-        self.tokenizer = tokenizer
-        self.tools = list(example.tools or ()) or None
-        self.messages = [{"role": turn.role, "content": turn.text} for turn in example.turns]
-        if any(turn.role == "tool" for turn in example.turns) and not self._writes_tool_turns():
-            self.messages = [{**m, "role": "user" if m["role"] == "tool" else m["role"]} for m in self.messages]
-
-    def text(self, stop: int, *, add_generation_prompt: bool = False) -> str:
-        """The first `stop` turns.
-
-        Raises:
-            InputError: the template refuses them.
-        """
-        try:
-            return self._apply(self.messages[:stop], add_generation_prompt)
-        except Exception as error:  # jinja's own errors, raise_exception() of the template, or of the tokenizer
-            roles = ", ".join(message["role"] for message in self.messages[:stop])
-            raise InputError(
-                f"row {self.row}: the tokenizer's chat template refuses its turns ({roles}): "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from None
-
-    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=self.tools,
-            chat_template=None if self.tokenizer.chat_template else CHATML,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-        return str(text)
-
-    def _writes_tool_turns(self) -> bool:
-        """Some templates refuse the role, and some leave the turn out without a word."""
-        try:
-            return "TOOL-RESULT" in self._apply(
-                [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "b"},
-                    {"role": "tool", "content": "TOOL-RESULT"},
-                    {"role": "assistant", "content": "c"},
-                ]
-            )
-        except Exception:  # as in `text`
-            return False
+def _ends(segments: Sequence[Segment], end: str) -> bool:
+    """Whether the text brings its own end token."""
+    return "".join(text for text, _ in segments[-1:]).rstrip().endswith(end)
 
 
 def _encode_segments(
-    segments: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
 ) -> tuple[list[int], list[int | None]]:
     """`_encode` of the joined segments: whole, as a model will see it, wherever the prompt's tokens then are those that
     it has alone. Where a token would straddle the border ("is: " + "yes" → "is", ":", " yes"), what a model is asked to
     continue would not be what it was trained on, and the answer's first token would not be learned: each part alone.
     """
     text = "".join(part for part, _ in segments)
-    ids, starts = _encode(text, tokenizer)
-    borders = [start for start, _ in _stretches(segments) if start]
+    ids, starts = _encode(text, tokenizer, special_tokens=special_tokens)
+    borders = [start for start, _, supervised in _stretches(segments) if start and supervised]
     if not borders:
         return ids, starts
-    prompt, _ = _encode(text[: borders[-1]], tokenizer)
+    prompt, _ = _encode(text[: borders[-1]], tokenizer, special_tokens=special_tokens)
     if prompt == ids[: len(prompt)] and set(borders) <= set(starts):
         return ids, starts
-    ids, starts = [], []
-    for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
-        part, offsets = _encode(text[start:end], tokenizer, special_tokens=start == 0)
+    ids, starts = _encode(text[: borders[0]], tokenizer, special_tokens=special_tokens)
+    for start, end in zip(borders, [*borders[1:], len(text)], strict=True):
+        part, offsets = _continued(text[start:end], tokenizer)
         ids += part
         starts += [None if offset is None else start + offset for offset in offsets]
+    return ids, starts
+
+
+def _continued(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
+    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of this
+    one's: there, what they make of it after a line break."""
+    ids, starts = _encode(text, tokenizer, special_tokens=False)
+    pieces = "".join(tokenizer.convert_ids_to_tokens(ids))
+    if len(pieces) - len(pieces.lstrip("▁Ġ")) <= len(text) - len(text.lstrip(" ")):
+        return ids, starts
+    for before in ("\n", "a", "."):
+        head, _ = _encode(before, tokenizer, special_tokens=False)
+        both, offsets = _encode(before + text, tokenizer, special_tokens=False)
+        if both[: len(head)] == head:
+            after = [None if offset is None else offset - len(before) for offset in offsets[len(head) :]]
+            return both[len(head) :], after
     return ids, starts
 
 
@@ -326,22 +291,23 @@ def _encode(
     return ids, starts
 
 
-def _supervised(starts: Sequence[int | None], segments: Sequence[tuple[str, bool]]) -> list[bool]:
-    """Of each token, by the character where it starts, whether a supervised segment holds it."""
+def _supervised(starts: Sequence[int | None], segments: Sequence[Segment]) -> list[bool | None]:
+    """Of each token, by the character where it starts, what its segment says."""
     stretches = _stretches(segments)
-    flags, i = [], 0
+    flags: list[bool | None] = []
+    i = 0
     for start in starts:
-        while start is not None and i < len(stretches) and stretches[i][1] <= start:
+        while start is not None and i < len(stretches) - 1 and stretches[i][1] <= start:
             i += 1
-        flags.append(start is not None and i < len(stretches) and stretches[i][0] <= start)
+        flags.append(stretches[i][2] if start is not None and stretches else False)
     return flags
 
 
-def _stretches(segments: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:
-    """(start, end) of the supervised segments in the joined text."""
+def _stretches(segments: Sequence[Segment]) -> list[tuple[int, int, bool | None]]:
+    """(start, end, supervised) of the segments in the joined text."""
     stretches, position = [], 0
     for text, supervised in segments:
-        if supervised and text:
-            stretches.append((position, position + len(text)))
+        if text:
+            stretches.append((position, position + len(text), supervised))
         position += len(text)
     return stretches

@@ -23,6 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import SavedAdapter, read_adapter, scaling_of
 from qalora.base.checkpoint import (
     Checkpoint,
@@ -37,6 +38,7 @@ from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
 from qalora.base.tensor_files import PIECE, expected_shapes
+from qalora.data.ending import Ending, ending_of
 from qalora.deploy.output import REPORT, check_output, free_disk
 from qalora.deploy.verification import TOLERANCE, Rounding, Update, as_read, as_trained, compare, fault
 from qalora.errors import AnswerNo, InputError
@@ -92,6 +94,7 @@ def merge(
         )
     updates = low_rank_updates(adapter)
     tokenizer = load_tokenizer(source, spare_tokens=True)
+    ending = ending_after(source, config, tokenizer, adapter_dir)
     pieces = merged_pieces(checkpoint, updates, quantization)
     shapes = expected_shapes(config)
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
@@ -101,11 +104,11 @@ def merge(
         if format == "gguf":
             from qalora.deploy.gguf import write_model, write_modelfile
 
-            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source)
-            write_modelfile(partial, tokenizer)
+            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source, ending)
+            write_modelfile(partial, tokenizer, ending)
         else:
             write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
-            write_settings(config, tokenizer, partial, dtype, source)
+            write_settings(config, tokenizer, partial, dtype, source, ending)
         report: dict[str, Any] = {
             "model": source.name,
             "adapter": str(adapter_dir.resolve()),
@@ -254,9 +257,18 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_settings(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, source: ModelSource
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    source: ModelSource,
+    ending: Ending,
 ) -> None:
-    """Writes config (without quantization_config), generation config and tokenizer."""
+    """Writes config (without quantization_config), generation config and tokenizer.
+
+    Args:
+        ending: its tokens are what the generation config ends an answer with.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -270,8 +282,18 @@ def write_settings(
     # Published files (LLaMA-2's) set temperature or top_p without do_sample, which strict saving refuses.
     if (generation.temperature or 1.0) != 1.0 or (generation.top_p or 1.0) != 1.0:
         generation.do_sample = True
+    generation.eos_token_id = list(ending.tokens) if len(ending.tokens) > 1 else next(iter(ending.tokens), None)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def ending_after(
+    source: ModelSource, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, adapter_dir: Path
+) -> Ending:
+    """What ends an answer of the base with this adapter."""
+    provenance = read_provenance(adapter_dir)
+    own = _generation_config(source, config).eos_token_id
+    return ending_of(tokenizer, own, provenance.stop_tokens if provenance else ())
 
 
 def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:

@@ -44,7 +44,7 @@ TOLERANCE = {
     "float32": 1e-4, "f32": 1e-4, "float16": 5e-3, "f16": 5e-3, "bfloat16": 4e-2, "bf16": 4e-2,
     "q8_0": 1e-1, "q5_1": 0.5, "q5_0": 0.5, "q4_1": 1.0, "q4_0": 1.0,
 }  # fmt: skip
-UNEXPLAINED = 1e-3  # largest relative difference from the adapter model with its weights rounded: that of the order of sums
+UNEXPLAINED = 1e-3  # largest relative difference from the adapter model with rounded weights: that of the order of sums
 ROTATION = 1e-4  # largest relative difference of the frequencies of positions, which a file holds in fp32
 ROWS = 1 << 24  # weights of a linear layer that are in fp32 at a time
 
@@ -167,9 +167,7 @@ def streamed(
     model.lm_head = wrapped(name, model.lm_head)
     model.model.embed_tokens = wrapped("model.embed_tokens", model.model.embed_tokens)
     model.model.norm = wrapped("model.norm", model.model.norm)
-    model.model.layers = nn.ModuleList(
-        _Block(parts, i, wrapped) for i in range(model.config.num_hidden_layers)
-    )
+    model.model.layers = nn.ModuleList(_Block(parts, i, wrapped) for i in range(model.config.num_hidden_layers))
     model.model.rotary_emb.cpu()
     return model.eval()  # type: ignore[no-any-return]
 

@@ -107,7 +107,9 @@ def test_a_scaling_without_a_form_in_gguf_is_refused_by_name(exported, rope, nam
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("yarn_attn_factor", 0.5), ("yarn_ext_factor", 0.5), ("yarn_beta_fast", 0.5), ("attn_factor", 0.5)], ids=str
+    ("key", "value"),
+    [("yarn_attn_factor", 0.5), ("yarn_ext_factor", 0.5), ("yarn_beta_fast", 0.5), ("attn_factor", 0.5)],
+    ids=str,
 )
 def test_keys_that_readers_of_gguf_take_in_different_ways_are_refused(tmp_path, key, value):
     """attn_factor without yarn, and keys of llama.cpp's converter that llama.cpp does not read."""

@@ -169,7 +169,9 @@ def test_a_file_of_the_decoder_alone_is_read_under_its_names(folder):
 def test_a_shard_that_is_not_there_is_named(folder, call):
     only_shards(folder, load_file(folder / "model.safetensors"))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match=r"names 2 files, of which 1 are not there \(model-00002-of-00002.safetensors\)"):
+    with pytest.raises(
+        InputError, match=r"names 2 files, of which 1 are not there \(model-00002-of-00002.safetensors\)"
+    ):
         call(resolve(str(folder)))
 
 

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from qalora.data.formats import Example, Turn, to_example
+from qalora.data.rendering import render
 from qalora.data.tokenization import (
     Report,
     TokenizedDataset,
     load_dataset,
-    render,
     split_validation,
     tokenize,
     tokenize_prompt,
@@ -161,6 +161,11 @@ def test_a_text_is_learned_but_for_its_first_token(any_tokenizer):
     assert any_tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "Hello world"
 
 
+def test_the_end_of_an_answer_that_is_not_learned_is_not_learned_either():
+    example = Example(0, (Turn("user", "a ", False), Turn("assistant", "b", False)), chat=False)
+    assert set(tokenize(example, bpe(), max_seq_len=64)["labels"]) == {-100}
+
+
 def test_train_on_inputs_learns_the_prompt_too():
     item = tokenize(pair("Say", " yes"), bpe(bos="<s>", add_bos=True), max_seq_len=500, train_on_inputs=True)
     assert item["labels"] == [-100, *item["input_ids"][1:]]
@@ -223,8 +228,9 @@ def test_a_tokenizer_that_adds_bos_adds_one(chat):
 @pytest.mark.parametrize("tokenizer", [bpe(template=None), bpe(bos="<s>", add_bos=True, template=None), metaspace()])
 def test_without_a_chat_template_it_is_chatml(tokenizer):
     example, end = conversation("Say", "yes", "the", "no"), tokenizer.eos_token
+    bos = "<s>" if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
     assert "".join(text for text, _ in render(example, tokenizer)) == (
-        f"<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes{end}\n"
+        f"{bos}<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes{end}\n"
         f"<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nno{end}\n"
     )
     assert "".join(text for text, supervised in render(example, tokenizer) if supervised) == f"yes{end}no{end}"
@@ -307,7 +313,7 @@ def test_rows_are_cut_at_max_seq_len_and_dropped_when_nothing_is_left_to_learn(r
     assert dataset[1]["labels"] == whole[1]["labels"][:12]
     tokens = len(whole[0]["input_ids"]) + 12
     supervised = sum(label != -100 for item in dataset.items for label in item["labels"])
-    assert dataset.report == Report(2, 2, 1, tokens, supervised, 12)
+    assert dataset.report == Report(2, 2, 1, tokens, supervised, 12, longest=42)
     assert str(dataset.report) == (
         f"2 rows, {tokens} tokens, {supervised} of them supervised; 2 rows cut at data.max_seq_len=12; "
         "1 rows dropped, nothing to learn was left of them"

@@ -35,7 +35,7 @@ def published(save_tiny_llama, tmp_path_factory):
     path = save_tiny_llama(tmp_path_factory.mktemp("base"), attention_bias=True, rope_theta=5000.0)
     tensors = load_file(path / "model.safetensors")
     torch.manual_seed(7)
-    for name, tensor in tensors.items():
+    for tensor in tensors.values():
         if tensor.ndim == 1:
             tensor += 0.1 * torch.randn(tensor.shape)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -239,7 +239,9 @@ def test_a_fault_of_a_gguf_file_is_found(folder, adapter, tmp_path, monkeypatch,
 def test_an_fp32_folder_trained_in_bf16_is_merged_as_it_was_trained(folder, adapter, tmp_path, quantization):
     """Every tensor that training cast: in fp32 the result is the trained model to its last digits but the order of sums."""
     merge(resolve(str(folder)), adapter, tmp_path / "merged", quantization=quantization, dtype=torch.float32)
-    base = load_base(resolve(str(folder)), load_in_4bit=quantization.quant_type is not None, dtype="bfloat16", device="cpu")
+    base = load_base(
+        resolve(str(folder)), load_in_4bit=quantization.quant_type is not None, dtype="bfloat16", device="cpu"
+    )
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, parameter in base.model.named_parameters():
         if "_proj.weight" not in name:
@@ -275,7 +277,9 @@ def test_the_reported_difference_is_that_of_whole_models(folder, adapter, tmp_pa
 def test_a_merge_of_a_gguf_base_is_compared_with_what_was_trained_on_it(folder, adapter, tmp_path, monkeypatch):
     change_config(folder, rope_parameters=dict(YARN, attention_factor=0.6), max_position_embeddings=256)
     tokenizer = load_tokenizer(resolve(str(folder)))
-    monkeypatch.setattr(merging, "load_tokenizer", lambda *_, **__: tokenizer)  # that of bytes has no merges, as GGUF wants
+    monkeypatch.setattr(
+        merging, "load_tokenizer", lambda *_, **__: tokenizer
+    )  # that of bytes has no merges, as GGUF wants
     merge(resolve(str(folder)), adapter, tmp_path / "file", quantization=NF4_FP32, format="gguf")
     source = resolve(str(tmp_path / "file" / "model.gguf"))
     report = merge(source, adapter, tmp_path / "merged", quantization=NF4_FP32)
