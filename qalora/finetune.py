@@ -514,7 +514,8 @@ def check_room_to_merge(source: ModelSource, output_dir: Path) -> None:
     Raises:
         InputError: too little disk or memory for `merge=true`, with the figures.
     """
-    from qalora.base.checkpoint import expected_shapes, open_config
+    from qalora.base.checkpoint import open_config
+    from qalora.base.tensor_files import expected_shapes
     from qalora.deploy.merging import check_room
 
     config = open_config(source)
@@ -527,19 +528,29 @@ def merge_run(recipe: Recipe, base: LoadedBase, output_dir: Path) -> None:
     from qalora.deploy.merging import merge
 
     asked = recipe.quantization
-    trained = Quantization(asked.bnb_4bit_quant_type, asked.bnb_4bit_use_double_quant, base.compute_dtype)
+    quant_type = asked.bnb_4bit_quant_type if base.quantized else None
     merge(
         base.source,
         output_dir / "adapter",
         output_dir / "merged",
-        quantization=trained if base.quantized else None,
+        quantization=Quantization(quant_type, asked.bnb_4bit_use_double_quant, base.compute_dtype),
         overwrite=True,
     )
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved recipe, fitted to this machine where that was asked for, and the memory that a step will need."""
+    """Prints the resolved recipe, fitted to this machine where that was asked for, and the memory that a step will need.
+
+    Raises:
+        InputError: the base is on this machine, and its tokenizer is not one for it.
+    """
+    from qalora.base.registry import resolve
     from qalora.plan import planner, print_plan
+
+    if (source := resolve(recipe.model)).kind != "hub":  # a plan downloads nothing
+        from qalora.base.loading import load_tokenizer
+
+        load_tokenizer(source)
 
     if recipe.training.fit:
         fit_to_device(recipe, recipe.data.max_seq_len)

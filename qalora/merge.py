@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
 from qalora.errors import InputError
 from qalora.plan import parse_size
+
+if TYPE_CHECKING:
+    from qalora.base.checkpoint import Quantization
 
 ADAPTER_FORMATS = ("peft", "peft-uniform", "gguf-lora")
 
@@ -37,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         choices=("dequantized", "original"),
-        help="add to the 4-bit weights it was trained on (default) or to the 16-bit ones",
+        help="add to the weights of a 4-bit base, as QLoRA trains on, or to the 16-bit ones as they are stored (default: what the "
+        "adapter was trained on, where its qalora.json or recipe.yaml says so)",
     )
     parser.add_argument("--no-quantize", action="store_true", help="the same as --base original")
     parser.add_argument(
@@ -56,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verify", action="store_true", default=True, help="compare them (the default)")
     trained = parser.add_argument_group(
-        "the 4-bit base of the training (default: what recipe.yaml beside the adapter says, else nf4 with double "
-        "quantization in the compute dtype of this machine)"
+        "the 4-bit base of the training (default: what the adapter's qalora.json or the run's recipe.yaml says, else nf4 with "
+        "double quantization in bfloat16)"
     )
     trained.add_argument("--bnb-4bit-quant-type", choices=("nf4", "fp4"))
     trained.add_argument("--no-double-quant", action="store_true")
@@ -87,7 +91,6 @@ def main(argv: list[str]) -> int:
 
     from qalora.deploy.merging import merge
 
-    original = args.base == "original" or args.no_quantize
     saved_as = {
         "dtype": args.dtype and getattr(torch, args.dtype),
         "gguf_type": args.gguf_type,
@@ -97,7 +100,7 @@ def main(argv: list[str]) -> int:
         source,
         args.adapter,
         args.output,
-        quantization=None if original else trained_quantization(args),
+        quantization=trained_quantization(args, source),
         format=args.format,
         overwrite=args.overwrite,
         verify=args.verify,
@@ -158,39 +161,84 @@ def export(args: argparse.Namespace, source: Any) -> int:
     return 0
 
 
-def trained_quantization(args: argparse.Namespace) -> Any:
-    """How the weights of the training were quantized, None if not: by the flags, by the run that the adapter lies in,
-    by default.
+def trained_quantization(args: argparse.Namespace, source: Any) -> Quantization | None:
+    """How the training had the frozen weights: by the flags, by the adapter's qalora.json, by the recipe of the run that it lies in,
+    or by the base where that is stored in 4 bits. Never by this machine.
+
+    Returns:
+        None: the weights as they are stored.
 
     Raises:
-        InputError: the run's recipe.yaml cannot be read.
+        InputError: nothing says it, or what says it cannot be read.
     """
     import torch
+
+    from qalora.base.checkpoint import Quantization
+    from qalora.base.loading import stored_quantization
+
+    if args.base == "original" or args.no_quantize:
+        return None
+    known = known_quantization(Path(args.adapter)) or {}
+    stored = stored_quantization(source)
+    asked = (
+        args.base == "dequantized" or args.bnb_4bit_quant_type or args.no_double_quant or args.bnb_4bit_compute_dtype
+    )
+    if not (known or stored or asked):
+        raise InputError(
+            f"{args.adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that was 4 bits "
+            "(QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in adapter_config.json), or --base original "
+            "if it was 16 or 32."
+        )
+    quant_type = known.get("quant_type")
+    if asked or stored:
+        quant_type = args.bnb_4bit_quant_type or quant_type or stored.get("bnb_4bit_quant_type") or "nf4"
+    dtype = args.bnb_4bit_compute_dtype or known.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
+    if dtype in (None, "auto"):
+        dtype = "bfloat16"
+        if quant_type:
+            print(
+                f"{args.adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what nearly all are; "
+                "--bnb-4bit-compute-dtype says another",
+                file=sys.stderr,
+            )
+    return Quantization(
+        quant_type=quant_type,
+        double_quant=bool(known.get("double_quant", True)) and not args.no_double_quant,
+        compute_dtype=getattr(torch, dtype),
+    )
+
+
+def known_quantization(adapter: Path) -> dict[str, Any] | None:
+    """quant_type, double_quant and compute_dtype, by a file that lies with the adapter; None where there is none.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     import yaml
     from pydantic import ValidationError
 
-    from qalora.base.checkpoint import Quantization
-    from qalora.base.loading import choose_compute_dtype
+    from qalora.adapter.provenance import read_provenance
     from qalora.recipe import QuantizationConfig
 
-    run = Path(args.adapter).resolve().parent / "recipe.yaml"
+    if found := read_provenance(adapter):
+        return {name: getattr(found, name) for name in ("quant_type", "double_quant", "compute_dtype")}
+    # Beside the adapter of a run, and in a checkpoint with it.
+    run = next(
+        (file for place in (adapter, adapter.resolve().parent) if (file := place / "recipe.yaml").is_file()), None
+    )
+    if run is None:
+        return None
     try:
-        tree = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else {}
-        settings = QuantizationConfig.model_validate(tree.get("quantization", {}))
+        settings = QuantizationConfig.model_validate(
+            yaml.safe_load(run.read_text(encoding="utf-8")).get("quantization", {})
+        )
     except (yaml.YAMLError, AttributeError, ValidationError) as error:
         raise InputError(f"{run}: not the recipe of a run ({' '.join(str(error).split())[:200]}).") from None
-    if not settings.load_in_4bit:
-        return None
-    dtype = args.bnb_4bit_compute_dtype or settings.bnb_4bit_compute_dtype
-    if dtype == "auto":
-        compute_dtype = choose_compute_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    else:  # whatever this machine would train in
-        compute_dtype = getattr(torch, dtype)
-    return Quantization(
-        quant_type=args.bnb_4bit_quant_type or settings.bnb_4bit_quant_type,
-        double_quant=settings.bnb_4bit_use_double_quant and not args.no_double_quant,
-        compute_dtype=compute_dtype,
-    )
+    return {
+        "quant_type": settings.bnb_4bit_quant_type if settings.load_in_4bit else None,
+        "double_quant": settings.bnb_4bit_use_double_quant,
+        "compute_dtype": settings.bnb_4bit_compute_dtype,
+    }
 
 
 if __name__ == "__main__":

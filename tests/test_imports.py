@@ -31,6 +31,7 @@ FOUNDATION = {
     "base.memory": 1,
     "base.precision": 1,
     "base.registry": 0,
+    "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
@@ -41,6 +42,7 @@ TORCH_FREE = [
     "recipe",
     "yaml_file",
     "base.registry",
+    "base.weight_files",
     "base.memory",
     "base.fitting",
     "base.precision",

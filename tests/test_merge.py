@@ -8,6 +8,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from qalora.adapter.provenance import Provenance
 from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -34,7 +35,7 @@ def adapter(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "base", "dtype"),
     [
-        ([], "dequantized", torch.bfloat16),
+        (["--base", "dequantized"], "dequantized", torch.bfloat16),
         (["--base", "original", "--dtype", "float32"], "original", torch.float32),
         (["--no-quantize", "--dtype", "float32"], "original", torch.float32),
     ],
@@ -58,8 +59,9 @@ def test_bad_input_is_named_before_any_weights_load(folder, adapter, tmp_path, m
     (tmp_path / "note.txt").write_text("mine")
     values = {"model": str(folder), "adapter": str(adapter), "output": str(tmp_path / "merged")}
     values[wrong] = {"model": "no-such-model", "adapter": str(folder), "output": str(tmp_path)}[wrong]
+    arguments = [part for name, value in values.items() for part in (f"--{name}", value)]
     with pytest.raises(InputError, match=values[wrong]):
-        main(["--model", values["model"], "--adapter", values["adapter"], "--output", values["output"]])
+        main([*arguments, "--base", "dequantized"])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,7 @@ def test_the_working_directory_may_be_the_output(folder, adapter, tmp_path, monk
 def test_every_format_ends_in_its_file(folder, adapter, tmp_path, format):
     output = tmp_path / "out"
     arguments = ["--model", str(folder), "--adapter", str(adapter), "--output", str(output), "--format", format]
+    arguments += ["--base", "dequantized"] if format == "gguf" else []
     assert main(arguments) == 0
     file = {"gguf": "model.gguf", "gguf-lora": "adapter.gguf"}.get(format, "adapter_model.safetensors")
     assert (output / file).is_file()
@@ -110,43 +113,81 @@ def test_every_format_ends_in_its_file(folder, adapter, tmp_path, format):
 )
 def test_how_it_is_saved_can_be_asked_for(folder, adapter, tmp_path, flags, dtype, files):
     output = tmp_path / "out"
-    assert main(["--model", str(folder), "--adapter", str(adapter), "--output", str(output), *flags]) == 0
+    arguments = ["--model", str(folder), "--adapter", str(adapter), "--output", str(output), "--base", "dequantized"]
+    assert main([*arguments, *flags]) == 0
     assert json.loads((output / "merge.json").read_text())["dtype"] == dtype
     assert len([*output.glob("*.gguf"), *output.glob("*.safetensors")]) == files
 
 
-def asked(adapter, *flags):
-    return trained_quantization(
-        parser().parse_args(["--model", "m", "--adapter", str(adapter), "--output", "o", *flags])
-    )
+@pytest.fixture
+def asked(folder, monkeypatch):
+    """asked(adapter, *flags) → how the training is taken to have had its base; never by what is fast here."""
+    monkeypatch.setattr("qalora.base.loading.choose_compute_dtype", lambda *_: pytest.fail("decided by this machine"))
+
+    def ask(adapter, *flags, model=folder):
+        arguments = ["--model", str(model), "--adapter", str(adapter), "--output", "o", *flags]
+        return trained_quantization(parser().parse_args(arguments), resolve(str(model)))
+
+    return ask
 
 
-def test_the_base_is_quantized_as_in_the_run_that_the_adapter_lies_in(tmp_path):
+def test_the_base_is_as_in_the_run_that_the_adapter_lies_in(asked, tmp_path):
     adapter = tmp_path / "adapter"
     quantization = {
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_compute_dtype": "float32",
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"quantization": quantization}))
-    assert asked(adapter) == Quantization("fp4", False, torch.bfloat16)
-    assert asked(adapter, "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "float32") == Quantization(
-        "nf4", False, torch.float32
-    )
+    assert asked(adapter) == Quantization("fp4", False, torch.float32)
+    flags = ["--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "bfloat16"]
+    assert asked(adapter, *flags) == Quantization("nf4", False, torch.bfloat16)
     (tmp_path / "recipe.yaml").write_text(
         "quantization: {bnb_4bit_compute_dtype: float16}"
     )  # a T4's run, on any machine
     assert asked(adapter) == Quantization("nf4", True, torch.float16)
+    (tmp_path / "recipe.yaml").write_text("quantization: {load_in_4bit: false, bnb_4bit_compute_dtype: bfloat16}")
+    assert asked(adapter) == Quantization(None, True, torch.bfloat16)
+    assert asked(adapter, "--base", "original") is None
+
+
+def test_an_adapter_carries_what_it_was_trained_on(asked, tmp_path):
+    """Wherever it is copied to, and over the recipe beside it."""
+    (tmp_path / "adapter").mkdir()
     (tmp_path / "recipe.yaml").write_text("quantization: {load_in_4bit: false}")
-    assert asked(adapter) is None
-    (tmp_path / "recipe.yaml").unlink()
-    found = asked(adapter)
-    assert (found.quant_type, found.double_quant) == ("nf4", True)
+    Provenance("m", "fp4", False, "float32").write(tmp_path / "adapter")
+    assert asked(tmp_path / "adapter") == Quantization("fp4", False, torch.float32)
+    assert asked(tmp_path / "adapter", "--no-quantize") is None
+    Provenance("m", None, False, "bfloat16").write(tmp_path / "adapter")
+    assert asked(tmp_path / "adapter") == Quantization(None, False, torch.bfloat16)
+
+
+def test_an_adapter_that_says_nothing_needs_the_flag(asked, folder, adapter, tmp_path, capsys):
+    message = "does not say what precision its base had .* --base dequantized .*QLoRA.* --base original"
+    with pytest.raises(InputError, match=message):
+        asked(adapter)
+    with pytest.raises(InputError, match=message):
+        main(["--model", str(folder), "--adapter", str(adapter), "--output", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+    assert asked(adapter, "--base", "original") is None
+    assert asked(adapter, "--base", "dequantized") == Quantization("nf4", True, torch.bfloat16)
     assert asked(adapter, "--no-double-quant").double_quant is False
+    assert "taken as bfloat16" in capsys.readouterr().err
+    assert asked(adapter, "--bnb-4bit-compute-dtype", "float32") == Quantization("nf4", True, torch.float32)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_base_that_is_stored_in_4_bits_says_it_itself(asked, folder, adapter, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float16"
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    assert asked(adapter, model=tmp_path) == Quantization("fp4", True, torch.float16)
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "just words", "quantization: {bits: 4}"])
-def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text):
+def test_a_recipe_that_cannot_be_read_is_named(asked, tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(InputError, match=r"recipe.yaml: not the recipe of a run"):
         asked(tmp_path / "adapter")

@@ -1,20 +1,16 @@
-"""The weights of a base, one tensor at a time and never a whole model: for merging, and for checking what was merged.
+"""The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for merging.
 
-Hub id, folder ─ *.safetensors, *.bin ┐
-folder saved in 4 bits ───────────────┼─ Checkpoint ─ pieces(name): blocks of rows │ tensor(name): the whole
-*.gguf ───────────────────────────────┘               under the names that transformers gives
+    files ─ Checkpoint ─ quantized and dequantized, or cast, as the training did ─ pieces of rows in fp32
+
+Which files these are, and whether the head is tied, is decided here for both.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 from bitsandbytes.functional import (
     QuantState,
@@ -25,61 +21,80 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.base.gguf_config import gguf_config
-from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
-from qalora.base.gguf_reader import GGUFReader
-from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource, check_model_type
+from qalora.base.tensor_files import EMBEDDINGS, HEAD, Checkpoint, expected_shapes, open_files
+from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
 
-PIECE = 64 << 20  # bytes of a piece, in the dtype of the file
 BLOCK = 64  # weights that share one absmax
 STRETCH = 1 << 22  # weights that are quantized or dequantized at a time; whole blocks
 
 
-class Checkpoint(Protocol):
-    """Shapes and values of a model's tensors; `packed` holds those that are stored in 4 bits already."""
-
-    shapes: dict[str, tuple[int, ...]]
-    packed: frozenset[str]
-    is_gguf: bool
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Consecutive blocks of rows, in the dtype of the file (GGUF types: in fp32)."""
-
-    def tensor(self, name: str) -> Tensor: ...
-
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        """A packed weight as bitsandbytes holds it."""
-
-
 @dataclass(frozen=True)
 class Quantization:
-    """How the 4-bit weights of a training were made.
+    """How a training had the frozen weights.
 
     Attributes:
-        compute_dtype: weights were quantized from it and dequantized to it.
+        quant_type: nf4 or fp4, of the linear layers of the blocks; None: they were not quantized.
+        compute_dtype: all weights were cast to it; those in 4 bits were quantized from it and dequantized to it.
     """
 
-    quant_type: str
+    quant_type: str | None
     double_quant: bool
     compute_dtype: torch.dtype
 
+    @property
+    def name(self) -> str:
+        """bfloat16, float16 or float32."""
+        return str(self.compute_dtype).removeprefix("torch.")
+
+
+def storage_dtype(quantization: Quantization, *, is_gguf: bool) -> torch.dtype:
+    """What tensors are read into before they are quantized or computed with."""
+    if is_gguf and quantization.quant_type and quantization.compute_dtype == torch.float32:
+        return torch.bfloat16  # fp32 would double the peak for weights that a GGUF file has in fewer bits anyway
+    return quantization.compute_dtype
+
+
+def as_stored(checkpoint: Checkpoint, quantization: Quantization) -> Quantization:
+    """The same, with the 4-bit form that the weights of a base have already where it is stored so."""
+    if not checkpoint.packed:
+        return quantization
+    _, state = checkpoint.in_4bit(min(checkpoint.packed))
+    return replace(quantization, quant_type=state.quant_type, double_quant=state.nested)
+
 
 def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization | None) -> Iterator[Tensor]:
-    """Consecutive blocks of rows, in fp32, of a frozen map as the training computed with it; None: of an unquantized base.
+    """Consecutive blocks of rows, in fp32, of a frozen tensor as the training computed with it.
 
-    The codes of the whole map are in memory, its values only for the block at hand.
+    The codes of a whole matrix are in memory, its values only for the block at hand.
+
+    Args:
+        quantization: of the training; None: the tensor as it is stored.
     """
     if quantization is None:
         yield from (piece.to(torch.float32, copy=True) for piece in checkpoint.pieces(name))  # the caller adds to it
-        return
+    elif quantization.quant_type and is_linear_layer(name):
+        yield from _dequantized_pieces(checkpoint, name, quantization)
+    else:
+        stored = storage_dtype(quantization, is_gguf=checkpoint.is_gguf)
+        for piece in checkpoint.pieces(name):
+            yield piece.to(stored).to(quantization.compute_dtype).to(torch.float32, copy=True)
+
+
+def is_linear_layer(name: str) -> bool:
+    """Whether the tensor is the weight of a linear layer of a block."""
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
     device, block = "cuda" if torch.cuda.is_available() else "cpu", BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
@@ -91,7 +106,7 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
         if state.nested:
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     else:
-        codes, absmax = _quantized(_from_storage(checkpoint, name, dtype), quantization, device)
+        codes, absmax = _quantized(_from_storage(checkpoint, name, quantization), quantization, device)
     code = get_4bit_type(quant_type, device=device)
     step = block * max(1, STRETCH // (block * fan_in))  # rows that hold whole blocks, however wide they are
     for row in range(0, fan_out, step):
@@ -104,11 +119,11 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
         yield dequantize_4bit(packed, part).view(-1, fan_in).to("cpu", torch.float32)
 
 
-def _from_storage(checkpoint: Checkpoint, name: str, compute_dtype: torch.dtype) -> Iterator[Tensor]:
+def _from_storage(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
     """Flat parts of whole blocks, in the dtype that the weight was loaded in before it was quantized."""
     whole_blocks = checkpoint.shapes[name][1] % BLOCK == 0
     for piece in checkpoint.pieces(name) if whole_blocks else [checkpoint.tensor(name)]:
-        piece = piece.to(storage_dtype(compute_dtype) if checkpoint.is_gguf else compute_dtype)
+        piece = piece.to(storage_dtype(quantization, is_gguf=checkpoint.is_gguf))
         yield from piece.reshape(-1).split(STRETCH)
 
 
@@ -139,37 +154,24 @@ def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str)
 def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
     """The weights and the config of a base, with nothing but headers read.
 
+    Returns:
+        The config says whether the head is tied as the files decide it: see `_decide_tying`.
+
     Raises:
         InputError: no such model, a file that is missing or damaged, or not a LLaMA-class decoder.
     """
-    folder = _downloaded(source) if source.kind == "hub" else Path(source.location)
-    return open_folder(folder, source.gguf_file, name=source.name)
-
-
-def open_folder(
-    folder: Path, gguf_file: str | None = None, *, name: str | None = None, config: PreTrainedConfig | None = None
-) -> tuple[Checkpoint, PreTrainedConfig]:
-    """`open_checkpoint` of a folder, or of one GGUF file in it.
-
-    Args:
-        name: what errors call the model.
-        config: of the model, where it is known; None: what the folder, or the file, says.
-    """
-    name = name or str(folder)
-    config = config or _config(str(folder), gguf_file, name)
+    folder, name = base_folder(source), source.name
+    config = _config(str(folder), source.gguf_file, name)
+    found = weight_files(folder, source.gguf_file, name=name)
+    checkpoint = open_files(found, config)
+    _decide_tying(checkpoint, config)
     wanted = expected_shapes(config)
-    if gguf_file:
-        checkpoint: Checkpoint = _Gguf(folder / gguf_file, config, wanted)
-    elif list(folder.glob("*.safetensors")):
-        checkpoint = _Safetensors(folder)
-    elif list(folder.glob("pytorch_model*.bin")):
-        checkpoint = _TorchFiles(folder)
-    else:
-        raise InputError(
-            f"--model {name}: {folder} holds no weights (*.safetensors, pytorch_model*.bin or a .gguf file)."
-        )
     if missing := sorted(set(wanted) - set(checkpoint.shapes)):
-        raise InputError(f"--model {name}: {folder} lacks {len(missing)} weights ({', '.join(missing[:3])}).")
+        why = " (config.json says tie_word_embeddings: false)" if missing == [HEAD] else ""
+        raise InputError(
+            f"--model {name}: {found.files[0].name} and the files with it in {folder} lack {len(missing)} weights "
+            f"({', '.join(missing[:3])}){why}."
+        )
     for tensor, shape in wanted.items():
         if checkpoint.shapes[tensor] != shape:
             raise InputError(
@@ -178,11 +180,33 @@ def open_folder(
     return checkpoint, config
 
 
+def _decide_tying(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Sets `config.tie_word_embeddings` to what transformers makes of config and files.
+
+    Only what the config ties is tied, and of that nothing whose two matrices are both in the files and differ; where the head
+    alone is there, it is the embeddings too.
+    """
+    if not config.tie_word_embeddings:
+        return
+    there = [name in checkpoint.shapes for name in (EMBEDDINGS, HEAD)]
+    if there == [False, True]:
+        checkpoint.stored[EMBEDDINGS], checkpoint.shapes[EMBEDDINGS] = checkpoint.stored[HEAD], checkpoint.shapes[HEAD]
+    elif all(there):
+        config.tie_word_embeddings = _equal(checkpoint, EMBEDDINGS, HEAD)
+
+
+def _equal(checkpoint: Checkpoint, left: str, right: str) -> bool:
+    if checkpoint.shapes[left] != checkpoint.shapes[right]:
+        return False
+    pairs = zip(checkpoint.pieces(left), checkpoint.pieces(right), strict=False)
+    return all(one.shape == other.shape and torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+
+
 def open_config(source: ModelSource) -> PreTrainedConfig:
     """The config of a base; of one on the Hub nothing else is downloaded.
 
     Raises:
-        InputError: no such model, or not a LLaMA-class decoder.
+        InputError: no such model, not a LLaMA-class decoder, or positions that nobody can compute.
     """
     return _config(source.location, source.gguf_file, source.name)
 
@@ -191,170 +215,26 @@ def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig
     try:
         config = gguf_config(location, gguf_file) if gguf_file else AutoConfig.from_pretrained(location)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({_short(error)}).") from None
+        raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({short(error)}).") from None
     check_model_type(config.model_type, f"--model {name}")
+    check_positions(config, f"--model {name}")
     return config
 
 
-def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that transformers saves for such a model; a tied head is none of them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
-
-
-class _Safetensors:
-    """A folder of safetensors, 16- or 32-bit, or in bitsandbytes' 4 bits.
-
-    The file is opened anew for each read: pages of a mapping that stays open would add up to the whole model.
+def check_positions(config: PreTrainedConfig, where: str) -> None:
     """
-
-    is_gguf = False
-
-    def __init__(self, folder: Path):
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        index = folder / "model.safetensors.index.json"
-        try:
-            names = (
-                sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if index.is_file()
-                else [file.name for file in sorted(folder.glob("*.safetensors"))]
-            )
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise InputError(f"{index}: not the index of a checkpoint; download the model again.") from None
-        for file in (folder / name for name in names):
-            try:
-                with safe_open(str(file), framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (no mapping)
-                        self.files[name] = file
-                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-            except Exception as error:  # safetensors raises its own class, which older versions do not export
-                raise InputError(f"{file}: not a safetensors file ({_short(error)}).") from None
-        states = {name: name.rpartition(".quant_state.")[0] for name in self.files if ".quant_state." in name}
-        self.packed = frozenset(states.values())
-        for weight in self.packed:
-            self.shapes[weight] = tuple(self._state(weight).shape)
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        shape, start = self.shapes[name], 0
-        while start < shape[0]:
-            with safe_open(str(self.files[name]), framework="pt") as opened:
-                rows = opened.get_slice(name)
-                one = rows[start : start + 1]
-                stop = start + max(1, PIECE // (one.nbytes or 1))
-                yield rows[start:stop].clone()
-            start = stop
-
-    def tensor(self, name: str) -> Tensor:
-        with safe_open(str(self.files[name]), framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        return self.tensor(name), self._state(name)
-
-    def _state(self, name: str) -> QuantState:
-        parts = {part: self.tensor(part) for part in self.files if part.startswith(f"{name}.")}
-        return QuantState.from_dict(parts, device=torch.device("cpu"))
-
-
-class _TorchFiles:
-    """A folder of pytorch_model*.bin, read without unpickling anything but tensors, and mapped."""
-
-    packed: frozenset[str] = frozenset()
-    is_gguf = False
-
-    def __init__(self, folder: Path):
-        self.tensors: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            try:
-                self.tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:
-                raise InputError(f"{file}: cannot be read as tensors ({_short(error)}).") from None
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        tensor = self.tensors[name]
-        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes))
-
-    def tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        raise KeyError(name)
-
-
-class _Gguf:
-    """A GGUF file of any type that the gguf library dequantizes, read with plain file reads."""
-
-    packed: frozenset[str] = frozenset()
-    is_gguf = True
-
-    def __init__(self, file: Path, config: PreTrainedConfig, wanted: Mapping[str, tuple[int, ...]]):
-        try:
-            infos = {tensor.name: tensor for tensor in GGUFReader(str(file)).tensors}
-        except Exception as error:  # the library raises whatever numpy does
-            raise InputError(f"{file}: not a GGUF file ({_short(error)}).") from None
-        self.file, self.config = file, config
-        self.infos = {
-            name: (int(info.data_offset), tuple(info.data.shape), info.data.dtype, info.tensor_type)
-            for name in wanted
-            if (info := infos.get(gguf_name(name, config)))
-        }
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(infos[gguf_name(name, config)].shape)) for name in self.infos
-        }
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        if is_permuted(name, self.config):
-            yield self.tensor(name)
-            return
-        rows, fp32_row = self.shapes[name][0], 4 * int(np.prod(self.shapes[name][1:]))
-        step = max(1, PIECE // fp32_row)
-        for start in range(0, rows, step):
-            yield self._rows(name, start, min(rows, start + step))
-
-    def tensor(self, name: str) -> Tensor:
-        return unpermuted(name, self._rows(name, 0, self.shapes[name][0]), self.config)
-
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        from gguf import dequantize
-
-        offset, shape, dtype, kind = self.infos[name]
-        per_row = int(np.prod(shape[1:]))
-        data = np.fromfile(
-            self.file, dtype=dtype, count=(stop - start) * per_row, offset=offset + start * per_row * dtype.itemsize
-        )
-        return torch.from_numpy(np.array(dequantize(data.reshape(stop - start, *shape[1:]), kind), dtype=np.float32))
-
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        raise KeyError(name)
-
-
-def _downloaded(source: ModelSource) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [
-        "*.json",
-        "*.model",
-        "model*.safetensors",
-        "*.jinja",
-    ]  # not a second copy of the weights in another layout
+    Raises:
+        InputError: a scaling of positions that transformers does not know, or that lacks what it needs.
+    """
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind == "default":
+        return
+    if kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+        raise InputError(f"{where}: rope_type={kind}: transformers knows no such scaling of positions ({known}).")
     try:
-        folder = Path(snapshot_download(source.location, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source.location, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-    except Exception as error:  # offline, gated and unknown models each raise a class of their own
+        ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(
-            f"--model {source.name}: {source.location} cannot be had; check the name, HF_TOKEN for gated models, and "
-            f"HF_HUB_OFFLINE if it should be downloaded. ({_short(error)})"
+            f"{where}: rope_type={kind}: its settings are not such that positions can be computed ({type(error).__name__}: {short(error)})."
         ) from None
-    return folder
-
-
-def _short(error: Any) -> str:
-    return " ".join(str(error).split())[:200]

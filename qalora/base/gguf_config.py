@@ -1,17 +1,33 @@
-"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled."""
+"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled, biases, and
+whether the head is tied where the tensors lie in several files.
+
+llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.cpp, src/llama-model.cpp, ggml's rope_yarn):
+
+    freq_base                                θ
+    scaling.type, .factor                    linear, yarn or none; linear where there is a factor alone
+    scaling.original_context_length          of yarn; else context_length
+    scaling.attn_factor                      what cos and sin are multiplied by, over yarn's own 1 + 0.1 ln factor
+    rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1)
+
+Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor. A model that
+needs them is refused.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import RopeScalingType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.base.gguf_names import ARCHITECTURES, architecture
-from qalora.base.gguf_reader import GGUFReader, fast_gguf
+from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_shards
 from qalora.errors import InputError
 
 FREQUENCIES = "rope_freqs.weight"
@@ -21,18 +37,30 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     """
+    Args:
+        gguf_file: the first file of a split model.
+
     Raises:
-        InputError: biases or a scaling of positions that would be left out in silence.
+        InputError: a scaling of positions that would be left out in silence, or a file of a split model that is not there.
         OSError, ValueError, KeyError: no GGUF file of a model that transformers knows.
     """
+    file = Path(folder) / gguf_file
+    readers = open_shards(file)
     with fast_gguf():
         config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
-    file = Path(folder) / gguf_file
     if config.model_type in ARCHITECTURES:  # the others are refused by whoever asked
-        reader = GGUFReader(str(file))
-        _check_biases(reader, config, file)
-        config.rope_parameters = dict(config.rope_parameters) | _scaling(reader, config, file)
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        config.tie_word_embeddings = "output.weight" not in tensors
+        if architecture(config) == "llama":
+            config.attention_bias = "blk.0.attn_q.bias" in tensors
+            config.mlp_bias = "blk.0.ffn_up.bias" in tensors
+        config.rope_parameters = dict(config.rope_parameters) | _scaling(readers[0], tensors, config, file)
     return config
+
+
+def yarn_factor(factor: float) -> float:
+    """What YaRN multiplies cos and sin by where nothing else is said (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def head_dim(config: Any) -> int:
@@ -52,36 +80,95 @@ def rope_divisors(config: Any) -> Any:
     return (plain / scaled).float().numpy()
 
 
-def _check_biases(reader: GGUFReader, config: PreTrainedConfig, file: Path) -> None:
-    biases = [tensor.name for tensor in reader.tensors if tensor.name.endswith(".bias")]
-    if biases and architecture(config) == "llama":
-        raise InputError(
-            f"{file}: has biases ({biases[0]}), which transformers leaves out of a llama model in GGUF; use the model's folder."
+def add_positions(writer: Any, config: Any) -> None:
+    """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama 3.1's
+    scaling the tensor is written by whoever writes tensors (`rope_divisors`).
+
+    Raises:
+        InputError: there are no such keys.
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3", "linear", "yarn"):
+        raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
+    if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise InputError(f"partial_rotary_factor={share:g}: there is no GGUF form of it here; use --format hf.")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        _add_yarn(writer, config)
+
+
+def _add_yarn(writer: Any, config: Any) -> None:
+    rope, original = config.rope_parameters, config.rope_parameters["original_max_position_embeddings"]
+    factor = rope["factor"] or config.max_position_embeddings / original
+    frequencies, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    plain = copy.deepcopy(config)
+    plain.rope_parameters = dict(rope) | usual
+    if not torch.equal(ROPE_INIT_FUNCTIONS["yarn"](plain, "cpu")[0], frequencies):
+        asked = ", ".join(
+            f"{name}={rope[name]}" for name, value in usual.items() if rope.get(name, value) not in (None, value)
         )
+        raise InputError(f"rope_type=yarn with {asked}: llama.cpp knows yarn without it only; use --format hf.")
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    if not math.isclose(
+        attention, yarn_factor(factor), rel_tol=1e-6
+    ):  # of attention_factor, or mscale and mscale_all_dim
+        writer.add_rope_scaling_attn_factors(attention / yarn_factor(factor))
 
 
-def _scaling(reader: GGUFReader, config: PreTrainedConfig, file: Path) -> dict[str, Any]:
+def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConfig, file: Path) -> dict[str, Any]:
     """What the file says of the scaling of positions, as rope_parameters."""
 
     def field(name: str) -> Any:
-        found = reader.fields.get(f"{architecture(config)}.rope.scaling.{name}")
+        found = reader.fields.get(f"{architecture(config)}.rope.{name}")
         return None if found is None else found.contents()
 
-    divisors = next((np.array(tensor.data) for tensor in reader.tensors if tensor.name == FREQUENCIES), None)
-    kind = field("type")
-    if divisors is not None:
-        guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
-        scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
-        if np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
-            return guess
-        kind = FREQUENCIES
-    elif kind in (None, "none"):
+    factor = field("scaling.factor") or field("scale_linear")
+    kind = field("scaling.type") or ("linear" if factor and factor != 1 else "none")
+    unscaled = kind == "none" or (kind == "linear" and factor in (None, 0, 1))
+    attention = field("scaling.attn_factor")
+    if attention not in (None, 1) and kind != "yarn":
+        raise _unknown(file, f"{kind} with attn_factor {attention:g}")
+    if FREQUENCIES in tensors and unscaled:
+        return _llama3(np.array(tensors[FREQUENCIES].data), config, file)
+    if unscaled:
         return {}
-    elif kind == "linear":
-        return {"rope_type": "linear", "factor": float(field("factor"))}
-    elif kind == "yarn" and field("original_context_length"):
-        original = int(field("original_context_length"))
-        return {"rope_type": "yarn", "factor": float(field("factor")), "original_max_position_embeddings": original}
-    raise InputError(
+    if kind == "linear" and FREQUENCIES not in tensors:
+        return {"rope_type": "linear", "factor": float(factor)}
+    if kind != "yarn" or not factor or FREQUENCIES in tensors:
+        raise _unknown(file, kind)
+    own = yarn_factor(factor)
+    # Converters write them, and llama.cpp does not read them all; or transformers has no setting for them.
+    usual = {"attn_factor": own, "ext_factor": 1.0, "log_multiplier": 0.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    for name, plain in ((f"yarn_{name}", value) for name, value in usual.items()):
+        value = field(f"scaling.{name}")
+        if value is not None and not math.isclose(value, plain, rel_tol=1e-4):
+            raise _unknown(file, f"yarn with {name} {value:g}")
+    found = {
+        "rope_type": "yarn",
+        "factor": float(factor),
+        "original_max_position_embeddings": int(
+            field("scaling.original_context_length") or config.max_position_embeddings
+        ),
+    }
+    return found | ({} if attention is None else {"attention_factor": attention * own})
+
+
+def _llama3(divisors: np.ndarray, config: PreTrainedConfig, file: Path) -> dict[str, Any]:
+    guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
+    scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
+    if not np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
+        raise _unknown(file, FREQUENCIES)
+    return guess
+
+
+def _unknown(file: Path, kind: str) -> InputError:
+    return InputError(
         f"{file}: scales positions in a way ({kind}) that is not read from GGUF here; use the model's folder."
     )

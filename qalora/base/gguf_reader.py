@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+from qalora.base.registry import shards_of
+from qalora.errors import InputError
+
 
 class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
     """The library's reader over the same mapped bytes, as a plain array."""
+
+    def __init__(self, path: Any, *options: Any):
+        self.path = Path(path)
+        super().__init__(path, *options)
 
     @property
     def data(self) -> Any:
@@ -24,6 +32,38 @@ class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
     @data.setter
     def data(self, mapped: Any) -> None:
         self._data = np.asarray(mapped)
+
+
+def open_shards(file: Path) -> list[GGUFReader]:
+    """Readers of all files of a model, of which the first has the metadata; of a model in one file, its reader alone.
+
+    Args:
+        file: any of them.
+
+    Raises:
+        InputError: not a GGUF file, or a file of a split model whose name does not say where the others are.
+    """
+    readers = []
+    for shard in (files := shards_of(file)):
+        try:
+            readers.append(GGUFReader(str(shard)))
+        except Exception as error:  # the library raises whatever numpy does
+            raise InputError(
+                f"{shard}: not a GGUF file of a LLaMA-class model ({' '.join(str(error).split())[:200]})."
+            ) from None
+        count = _shard_field(readers[-1], "split.count", 1)
+        number = _shard_field(readers[-1], "split.no", 0) + 1
+        if count != len(files) or (count > 1 and files[number - 1] != shard):
+            raise InputError(
+                f"{shard}: file {number} of {count} of a split model by its metadata, which its name does not say; give the files the "
+                f"names NAME-00001-of-{count:05d}.gguf and so on."
+            )
+    return readers
+
+
+def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
+    field = reader.fields.get(name)
+    return default if field is None else max(int(field.contents()), default)
 
 
 @contextmanager

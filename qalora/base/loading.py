@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from qalora.base.gguf_config import gguf_config
+from qalora.base.checkpoint import Checkpoint, Quantization, open_checkpoint, open_config, storage_dtype
 from qalora.base.gguf_reader import fast_gguf
+from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.prefixes import ATTENTION
-from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
-from qalora.base.registry import ModelSource, check_model_type, read_fields
+from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
+from qalora.base.registry import ModelSource, check_model_type, read_fields, shape_of
+from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
 from qalora.errors import InputError
 
@@ -68,45 +70,81 @@ def load_base(
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
+    check_base(source, in_4bit=load_in_4bit)
     tokenizer = tokenizer or load_tokenizer(source)
-    published = _published_config(source)
-    if published is not None:
-        check_model_type(published.get("model_type"), f"--model {source.name}")
-    stored_4bit = published is not None and _stored_in_4bit(published, source)
-    if stored_4bit and not load_in_4bit:
-        raise InputError(
-            f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
-        )
-    config = _quantization_config(quant_type, double_quant, compute_dtype) if load_in_4bit else None
-    model: Any
-    if source.kind == "gguf" and config is not None:
-        # transformers dequantizes a GGUF file's weights, and cannot quantize them anew in the same load. In host memory, for the
-        # 16-bit model may be larger than the GPU.
-        model = _from_pretrained(source, storage_dtype(compute_dtype), "cpu")
-        quantize_(model, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
-        model.to(device)
-        if hasattr(model, "hf_device_map"):  # which accelerate compares with the device that is trained on
-            model.hf_device_map = {"": device}
-        _declare_quantized(model, config)
-    else:
-        model = _from_pretrained(source, compute_dtype, device, None if stored_4bit else config)
-    check_model_type(model.config.model_type, f"--model {source.name}")
-    _set_compute_dtype(model, compute_dtype)
+    model: Any = load_model(
+        source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
+    )
     _refuse_ragged_rows(source, model, device)
-    guard_cpu_packing(model)
-    model.requires_grad_(False)
     model.config.use_cache = False
     # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
     model.name_or_path = model.config.name_or_path = source.hub_id or source.location
     return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_model(
+    source: ModelSource,
+    quantization: Quantization,
+    device: str,
+    part: Part | None = None,
+    *,
+    attention: str = ATTENTION,
+    gguf: tuple[Checkpoint, PreTrainedConfig] | None = None,
+) -> PreTrainedModel:
+    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files.
+
+    Args:
+        part: None: the whole.
+        gguf: what `open_checkpoint` gave for a GGUF file, where it was called already.
+    """
+    check_base(source, in_4bit=quantization.quant_type is not None)
+    if source.gguf_file:
+        model = _from_gguf(*(gguf or open_checkpoint(source)), quantization, device, part, attention)
+    else:
+        model = _from_pretrained(source, quantization, device, part, attention)
+    _set_compute_dtype(model, quantization.compute_dtype)
+    guard_cpu_packing(model)
+    return model.requires_grad_(False)
+
+
+def check_base(source: ModelSource, *, in_4bit: bool) -> None:
+    """
+    Raises:
+        InputError: no such model, no LLaMA-class decoder, a file of it is missing, or it is stored in another precision.
+    """
+    folder = base_folder(source)
+    published = {} if source.gguf_file else read_fields(folder / "config.json")
+    check_model_type(published.get("model_type"), f"--model {source.name}")
+    weight_files(folder, source.gguf_file, name=source.name)
+    if source.gguf_file:
+        return
+    if _stored_in_4bit(published, source) and not in_4bit:
+        raise InputError(
+            f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
+        )
+
+
+def stored_quantization(source: ModelSource) -> dict[str, Any]:
+    """The settings of a base that is stored in 4 bits; empty of another.
+
+    Raises:
+        InputError: no such model, or stored with another quantization.
+    """
+    if source.gguf_file:
+        return {}
+    published = read_fields(base_folder(source) / "config.json")
+    return dict(published["quantization_config"]) if _stored_in_4bit(published, source) else {}
+
+
+def load_tokenizer(source: ModelSource, *, spare_tokens: bool = False) -> PreTrainedTokenizerBase:
     """The base's fast tokenizer, padding on the right; a missing pad token is the unknown or the end token, so that
     the vocabulary never grows.
 
+    Args:
+        spare_tokens: also one with tokens that the model has no embeddings for, where no such token will be used.
+
     Raises:
-        InputError: no tokenizer there.
+        InputError: no tokenizer there, or one with tokens that the model has no embeddings for.
     """
     tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None:
@@ -116,6 +154,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"--model {source.name}: the tokenizer has no pad, unknown or end token; give it one (pad_token)."
         )
     tokenizer.padding_side = "right"
+    if not spare_tokens:
+        check_vocabulary(tokenizer, source)
     return tokenizer
 
 
@@ -131,6 +171,21 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers."
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """
+    Raises:
+        InputError: tokens that the model has no embeddings for.
+    """
+    rows = shape_of(source).vocab_size
+    if beyond := sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows):
+        named = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3])
+        raise InputError(
+            f"--model {source.name}: the tokenizer has {len(beyond)} tokens that the model has no embeddings for ({named}; the last "
+            f"embedding is {rows - 1}); take them out of the tokenizer's files, or resize the embeddings once with transformers' "
+            "resize_token_embeddings and save the model."
+        )
 
 
 def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
@@ -170,25 +225,59 @@ def _faster_on_cpu() -> torch.dtype:
 
 
 def _from_pretrained(
-    source: ModelSource, dtype: torch.dtype, device: str, quantization: BitsAndBytesConfig | None = None
+    source: ModelSource, quantization: Quantization, device: str, part: Part | None, attention: str
 ) -> PreTrainedModel:
-    """With `quantization` each weight is quantized as it is read: the 16-bit model never exists as a whole."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "device_map": {"": device}}
-    if source.gguf_file:
-        options["config"] = _found(source, gguf_config)
-        # transformers keeps a GGUF file's weights packed unless asked to dequantize them.
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    elif quantization is not None:
-        options["quantization_config"] = quantization
-    model, report = _found(source, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    """Each weight is quantized as it is read: the 16-bit model never exists as a whole."""
+    options: dict[str, Any] = {
+        "dtype": quantization.compute_dtype, "attn_implementation": attention, "device_map": {"": device}
+    }  # fmt: skip
+    folder, loader = replace(source, location=str(base_folder(source))), AutoModelForCausalLM
+    config = open_config(folder)
+    if quantization.quant_type and not getattr(config, "quantization_config", None):
+        options["quantization_config"] = _quantization_config(quantization)
+    if part is not None:
+        options["config"], loader = config, part.of(config)
+    model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers makes them up at random
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(
             f"--model {source.name}: {source.location} lacks {len(report['missing_keys'])} weights ({names})."
         )
-    if source.gguf_file and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def _from_gguf(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    quantization: Quantization,
+    device: str,
+    part: Part | None,
+    attention: str,
+) -> PreTrainedModel:
+    """A tensor at a time: read in host memory, quantized on the device."""
+    config = copy.deepcopy(config)
+    model: Any = from_checkpoint(
+        checkpoint,
+        config,
+        part or whole(config),
+        dtype=storage_dtype(quantization, is_gguf=True),
+        device="cpu" if quantization.quant_type else device,
+        attention=attention,
+        convert=partial(
+            quantized,
+            quant_type=quantization.quant_type,
+            double_quant=quantization.double_quant,
+            compute_dtype=quantization.compute_dtype,
+            device=device,
+        )
+        if quantization.quant_type
+        else None,
+    )
+    model.to(device)
+    model.hf_device_map = {"": device}  # which accelerate compares with the device that is trained on
+    if quantization.quant_type:
+        _declare_quantized(model, _quantization_config(quantization))
+    return model  # type: ignore[no-any-return]
 
 
 def _found(source: ModelSource, load: Any, **options: Any) -> Any:
@@ -210,15 +299,6 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
         ) from error
 
 
-def _published_config(source: ModelSource) -> dict[str, Any] | None:
-    """config.json of a base, None of one that is registered or has none (GGUF): what it says of itself before its weights load."""
-    if source.kind == "folder":
-        return read_fields(Path(source.location) / "config.json")
-    if source.kind == "hub" and source.shape is None:
-        return _found(source, AutoConfig.from_pretrained).to_dict()  # type: ignore[no-any-return]
-    return None
-
-
 def _stored_in_4bit(config: dict[str, Any], source: ModelSource) -> bool:
     """
     Raises:
@@ -231,11 +311,6 @@ def _stored_in_4bit(config: dict[str, Any], source: ModelSource) -> bool:
             "use the 16-bit model, or one saved in bitsandbytes' 4-bit."
         )
     return bool(quantization)
-
-
-def storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    # fp32 would double the peak for weights that a GGUF file has in fewer bits anyway.
-    return torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
 
 
 def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -269,12 +344,12 @@ def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str
             )
 
 
-def _quantization_config(quant_type: str, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=quantization.compute_dtype,
         llm_int8_skip_modules=["lm_head"],
     )
 

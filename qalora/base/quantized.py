@@ -92,8 +92,9 @@ def dequantize(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return module.weight.detach().to(dtype)
     _refuse_packed(module)
     state = copy.copy(module.weight.quant_state)
-    state.dtype = dtype
-    return dequantize_4bit(module.weight.data, state)
+    # As one row: bitsandbytes on a CPU lays blocks along rows, but quantizes the flattened matrix.
+    state.dtype, state.shape = dtype, torch.Size((1, state.shape.numel()))
+    return dequantize_4bit(module.weight.data, state).view(module.out_features, module.in_features)
 
 
 def guard_cpu_packing(model: nn.Module) -> None:

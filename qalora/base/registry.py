@@ -174,10 +174,13 @@ def resolve(name: str) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"--model {name}: a file, but not a .gguf one; pass the folder that holds the model.")
-        return ModelSource(name, "gguf", str(path.parent), path.name)
+        return ModelSource(name, "gguf", str(path.parent), shards_of(path)[0].name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: the folder has no config.json; for a GGUF file pass the file itself.")
+        from qalora.base.weight_files import refuse_adapter_beside
+
+        refuse_adapter_beside(path, name)
         return ModelSource(name, "folder", str(path))
     if name in MODELS:
         hub_id, shape = MODELS[name]
@@ -190,6 +193,28 @@ def resolve(name: str) -> ModelSource:
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
+
+
+def shards_of(file: Path) -> list[Path]:
+    """All files of a GGUF model that is split (NAME-00001-of-00003.gguf), the first of them first; else the file alone.
+
+    Args:
+        file: any of them.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    numbered = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if numbered is None:
+        return [file]
+    stem, _, count = numbered.groups()
+    shards = [file.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise InputError(
+            f"--model {file}: one of {int(count)} files of a split model, of which {len(missing)} are not there "
+            f"({', '.join(missing[:3])}); put them beside it."
+        )
+    return shards
 
 
 def _on_the_hub(name: str, hub_id: str, shape: ModelShape | None) -> ModelSource:
@@ -283,10 +308,11 @@ def read_fields(file: Path) -> dict[str, Any]:
 
 
 def _gguf_shape(file: Path) -> ModelShape:
-    from qalora.base.gguf_reader import GGUFReader
+    from qalora.base.gguf_reader import open_shards
 
+    readers = open_shards(file)
+    reader = readers[0]
     try:
-        reader = GGUFReader(str(file))
         architecture = reader.fields["general.architecture"].contents()
         keys = {
             "hidden_size": "embedding_length",
@@ -305,7 +331,7 @@ def _gguf_shape(file: Path) -> ModelShape:
             "factor": said.get("rope.scaling.factor"),
             "original_max_position_embeddings": said.get("rope.scaling.original_context_length"),
         }
-        names = {tensor.name: tensor for tensor in reader.tensors}
+        names = {tensor.name: tensor for shard in readers for tensor in shard.tensors}
         config["vocab_size"] = int(names["token_embd.weight"].shape[1])
     except (LookupError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None

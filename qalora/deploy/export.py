@@ -24,8 +24,9 @@ from torch import Tensor
 
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import PREFIX, read_adapter, whole
-from qalora.base.checkpoint import expected_shapes, open_config
+from qalora.base.checkpoint import open_config
 from qalora.base.registry import ModelSource
+from qalora.base.tensor_files import expected_shapes
 from qalora.deploy.merging import low_rank_updates, maps_of
 from qalora.deploy.output import REPORT, check_output, one_at_a_time
 from qalora.deploy.settings import served_after

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType, quantize
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
 from gguf.constants import GGML_QUANT_SIZES, Keys, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
-from qalora.base.gguf_config import FREQUENCIES, head_dim, rope_divisors
+from qalora.base.gguf_config import FREQUENCIES, add_positions, head_dim, rope_divisors
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
 from qalora.base.gguf_reader import GGUFReader
 from qalora.base.registry import ModelSource
@@ -135,6 +135,12 @@ def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantization
     return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
 
 
+def stored(name: str, value: Tensor, gguf_type: str) -> Tensor:
+    """(rows, in) or (out,): what a reader of the file finds for such values, in fp32."""
+    kind = _kind(name, tuple(value.shape), gguf_type)
+    return torch.from_numpy(dequantize(quantize(value.float().contiguous().numpy(), kind), kind)).view(value.shape)
+
+
 def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block * size
@@ -160,7 +166,8 @@ def _encoded(
 
 
 def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
-    rope = config.rope_parameters
+    if config.hidden_act != "silu":
+        raise InputError(f"hidden_act={config.hidden_act}: there is no GGUF form of it here; use --format hf.")
     writer.add_type("model")
     writer.add_file_type(LlamaFileType[{"f32": "ALL_F32"}.get(gguf_type, f"MOSTLY_{gguf_type.upper()}")])
     writer.add_quantization_version(2)
@@ -175,17 +182,7 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    elif kind not in ("default", "llama3"):
-        raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
+    add_positions(writer, config)
     if window := getattr(config, "sliding_window", None):
         writer.add_sliding_window(window)
 

@@ -3,15 +3,16 @@
     W_merged = round( W + s · B A )        per linear map: W as the training computed with it, the sum in fp32, one rounding
 
     checkpoint ─ trained_pieces ─ + s·B A ─ round ─┐
-               └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file ─ read back ─ compared
+               └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file ─ compared (verification.py)
 
-No more than some rows of one tensor are in memory at a time, and of a map its 4-bit codes; in the comparison neither.
+While writing, no more than some rows of one tensor are in memory at a time, and of a linear layer its 4-bit codes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,21 +24,20 @@ from transformers import PreTrainedConfig
 
 from qalora.adapter.saved import SavedAdapter, read_adapter, scaling_of
 from qalora.base.checkpoint import (
-    PIECE,
     Checkpoint,
     Pieces,
     Quantization,
-    expected_shapes,
+    as_stored,
+    is_linear_layer,
     open_checkpoint,
-    open_folder,
     trained_pieces,
 )
 from qalora.base.gguf_names import is_permuted
-from qalora.base.loading import storage_dtype
 from qalora.base.registry import ModelSource
+from qalora.base.tensor_files import PIECE, expected_shapes
 from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
 from qalora.deploy.settings import served_after, write_settings
-from qalora.deploy.verification import TOLERANCE, Update, compare
+from qalora.deploy.verification import TOLERANCE, Rounding, Update, as_read, as_trained, compare, fault
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 
@@ -65,7 +65,7 @@ def merge(
     model and adapter is replaced; any other content is refused.
 
     Args:
-        quantization: of the 4-bit base that was trained on; None: the 16- or 32-bit weights themselves.
+        quantization: how the training had the base; None: its 16- or 32-bit weights as they are stored.
         dtype: of the saved weights, for format hf.
         gguf_type: of the saved weights, for format gguf.
         verify: read the result back and compare it with base + adapter, in fp32, on a few texts.
@@ -83,14 +83,16 @@ def merge(
     adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
     adapter.check_fit(maps_of(checkpoint.shapes))
-    if quantization is None and checkpoint.packed:
+    if quantization is not None:
+        quantization = as_stored(checkpoint, quantization)
+    elif checkpoint.packed:
         raise InputError(
             f"--model {source.name}: stored in 4 bits, and --base original asks for 16-bit weights; leave it out, or pass the 16-bit "
             "model that it was made from."
         )
     updates = low_rank_updates(adapter)
     served = served_after(source, config, adapter_dir)
-    pieces = merged_pieces(checkpoint, updates, quantization, config)
+    pieces = merged_pieces(checkpoint, updates, quantization)
     shapes = expected_shapes(config)
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
     check_room(output_dir, shapes, stored, config)
@@ -110,47 +112,45 @@ def merge(
         report: dict[str, Any] = {
             "model": source.name,
             "adapter": str(adapter_dir.resolve()),
-            "base": "original" if quantization is None else "dequantized",
+            "base": "dequantized" if quantization and quantization.quant_type else "original",
+            "quantization": quantization and {**asdict(quantization), "compute_dtype": quantization.name},
+            "base_files": [file.name for file in checkpoint.files],
             "format": format,
             "dtype": stored,
             "modules": len(updates),
             "bytes": sum(file.stat().st_size for file in partial.iterdir() if file.suffix in (".safetensors", ".gguf")),
         }
         if verify:
-            # llama.cpp reads biases from a GGUF file, and transformers does not: so the base's own config says what is there.
-            written, saved_config = (
-                open_folder(partial, "model.gguf", config=config) if format == "gguf" else open_folder(partial)
-            )
             report |= compare(
-                config,
-                lambda name: base_pieces(checkpoint, quantization, config, name),
+                as_trained(source, quantization),
                 updates,
-                saved_config,
-                written.pieces,
+                as_read(partial, "model.gguf" if format == "gguf" else None),
+                rounding(format, dtype, gguf_type),
                 served.tokenizer,
             )
             report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if verify and not report["relative_difference"] <= report["tolerance"]:
-            raise AnswerNo(
-                f"the merged model differs from base + adapter by {report['relative_difference']:.2g} of its logits, more than "
-                f"rounding to {stored} explains ({report['tolerance']:.2g}); nothing was kept. --no-verify keeps it."
-            )
+        if verify and (wrong := fault(report, stored)):
+            raise AnswerNo(f"{wrong}; nothing was kept. --no-verify keeps it.")
     return report
 
 
-def merged_pieces(
-    checkpoint: Checkpoint,
-    updates: Mapping[str, Update],
-    quantization: Quantization | None,
-    config: PreTrainedConfig,
-) -> Pieces:
+def rounding(format: Format, dtype: torch.dtype, gguf_type: str) -> Rounding:
+    """What a file of the format holds of a tensor's rows."""
+    if format == "gguf":
+        from qalora.deploy import gguf
+
+        return lambda name, value: gguf.stored(name, value, gguf_type)
+    return lambda name, value: value.to(dtype).float()
+
+
+def merged_pieces(checkpoint: Checkpoint, updates: Mapping[str, Update], quantization: Quantization | None) -> Pieces:
     """Name → the tensor to save in blocks of rows, before its rounding."""
 
     def pieces(name: str) -> Iterator[Tensor]:
         update = updates.get(name.removesuffix(".weight"))
         if update is None:
-            yield from base_pieces(checkpoint, quantization, config, name)
+            yield from trained_pieces(checkpoint, name, quantization)
             return
         A, B, s = update
         row = 0
@@ -161,28 +161,11 @@ def merged_pieces(
     return pieces
 
 
-def base_pieces(
-    checkpoint: Checkpoint, quantization: Quantization | None, config: PreTrainedConfig, name: str
-) -> Iterator[Tensor]:
-    """A tensor of the base as the training computed with it: linear maps of the blocks dequantized, all else as it is, but
-    for a GGUF file's tensors, which a 4-bit base was loaded from in the dtype of its storage."""
-    if is_map(name):
-        yield from trained_pieces(checkpoint, name, quantization)
-        return
-    for piece in checkpoint.pieces(name):
-        if quantization is not None and checkpoint.is_gguf:
-            piece = piece.to(storage_dtype(quantization.compute_dtype))
-        yield piece
-
-
-def is_map(name: str) -> bool:
-    """Whether the tensor is the weight of a linear map of a block."""
-    return ".layers." in name and name.endswith("_proj.weight")
-
-
 def maps_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
     """Name → shape of a model's tensors → full module name → (in, out) of every linear map of its blocks."""
-    return {name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_map(name)}
+    return {
+        name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_linear_layer(name)
+    }
 
 
 def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
@@ -208,13 +191,17 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
     in_gguf = not hasattr(torch, stored)
     largest = max(
         int(
-            (size * 0.6 if is_map(name) else 0)
+            (size * 0.6 if is_linear_layer(name) else 0)
             + (size * bits / 8 if in_gguf else 0)
             + (size * 8 if in_gguf and is_permuted(name, config) else 0)
         )
         for name, size in sizes.items()
     )
-    memory, available = largest + 4 * PIECE + (200 << 20), psutil.virtual_memory().available
+    # The comparison has embeddings and head whole, of both sides one after the other, and a block of weights.
+    ends = sum(size for name, size in sizes.items() if ".layers." not in name)
+    block = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    compared = 4 * max(ends, block) + 2 * (ends + block)
+    memory, available = max(largest, compared) + 4 * PIECE + (200 << 20), psutil.virtual_memory().available
     if available < memory:
         raise InputError(
             f"--model: the merge takes {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; close "

@@ -1,19 +1,37 @@
-"""Is the merged model the adapter model? Both run on a few texts in fp32, their weights read from disk map by map."""
+"""Is the merged model the adapter model? Both run on a few texts in fp32, block by block.
+
+    the base as training loads it  + adapter ─────────────── exact ┐ explains all but the rounding
+                                   + adapter, each sum rounded ────┤ must be equal
+    the result as a reader that knows nothing of us loads it ──────┘
+
+Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the disk.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from qalora.base.checkpoint import Pieces
+from qalora.base.checkpoint import Quantization, open_checkpoint
+from qalora.base.loading import load_model
+from qalora.base.parts import Part, from_checkpoint
+from qalora.base.quantized import dequantize, is_4bit
+from qalora.base.registry import ModelSource, resolve
 
 Update = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), scaling
+Parts = Callable[[Part], PreTrainedModel]  # loads a part of a model
+Rounding = Callable[[str, Tensor], Tensor]  # name, rows of a tensor → what a file holds of them, in fp32
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -26,14 +44,42 @@ TOLERANCE = {
     "float32": 1e-4, "f32": 1e-4, "float16": 5e-3, "f16": 5e-3, "bfloat16": 4e-2, "bf16": 4e-2,
     "q8_0": 1e-1, "q5_1": 0.5, "q5_0": 0.5, "q4_1": 1.0, "q4_0": 1.0,
 }  # fmt: skip
+UNEXPLAINED = 1e-3  # largest relative difference from the adapter model with rounded weights: that of the order of sums
+ROTATION = 1e-4  # largest relative difference of the frequencies of positions, which a file holds in fp32
+ROWS = 1 << 24  # weights of a linear layer that are in fp32 at a time
+
+
+def as_trained(source: ModelSource, quantization: Quantization | None) -> Parts:
+    """The base as training loads it; None: its weights as they are stored."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = quantization or Quantization(None, False, torch.float32)
+    opened = open_checkpoint(source) if source.gguf_file else None
+    return lambda part: load_model(source, asked, device, part, attention="sdpa", gguf=opened)
+
+
+def as_read(folder: Path, gguf_file: str | None = None) -> Parts:
+    """What was written, as transformers loads the folder, or by a GGUF file's own metadata."""
+    if gguf_file:
+        checkpoint, config = open_checkpoint(resolve(str(folder / gguf_file)))
+        return lambda part: from_checkpoint(
+            checkpoint, copy.deepcopy(config), part, dtype=torch.float32, device="cpu", attention="sdpa"
+        )
+    config = AutoConfig.from_pretrained(folder)
+
+    def load(part: Part) -> PreTrainedModel:
+        model, report = part.of(config).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if report["missing_keys"]:  # transformers makes them up at random
+            raise RuntimeError(f"{folder}: lacks {sorted(report['missing_keys'])[:3]}")
+        return model  # type: ignore[no-any-return]
+
+    return load
 
 
 def compare(
-    config: PreTrainedConfig,
-    base: Pieces,
+    reference: Parts,
     updates: Mapping[str, Update],
-    merged_config: PreTrainedConfig,
-    merged: Pieces,
+    result: Parts,
+    rounding: Rounding,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] = TEXTS,
 ) -> dict[str, Any]:
@@ -42,95 +88,198 @@ def compare(
     Returns:
         max_logit_difference, mean_logit_difference: absolute.
         relative_difference: root mean square, over that of the logits about their mean.
+        unexplained_difference: the same, from base + adapter with each weight rounded as the file's type does.
+        position_difference: largest, of a frequency that positions are rotated by, or of their factor.
         kl: nats a token, of the merged model's predictions from the adapter model's.
         greedy_agreement: share of positions with the same likeliest token.
         mean_adapter_effect: mean absolute difference between adapter model and bare base.
     """
     rows = [tokenizer(text)["input_ids"] for text in texts]
-    width = max(map(len, rows))
+    width, n = max(map(len, rows)), len(rows)
     # Padded on the right: under a causal mask nothing before it sees the padding.
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    both = streamed_logits(config, base, ids.repeat(2, 1), updates, adapted=len(rows))
-    adapter, bare = both[: len(rows)][real], both[len(rows) :][real]
-    del both
-    effect = (adapter - bare).abs().mean().item()
-    del bare
-    found = streamed_logits(merged_config, merged, ids)[real]
-    spread = (adapter - adapter.mean(-1, keepdim=True)).square().mean().sqrt().item()
+    with _quiet():
+        left, right = streamed(reference, updates, rounding, n), streamed(result)
+        rotation = rotation_difference(left, right)
+        groups = _logits(left, ids.repeat(3, 1))
+        adapter, bare, rounded = (groups[k * n : (k + 1) * n][real] for k in range(3))
+        del groups, left
+        effect = (adapter - bare).abs().mean().item()
+        del bare
+        found = _logits(right, ids)[real]
     kl = F.kl_div(found.log_softmax(-1), adapter.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
-    agreement = (found.argmax(-1) == adapter.argmax(-1)).float().mean().item()
-    difference = found.sub_(adapter).abs_()
+    difference = (found - adapter).abs_()
     return {
         "max_logit_difference": difference.max().item(),
         "mean_logit_difference": difference.mean().item(),
-        "relative_difference": math.sqrt(difference.square_().mean().item()) / spread,
+        "relative_difference": _relative(found, adapter),
+        "unexplained_difference": _relative(found, rounded),
+        "position_difference": rotation,
         "kl": max(0.0, kl.item()),  # its rounding may fall below zero
-        "greedy_agreement": agreement,
+        "greedy_agreement": (found.argmax(-1) == adapter.argmax(-1)).float().mean().item(),
         "mean_adapter_effect": effect,
     }
 
 
-@torch.no_grad()
-def streamed_logits(
-    config: PreTrainedConfig,
-    read: Pieces,
-    input_ids: Tensor,
-    updates: Mapping[str, Update] | None = None,
-    adapted: int = 0,
-) -> Tensor:
-    """(rows, tokens, vocabulary) fp32 logits of a model whose weights are read when their layer is due, and dropped.
+def fault(report: Mapping[str, Any], stored: str) -> str | None:
+    """What is wrong with a merge by its comparison; None: nothing."""
+    limits = {
+        "relative_difference": (TOLERANCE[stored], f"of its logits, more than rounding to {stored} explains"),
+        "unexplained_difference": (UNEXPLAINED, f"of its logits, beyond the rounding to {stored}"),
+        "position_difference": (ROTATION, "in how it rotates positions"),
+    }
+    for name, (limit, what) in limits.items():
+        if not report[name] <= limit:
+            return f"the merged model differs from base + adapter by {report[name]:.2g} {what} ({limit:.2g})"
+    return None
+
+
+def rotation_difference(left: Any, right: Any) -> float:
+    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
+    worst = 0.0
+    for length in (2, left.config.max_position_embeddings):
+        at = torch.tensor([[0, length - 1]])
+        found = []
+        for model in (left, right):
+            rotary = model.model.rotary_emb
+            rotary(torch.zeros(1), position_ids=at)  # some kinds of scaling depend on the length
+            found.append(torch.cat([rotary.inv_freq.float().cpu(), torch.tensor([float(rotary.attention_scaling)])]))
+        if found[0].shape != found[1].shape:
+            return math.inf
+        worst = max(worst, ((found[0] - found[1]).abs() / found[0].abs().clamp_min(1e-30)).max().item())
+    return worst
+
+
+def streamed(
+    parts: Parts, updates: Mapping[str, Update] | None = None, rounding: Rounding | None = None, n: int | None = None
+) -> PreTrainedModel:
+    """A model that computes in fp32 and loads each block when it is due, to drop it again.
 
     Args:
-        updates: low-rank updates, added to the outputs of the first `adapted` rows.
+        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear layers, the
+            second none, and the third has them added to the weights, which are rounded then; None: one group, as the weights are.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    for name, module in list(model.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if isinstance(module, nn.Linear):
-            source = "model.embed_tokens" if name == "lm_head" and config.tie_word_embeddings else name
-            update = (updates or {}).get(name)
-            setattr(model.get_submodule(parent), child, _Linear(read, source, module.bias is not None, update, adapted))
-        elif isinstance(module, nn.Embedding):
-            setattr(model.get_submodule(parent), child, _Embedding(read, name, module.embedding_dim))
-        elif name.endswith("norm"):
-            module.weight = nn.Parameter(_whole(read, f"{name}.weight"), requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()(input_ids=input_ids, use_cache=False).logits
+    model: Any = parts(Part((), ends=True))
+    wrapped = partial(_wrapped, updates=updates or {}, rounding=rounding, n=n)
+    head_is_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
+    name = "model.embed_tokens" if head_is_embeddings else "lm_head"
+    model.lm_head = wrapped(name, model.lm_head)
+    model.model.embed_tokens = wrapped("model.embed_tokens", model.model.embed_tokens)
+    model.model.norm = wrapped("model.norm", model.model.norm)
+    model.model.layers = nn.ModuleList(_Block(parts, i, wrapped) for i in range(model.config.num_hidden_layers))
+    model.model.rotary_emb.cpu()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a bar for each part that it loads, and wonders at parts without linear layers."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """(rows, tokens, vocabulary) in fp32."""
+    return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt().item()
+    return math.sqrt((found - expected).square().mean().item()) / spread
+
+
+class _Block(nn.Module):
+    def __init__(self, parts: Parts, index: int, wrapped: Callable[[str, nn.Module], nn.Module]):
+        super().__init__()
+        self.load = lambda: parts(Part((index,), ends=False)).model.layers._modules[str(index)]
+        self.name, self.wrapped = f"model.layers.{index}", wrapped
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        block: Any = self.load()
+        for name, module in list(block.named_modules()):
+            if next(module.parameters(recurse=False), None) is not None:
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, self.wrapped(f"{self.name}.{name}", module))
+        return block.eval()(*args, **options)
+
+
+def _wrapped(
+    name: str, module: Any, *, updates: Mapping[str, Update], rounding: Rounding | None, n: int | None
+) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return _Linear(name, module, updates.get(name), rounding, n)
+    if isinstance(module, nn.Embedding):
+        return _Embedding(name, module, rounding, n)
+    return _Norm(name, module, rounding, n)
 
 
 class _Linear(nn.Module):
-    def __init__(self, read: Pieces, name: str, bias: bool, update: Update | None, adapted: int):
+    """Rows of the weight a stretch at a time, whatever it is stored in."""
+
+    def __init__(self, name: str, linear: Any, update: Update | None, rounding: Rounding | None, n: int | None):
         super().__init__()
-        self.read, self.name, self.bias, self.update, self.adapted = read, name, bias, update, adapted
+        self.name, self.linear, self.update, self.rounding, self.n = name, linear, update, rounding, n
         self.weight = torch.empty(0)  # transformers asks for its dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, tokens, in) → (rows, tokens, out)."""
-        z = torch.cat([F.linear(x, piece.float()) for piece in self.read(f"{self.name}.weight")], dim=-1)
-        if self.bias:
-            z += _whole(self.read, f"{self.name}.bias")
-        if self.update is not None:
-            A, B, s = self.update
-            z[: self.adapted] += F.linear(F.linear(x[: self.adapted], A), B).mul_(s)
-        return z
+        n, out, start = self.n, [], 0
+        for weight in self._stretches():
+            stop = start + len(weight)
+            bias = None if self.linear.bias is None else self.linear.bias[start:stop].float().cpu()
+            if self.rounding is None or n is None:
+                out.append(F.linear(x, weight, bias))
+            else:
+                z = F.linear(x[: 2 * n], weight, bias)
+                if self.update is not None:
+                    A, B, s = self.update
+                    z[:n] += F.linear(F.linear(x[:n], A), B[start:stop]).mul_(s)
+                    weight = torch.addmm(weight, B[start:stop], A, alpha=s)
+                bias = None if bias is None else self.rounding(f"{self.name}.bias", bias)
+                out.append(torch.cat([z, F.linear(x[2 * n :], self.rounding(f"{self.name}.weight", weight), bias)]))
+            start = stop
+        return torch.cat(out, dim=-1)
+
+    def _stretches(self) -> Iterator[Tensor]:
+        linear = self.linear
+        weight = dequantize(linear, linear.compute_dtype) if is_4bit(linear) else linear.weight
+        for rows in weight.split(max(1, ROWS // weight.shape[1])):
+            yield rows.cpu().float()
 
 
 class _Embedding(nn.Module):
-    def __init__(self, read: Pieces, name: str, width: int):
+    def __init__(self, name: str, embedding: nn.Embedding, rounding: Rounding | None, n: int | None):
         super().__init__()
-        self.read, self.name, self.width = read, name, width
+        self.name, self.rows, self.rounding, self.n = name, embedding.weight, rounding, n
+        self.weight = torch.empty(0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (rows, tokens) → (rows, tokens, hidden)."""
-        out, start = torch.empty(*ids.shape, self.width), 0
-        for piece in self.read(f"{self.name}.weight"):
-            here = (ids >= start) & (ids < start + len(piece))
-            out[here] = piece[ids[here] - start].float()
-            start += len(piece)
-        return out
+        x = self.rows[ids.to(self.rows.device)].cpu().float()
+        if self.rounding is not None and self.n is not None:
+            last = x[2 * self.n :]
+            x[2 * self.n :] = self.rounding(f"{self.name}.weight", last.flatten(0, 1)).view(last.shape)
+        return x
 
 
-def _whole(read: Pieces, name: str) -> Tensor:
-    return torch.cat([piece.float() for piece in read(name)])
+class _Norm(nn.Module):
+    def __init__(self, name: str, norm: nn.Module, rounding: Rounding | None, n: int | None):
+        super().__init__()
+        self.exact, self.n = norm.cpu().float(), n
+        self.rounded: Any = copy.deepcopy(self.exact)
+        if rounding is not None:
+            self.rounded.weight.data = rounding(f"{name}.weight", self.rounded.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.n is None:
+            return self.exact(x)  # type: ignore[no-any-return]
+        return torch.cat([self.exact(x[: 2 * self.n]), self.rounded(x[2 * self.n :])])

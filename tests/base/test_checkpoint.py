@@ -8,6 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
 from qalora.base import checkpoint as checkpoint_module
+from qalora.base import tensor_files
 from qalora.base.checkpoint import Quantization, open_checkpoint, trained_pieces
 from qalora.base.loading import load_base
 from qalora.base.quantized import dequantize, linear_maps
@@ -29,7 +30,7 @@ def test_trained_weights_are_those_that_loading_for_training_gives(
     folder, dtype, quant_type, double_quant, stretch, monkeypatch
 ):
     monkeypatch.setattr(checkpoint_module, "STRETCH", stretch)
-    monkeypatch.setattr(checkpoint_module, "PIECE", 8 * stretch)
+    monkeypatch.setattr(tensor_files, "PIECE", 8 * stretch)
     source = resolve(str(folder))
     name = str(dtype).removeprefix("torch.")
     maps = linear_maps(load_base(source, dtype=name, quant_type=quant_type, double_quant=double_quant).model)
@@ -49,10 +50,13 @@ def test_packed_weights_are_read_whatever_their_storage_and_blocks(folder, tmp_p
     monkeypatch.setattr(checkpoint_module, "STRETCH", 2048)
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     codes, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", quant_storage=storage)
-    packed = {"w.weight": codes, **{f"w.weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    packed = {
+        "model.layers.0.w_proj.weight": codes,
+        **{f"model.layers.0.w_proj.weight.{key}": value for key, value in state.as_dict(packed=True).items()},
+    }
     save_file(packed, tmp_path / "model.safetensors")
-    checkpoint = checkpoint_module._Safetensors(tmp_path)
-    parts = list(trained_pieces(checkpoint, "w.weight", Quantization("fp4", True, torch.float32)))
+    checkpoint = tensor_files.Safetensors([tmp_path / "model.safetensors"])
+    parts = list(trained_pieces(checkpoint, "model.layers.0.w_proj.weight", Quantization("fp4", True, torch.float32)))
     assert len(parts) > 1
     absmax = weight.view(-1, blocksize).abs().amax(1, keepdim=True)
     state.shape = torch.Size((1, weight.numel()))  # on a CPU rows of 64 are dequantized wrongly in blocks of 128
@@ -88,7 +92,7 @@ def test_a_damaged_base_is_named(folder, tmp_path, damage):
         tensors["model.norm.weight"] = torch.ones(7)
         save_file(tensors, file)
     words = {
-        "missing weight": "lacks 1 weights .model.norm.weight",
+        "missing weight": "lack 1 weights .model.norm.weight",
         "no weights": "holds no weights",
         "garbage": "not a safetensors file",
         "other shape": r"model.norm.weight is \(7,\) in the file, \(64,\) by the config",

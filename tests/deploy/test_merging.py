@@ -199,7 +199,7 @@ def test_a_result_beyond_its_tolerance_is_refused_and_gone(merge_to, adapter, tm
         return {Q0: (A, B, 3 * s)}
 
     pieces = merging.merged_pieces
-    monkeypatch.setattr(merging, "merged_pieces", lambda c, updates, q, g: pieces(c, wrong(updates), q, g))
+    monkeypatch.setattr(merging, "merged_pieces", lambda c, updates, q: pieces(c, wrong(updates), q))
     with pytest.raises(AnswerNo, match="more than rounding to bfloat16 explains"):
         merge_to(adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,213 @@
+"""Tensors in the files of a base, under the names that transformers gives, each read when it is asked for.
+
+    *.safetensors, 16-, 32- or 4-bit ┐
+    pytorch_model*.bin ──────────────┼─ Checkpoint ─ pieces(name): blocks of rows │ tensor(name): the whole
+    *.gguf, one file or several ─────┘
+
+No more than what is asked for is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+from bitsandbytes.functional import QuantState
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
+from qalora.base.gguf_reader import open_shards
+from qalora.base.weight_files import WeightFiles, short
+from qalora.errors import InputError
+
+PIECE = 64 << 20  # bytes of a piece, in the dtype of the file
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Checkpoint(Protocol):
+    """Shapes and values of a model's tensors; `packed` holds those that are stored in 4 bits already.
+
+    Attributes:
+        files: what is read.
+        stored: name → what it is called in the files. A tied model may have its one matrix under the head's name only.
+    """
+
+    files: tuple[Path, ...]
+    stored: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    packed: frozenset[str]
+    is_gguf: bool
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Consecutive blocks of rows, in the dtype of the file (GGUF types: in fp32)."""
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        """A packed weight as bitsandbytes holds it."""
+
+
+def open_files(found: WeightFiles, config: PreTrainedConfig) -> Checkpoint:
+    """
+    Raises:
+        InputError: a file that is damaged, or is not what its name says.
+    """
+    if found.kind == "gguf":
+        return GgufTensors(found.files[0], config)
+    return Safetensors(found.files) if found.kind == "safetensors" else TorchTensors(found.files)
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that transformers saves for such a model; a tied head is none of them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (config.tie_word_embeddings and name == HEAD)
+    }
+
+
+def _named(stored: str) -> str:
+    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix."""
+    return f"model.{stored}" if stored.startswith(("embed_tokens.", "layers.", "norm.")) else stored
+
+
+class Safetensors:
+    """A folder of safetensors, 16- or 32-bit, or in bitsandbytes' 4 bits.
+
+    The file is opened anew for each read: pages of a mapping that stays open would add up to the whole model.
+    """
+
+    is_gguf = False
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = tuple(files)
+        self.stored: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file: dict[str, Path] = {}  # stored name → where it is
+        for file in files:
+            try:
+                with safe_open(str(file), framework="pt") as opened:
+                    for stored in opened.keys():  # noqa: SIM118 (no mapping)
+                        name = _named(stored)
+                        self.stored[name], self._file[stored] = stored, file
+                        self.shapes[name] = tuple(opened.get_slice(stored).get_shape())
+            except Exception as error:  # safetensors raises its own class, which older versions do not export
+                raise InputError(f"{file}: not a safetensors file ({short(error)}).") from None
+        self.packed = frozenset(name.rpartition(".quant_state.")[0] for name in self.stored if ".quant_state." in name)
+        for weight in self.packed:
+            self.shapes[weight] = tuple(self._state(weight).shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        shape, start = self.shapes[name], 0
+        while start < shape[0]:
+            with self._opened(name) as opened:
+                rows = opened.get_slice(self.stored[name])
+                one = rows[start : start + 1]
+                stop = start + max(1, PIECE // (one.nbytes or 1))
+                yield rows[start:stop].clone()
+            start = stop
+
+    def tensor(self, name: str) -> Tensor:
+        with self._opened(name) as opened:
+            return opened.get_tensor(self.stored[name])
+
+    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        return self.tensor(name), self._state(name)
+
+    def _state(self, name: str) -> QuantState:
+        parts = {part: self.tensor(part) for part in self.stored if part.startswith(f"{name}.")}
+        return QuantState.from_dict(parts, device=torch.device("cpu"))
+
+    def _opened(self, name: str) -> Any:
+        return safe_open(str(self._file[self.stored[name]]), framework="pt")
+
+
+class TorchTensors:
+    """A folder of pytorch_model*.bin, read without unpickling anything but tensors, and mapped."""
+
+    packed: frozenset[str] = frozenset()
+    is_gguf = False
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = tuple(files)
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            try:
+                self._tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            except Exception as error:
+                raise InputError(f"{file}: cannot be read as tensors ({short(error)}).") from None
+        self.stored = {_named(name): name for name in self._tensors}
+        self.shapes = {name: tuple(self.tensor(name).shape) for name in self.stored}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        tensor = self.tensor(name)
+        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes))
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[self.stored[name]]
+
+    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        raise KeyError(name)
+
+
+class GgufTensors:
+    """GGUF files of any type that the gguf library dequantizes, read with plain file reads."""
+
+    packed: frozenset[str] = frozenset()
+    is_gguf = True
+
+    def __init__(self, file: Path, config: PreTrainedConfig):
+        self.config = config
+        self.stored: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._info: dict[str, tuple[Path, int, tuple[int, ...], np.dtype[Any], Any]] = {}  # by stored name
+        readers = open_shards(file)
+        self.files = tuple(reader.path for reader in readers)
+        names = {gguf_name(name, config): name for name in (*expected_shapes(config), HEAD)}
+        for reader in readers:
+            for info in reader.tensors:
+                if info.name.startswith("rope_"):  # no weights, but what the config has
+                    continue
+                if info.name not in names:
+                    raise InputError(
+                        f"{reader.path}: holds {info.name}, which a {config.model_type} model has no place for."
+                    )
+                name = names[info.name]
+                self.stored[name] = info.name
+                self.shapes[name] = tuple(int(n) for n in reversed(info.shape))
+                self._info[info.name] = (
+                    reader.path, int(info.data_offset), tuple(info.data.shape), info.data.dtype, info.tensor_type,
+                )  # fmt: skip
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        if is_permuted(name, self.config):
+            yield self.tensor(name)
+            return
+        rows, fp32_row = self.shapes[name][0], 4 * int(np.prod(self.shapes[name][1:]))
+        step = max(1, PIECE // fp32_row)
+        for start in range(0, rows, step):
+            yield self._rows(name, start, min(rows, start + step))
+
+    def tensor(self, name: str) -> Tensor:
+        return unpermuted(name, self._rows(name, 0, self.shapes[name][0]), self.config)
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        from gguf import dequantize
+
+        path, offset, shape, dtype, kind = self._info[self.stored[name]]
+        per_row = int(np.prod(shape[1:]))
+        data = np.fromfile(
+            path, dtype=dtype, count=(stop - start) * per_row, offset=offset + start * per_row * dtype.itemsize
+        )
+        return torch.from_numpy(np.array(dequantize(data.reshape(stop - start, *shape[1:]), kind), dtype=np.float32))
+
+    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        raise KeyError(name)
