@@ -112,7 +112,7 @@ VALUES = {
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
     "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
-    "lora.alpha": 32, "lora.target_modules": ["q_proj"],
+    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "data.chat_template": "chat.jinja",
 }  # fmt: skip
 SPECIAL = {"mask_prompt": False, "bits": 16}  # the value that means the one above
 
@@ -414,9 +414,8 @@ def test_shipped_recipes_are_valid(name):
 def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
     recipe = load_recipe(name, [("model", "tiny")])
     reading = recipe.data.reading()
-    example = to_example(
-        row, 0, **{key: value for key, value in reading.items() if key not in ("max_seq_len", "train_on_inputs")}
-    )
+    asked = inspect.signature(to_example).parameters
+    example = to_example(row, 0, **{key: value for key, value in reading.items() if key in asked})
     assert ("".join(turn.text for turn in example.prompt), example.reference) == (prompt, completion)
     assert completion.strip() in (recipe.evaluation.choices or [completion.strip()])
     if recipe.evaluation.answer_pattern:

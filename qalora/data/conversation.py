@@ -167,7 +167,9 @@ def _learned(message: dict[str, Any], role: str, where: str) -> bool:
     """Whether the turn is learned: an assistant's, unless a field of it says no."""
     learned = role == "assistant"
     if "train_detail" in message:
-        raise InputError(f"{where}: train_detail: parts of a turn cannot be learned apart; make them turns of their own.")
+        raise InputError(
+            f"{where}: train_detail: parts of a turn cannot be learned apart; make them turns of their own."
+        )
     for name, yes in FLAGS.items():
         if name not in message:
             continue
