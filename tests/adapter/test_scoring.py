@@ -407,3 +407,14 @@ def test_model_is_left_as_it_was_after_an_error(mixed_model, make_batch):
     with pytest.raises(IndexError):
         score_ranks(mixed_model, [broken])
     assert state(mixed_model) == before
+
+
+def test_stderr_of_rows_of_like_length_is_that_of_a_mean(tiny_adapter, make_batch):
+    """Three rows: there n − 1 is far from n."""
+    model, batch = tiny_adapter(r=2), make_batch(rows=3)
+    batch["labels"][:, :3], batch["labels"][:, 3:] = -100, batch["input_ids"][:, 3:]
+    each = [score_ranks(model, [{key: value[i : i + 1] for key, value in batch.items()}]) for i in range(3)]
+    values = torch.tensor([scores.importance[V] for scores in each], dtype=torch.float64)
+    expected = values.std(0, correction=1) / 3**0.5
+    found = torch.tensor(score_ranks(model, [batch]).stderr[V], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

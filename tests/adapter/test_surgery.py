@@ -335,3 +335,23 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
             ]
             for tensor in (tensor for tensor in stored if tensor is not None):
                 assert tensor.untyped_storage().nbytes() == parameter.numel() * tensor.element_size()
+
+
+def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_batch):
+    """On a GPU each buffer of a paged optimizer is also held, and prefetched, by the page manager of the process."""
+    model = tiny_adapter(r=R)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # paged is plain on a CPU
+        optimizer = bnb.optim.PagedAdamW32bit(parameters_of(model), lr=1e-3)
+    plain, pages = optimizer.get_state_buffer, optimizer.page_mng.paged_tensors
+
+    def paged(parameter, dtype=torch.float32):
+        pages.append(plain(parameter, dtype=dtype))
+        return pages[-1]
+
+    optimizer.get_state_buffer = paged
+    before = len(pages)
+    train(model, optimizer, 1)
+    apply_plan(model, PLAN, optimizer)
+    held = {id(optimizer.state[p][key]) for p in parameters_of(model) for key in ("state1", "state2")}
+    assert {id(page) for page in pages[before:]} == held

@@ -45,6 +45,15 @@ def test_sums_over_a_large_vocabulary_lose_nothing():
     torch.testing.assert_close(label_only_loss(hidden, labels, head)[0].double(), exact, rtol=1e-6, atol=0)
 
 
+def test_logits_beyond_the_range_of_exp_have_their_loss(problem):
+    hidden, labels, head = problem
+    hidden = (100 * hidden).requires_grad_()  # logits of some hundreds: exp overflows from 88 on
+    found = label_only_loss(hidden, labels, head)
+    torch.testing.assert_close(found, reference(hidden, labels, head), rtol=1e-6, atol=1e-4)
+    found.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
 def test_gradient_is_autograds(problem):
     hidden, labels, head = problem
     weights = torch.tensor([1.0, 5.0, -0.5])  # a factor of its own for each row

@@ -195,6 +195,11 @@ def test_a_text_is_learned_but_for_its_first_token(any_tokenizer):
     assert any_tokenizer.decode(item["input_ids"], skip_special_tokens=True) == "Hello world"
 
 
+def test_the_end_of_an_answer_that_is_not_learned_is_not_learned_either():
+    example = Example(0, (Turn("user", "a ", False), Turn("assistant", "b", False)), chat=False)
+    assert set(tokenize(example, bpe(), max_seq_len=64)["labels"]) == {-100}
+
+
 def test_train_on_inputs_learns_the_prompt_too():
     item = tokenize(pair("Say", " yes"), bpe(bos="<s>", add_bos=True), max_seq_len=500, train_on_inputs=True)
     assert item["labels"] == [-100, *item["input_ids"][1:]]
