@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="qalora finetune",
         description="Trains ALoRA adapters on a frozen 4-bit base.",
         epilog="Any setting of the recipe can follow, as key=value or --key value, e.g. training.max_steps=200; "
         "`qalora recipes show NAME` prints a recipe.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", help="registry name (llama-7b, smollm2-135m …), Hub id, folder or .gguf file")
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
@@ -50,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
+    from qalora.data.reading import paths_of
+    from qalora.plan import keep_to_positions
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
     args, rest = parser().parse_known_args(argv)
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
     overrides = [(key, value) for key, value in flags.items() if value is not None]
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
+    if note := keep_to_positions(recipe):
+        say(recipe, note)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
     if args.dry_run:
@@ -69,8 +72,8 @@ def main(argv: list[str]) -> int:
         return 0
     output_dir = Path(recipe.output_dir).expanduser()
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    names = (recipe.model, recipe.data.train, recipe.data.validation)
-    reads = [recipe_path(args.recipe), *(Path(name).expanduser() for name in names if name)]
+    data_files = [*paths_of(recipe.data.train), *paths_of(recipe.data.validation)]
+    reads = [recipe_path(args.recipe), Path(recipe.model).expanduser(), *data_files]
     check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite)
 
     from qalora.base.loading import load_tokenizer
@@ -96,21 +99,28 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     Raises:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
-    from qalora.data.tokenization import load_dataset, split_validation
+    from qalora.data.reading import described
+    from qalora.data.tokenization import load_dataset, same_rows, split_validation
     from qalora.metrics import check
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
-    def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
-        dataset = load_dataset(name, tokenizer, split=split, limit=limit, **settings.reading())
-        say(recipe, f"{name} ({split}): {dataset.report}")
+    def load(source: str | list[str], split: str, limit: int | None) -> TokenizedDataset:
+        dataset = load_dataset(source, tokenizer, split=split, limit=limit, **settings.reading())
+        say(recipe, f"{described(source)} ({split}): {dataset.report}")
         return dataset
 
-    train = load(settings.train, "train", settings.max_rows)
+    train = load(settings.train, settings.split, settings.max_rows)
     if settings.validation is None:
         train, validation = split_validation(train, settings.val_set_size, seed)
     else:
-        validation = load(settings.validation, "validation", None)
+        validation = load(settings.validation, settings.validation_split, None)
+    if shared := same_rows(train, validation):
+        say(
+            recipe,
+            f"{shared} of {len(validation)} validation rows are training rows too, token for token: what is measured on them says "
+            "nothing of new rows",
+        )
     # B_val chooses ranks, so it does not also measure them, wherever there are rows enough for both.
     wanted = recipe.allocation.val_batch_size
     if len(validation) >= 2 * wanted:

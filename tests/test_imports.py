@@ -18,6 +18,7 @@ MODULES = {
 FOUNDATION = {
     "errors": 0,
     "files": 0,
+    "yaml_file": 0,
     "recipe": 1,
     "adapter.allocation": 0,
     "adapter.provenance": 0,
@@ -28,7 +29,22 @@ FOUNDATION = {
 LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
-TORCH_FREE = ["errors", "recipe", "base.registry", "base.memory", "base.fitting", "adapter.allocation", "adapter.provenance", "data.cells", "data.conversation", "data.formats", "data.reading"]
+TORCH_FREE = [
+    "errors",
+    "recipe",
+    "yaml_file",
+    "base.registry",
+    "base.memory",
+    "base.fitting",
+    "adapter.allocation",
+    "adapter.provenance",
+    "data.cells",
+    "data.conversation",
+    "data.formats",
+    "data.columns",
+    "data.file_types",
+    "data.reading",
+]
 COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 
 

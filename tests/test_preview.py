@@ -132,7 +132,8 @@ def test_a_terminal_gets_colour(model, rows, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence(model, rows, capsys, arguments, message):
-    assert cli.run(preview.main, ["--model", str(model), "--data", str(rows), *arguments]) == 2
+    data = [] if "--data" in arguments else ["--data", str(rows)]
+    assert cli.run(preview.main, ["--model", str(model), *data, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -112,7 +112,8 @@ VALUES = {
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
     "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
-    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "data.chat_template": "chat.jinja",
+    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "data.validation": "v", "data.split": "a", "data.validation_split": "b",
+    "data.name": "main", "data.chat_template": "chat.jinja",
 }  # fmt: skip
 SPECIAL = {"mask_prompt": False, "bits": 16}  # the value that means the one above
 
@@ -236,9 +237,9 @@ def test_a_truth_value_is_no_number_and_no_text(setting, value):
     assert re.search(rf"{setting}=.*: (a value is missing|yes, no)", refusal((setting, value)))
 
 
-def test_the_command_line_wins_and_the_last_word_stays(write):
+def test_the_command_line_wins_over_the_file(write):
     path = write("model: a\ndata: {train: t}\nlora: {r: 4, alpha: 8}\ntraining: {lr: 0.1}\n")
-    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora_r", 2), ("lora.r", 1)])
+    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora.r", 1)])
     assert (recipe.training.learning_rate, recipe.lora.r, recipe.lora.alpha) == (0.2, 1, 8)
 
 

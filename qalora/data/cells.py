@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from qalora.data.columns import is_text, kind_of, renamed
 from qalora.data.conversation import without_nan
 from qalora.errors import InputError
 
@@ -15,18 +15,14 @@ class Cells(dict[str, Any]):
     unmentioned."""
 
     def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str):
+        values = {name: without_nan(value) for name, value in row.items()}
+        super().__init__(renamed(values, columns, where))
         self.where = where
-        self.named: dict[str, str] = {}
+        # Of two columns that are mapped to one, a null one gives way.
+        self.named = {
+            columns.get(name, name): name for name in sorted(values, key=lambda name: values[name] is not None)
+        }
         self.seen: set[str] = set()
-        for name, value in row.items():
-            renamed = columns.get(name, name)
-            if renamed in self.named:
-                raise InputError(
-                    f"{where}: the columns {self.named[renamed]!r} and {name!r} are both {renamed} (data.columns); give one "
-                    "of them another name there."
-                )
-            self.named[renamed] = name
-            self[renamed] = without_nan(value)
 
     def value(self, name: str) -> Any:
         """The cell, null where there is none."""
@@ -51,8 +47,8 @@ class Cells(dict[str, Any]):
         """
         self.present(name)
         value = self.value(name)
-        if not isinstance(value, (str, numbers.Number)):
-            raise InputError(f"{self.where}: {name} is {_kind(value)}, not a text.")
+        if not is_text(value):
+            raise InputError(f"{self.where}: {name} is {kind_of(value)}, not a text.")
         return str(value)
 
     def optional(self, name: str) -> str:
@@ -74,7 +70,3 @@ class Cells(dict[str, Any]):
     def unread(self) -> tuple[str, ...]:
         """Columns that hold something and were not read, by their own names."""
         return tuple(self.named[name] for name, value in self.items() if name not in self.seen and value is not None)
-
-
-def _kind(value: Any) -> str:
-    return "empty (null)" if value is None else type(value).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qalora.data.cells import Cells
+from qalora.data.columns import label_of
 from qalora.data.conversation import Turn, pairs, parse_json, read_turns
 from qalora.errors import InputError
 
@@ -38,7 +40,7 @@ class Example:
         turns: in order; the last assistant turn is the reference.
         chat: rendered by the tokenizer's chat template; otherwise the texts are joined as they stand.
         tools: function signatures for the chat template.
-        source: of the row; named in errors.
+        place: of the row, for errors.
         unused: columns of the row that hold something and are not used.
     """
 
@@ -46,7 +48,7 @@ class Example:
     turns: tuple[Turn, ...]
     chat: bool
     tools: tuple[Any, ...] = ()
-    source: str = ""
+    place: str = ""
     unused: tuple[str, ...] = ()
 
     @property
@@ -67,7 +69,7 @@ class Example:
     @property
     def where(self) -> str:
         """The row's place, for errors."""
-        return f"{self.source}, row {self.row}" if self.source else f"row {self.row}"
+        return self.place or f"row {self.row}"
 
 
 # ----------------------------------------------------------------------------------------------------- row → example
@@ -86,6 +88,7 @@ def to_example(
     mask_history: bool = False,
     roles: Collection[str] = (),
     source: str = "data",
+    place: str | None = None,
 ) -> Example:
     """Builds the example of one row.
 
@@ -101,14 +104,15 @@ def to_example(
         mask_history: of several answers only the last is learned.
         roles: those that the chat template names, besides the known ones.
         source: named in errors.
+        place: of the row, named instead of source and number, such as "rows.jsonl, line 3".
 
     Raises:
-        InputError: a column is missing, has a value of the wrong kind, or says what cannot be trained on; names source,
+        InputError: a column is missing, or two are mapped to one, or one has a value of the wrong kind, or says what cannot be trained on; names source,
             row and column.
     """
     if format not in FORMATS:
         raise InputError(f"data.format={format}: no such format; known are {', '.join(FORMATS)}.")
-    where = f"{source}, row {number}"
+    where = place or f"{source}, row {number}"
     cells = Cells(row, columns or {}, where)
     templated = prompt_template is not None or completion_template is not None
     whole = format == "text" and not templated
@@ -135,7 +139,7 @@ def to_example(
     for name in ("images", "videos", "audios"):
         if cells.value(name):
             raise InputError(f"{where}: {name} holds something, and only texts can be trained on; take such rows out.")
-    example = Example(number, turns, is_chat, tools, source, cells.unread())
+    example = Example(number, turns, is_chat, tools, where, cells.unread())
     return _last_alone(example) if mask_history else example
 
 
@@ -258,13 +262,14 @@ def _last_alone(example: Example) -> Example:
 
 def _encodable(turn: Turn, where: str) -> None:
     """JSON can spell half of a surrogate pair (\\ud800), which no tokenizer takes."""
-    try:
-        turn.text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: the {turn.role} text has half of a surrogate pair, {turn.text[error.start]!r}, at character "
-            f"{error.start}; remove it."
-        ) from None
+    for text in (turn.text, turn.thought, json.dumps(turn.fields, ensure_ascii=False, default=str)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: the {turn.role} text has half of a surrogate pair, {text[error.start]!r}, at character "
+                f"{error.start}; remove it."
+            ) from None
 
 
 def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
@@ -272,9 +277,7 @@ def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
 
     With labels, at least one field has to be one of them: -1, where 0 and 1 have names, is not a text to learn.
     """
-    # str(True) is "True", while a file or a command line may as well say "true".
-    texts = {value.casefold(): text for value, text in labels.items()}
-    parts, values = [], []
+    parts, values, labelled = [], [], False
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -285,8 +288,10 @@ def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
             continue
         if spec or conversion or not name.isidentifier():
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
-        values.append(cells.text(name))
-        parts.append(texts.get(values[-1].casefold(), values[-1]))
-    if labels and not any(value.casefold() in texts for value in values):
+        label = label_of(str(cells.value(name)), labels) if name in cells else None
+        labelled |= label is not None
+        values.append(str(cells.value(name)))
+        parts.append(cells.text(name) if label is None else label)
+    if labels and not labelled:
         raise InputError(f"{cells.where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)

@@ -327,7 +327,7 @@ def test_a_value_without_a_label_is_no_text_to_learn():
             "data.columns={tools: other_tools}.",
         ),
         ("text", {"text": float("nan")}, "text is empty (null), not a text."),
-        ("text", {"text": b"bytes"}, "text is bytes, not a text."),
+        ("text", {"text": b"bytes"}, "text is bytes that are no UTF-8, not a text."),
         ("text", {"text": datetime.date(2024, 1, 1)}, "text is date, not a text."),
         (
             "sharegpt",
@@ -479,12 +479,14 @@ def test_columns_that_are_not_used_are_named_by_their_own_names():
 
 def test_two_columns_of_one_name_are_an_error():
     refused(
-        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them "
-        "another name there.",
+        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both 'completion' by data.columns; leave one of them out, or "
+        "map one to another name, such as completion: unused.",
         example,
         {"prompt": "q", "completion": "a", "answer": "b"},
         columns={"answer": "completion"},
     )
+    gave_way = example({"prompt": "q", "completion": None, "answer": "b", "note": 1}, columns={"answer": "completion"})
+    assert (gave_way.reference, gave_way.unused) == ("b", ("note",))
 
 
 def test_preferences_are_no_format_and_the_error_says_how_to_learn_the_chosen():

@@ -80,7 +80,7 @@ def conversation(*texts: str, system: str | None = None, learned: bool = True, f
     speakers = ("user", "assistant") if first == "user" else ("assistant", "user")
     roles = [speakers[i % 2] for i in range(len(texts))]
     turns = [Turn(role, text, learned and role == "assistant") for role, text in zip(roles, texts, strict=True)]
-    return Example(5, (*([Turn("system", system, False)] if system else []), *turns), True, source="rows.jsonl")
+    return Example(5, (*([Turn("system", system, False)] if system else []), *turns), True, place="rows.jsonl, row 5")
 
 
 def row(*messages: dict, **columns) -> Example:
@@ -276,8 +276,17 @@ def test_a_role_that_the_template_alone_knows_reaches_it(byte_tokenizer, tmp_pat
     rows.write_text(json.dumps({"messages": [said("context", "facts"), said("user", "a"), said("assistant", "b")]}))
     dataset = load_dataset(str(rows), byte_tokenizer(template))
     assert byte_tokenizer().decode(dataset[0]["input_ids"]).startswith("<|context|>\nfacts</s>")
-    with pytest.raises(InputError, match=r"rows\.jsonl, row 0, messages, message 0: unknown role 'context'"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 1, messages, message 0: unknown role 'context'"):
         load_dataset(str(rows), byte_tokenizer(ZEPHYR))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_list_of_lists_is_a_list_of_conversations(byte_tokenizer, tmp_path, name):
+    chats = [[said("user", "a"), said("assistant", "b")], [said("user", "c"), said("assistant", "d")]]
+    text = json.dumps(chats) if name.endswith(".json") else "\n".join(map(json.dumps, chats))
+    (tmp_path / name).write_text(text)
+    dataset = load_dataset(str(tmp_path / name), byte_tokenizer(CHATML))
+    assert [example.reference for example in dataset.examples] == ["b", "d"]
 
 
 # --------------------------------------------------------------------------------------------------------------- tools

@@ -371,7 +371,7 @@ def test_nothing_to_learn_is_an_error_that_names_max_seq_len(rows_file):
 
 def test_a_bad_row_is_named_with_its_file(rows_file):
     source = rows_file({"prompt": "a", "completion": "b"}, {"prompt": "a"})
-    with pytest.raises(InputError, match=f"^{re.escape(source)}, row 1: no column 'completion'"):
+    with pytest.raises(InputError, match=f"^{re.escape(source)}, line 2: no column 'completion'"):
         load_dataset(source, bpe())
 
 
