@@ -164,6 +164,12 @@ class ChatTemplate:
         return {"role": role, "content": turn.text, **fields}
 
     @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the signatures of tools are in the rendered chat."""
+        tool = {"name": SENTINEL, "description": "b", "parameters": {"type": "object", "properties": {}}}
+        return self._writes([_said("user", "a")], [{"type": "function", "function": tool}])
+
+    @cached_property
     def _writes_developer(self) -> bool:
         return self._writes([_said("developer", SENTINEL), _said("user", "a"), _said("assistant", "b")])
 
@@ -188,9 +194,9 @@ class ChatTemplate:
             return self.apply([_said("user", "a"), call])
         return None
 
-    def _writes(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+    def _writes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
         with suppress(Exception):  # jinja's own errors, raise_exception() of the template, or of the tokenizer
-            return SENTINEL in self.apply(messages)
+            return SENTINEL in self.apply(messages, tools)
         return False
 
 

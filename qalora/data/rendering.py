@@ -174,7 +174,7 @@ class _Chat:
         whole = _dense(self.whole)
         for tool in self.example.tools:
             name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
-            if isinstance(name, str) and _dense(name) not in whole:
+            if not self.template.writes_tools or (isinstance(name, str) and _dense(name) not in whole):
                 raise InputError(
                     f"{self.example.where}: the chat template has no place for tools ({name}); data.chat_template=FILE takes "
                     "one that has, data.columns={tools: other_tools} leaves them out."

@@ -339,9 +339,11 @@ def test_openais_older_function_call_is_a_tool_call(byte_tokenizer):
             {"tools": [WEATHER]},
             r"the chat template has no place for tools \(weather\)",
         ),
+        # Its name is in the chat, of which the signature is a part nevertheless.
+        ([said("user", "weather"), said("assistant", "b")], {"tools": [WEATHER]}, r"the chat template has no place for tools \(weather\)"),
         (weather("{}", None), {}, r"does not write all of turn 1 \(assistant\), .*weather"),
     ],
-    ids=["tools", "tool_calls"],
+    ids=["tools", "tools by name", "tool_calls"],
 )
 def test_a_template_without_tools_is_an_error(byte_tokenizer, messages, columns, message):
     with pytest.raises(InputError, match=f"^rows.jsonl, row 4: .*{message}"):
