@@ -164,10 +164,18 @@ class ChatTemplate:
         return {"role": role, "content": turn.text, **fields}
 
     @cached_property
-    def writes_tools(self) -> bool:
-        """Whether the signatures of tools are in the rendered chat."""
+    def writes_tools(self) -> tuple[bool, bool]:
+        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has them."""
         tool = {"name": SENTINEL, "description": "b", "parameters": {"type": "object", "properties": {}}}
-        return self._writes([_said("user", "a")], [{"type": "function", "function": tool}])
+        asked = [_said("user", "a")]
+        return self._writes(asked, [tool]), self._writes(asked, [{"type": "function", "function": tool}])
+
+    def tools(self, tools: Sequence[Any]) -> list[Any]:
+        """The signatures in the form that the template reads."""
+        flat, nested = self.writes_tools
+        if nested and not flat:
+            return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        return [tool.get("function", tool) for tool in tools] if flat and not nested else list(tools)
 
     @cached_property
     def _writes_developer(self) -> bool:

@@ -246,6 +246,8 @@ def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
     if not isinstance(tools, (list, tuple)):
         raise InputError(f"{where}: tools is {type(tools).__name__}, not a list of function signatures.")
     tools = tuple(parse_json(tool, "tools", where) for tool in tools)
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise InputError(f"{where}: tools holds {type(tools[0]).__name__}, not function signatures.")
     if tools and not chat:
         raise InputError(
             f"{where}: tools go into a chat template alone; set data.chat=true, or leave the column out with "

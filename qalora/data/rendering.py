@@ -83,6 +83,7 @@ class _Chat:
         self.turns = example.turns
         self.template = chat_template(tokenizer)
         self.messages = self.template.messages(example.turns)
+        self.tools = self.template.tools(example.tools) if example.tools else []
 
     def text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """
@@ -90,7 +91,7 @@ class _Chat:
             InputError: the template refuses them.
         """
         try:
-            return self.template.apply(messages, self.example.tools, **options)
+            return self.template.apply(messages, self.tools, **options)
         except Exception as error:  # jinja's own errors, raise_exception() of the template, or of the tokenizer
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
@@ -174,7 +175,7 @@ class _Chat:
         whole = _dense(self.whole)
         for tool in self.example.tools:
             name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
-            if not self.template.writes_tools or (isinstance(name, str) and _dense(name) not in whole):
+            if not any(self.template.writes_tools) or (isinstance(name, str) and _dense(name) not in whole):
                 raise InputError(
                     f"{self.example.where}: the chat template has no place for tools ({name}); data.chat_template=FILE takes "
                     "one that has, data.columns={tools: other_tools} leaves them out."
@@ -209,7 +210,7 @@ class _Chat:
         """Turns of which something would not be written: their text, or their thought where that is learned."""
         stand_ins = [_stand_in(turn, f"{SENTINEL}{'x' * i}") for i, turn in enumerate(self.turns)]
         try:
-            text = self.template.apply(self.template.messages([turn for turn, _ in stand_ins]), self.example.tools)
+            text = self.template.apply(self.template.messages([turn for turn, _ in stand_ins]), self.tools)
         except Exception:  # a template that looks into its texts; these say nothing about the row's then
             return []
         return [i for i, (_, names) in enumerate(stand_ins) if any(name not in text for name in names)]
@@ -227,7 +228,7 @@ class _Chat:
         for name in self.template.switches:
             for value in (True, False):
                 try:
-                    text = self.template.apply(self.messages, self.example.tools, **{name: value})
+                    text = self.template.apply(self.messages, self.tools, **{name: value})
                 except Exception:  # as in `text`
                     continue
                 if _found_in(_dense(text), turn) is not None:

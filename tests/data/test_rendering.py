@@ -321,6 +321,15 @@ def test_a_template_that_joins_arguments_as_text_gets_text(byte_tokenizer):
     assert learned(example, byte_tokenizer(template))[0] == '<call>weather {"city": "Köln"}</call><|im_end|>'
 
 
+@pytest.mark.parametrize("given", [WEATHER, WEATHER["function"]], ids=["OpenAI's", "by themselves"])
+@pytest.mark.parametrize("read", ["tool.function.name", "tool.name", "(tool | tojson)"])
+def test_signatures_reach_the_template_in_the_form_that_it_reads(byte_tokenizer, given, read):
+    template = "{% for tool in tools or [] %}{{ '<' + " + read + " + '>' }}{% endfor %}" + CHATML
+    text = whole(row(said("user", "a"), said("assistant", "b"), tools=[given]), byte_tokenizer(template))
+    expected = json.dumps(given) if "tojson" in read else "weather"
+    assert text.startswith(f"<{expected}><|im_start|>user")
+
+
 def test_openais_older_function_call_is_a_tool_call(byte_tokenizer):
     messages = [
         said("user", "Rain?"),
