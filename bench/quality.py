@@ -47,12 +47,13 @@ from qalora.adapter import round as rounds_module
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.quantization_start import Weights, original_weights
 from qalora.adapter.scoring import RankScores
+from qalora.answers import generate_answers
 from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
-from qalora.metrics import evaluate, generate_answers
+from qalora.metrics import evaluate
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
 

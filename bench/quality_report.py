@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from common import TARGETS, table
 
-from qalora.metrics import exact_match
+from qalora.text_scores import exact_match
 
 BOOTSTRAP = 2000
 BASELINE = "lora"
@@ -202,7 +202,9 @@ def answer_measures(
         ]
         found["rougeL"] = 100 * statistics.fmean(best)
     if "exact_match" in measures:
-        found["exact_match"] = exact_match(answers, [of[0] for of in references], answer_pattern)
+        found["exact_match"] = statistics.fmean(
+            exact_match(answer, of[:1], answer_pattern) for answer, of in zip(answers, references, strict=True)
+        )
     return found
 
 

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from qalora import __version__
-from qalora.cli import BAD_INPUT, DONE, run
+from qalora.cli import BAD_INPUT, DONE, print_in_any_encoding, run
 from qalora.errors import InputError
 
 COMMANDS = {
@@ -27,6 +27,7 @@ USAGE = (
 
 
 def main() -> int:
+    print_in_any_encoding()
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import UnsupportedOperation
 from typing import Any
 
 from qalora.errors import AnswerNo, InputError
+from qalora.paths import with_expanded_flags
 
 DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -18,8 +22,9 @@ DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted."""
     _quieten_libraries()
+    print_in_any_encoding()
     try:
-        return main(list(sys.argv[1:] if argv is None else argv))
+        return main(_words(sys.argv[1:] if argv is None else argv))
     except InputError as error:
         say(f"error: {error}")
         return BAD_INPUT
@@ -43,6 +48,38 @@ def say(text: str) -> None:
     """To standard error, or to nobody: Ctrl-C ends the reader of a pipe too (`| tee log`), and the command has still work to do."""
     with suppress(BrokenPipeError):
         print(text, file=sys.stderr)
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """The command's words as text, with the paths that flags name expanded.
+
+    Raises:
+        InputError: bytes that are no UTF-8, or a path with a variable that is not set.
+    """
+    try:
+        return with_expanded_flags([_decoded(word) for word in argv])
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
+
+
+def _decoded(word: str) -> str:
+    """A word of the command line, of which Python keeps what the locale cannot decode as surrogates."""
+    if not any("\udc80" <= character <= "\udcff" for character in word) or os.path.exists(word):
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{word}: not UTF-8; write it in UTF-8.") from None
+
+
+def print_in_any_encoding() -> None:
+    """A character that the encoding of an output lacks is escaped, so that no answer is lost for it; ASCII input is read as UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, UnsupportedOperation):  # a stream that a program put in their place
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with suppress(AttributeError, UnsupportedOperation):
+        if codecs.lookup(sys.stdin.encoding).name == "ascii":
+            sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
 
 
 def _quieten_libraries() -> None:

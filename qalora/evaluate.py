@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="rows a forward pass")
     parser.add_argument("--max-new-tokens", type=int, help="length of the answers for exact_match and rougeL")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="write each row there, as a line of JSON: prompt, answer, reference and its own scores",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -77,27 +82,31 @@ def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
     from qalora.errors import InputError
-    from qalora.files import check_writable, write_json
+    from qalora.files import check_writable, write_json, write_json_lines
     from qalora.plan import keep_to_positions
     from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
-    if args.output:
-        check_writable(args.output)
     asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
     check_once(asked)
     recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
+    read = [path for path in (args.recipe, recipe.data.validation) if path]
+    if args.output:
+        check_writable(args.output, others=read)
+    if args.predictions:
+        check_writable(args.predictions, "--predictions", others=[*read, *([args.output] if args.output else [])])
 
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
+    from qalora.answers import prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.registry import resolve
     from qalora.data.tokenization import load_dataset
-    from qalora.metrics import check, evaluate
+    from qalora.metrics import check, predict, several_references
 
     source = resolve(recipe.model)
     if args.adapter:
@@ -105,6 +114,7 @@ def main(argv: list[str]) -> int:
     if note := keep_to_positions(recipe):
         print(note, file=sys.stderr)
     tokenizer = load_tokenizer(source)
+    taught = prepare_tokenizer(tokenizer, args.adapter)
     evaluation = recipe.evaluation
     dataset = load_dataset(
         recipe.data.validation,
@@ -114,21 +124,26 @@ def main(argv: list[str]) -> int:
         **recipe.data.reading(),
     )
     print(dataset.report, file=sys.stderr)
+    if said := several_references(dataset):
+        print(said, file=sys.stderr)
     check(dataset, **evaluation.asking())
 
     model = load_base(source, tokenizer=tokenizer, **recipe.quantization.loading()).model
-    result = evaluate(
+    result, predictions = predict(
         load_adapter(model, args.adapter) if args.adapter else model,
         tokenizer,
         dataset,
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
+        taught=taught,
         progress=not args.quiet,
         **evaluation.asking(),
     )
     print(json.dumps(result, indent=2))
     if args.output:
         write_json(args.output, result)
+    if args.predictions:
+        write_json_lines(args.predictions, predictions)
     return 0
 
 

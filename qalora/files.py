@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,23 @@ from qalora.errors import InputError
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
 
 
-def check_writable(file: str | Path) -> None:
+def check_writable(file: str | Path, flag: str = "--output", *, others: Iterable[str | Path] = ()) -> None:
     """
+    Args:
+        flag: what names the file in errors.
+        others: what the command reads or writes besides; some may be no paths.
+
     Raises:
-        InputError: a folder, a device or a pipe, or a place where nothing can be written.
+        InputError: a folder, a device or a pipe, a place where nothing can be written, or one of the others.
     """
     path = Path(file)
     if path.is_dir():
-        raise InputError(f"--output {file}: a folder; name a file in it.")
+        raise InputError(f"{flag} {file}: a folder; name a file in it.")
     if path.exists() and not path.is_file():
-        raise InputError(f"--output {file}: no file; name one, which is written whole and put in its place.")
-    _check_place(path, f"--output {file}")
+        raise InputError(f"{flag} {file}: no file; name one, which is written whole and put in its place.")
+    if any(path.resolve() == Path(other).expanduser().resolve() for other in others):
+        raise InputError(f"{flag} {file}: would replace a file that this command reads or writes; name another.")
+    _check_place(path, f"{flag} {file}")
 
 
 def check_folder(folder: Path, flag: str, *, replaced: bool = True) -> None:
@@ -69,6 +75,10 @@ def write_whole(file: str | Path, text: str) -> None:
 
 def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
     write_whole(file, json.dumps(value, indent=indent) + "\n")
+
+
+def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextmanager

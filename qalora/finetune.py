@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora import cli
-from qalora.files import write_json
+from qalora.environment import check_one_process, leave_to_the_recipe
+from qalora.files import write_json, write_json_lines
 from qalora.training.run_folder import begin_folder, check_output_dir, find_checkpoint, run_name, step_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qalora.adapter.provenance import Provenance
     from qalora.adapter.quantization_start import Weights
     from qalora.base.loading import LoadedBase
     from qalora.base.registry import ModelSource
@@ -61,12 +63,14 @@ def main(argv: list[str]) -> int:
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
+    check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     if note := keep_to_positions(recipe):
         say(recipe, note)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
+    check_targets(recipe, source)
     if args.dry_run:
         dry_run(recipe)
         return 0
@@ -101,7 +105,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """
     from qalora.data.reading import described
     from qalora.data.tokenization import load_dataset, same_rows, split_validation
-    from qalora.metrics import check
+    from qalora.metrics import check, several_references
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
@@ -131,6 +135,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunData:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
         check(validation, **evaluation.asking())
+        if said := several_references(validation):
+            say(recipe, said)
     return RunData(train, validation, scoring)
 
 
@@ -145,15 +151,18 @@ def finetune(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
+    import torch
     from transformers import set_seed
 
     from qalora.adapter.model import attach, load_adapter, ranks, save_adapter
     from qalora.base.loading import load_base
     from qalora.base.registry import resolve
     from qalora.errors import AnswerNo
-    from qalora.metrics import evaluate
-    from qalora.training.trainer import build_trainer, schedule_of, steps_of, training_items
+    from qalora.metrics import predict
+    from qalora.training.trainer import build_trainer, check_rates, schedule_of, steps_of, training_items
 
+    for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
+        say(recipe, line)
     if checkpoint is not None:
         _as_it_began(recipe, checkpoint)
     elif recipe.training.fit:
@@ -162,6 +171,7 @@ def finetune(
     check_reporting(recipe.training.report_to)
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
+    check_rates(recipe, total_steps)
     rounds = schedule_of(recipe, total_steps, per_epoch)
     say(
         recipe,
@@ -182,6 +192,10 @@ def finetune(
     begin_folder(output_dir, checkpoint)
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
+    given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
+    provenance = provenance_of(base, data.train, given_template=given)
+    say(recipe, _end_line(provenance))
+
     set_seed(recipe.training.seed)
     model = attach(
         base.model,
@@ -189,6 +203,7 @@ def finetune(
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
+        layers_to_transform=lora.layers_to_transform,
         seed=recipe.training.seed,
     )
     start = ranks(model)
@@ -201,14 +216,22 @@ def finetune(
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         progress=not recipe.logging.quiet,
+        taught=provenance.stop_tokens,
         **settings.asking(),
     )
+
+    def measure(when: str) -> None:
+        """Figures for metrics.json; the answers behind them for people to read, as far as there are any."""
+        metrics[when], predictions = predict(model, tokenizer, data.validation, **asked)
+        say(recipe, f"{when + ':':7} {_line(metrics[when])}")
+        write_json(output_dir / "metrics.json", metrics)
+        if any("answer" in line for line in predictions):
+            write_json_lines(output_dir / f"predictions-{when}.jsonl", predictions)
+
     if checkpoint is not None and (output_dir / "metrics.json").is_file():
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
     elif settings.before:
-        metrics["before"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"before: {_line(metrics['before'])}")
-        write_json(output_dir / "metrics.json", metrics)
+        measure("before")
 
     trainer, allocator, interrupt = build_trainer(
         recipe,
@@ -224,6 +247,7 @@ def finetune(
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
         original=original,
+        provenance=provenance,
     )
     begun = 0 if checkpoint is None else step_of(checkpoint)  # now: it may be rotated away before the end
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -249,10 +273,9 @@ def finetune(
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }
-    save_adapter(model, output_dir / "adapter")
+    save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
-        metrics["after"] = evaluate(model, tokenizer, data.validation, **asked)
-        say(recipe, f"after:  {_line(metrics['after'])}")
+        measure("after")
     write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
     if recipe.merge:
@@ -262,6 +285,40 @@ def finetune(
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
     return cli.DONE
+
+
+def provenance_of(base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False) -> Provenance:
+    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
+
+    Args:
+        given_template: whether the tokenizer's chat template is the recipe's, and not the base's own.
+    """
+    from qalora.adapter.provenance import Provenance
+    from qalora.data.chat_template import chat_template
+    from qalora.data.ending import taught_ends
+
+    stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
+    built_in = chat_template(base.tokenizer).default if any(example.chat for example in train.examples) else None
+    return Provenance(
+        model=base.source.hub_id or base.source.name,
+        quant_type=None if stored is None else stored.bnb_4bit_quant_type,
+        double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        stop_tokens=taught_ends(train, base.tokenizer),
+        chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
+    )
+
+
+def check_targets(recipe: Recipe, source: ModelSource) -> None:
+    """
+    Raises:
+        InputError: lora.target_modules or lora.layers_to_transform name what the model has not.
+    """
+    from qalora.base.registry import shape_of
+    from qalora.plan import first_ranks
+
+    if recipe.lora.target_modules != "all-linear" or recipe.lora.layers_to_transform is not None:
+        first_ranks(recipe, shape_of(source))
 
 
 def check_pruning(recipe: Recipe, source: ModelSource) -> None:
@@ -422,7 +479,7 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 
     begun = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     for section, name in FIXED:
-        now, then = getattr(getattr(recipe, section), name), begun[section][name]
+        now, then = getattr(getattr(recipe, section), name), begun[section].get(name)
         if now != then:
             raise InputError(
                 f"--resume-from-checkpoint: {section}.{name} is {now}, and {checkpoint} was made with {then}; a run that is continued "
@@ -439,6 +496,15 @@ def _as_it_began(recipe: Recipe, checkpoint: Path) -> None:
 def say(recipe: Recipe, text: str) -> None:
     if not recipe.logging.quiet:
         cli.say(text)
+
+
+def _end_line(provenance: Provenance) -> str:
+    ends = ", ".join(map(repr, provenance.stop_tokens))
+    return (
+        f"what ends an answer, as these rows teach it: {ends}"
+        if ends
+        else ("these rows teach nothing that ends an answer: a model trained on them stops at max_new_tokens alone")
+    )
 
 
 def _line(result: dict[str, float]) -> str:

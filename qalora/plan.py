@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qalora.adapter.targets import targeted
 from qalora.base.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
 from qalora.cli import Parser, say
 from qalora.errors import InputError
@@ -112,13 +113,13 @@ def planner(recipe: Recipe, device: str = "cuda") -> Plan:
 
 
 def first_ranks(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
-    """Full module name → ranks that its adapter begins with."""
-    targets = recipe.lora.target_modules
-    return {
-        name: recipe.lora.r
-        for name in shape.linear_maps()
-        if targets == "all-linear" or name.rsplit(".", 1)[-1] in targets
-    }
+    """Full module name → ranks that its adapter begins with.
+
+    Raises:
+        InputError: the recipe targets what the model has not.
+    """
+    lora = recipe.lora
+    return dict.fromkeys(targeted(shape.linear_maps(), lora.target_modules, lora.layers_to_transform), lora.r)
 
 
 def limits(planned: Plan, memory: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ run stands here, once; the unit of a setting is in its description.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +27,28 @@ from pydantic import (
 )
 
 from qalora.adapter.allocation import Init, Share, parse_duration
+from qalora.adapter.targets import EVERY, check_expression
 from qalora.base.memory import Checkpointing
 from qalora.base.registry import BLOCK_MAPS
 from qalora.errors import InputError
+from qalora.paths import expanded
+from qalora.spellings import advice
 from qalora.yaml_file import TwiceError, read_yaml
 
 ROUNDS_FROM = 1000  # steps of a run
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt",
+    "warmup_stable_decay", "constant", "constant_with_warmup", "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+]  # fmt: skip
+FOLLOWERS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
+# Two names of one thing: what is set later takes the place of the other.
+ONE_OF = (("training.warmup_steps", "training.warmup_ratio"),)
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -89,6 +104,11 @@ class DataConfig(Section):
     )
     train_on_inputs: bool = Field(False, description="loss on the prompt too")
     packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _expanded(cls, where: Any) -> Any:
+        return expanded(where)
 
     @field_validator("columns", "labels", mode="before")
     @classmethod
@@ -149,20 +169,39 @@ class LoraSettings(Section):
     init_rows: int = Field(
         16, ge=1, description="training rows that init=gradient reads, and of which init=quantization draws its tokens"
     )
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="suffixes such as q_proj, or all linear maps of every block"
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="the linear layers that get an adapter; all-linear: those of every block; a list: names or their ends, "
+        "such as q_proj; another text: a regular expression that matches whole names, such as .*\\.(q|v)_proj",
+    )
+    layers_to_transform: list[int] | None = Field(
+        None, description="blocks that get adapters, counted from 0; null: all"
     )
 
     @field_validator("target_modules")
     @classmethod
-    def _maps_of_a_block(cls, targets: str | list[str]) -> str | list[str]:
+    def _linear_layers_of_a_block(cls, targets: str | list[str]) -> str | list[str]:
+        if isinstance(targets, str):
+            return check_expression(targets)
         known = [name.rpartition(".")[2] for name in BLOCK_MAPS]
-        unknown = [] if targets == "all-linear" else [name for name in targets if name not in known]
+        unknown = [name for name in targets if name.rpartition(".")[2] not in known]
         if unknown or not targets:
             raise ValueError(
                 f"{', '.join(unknown) or 'none'} is no linear map of a block; name some of {', '.join(known)}, or all-linear"
             )
         return targets
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _one_block_or_several(cls, layers: Any) -> Any:
+        return [layers] if isinstance(layers, int) else layers
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _blocks_that_can_be(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and (not layers or min(layers) < 0):
+            raise ValueError("name blocks by their numbers, from 0 on; null takes all")
+        return layers
 
 
 class AllocationConfig(Section):
@@ -222,13 +261,34 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(4, ge=1, description="rows (packed sequences with data.packing) a forward pass")
     gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches an optimizer step")
     num_epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides num_epochs")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer steps; overrides num_epochs; null, or -1 as elsewhere: num_epochs decides"
+    )
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="share of the run")
+    lr_scheduler_type: Schedule = Field(
+        "linear",
+        description="transformers' schedules; constant, reduce_lr_on_plateau and greedy have no warm-up, and the last two follow the "
+        "validation loss",
+    )
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        {}, description="what the schedule takes besides, e.g. min_lr_rate: 0.1 of cosine_with_min_lr"
+    )
+    warmup_ratio: float | None = Field(0.06, ge=0, lt=1, description="share of the run; null beside warmup_steps")
+    warmup_steps: int | float | None = Field(
+        None, ge=0, description="optimizer steps, or below 1 a share of the run, in the place of warmup_ratio"
+    )
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"] = "adamw_torch"
+    max_grad_norm: float | None = Field(1.0, ge=0, description="gradients are scaled down to it; null or 0: never")
+    label_smoothing_factor: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of every target that all tokens have alike; in training, never in validation",
+    )
+    neftune_noise_alpha: float | None = Field(
+        None, ge=0, description="NEFTune: noise on the embeddings while training (arXiv 2310.05914); null or 0: none"
+    )
+    optim: Optimizer = "adamw_torch"
     gradient_checkpointing: Checkpointing = Field(
         True,
         description="compute blocks again in the backward; selective: all but what their maps put out; offload: blocks, with "
@@ -241,12 +301,56 @@ class TrainingConfig(Section):
         "memory there is, with the same rows an optimizer step",
     )
     group_by_length: bool = Field(True, description="rows of like length share a batch, so that little is padded")
-    eval_steps: int = Field(200, ge=1, description="optimizer steps between validation losses")
-    save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints; a multiple of eval_steps")
+    eval_strategy: Literal["steps", "epoch", "no"] = Field(
+        "steps", description="when the validation loss is taken; no: never, and the last weights are the result"
+    )
+    eval_steps: int | float = Field(
+        200, gt=0, description="optimizer steps between validation losses; below 1: that share of the run"
+    )
+    save_strategy: Literal["steps", "epoch", "best", "no"] = Field(
+        "steps",
+        description="when a checkpoint is written, besides that of the best validation loss; no: never, and the last weights are the result",
+    )
+    save_steps: int | float = Field(
+        200, gt=0, description="optimizer steps between checkpoints; below 1: that share of the run"
+    )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")
     early_stopping_patience: int | None = Field(10, ge=1, description="validations without a better loss; null: never")
     seed: int = Field(42, ge=0, lt=2**32)
     report_to: list[Literal["tensorboard", "wandb"]] = []
+
+    @field_validator("max_steps", mode="before")
+    @classmethod
+    def _no_limit(cls, steps: Any) -> Any:
+        return None if steps == -1 else steps
+
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, strategy: Any) -> Any:
+        return "no" if strategy is False else strategy  # for YAML it is a truth value
+
+    @field_validator("lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _numbers(cls, settings: Any) -> Any:
+        settings = yaml.safe_load(settings) if isinstance(settings, str) else settings
+        if settings is None:
+            return {}
+        return {k: _number(v) for k, v in settings.items()} if isinstance(settings, dict) else settings
+
+    @field_validator("eval_steps", "save_steps", "warmup_steps")
+    @classmethod
+    def _whole_or_a_share(cls, steps: int | float | None) -> int | float | None:
+        if steps is None or steps < 1:
+            return steps
+        if steps != int(steps):
+            raise ValueError("a number of steps is whole, a share of the run is below 1")
+        return int(steps)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainingConfig:
+        if self.warmup_steps is not None and "warmup_ratio" not in self.model_fields_set:
+            self.warmup_ratio = None
+        return self
 
 
 class EvaluationConfig(Section):
@@ -264,10 +368,14 @@ class EvaluationConfig(Section):
     answer_pattern: str | None = Field(
         None, description="regular expression; its first group is what exact_match compares"
     )
+    normalize: Literal["numbers"] | None = Field(
+        None,
+        description="numbers: exact_match sets commas, blanks, $ and a full stop at the end aside, as GSM8K is scored",
+    )
 
     def asking(self) -> dict[str, Any]:
         """What is measured, as the keyword arguments of `metrics.check` and `metrics.evaluate`."""
-        return {"metrics": self.metrics, "choices": self.choices, "answer_pattern": self.answer_pattern}
+        return {name: getattr(self, name) for name in ("metrics", "choices", "answer_pattern", "normalize")}
 
 
 class LoggingConfig(Section):
@@ -287,6 +395,11 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @field_validator("model", "output_dir")
+    @classmethod
+    def _expanded(cls, where: str | None) -> str | None:
+        return expanded(where)
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Recipe:
         problems = list(self._disagreements())
@@ -303,10 +416,16 @@ class Recipe(Section):
             yield "no validation rows: set data.validation, or data.val_set_size above 0"
         if self.data.val_set_size >= 1 and self.data.val_set_size != int(self.data.val_set_size):
             yield f"data.val_set_size={self.data.val_set_size}: a number of rows is whole, a share is below 1"
-        if self.training.save_steps % self.training.eval_steps:
+        training = self.training
+        if training.warmup_steps is not None and training.warmup_ratio is not None:
             yield (
-                f"training.save_steps={self.training.save_steps} must be a multiple of "
-                f"training.eval_steps={self.training.eval_steps}, for Hugging Face's Trainer asks for it"
+                f"training.warmup_steps={training.warmup_steps} and training.warmup_ratio={training.warmup_ratio} say the same "
+                "thing twice: leave one out"
+            )
+        if training.lr_scheduler_type in FOLLOWERS and training.eval_strategy == "no":
+            yield (
+                f"training.lr_scheduler_type={training.lr_scheduler_type} follows the validation loss, and "
+                "training.eval_strategy=no takes none: set it to steps or epoch"
             )
         init, start = self.lora.init, self.allocation.start
         if start == "scores" and init not in ("auto", "quantization"):
@@ -356,6 +475,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _number(value: Any) -> Any:
+    """A number that YAML takes for a text, such as 1e-6."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 # Other tools' spellings (docs of axolotl, LLaMA-Factory, litgpt, torchtune, qlora.py) → ours.
 ALIASES = {
     "base_model": "model",
@@ -364,7 +491,6 @@ ALIASES = {
     "data_path": "data.train",
     "datasets": "data.train",
     "train_file": "data.train",
-    "eval_dataset": "data.validation",
     "validation_file": "data.validation",
     "dataset_train_split": "data.split",
     "dataset_test_split": "data.validation_split",
@@ -399,6 +525,30 @@ ALIASES = {
     "lora_rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_dropout": "lora.dropout",
+    "lora_layers_to_transform": "lora.layers_to_transform",
+    "peft_layers_to_transform": "lora.layers_to_transform",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "eval_batch_size": "evaluation.batch_size",
+    "eval_max_new_tokens": "evaluation.max_new_tokens",
+    "max_train_steps": "training.max_steps",
+    "num_warmup_steps": "training.warmup_steps",
+    "lr_warmup_steps": "training.warmup_steps",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "evaluation_strategy": "training.eval_strategy",
+    "gradient_clipping": "training.max_grad_norm",
+    "clip_grad_norm": "training.max_grad_norm",
+    "label_smoothing": "training.label_smoothing_factor",
+    "noisy_embedding_alpha": "training.neftune_noise_alpha",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "logging_steps": "logging.steps",
+    "max_samples": "data.max_rows",
+    "dataset_name": "data.train",
+    "eval_dataset": "data.validation",
+    "quantization_bit": "quantization.load_in_4bit",
+    "quantization_type": "quantization.bnb_4bit_quant_type",
+    "double_quantization": "quantization.bnb_4bit_use_double_quant",
 }
 # allocation.preset → what it stands for.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -415,7 +565,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 SOURCES = ("data.train", "data.validation")  # a comma may be part of a file's name
-FORMAT_ALIASES = {"input-output": "prompt-completion", "completion": "text"}
+# Other tools' values → ours.
+VALUE_ALIASES: dict[str, dict[Any, Any]] = {
+    "data.format": {"input-output": "prompt-completion", "completion": "text"},
+    "lora.target_modules": {"all": EVERY},
+    "training.gradient_checkpointing": {"unsloth": "offload"},
+    "training.optim": {
+        "adamw": "adamw_torch",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion": "lion_32bit",
+        "paged_lion": "paged_lion_32bit",
+    },
+}
 
 
 def recipes_dir() -> Path:
@@ -462,9 +624,21 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: s
     if profile is not None:
         if profile not in profile_names():
             raise InputError(f"--profile {profile}: no such profile; there are {', '.join(profile_names())}.")
-        settings += read_settings(recipes_dir() / "profiles" / f"{profile}.yaml")
+        settings = _laid_over(settings, read_settings(recipes_dir() / "profiles" / f"{profile}.yaml"))
     origin = f"{path} and the command line" if overrides else str(path)
-    return resolve([*settings, *with_preset(overrides)], origin=origin)
+    return resolve(_laid_over(settings, with_preset(overrides)), origin=origin)
+
+
+def _laid_over(below: Sequence[tuple[str, Any]], above: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Both, without what a setting above says by another name below."""
+    known = dict(setting_types())
+
+    def name(key: str) -> str | None:
+        return _canonical(key, None, known)[0]
+
+    given = {name(key) for key, value in above if value is not None}
+    gone = {one if one not in given else other for one, other in ONE_OF if (one in given) != (other in given)}
+    return [*((key, value) for key, value in below if name(key) not in gone), *above]
 
 
 def with_preset(settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -524,7 +698,7 @@ def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     for key, value in settings:
         canonical, value = _canonical(key, value, known)
         if canonical is None:
-            problems.append(f"{key}: unknown setting{_nearest(key, [*known, *ALIASES])}")
+            problems.append(f"{key}: unknown setting{_advice(key, known)}")
             continue
         *parents, leaf = canonical.split(".")
         section = tree
@@ -569,16 +743,16 @@ def parse_overrides(
 
 def _parsed(key: str, text: str, annotation: Any) -> Any:
     """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
-    options = _options(annotation)
+    a_text = annotation in (str, str | None, str | list[str], str | list[str] | None)
     a_list = _is_list(annotation) and text.startswith("[") and text.endswith("]")
-    if str in options and not a_list and text not in ("", "null") and text[:1] not in "\"'":
+    if a_text and not a_list and text not in ("", "null") and text[:1] not in "\"'":
         return text
     try:
         return read_yaml(text)[0]
     except TwiceError as error:
         raise InputError(f"{key}: {error}.") from None
     except yaml.YAMLError:
-        if str in options:  # such as a pattern, [ab].jsonl
+        if str in _options(annotation):  # such as a pattern, [ab].jsonl
             return text
         raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
 
@@ -606,13 +780,18 @@ def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | No
         return None, value
     if leaf == "mask_prompt" and isinstance(value, bool):
         value = not value
-    elif leaf == "bits" and isinstance(value, int):
+    elif leaf in ("bits", "quantization_bit") and isinstance(value, int):
         value = {4: True, 16: False, 32: False}.get(value, value)
-    elif canonical == "data.format" and isinstance(value, str):
-        value = FORMAT_ALIASES.get(value, value)
-    elif isinstance(value, str) and _is_list(known[canonical]) and canonical not in SOURCES and value != "all-linear":
-        value = [] if value == "none" else [part.strip() for part in value.split(",")]
+    elif isinstance(value, str):
+        value = VALUE_ALIASES.get(canonical, {}).get(value, value)
+        whole = canonical in SOURCES or (canonical == "lora.target_modules" and _is_expression(value))
+        if _is_list(known[canonical]) and not whole:
+            value = [] if value == "none" else [part.strip() for part in value.split(",")]
     return canonical, value
+
+
+def _is_expression(targets: str) -> bool:
+    return targets == EVERY or re.fullmatch(r"[\w.\-, ]*", targets) is None
 
 
 def _is_list(annotation: Any) -> bool:
@@ -644,6 +823,14 @@ def _describe(error: ValidationError, known: Mapping[str, Any]) -> list[str]:
         where = next((name for name in dotted if name in known), dotted[-1])
         problems.setdefault(f"{where}={e['input']!r}: ", []).append(f"{message[0].lower()}{message[1:]}")
     return [where + ", or ".join(messages) for where, messages in problems.items()]
+
+
+def _advice(key: str, known: Mapping[str, Any]) -> str:
+    """What to write instead: what the other tools' name means here, else the name that is spelled most like it."""
+    leaf = key.rpartition(".")[2]
+    if leaf in ALIASES and leaf not in known:
+        return f", did you mean {ALIASES[leaf]}?"
+    return advice(leaf) or _nearest(key, [*known, *ALIASES])
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -10,8 +11,11 @@ import torch
 
 from qalora import __version__
 from qalora.__main__ import main
+from qalora.base.memory import MemoryPlan
 from qalora.cli import Parser, run
 from qalora.errors import AnswerNo, InputError
+from qalora.plan import print_plan
+from qalora.training.callback import console
 
 
 @pytest.mark.parametrize(
@@ -76,10 +80,62 @@ def test_a_flag_with_two_values_is_refused_and_twice_the_same_is_not():
             parsed(*words)
 
 
-@pytest.mark.parametrize("command", ["finetune", "plan", "score", "merge", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate"])
 def test_every_command_refuses_two_models(command, capsys):
     words = ["--model", "a", "--adapter", "x", "--output", "y", "--data", "z", "--recipe", "alpaca", "--model", "b"]
     assert run(import_module(f"qalora.{command}").main, words) == 2
     assert (
         capsys.readouterr().err == "error: command line: two values for --model, --model a and --model b; keep one.\n"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_lacks_is_escaped(monkeypatch, encoding):
+    """An answer with an emoji, a table of rich, an error."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.TextIOWrapper(io.BytesIO("grüß\n".encode(encoding if encoding != "ascii" else "utf-8")), encoding=encoding),
+    )
+
+    def command(argv: list[str]) -> int:
+        assert sys.stdin.readline() == "grüß\n"
+        print("ja 🙂 → ü")
+        print_plan(MemoryPlan({"4-bit weights": 2**20}))
+        raise InputError("– no")
+
+    assert run(command, []) == 2
+    out, err = (stream.buffer.getvalue().decode(encoding) if not stream.flush() else "" for stream in streams)
+    said = {"ascii": "ja \\U0001f642 \\u2192 \\xfc", "latin-1": "ja \\U0001f642 \\u2192 ü", "utf-8": "ja 🙂 → ü"}
+    assert said[encoding] in out and "4-bit weights" in out
+    assert ("error: – no" if encoding == "utf-8" else "error: \\u2013 no") in err
+
+
+def test_words_that_the_locale_cannot_decode_are_utf_8(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    raw = "grüß".encode().decode("ascii", "surrogateescape")
+    assert run(lambda argv: seen.extend(argv) or 0, ["--prompt", raw]) == 0
+    assert seen == ["--prompt", "grüß"]
+    assert run(lambda argv: 0, ["--prompt", b"gr\xfc\xdf".decode("ascii", "surrogateescape")]) == 2
+    assert "not UTF-8; write it in UTF-8." in capsys.readouterr().err
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert run(lambda argv: 0, ["--data", "$NOWHERE/rows"]) == 2
+    assert capsys.readouterr().err == (
+        "error: $NOWHERE is not set in the environment; set it, or write the path out.\n"
+    )
+
+
+def test_lines_of_a_run_stay_lines_in_a_file(monkeypatch, tmp_path):
+    """And brackets are no markup."""
+    line = "step 1/2  [/data/rows] " + 40 * "loss 1.0  "
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        console.print(line)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == line + "\n"

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers, load_adapter
+from qalora.adapter.saved import read_adapter
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
@@ -92,11 +93,13 @@ def train(model_dir: Path, rows: Path, folder: Path, *more: str) -> int:
         "logging.steps": 1, "logging.quiet": "true",
     }  # fmt: skip
     flags = {"--model": model_dir, "--recipe": recipe, "--dtype": "float32", "--output-dir": folder}
+    given = [word for word in more if "=" in word and not word.startswith("--")]
+    settings |= dict(word.split("=", 1) for word in given)
     return main(
         [
             *(str(word) for flag in flags.items() for word in flag),
             *(f"{key}={value}" for key, value in settings.items()),
-            *more,
+            *(word for word in more if word not in given),
         ]
     )
 
@@ -128,8 +131,13 @@ def watched_run(model_dir, rows, tmp_path_factory) -> Path:
 
 
 def losses(folder: Path, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    return logs(folder, "loss", checkpoint)
+
+
+def logs(folder: Path, name: str, checkpoint: str = "checkpoint-12") -> dict[int, float]:
+    """Step → what was logged of that name."""
     history = json.loads((folder / checkpoint / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def records(folder: Path) -> list[dict]:
@@ -315,6 +323,123 @@ def test_a_resumed_run_takes_its_new_rate_and_decay_and_keeps_what_its_weights_h
             finetune(setting, "--resume-from-checkpoint", checkpoint, output="other")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.optim=adafactor", "training.neftune_noise_alpha=5"),
+        ("training.optim=lion_8bit", "lora.r=64", "lora.alpha=128", "training.label_smoothing_factor=0.1"),
+        ("training.lr_scheduler_type=greedy", "training.lr_scheduler_kwargs={patience: 0, min_lr: 1e-5, factor: 0.5}"),
+    ],
+    ids=["adafactor-noise", "lion-smoothing", "greedy"],
+)
+def test_other_optimizers_and_schedules_resume_exactly(finetune, settings):
+    """Across the round after step 8."""
+    _, straight = finetune(*settings, output="straight")
+    code, resumed = finetune(*settings, "--resume-from-checkpoint", str(straight / "checkpoint-6"), output="resumed")
+    assert code == 0
+    assert losses(resumed) == losses(straight)
+    assert logs(resumed, "learning_rate") == logs(straight, "learning_rate")
+    assert_same_adapter(straight, resumed)
+
+
+def test_a_schedule_that_follows_the_loss_goes_on_from_the_share_it_had_come_to(finetune, monkeypatch):
+    """The loss never gets better, so each validation halves the rate: after steps 3, 6 and 9."""
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [1.0] * len(items))
+    settings = (
+        "training.lr_scheduler_type=reduce_lr_on_plateau",
+        "training.lr_scheduler_kwargs={patience: 0, factor: 0.5}",
+    )
+    _, folder = finetune(*settings, "allocation.rounds=0", "training.save_strategy=steps", output="straight")
+    rate = 5e-3
+    after_the_first = [rate] * 3 + [rate] * 3 + [rate / 2] * 3 + [rate / 4] * 3
+    assert list(logs(folder, "learning_rate").values()) == pytest.approx(after_the_first)
+    more = ("training.learning_rate=1e-4", "--resume-from-checkpoint", str(folder / "checkpoint-9"))
+    _, resumed = finetune(*settings, "allocation.rounds=0", *more, output="slower")
+    assert [logs(resumed, "learning_rate")[step] for step in (10, 11, 12)] == pytest.approx([1e-4 / 4] * 3)
+
+
+def test_validations_and_checkpoints_by_epoch(finetune, monkeypatch):
+    """9 steps an epoch; two and a half of them are 23 steps. No validation is better than the first."""
+    worse = itertools.count(1)
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    epochs = (
+        "training.max_steps=null",
+        "training.num_epochs=2.5",
+        "training.eval_strategy=epoch",
+        "training.save_strategy=epoch",
+    )
+    _, folder = finetune(*epochs, "allocation.rounds=0")
+    assert sorted(logs(folder, "eval_loss", "checkpoint-23")) == [9, 18, 23]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-18", "checkpoint-23"}
+    assert logs(folder, "epoch", "checkpoint-18")[18] == 2
+    best = load_file(folder / "checkpoint-9" / "adapter_model.safetensors")
+    assert all(torch.equal(best[k], v) for k, v in load_file(folder / "adapter" / "adapter_model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "validations", "checkpoints"),
+    [
+        ("training.eval_strategy=no", 0, {3, 6, 9, 12}),
+        ("training.save_strategy=no", 4, set()),
+        ("training.save_strategy=best", 4, {3, 12}),
+        ("training.save_steps=0.4", 4, {3, 5, 10, 12}),
+    ],
+)
+def test_a_run_without_validations_or_checkpoints_ends_with_its_last_weights(
+    finetune, default_run, monkeypatch, setting, validations, checkpoints
+):
+    worse, plain, last = itertools.count(1), trainer.QaloraTrainer._load_best_model, []
+    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    monkeypatch.setattr(trainer.QaloraTrainer, "_load_best_model", lambda self: last.append(plain(self)))
+    code, folder = finetune(setting, "allocation.rounds=0", "evaluation.before=false", "evaluation.after=false")
+    assert code == 0
+    assert (next(worse) - 1, len(last)) == (validations, 0 if setting.endswith("=no") else 1)
+    assert {int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")} == checkpoints
+    if setting == "training.eval_strategy=no":
+        assert logs(folder, "eval_loss") == {}
+        trained = load_file(folder / "checkpoint-12" / "adapter_model.safetensors")
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(saved[key], trained[key]) for key in trained)
+
+
+def test_the_recipe_decides_whatever_a_launcher_left_in_the_environment(finetune, default_run, monkeypatch, capsys):
+    """As `torchrun --nproc-per-node 1` and `accelerate launch --mixed_precision bf16` leave it."""
+    left = {
+        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "SLURM_NTASKS": "4",
+    }  # fmt: skip
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    code, folder = finetune("logging.quiet=false")
+    assert code == 0
+    assert losses(folder) == losses(default_run)
+    said = capsys.readouterr().err
+    assert (
+        "ACCELERATE_MIXED_PRECISION=bf16 is not followed: the recipe decides (quantization.bnb_4bit_compute_dtype)"
+        in said
+    )
+
+
+def test_several_processes_are_refused_before_anything_is_read(finetune, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2 in the environment: qalora trains in one process"):
+        finetune("data.train=nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["training.lr_scheduler_kwargs={min_lr: 1e-6}"], "linear takes none, and not min_lr"),
+        (["lora.target_modules=q|v"], "matches no linear layer"),
+        (["lora.layers_to_transform=0,2"], "lora.layers_to_transform=2: the model has blocks 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_weights_load(finetune, monkeypatch, settings, says):
+    monkeypatch.setattr("qalora.base.loading.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=says):
+        finetune(*settings)
+
+
 def test_a_finished_run_that_is_continued_trains_no_further(finetune):
     more = ("training.lr_scheduler_type=constant",)
     _, folder = finetune(*more)
@@ -433,7 +558,18 @@ def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune
     assert [record["step"] for record in records(folder)] == [4, 8]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_torch",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "adamw_8bit",
+        "adafactor",
+        "lion_32bit",
+        "paged_lion_8bit",
+    ],
+)
 def test_rounds_work_with_every_optimizer(finetune, optim):
     """At r = 64, where the 8-bit ones hold moments in 8 bits (from 4,096 elements on)."""
     code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", "training.learning_rate=1e-3")
@@ -587,10 +723,36 @@ def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, break
     assert len(batches) > at
 
 
-def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
+SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "peft"),
+    [
+        ([], {}, {}),
+        (
+            ["label_smoothing_factor=0.2", "max_grad_norm=0", "lr_scheduler_type=cosine_with_min_lr", "warmup_steps=3",
+             "lr_scheduler_kwargs={min_lr: 1e-3}", "optim=adafactor"],
+            dict(label_smoothing_factor=0.2, max_grad_norm=0.0, lr_scheduler_type="cosine_with_min_lr", warmup_steps=3,
+                 lr_scheduler_kwargs={"min_lr": 1e-3}, optim="adafactor"),
+            {},
+        ),
+        (
+            ["neftune_noise_alpha=5", "optim=lion_32bit", "learning_rate=1e-3", "max_grad_norm=null",
+             "lora.target_modules=model.*(q|down)_proj", "lora.layers_to_transform=1"],
+            dict(neftune_noise_alpha=5.0, optim="lion_32bit", learning_rate=1e-3, max_grad_norm=0.0),
+            dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+        ),
+    ],
+    ids=["as-it-is", "smoothing-schedule-adafactor", "neftune-lion-targets"],
+)  # fmt: skip
+def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows, settings, theirs, peft):
     """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
     _, folder = finetune(
-        "allocation.rounds=0", "training.gradient_checkpointing=false", "training.group_by_length=false"
+        "allocation.rounds=0",
+        "training.gradient_checkpointing=false",
+        "training.group_by_length=false",
+        *(setting if "." in setting.partition("=")[0] else f"training.{setting}" for setting in settings),
     )
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
@@ -601,18 +763,24 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
     base = load_base(resolve(str(model_dir)), dtype="float32")
     train = load_data(recipe, base.tokenizer).train.items
     set_seed(42)
-    start = {n: (m.A.clone(), m.B.clone()) for n, m in gated_layers(attach(base.model, r=2, alpha=4, seed=42)).items()}
+    targets = dict(target_modules=recipe.lora.target_modules, layers_to_transform=recipe.lora.layers_to_transform)
+    ours = attach(base.model, r=2, alpha=4, seed=42, **targets)
+    start = {name: (layer.A.clone(), layer.B.clone()) for name, layer in gated_layers(ours).items()}
     plain = load_base(resolve(str(model_dir)), dtype="float32").model
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    plain = get_peft_model(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **{"target_modules": SUFFIXES, **peft})
+    plain = get_peft_model(plain, config)
+    adapted = {
+        name.removeprefix("base_model.model.") for name, module in plain.named_modules() if hasattr(module, "lora_A")
+    }
+    assert adapted == set(read_adapter(folder / "adapter").pairs)
     with torch.no_grad():
-        for name, (A, B) in start.items():
+        for name in adapted:
+            A, B = start[name]
             module = plain.get_submodule("base_model.model." + name)
             module.lora_A.default.weight.copy_(A)
             module.lora_B.default.weight.copy_(B)
     collate = Collator(base.tokenizer.pad_token_id)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "peft"),
+    options = dict(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=12,
@@ -628,6 +796,7 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         use_cpu=True,
         seed=42,
     )
+    arguments = TrainingArguments(output_dir=str(folder / "peft"), **{**options, **theirs})
     trainer = Trainer(
         model=plain,
         args=arguments,
@@ -635,8 +804,9 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows):
         data_collator=lambda items: {k: v for k, v in collate(items).items() if k != "rows"},
     )
     trainer.train()
-    theirs = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    assert losses(folder) == pytest.approx(theirs, abs=2e-4)
+    for name in ("loss", "learning_rate"):
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert logs(folder, name) == pytest.approx(logged, abs=2e-4 if name == "loss" else 1e-12)
 
 
 def test_a_round_that_changes_nothing_changes_no_loss(finetune, monkeypatch):
@@ -730,6 +900,67 @@ def test_validation_rows_of_their_own(model_dir):
     assert set(rendered) <= held_back
 
 
+def test_rows_are_cut_at_the_models_positions_and_it_is_said(finetune, model_dir, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    words = [" ".join(WORDS[i % len(WORDS)] for i in range(start, start + 200)) for start in range(6)]
+    long.write_text("".join(json.dumps({"prompt": "a ", "completion": text}) + "\n" for text in words))
+    quick = ["training.max_steps=1", "allocation.rounds=0", "logging.quiet=false", "evaluation.before=false"]
+    arguments = [
+        "--model",
+        str(model_dir),
+        "--recipe",
+        "alpaca",
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--dtype",
+        "float32",
+    ]
+    arguments += [f"data.train={long}", "data.format=prompt-completion", "data.max_seq_len=65", "data.val_set_size=1"]
+    assert main([*arguments, *quick, "evaluation.after=false"]) == 0
+    said = capsys.readouterr().err
+    assert f"data.max_seq_len=65: {model_dir} has 64 positions; longer rows are cut there" in said
+    assert "6 rows cut at data.max_seq_len=64" in said
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.max_seq_len == 64
+
+
+def test_validation_rows_that_are_training_rows_are_counted(model_dir, tmp_path, capsys):
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.csv"
+    rows = [{"prompt": f"{word} ", "completion": word} for word in WORDS[:4]]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validation.write_text(
+        f"prompt,completion\n{WORDS[0]} ,{WORDS[0]}\n{WORDS[1]} ,{WORDS[2]}\n{WORDS[3]} ,{WORDS[3]}\n"
+    )
+    settings = [("model", str(model_dir)), ("data.train", str(train)), ("data.format", "prompt-completion")]
+    tokenizer = load_tokenizer(resolve(str(model_dir)))
+    load_data(load_recipe("alpaca", [*settings, ("data.validation", str(validation))]), tokenizer)
+    assert "2 of 3 validation rows are training rows too" in capsys.readouterr().err
+    load_data(load_recipe("alpaca", [*settings, ("data.val_set_size", 1)]), tokenizer)
+    assert "training rows too" not in capsys.readouterr().err
+
+
+def test_the_advice_for_one_row_and_for_two_works(finetune, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "a ", "completion": "b"}) + "\n")
+    quick = ["training.max_steps=1", "allocation.rounds=0", "data.val_set_size=0.05"]
+    with pytest.raises(InputError, match=r"give data\.validation=FILE, which may be the same file"):
+        finetune(f"data.train={one}", *quick)
+    assert finetune(f"data.train={one}", *quick, f"data.validation={one}")[0] == 0
+    two = tmp_path / "two.jsonl"
+    two.write_text(one.read_text() * 2)
+    with pytest.raises(InputError, match=r"set data\.val_set_size=1, or"):
+        finetune(f"data.train={two}", *quick[:2], "data.val_set_size=2", output="second")
+    assert finetune(f"data.train={two}", *quick[:2], "data.val_set_size=1", output="second")[0] == 0
+
+
+def test_splits_of_both_sets_reach_the_reader(model_dir, rows):
+    settings = [("model", str(model_dir)), ("data.train", str(rows)), ("data.validation", str(rows))]
+    slices = [("data.split", "train[:75%]"), ("data.validation_split", "train[75%:]")]
+    recipe = load_recipe("alpaca", [*settings, *slices, ("data.format", "prompt-completion")])
+    data = load_data(recipe, load_tokenizer(resolve(str(model_dir))))
+    assert len(data.train) == 72
+    assert len({item["row"] for part in (data.validation, data.scoring) for item in part.items}) == 24
+
+
 # ------------------------------------------------------------------------------------------------------- named failures
 
 
@@ -809,7 +1040,7 @@ def test_a_run_that_the_next_one_reads_is_not_overwritten(finetune, rows, monkey
     inside = folder / "rows.jsonl"
     shutil.copy(rows, inside)
     monkeypatch.setenv("HOME", str(folder.parent))
-    for name in (inside, f"~/{folder.name}/rows.jsonl"):
+    for name in (inside, f"~/{folder.name}/rows.jsonl", f"{folder}/row?.jsonl", f"[{rows}, {inside}]"):
         with pytest.raises(InputError, match=r"holds .*rows\.jsonl, which the run reads; choose another --output-dir"):
             finetune("--overwrite", f"data.train={name}")
     mine = folder / "mine.yaml"
@@ -907,3 +1138,15 @@ def test_checkpoints_are_plain_peft_without_pickled_settings(default_run, model_
     assert config["rank_pattern"] == records(folder)[-1]["ranks"]
     assert config["alpha_pattern"] == {name: 2 * rank for name, rank in config["rank_pattern"].items()}
     assert not (folder / "checkpoint-9" / "training_args.bin").exists()
+
+
+def test_every_adapter_of_a_run_says_what_it_was_trained_on_and_taught(default_run, model_dir):
+    for folder in (default_run / "adapter", default_run / "checkpoint-3", default_run / "checkpoint-12"):
+        assert json.loads((folder / "qalora.json").read_text()) == {
+            "model": str(model_dir),
+            "quant_type": "nf4",
+            "double_quant": True,
+            "compute_dtype": "float32",
+            "stop_tokens": ["</s>"],
+            "chat_template": None,
+        }

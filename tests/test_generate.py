@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora import generate
 from qalora.adapter.model import gated_layers
+from qalora.answers import AnswerStreamer, generation_config
 from qalora.data.formats import to_example
 from qalora.data.tokenization import tokenize
 from qalora.errors import InputError
-from qalora.metrics import generation_config
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -75,8 +75,26 @@ def parsed(*flags):
             ["--repetition-penalty", "1.2"],
             dict(max_new_tokens=256, do_sample=False, repetition_penalty=1.2),
         ),
+        (["--temperature", "0"], dict(max_new_tokens=256, do_sample=False)),
+        (["--do-sample", "--temperature", "0", "--top-p", "0.9"], dict(max_new_tokens=256, do_sample=False)),
+        (["--do-sample", "--temperature", "1e-40"], dict(max_new_tokens=256, do_sample=False)),
+        (["--temperature", "0.7"], dict(max_new_tokens=256, do_sample=True, temperature=0.7)),
+        (["--top-k", "5"], dict(max_new_tokens=256, do_sample=True, top_k=5)),
+        (["--top-p", "0.9", "--top-k", "0"], dict(max_new_tokens=256, do_sample=True, top_p=0.9, top_k=0)),
     ],
-    ids=["greedy", "sampling", "sampling settings", "top k", "penalty"],
+    ids=[
+        "greedy",
+        "sampling",
+        "sampling settings",
+        "top k",
+        "penalty",
+        "temperature 0",
+        "temperature 0 wins",
+        "as good as 0",
+        "a temperature samples",
+        "top k samples",
+        "top p samples, and 0 is all",
+    ],
 )
 def test_flags_are_hugging_faces_options(flags, options):
     assert parsed("--prompt", "hi", *flags) == options
@@ -85,10 +103,10 @@ def test_flags_are_hugging_faces_options(flags, options):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--temperature", "0.7"],
-        ["--do-sample", "--temperature", "0"],
-        ["--top-k", "5"],
-        ["--do-sample", "--top-k", "0"],
+        ["--temperature", "-0.1"],
+        ["--temperature", "nan"],
+        ["--temperature", "inf"],
+        ["--do-sample", "--top-k", "-1"],
         ["--repetition-penalty", "0"],
         ["--do-sample", "--top-p", "1.5"],
         ["--max-new-tokens", "0"],
@@ -96,24 +114,72 @@ def test_flags_are_hugging_faces_options(flags, options):
     ],
     ids=" ".join,
 )
-def test_options_without_effect_or_out_of_range_are_errors(flags):
+def test_options_out_of_range_are_errors(flags):
     with pytest.raises(InputError, match=f"{flags[-2]} {flags[-1]}"):
         parsed("--prompt", "hi", *flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "message"),
     [
-        (["--chat", "--raw"], "--raw"),
-        (["--instruction", "hi", "--raw"], "--raw"),
-        (["--prompt", "hi", "--input", "x"], "--input"),
+        (["--chat", "--raw"], "--raw: only"),
+        (["--instruction", "hi", "--raw"], "--raw: only"),
+        (["--prompt", "hi", "--input", "x"], "--input: goes"),
+        (["--prompt", "hi", "--system", "x", "--raw"], "--system: goes"),
+        (["--instruction", "hi", "--system", "x"], "--system: goes"),
         (["--prompt", "", "--raw"], "--prompt: empty"),
+        (["--prompt", ""], "--prompt: empty"),
+        (["--prompt", " \n"], "--prompt: empty"),
+        (["--instruction", ""], "--instruction: empty"),
+        (["--chat", "--system", ""], "--system: empty"),
+        (["--prompt", "hi", "--stop", ""], "--stop: empty"),
+        (["--prompt", "caf\udce9"], "--prompt: byte 0xE9 at character 3 is no UTF-8"),
+        (["--chat", "--system", "\udcff"], "--system: byte 0xFF at character 0"),
+        (["--prompt", "hi", "--stop", "\udcff"], "--stop: byte 0xFF"),
+        (["--instruction", "hi", "--input", "\udcff"], "--input: byte 0xFF"),
+        (["--prompt-file", "no-such-file"], "--prompt-file no-such-file: cannot be read"),
+        (["--prompt-file", "."], "--prompt-file .: cannot be read"),
     ],
-    ids=" ".join,
 )
-def test_flags_that_do_not_go_together_are_errors(flags, named):
-    with pytest.raises(InputError, match=named):
-        parsed(*flags)
+def test_texts_that_cannot_be_answered_are_errors_before_anything_loads(flags, message):
+    with pytest.raises(InputError, match=message):
+        generate.main(["--model", "no-such-model", *flags])
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"hi", "hi"),
+        (b"two\nlines\n", "two\nlines"),
+        (b"hi\r\n", "hi"),
+        ("Zürich\n\n".encode("utf-8-sig"), "Zürich\n"),
+    ],
+    ids=["plain", "the last line break", "of Windows", "a byte order mark"],
+)
+@pytest.mark.parametrize("name", ["file", "-"])
+def test_a_prompt_is_read_from_a_file_or_standard_input(tmp_path, monkeypatch, data, text, name):
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+    assert generate.read_prompt("-" if name == "-" else str(tmp_path / name)) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"caf\xe9\n", "byte 0xE9 at offset 3 is no UTF-8"), (b"", "empty"), (b" \n", "empty")],
+    ids=["Latin-1", "empty", "blank"],
+)
+def test_a_prompt_file_that_cannot_be_answered_is_an_error(tmp_path, data, message):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(InputError, match=f"--prompt-file {tmp_path}/file: {message}"):
+        generate.read_prompt(str(tmp_path / "file"))
+
+
+def test_a_line_of_a_chat_that_is_no_utf8_is_named(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\ncaf\xe9\n")))
+    lines = iter(generate.lines())
+    assert next(lines) == "hi"
+    with pytest.raises(InputError, match="standard input, line 2: byte 0xE9"):
+        next(lines)
 
 
 @pytest.mark.parametrize("input", ["", "2, 3"], ids=["instruction alone", "with an input"])
@@ -141,6 +207,62 @@ def test_history_is_rendered_in_turns(tokenizer):
     assert text == "<user>a</user><assistant>b</assistant><user>c</user><assistant>"
 
 
+def test_a_system_message_comes_first_and_is_never_forgotten(model, tokenizer, monkeypatch):
+    prompts = []
+
+    def reply(model, tokenizer, ids, config, **options):
+        prompts.append(tokenizer.decode(ids))
+        return "reply"
+
+    monkeypatch.setattr(generate, "answer", reply)
+    config = generation_config(model, tokenizer, max_new_tokens=150, do_sample=False)  # leaves 106 tokens
+    generate.chat(model, tokenizer, ["one", "two", "three"], config, system="Be brief.")
+    assert prompts[0] == "<system>Be brief.</system><user>one</user><assistant>"
+    assert prompts[2].startswith(
+        "<system>Be brief.</system><user>two</user><assistant>reply</assistant><user>three</user>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "--system: the model has no chat template"),
+        ("{% for m in messages if m.role != 'system' %}<{{ m.content }}>{% endfor %}", "leaves it out"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+    ],
+    ids=["no template", "left out", "refused"],
+)
+def test_a_system_message_that_no_prompt_would_have_is_an_error(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=message):
+        generate.prompt_ids(["hi"], tokenizer, system="Be brief.")
+
+
+def test_a_system_message_that_is_the_template_s_default_is_no_error(tokenizer):
+    default = "{% if messages[0].role != 'system' %}<system>Be brief.</system>{% endif %}"
+    tokenizer.chat_template = default + TEMPLATE
+    text = tokenizer.decode(generate.prompt_ids(["hi"], tokenizer, system="Be brief."))
+    assert text == "<system>Be brief.</system><user>hi</user><assistant>"
+
+
+@pytest.mark.parametrize("words", [["He", "llo #", "## E", "nd", " more"], ["no stop #", "#"], ["é", "ü", "###"]])
+def test_a_stream_shows_no_part_of_a_stop_text(capsys, words):
+    whole, stops = "".join(words), ["### End", "##x"]
+    expected = whole.split("### End")[0]
+
+    def read(ids):
+        return "".join(words[i] for i in ids).split("### End")[0]
+
+    streamer, shown = AnswerStreamer(read, stops), []
+    streamer.put(torch.tensor([[9, 9]]))  # the prompt
+    for i in range(len(words)):
+        streamer.put(torch.tensor([i]))
+        shown.append(capsys.readouterr().out)
+        assert expected.startswith("".join(shown))
+    streamer.end()
+    assert "".join(shown) + capsys.readouterr().out == expected + "\n"
+
+
 def test_answer_streams_the_greedy_continuation(model, tokenizer, capsys):
     prompt = generate.prompt_ids(["hi"], tokenizer)
     ids = list(prompt)
@@ -162,7 +284,7 @@ def test_prompt_beyond_the_context_is_an_error(model, tokenizer):
 def test_chat_sees_the_history_and_forgets_the_oldest_exchange(model, tokenizer, monkeypatch, capsys):
     prompts = []
 
-    def reply(model, tokenizer, ids, config):
+    def reply(model, tokenizer, ids, config, **options):
         prompts.append(tokenizer.decode(ids))
         return f"reply {len(prompts)}"
 
@@ -182,7 +304,7 @@ def test_an_adapter_is_part_of_what_answers(model, tokenizer, tmp_path, monkeypa
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     seen = []
-    monkeypatch.setattr(generate, "answer", lambda model, *rest: seen.append(model))
+    monkeypatch.setattr(generate, "answer", lambda model, *rest, **options: seen.append(model))
     flags = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--no-quantize"]
     assert generate.main([*flags, "--dtype", "float32", "--prompt", "hi"]) == 0
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -193,8 +315,41 @@ def test_an_adapter_is_part_of_what_answers(model, tokenizer, tmp_path, monkeypa
 
 
 def test_lines_of_standard_input(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  two  \nthree"))
-    assert list(generate.lines()) == ["one", "two", "three"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("one\n\n  zwölf  \nthree".encode()), encoding="ascii"))
+    assert list(generate.lines()) == ["one", "zwölf", "three"]
+
+
+@pytest.fixture
+def command(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return ["--model", str(tmp_path), "--no-quantize", "--dtype", "float32", "--max-new-tokens", "12"]
+
+
+def test_the_answer_ends_before_the_first_stop_text(command, tmp_path, capsys):
+    assert generate.main([*command, "--prompt", "hi"]) == 0
+    free = capsys.readouterr().out.removesuffix("\n")
+    stop, later = free[3:5], free[6:8]
+    assert stop and later
+    (tmp_path / "prompt.txt").write_text("hi\n")
+    flags = ["--prompt-file", str(tmp_path / "prompt.txt"), "--stop", later, "--stop", stop]
+    assert generate.main([*command, *flags]) == 0
+    assert capsys.readouterr().out == free[: free.find(stop)] + "\n"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], "say \n"), (["--keep-special-tokens"], "<pad>say \n")])
+def test_special_tokens_are_shown_if_asked_but_not_what_ends_the_answer(command, monkeypatch, capsys, flags, expected):
+    def say(self, input_ids, streamer, **options):
+        words = [0, *make_tokenizer()("say ")["input_ids"], 1]
+        streamer.put(input_ids)
+        for word in words:
+            streamer.put(torch.tensor([word]))
+        streamer.end()
+        return torch.tensor([input_ids[0].tolist() + words])
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", say)
+    assert generate.main([*command, "--prompt", "hi", *flags]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_sampling_is_repeated_by_its_seed(model, tokenizer, tmp_path, capsys):

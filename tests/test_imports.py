@@ -17,16 +17,21 @@ MODULES = {
 }
 FOUNDATION = {
     "errors": 0,
+    "environment": 0,
+    "paths": 0,
+    "spellings": 0,
     "files": 0,
     "yaml_file": 0,
+    "text_scores": 0,
     "recipe": 1,
     "adapter.allocation": 0,
+    "adapter.targets": 0,
     "adapter.provenance": 0,
     "base.memory": 1,
     "base.registry": 0,
     "base.gguf_reader": 0,
 }
-LAYERS = {"base": 2, "data": 2, "adapter": 2, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
+LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
@@ -38,12 +43,17 @@ TORCH_FREE = [
     "base.fitting",
     "adapter.allocation",
     "adapter.provenance",
+    "data.file_types",
     "data.cells",
     "data.conversation",
     "data.formats",
-    "data.columns",
-    "data.file_types",
     "data.reading",
+    "data.references",
+    "text_scores",
+    "environment",
+    "paths",
+    "spellings",
+    "adapter.targets",
 ]
 COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
 

@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qalora import answers as answering
 from qalora import metrics
 from qalora.data.formats import Example, Turn
 from qalora.data.tokenization import load_dataset, tokenize_prompt
@@ -28,12 +29,17 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer(*special):
     """One token a byte, and an end-of-text token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
@@ -148,7 +154,7 @@ def test_answers_are_scored_against_their_own_reference(model, tokenizer, datase
     answers = ["yes", " no\n", "Yes", "no, never", "maybe"]
     by_prompt = {tuple(tokenize_prompt(e, tokenizer)): a for e, a in zip(dataset.examples, answers, strict=True)}
 
-    def rigged(input_ids, attention_mask, generation_config):
+    def rigged(input_ids, attention_mask, generation_config, tokenizer):
         rows = []
         for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
             assert mask == sorted(mask)  # padding on the left
@@ -166,9 +172,113 @@ def test_answers_are_scored_against_their_own_reference(model, tokenizer, datase
     assert "loss" not in result
 
 
+@pytest.fixture
+def saying(model, tokenizer, monkeypatch):
+    """saying(*answers): the model gives them in the order of the rows, one a batch, as they stand."""
+
+    def rig(*texts):
+        given = iter(texts)
+
+        def rigged(input_ids, attention_mask, generation_config, tokenizer):
+            ids = tokenizer(next(given))["input_ids"]
+            return torch.tensor([input_ids[0].tolist() + ids + [tokenizer.pad_token_id] * 3])
+
+        monkeypatch.setattr(model, "generate", rigged, raising=False)
+
+    return rig
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "read", "right"),
+    [
+        ("<call>f()", "<call>f()</s>", "<call>f()", True),
+        ("<call>f()", "f()</s>", "f()", False),
+        ("f()", "<call>f()</s>", "f()", True),
+        ("<call>f()</s>", "<call>f()</s>more", "<call>f()", True),
+        ("yes", "yes<think></s>", "yes", True),
+        ("yes", "yes", "yes", True),
+    ],
+    ids=["kept", "missing", "not in the reference", "the end is spelled out", "only the reference's own", "no end"],
+)
+def test_special_tokens_of_an_answer_are_read_where_the_reference_has_them(
+    model, tmp_path, saying, reference, answer, read, right
+):
+    tokenizer = make_tokenizer("<call>", "<think>")
+    dataset = make_dataset(tokenizer, tmp_path, [{"prompt": "do it ", "completion": reference}])
+    saying(answer)
+    result, (line,) = metrics.predict(model, tokenizer, dataset, metrics=["exact_match"])
+    assert (line["answer"], line["exact_match"], result["exact_match"]) == (read, 100 * right, 100 * right)
+
+
+def test_an_answer_ends_before_the_first_of_the_taught_ends(model, tokenizer, tmp_path, saying):
+    dataset = make_dataset(tokenizer, tmp_path, [{"prompt": "a ", "completion": "yes"}])
+    saying("yes\n### End\nUser: and</s>")
+    _, (line,) = metrics.predict(model, tokenizer, dataset, metrics=["exact_match"], taught=["User:", "\n### End"])
+    assert (line["answer"], line["exact_match"]) == ("yes", 100)
+
+
+def test_a_taught_text_stops_the_model_itself(model, tokenizer, dataset):
+    """As far as the text that it says without, and not a token further."""
+    prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
+    free = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
+    stop = free[0][4:6]
+    assert stop and free[0].find(stop) >= 0
+    config = answering.generation_config(model, tokenizer, [stop], do_sample=False, max_new_tokens=12)
+    ids = torch.tensor([prompts[0]])
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, ids.shape[1] :]).endswith(stop)
+    stopped = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12, taught=[stop], batch_size=2)
+    assert stopped == [text.split(stop)[0] for text in free]
+
+
+def test_every_row_is_told_and_the_figures_are_the_means_of_the_rows(model, tokenizer, dataset):
+    asked = dict(metrics=["loss", "accuracy", "exact_match", "rougeL"], max_new_tokens=4)
+    result, lines = metrics.predict(model, tokenizer, dataset, **asked)
+    assert [(line["row"], line["prompt"], line["reference"]) for line in lines] == [
+        (i, row["prompt"], row["completion"]) for i, row in enumerate(ROWS)
+    ]
+    for name in ("accuracy", "exact_match", "rougeL"):
+        assert result[name] == pytest.approx(sum(line[name] for line in lines) / len(lines))
+    tokens = [line["supervised_tokens"] for line in lines]
+    assert sum(tokens) == result["supervised_tokens"]
+    assert result["loss"] == pytest.approx(
+        sum(line["loss"] * n for line, n in zip(lines, tokens, strict=True)) / sum(tokens)
+    )
+    for line, item in zip(lines, dataset.items, strict=True):
+        nll, count = naive_nll(model, item["input_ids"], item["labels"])
+        assert line["loss"] == pytest.approx(nll / count, rel=1e-4)
+        assert (line["accuracy"] == 100) == (line["choice"] == line["reference"])
+        assert "references" not in line
+
+
+def test_of_accuracy_alone_the_choice_is_the_answer(model, tokenizer, dataset):
+    _, lines = metrics.predict(model, tokenizer, dataset, metrics=["accuracy"])
+    assert all(line["answer"] == line["choice"] in ("yes", "no", "maybe") for line in lines)
+
+
+def test_an_answer_is_right_if_it_is_one_of_several(model, tokenizer, tmp_path, saying):
+    rows = [
+        {"prompt": "a? ", "completion": ["Paris", "paris"]},
+        {"prompt": "b? ", "completion": "Rome", "references": ["the city of Rome"]},
+        {"prompt": "c? ", "completion": "Bonn"},
+    ]
+    dataset = make_dataset(tokenizer, tmp_path, rows)
+    assert metrics.several_references(dataset).startswith("2 rows have several references")
+    learned = [tokenizer.decode([t for t in item["labels"] if t != -100]) for item in dataset.items]
+    assert learned == ["Paris</s>", "Rome</s>", "Bonn</s>"]
+    saying("paris", "city of Rome", "Berlin")
+    _, lines = metrics.predict(model, tokenizer, dataset, metrics=["exact_match", "rougeL"], batch_size=1)
+    assert [line["exact_match"] for line in lines] == [100, 0, 0]
+    best = RougeScorer(["rougeL"]).score("the city of Rome", "city of Rome")["rougeL"].fmeasure
+    assert [line["rougeL"] for line in lines] == pytest.approx([100, 100 * best, 0])
+    assert (lines[0]["reference"], lines[0]["references"]) == ("Paris", ["Paris", "paris"])
+    assert metrics.check(dataset, metrics=["accuracy"], choices=["paris", "the city of Rome", "Bonn"])
+
+
 def test_batched_generation_is_generation_one_by_one(model, tokenizer, dataset):
     prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
-    together = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
+    together = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
     for prompt, text in zip(prompts, together, strict=True):
         ids = list(prompt)
         with torch.no_grad():
@@ -179,29 +289,18 @@ def test_batched_generation_is_generation_one_by_one(model, tokenizer, dataset):
 
 def test_a_checkpoint_that_likes_to_sample_is_still_decoded_greedily(model, tokenizer, dataset, monkeypatch):
     prompts = [tokenize_prompt(example, tokenizer) for example in dataset.examples]
-    plain = metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
+    plain = answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12)
     own = dict(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
     for name, value in own.items():
         monkeypatch.setattr(model.generation_config, name, value)
-    assert metrics.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
+    assert answering.generate_answers(model, tokenizer, prompts, max_new_tokens=12) == plain
 
 
 def test_every_token_that_ends_a_turn_ends_an_answer_and_sampling_is_plain(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 9])
-    config = metrics.generation_config(model, tokenizer, do_sample=True, max_new_tokens=3)
+    config = answering.generation_config(model, tokenizer, do_sample=True, max_new_tokens=3)
     assert config.eos_token_id == [7, 9, tokenizer.eos_token_id]
     assert (config.top_k, config.top_p, config.temperature) == (0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [(None, 25.0), (r"#### (-?\d+)", 75.0)],
-    ids=["whole answer", "number after ####"],
-)
-def test_exact_match(pattern, expected):
-    references = ["#### 4", "2 + 2\n#### 4", "#### 5", "#### 6"]
-    answers = [" #### 4\n", "so #### 4 #### 9", "#### 5.", "6"]
-    assert metrics.exact_match(answers, references, pattern) == expected
 
 
 @given(st.text(max_size=5), st.text(max_size=20), st.text(max_size=10))
@@ -246,7 +345,7 @@ def test_modes_are_restored_also_after_an_error(model):
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), metrics.inference(model):
+    with pytest.raises(ZeroDivisionError), answering.inference(model):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
         raise ZeroDivisionError

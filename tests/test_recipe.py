@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from qalora import recipe as module
+from qalora import spellings
 from qalora.data.formats import ALPACA_WITH_INPUT, to_example
 from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
@@ -112,10 +113,14 @@ VALUES = {
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
     "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
-    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "data.validation": "v", "data.split": "a", "data.validation_split": "b",
-    "data.name": "main", "data.chat_template": "chat.jinja",
+    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "lora.dropout": 0.1, "lora.layers_to_transform": [1, 2],
+    "data.validation": "v", "data.split": "a", "data.validation_split": "b", "data.name": "main", "data.chat_template": "c.jinja",
+    "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,
+    "training.max_steps": 5, "training.warmup_steps": 6, "training.lr_scheduler_type": "polynomial",
+    "training.eval_strategy": "epoch", "training.max_grad_norm": 0.7, "training.label_smoothing_factor": 0.2,
+    "training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": "selective",
 }  # fmt: skip
-SPECIAL = {"mask_prompt": False, "bits": 16}  # the value that means the one above
+SPECIAL = {"mask_prompt": False, "bits": 16, "quantization_bit": 16}  # the value that means the one above
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -184,6 +189,66 @@ def test_validation_size_is_rows_or_a_share(size, kind):
     assert type(build(val_size=size).data.val_set_size) is kind
 
 
+@pytest.mark.parametrize(
+    ("setting", "given", "found"),
+    [
+        ("training.max_steps", -1, None),
+        ("training.max_grad_norm", 0, 0.0),
+        ("training.max_grad_norm", None, None),
+        ("training.eval_strategy", False, "no"),  # YAML's no
+        ("training.save_strategy", False, "no"),
+        ("training.eval_steps", 0.1, 0.1),
+        ("training.save_steps", "0.25", 0.25),
+        ("training.warmup_steps", 100.0, 100),
+        ("training.lr_scheduler_kwargs", {"min_lr": "1e-6"}, {"min_lr": 1e-6}),  # YAML's 1e-6 is a text
+        ("training.lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', {"min_lr_rate": 0.1}),
+        ("training.lr_scheduler_kwargs", {"decay_type": "1-sqrt"}, {"decay_type": "1-sqrt"}),
+        ("training.lr_scheduler_kwargs", None, {}),
+        ("training.optim", "adamw_bnb_8bit", "adamw_8bit"),
+        ("training.gradient_checkpointing", "unsloth", "offload"),
+        ("lora.layers_to_transform", 3, [3]),
+        ("lora.layers_to_transform", "0,1", [0, 1]),
+        ("lora.target_modules", "all", "all-linear"),
+        ("lora.target_modules", ".*(q|v)_proj", ".*(q|v)_proj"),
+        ("lora.target_modules", "self_attn.q_proj, v_proj", ["self_attn.q_proj", "v_proj"]),
+    ],
+)
+def test_values_as_other_tools_have_them(setting, given, found):
+    value = get(build((setting, given)), setting)
+    assert (value, type(value)) == (found, type(found))
+
+
+def test_warm_up_is_a_share_or_a_count_and_what_is_said_later_counts(write):
+    def warmup(*overrides):
+        training = load_recipe(file, overrides).training
+        return training.warmup_steps, training.warmup_ratio
+
+    file = write("model: m\ndata: {train: t}\n")
+    assert warmup() == (None, 0.06)
+    assert warmup(("num_warmup_steps", 7)) == (7, None)
+    file = write("model: m\ndata: {train: t}\ntraining: {warmup_ratio: 0.1}\n")
+    assert warmup(("training.warmup_steps", 7)) == (7, None)
+    file = write("model: m\ndata: {train: t}\ntraining: {lr_warmup_steps: 9}\n")
+    assert warmup(("training.warmup_ratio", 0.2)) == (None, 0.2)
+    assert warmup(("training.learning_rate", 0.2)) == (9, None)
+    resolved = load_recipe(file).to_yaml()
+    assert load_recipe(write(resolved)).to_yaml() == resolved
+
+
+def test_paths_have_home_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    recipe = build(
+        ("model", "~/models/m"),
+        ("data.train", "${DATA}/rows.jsonl"),
+        ("data.validation", "$DATA/v"),
+        ("output_dir", "$HOME/runs"),
+    )
+    assert (recipe.model, recipe.output_dir) == ("/home/me/models/m", "/home/me/runs")
+    assert (recipe.data.train, recipe.data.validation) == ("/data/rows.jsonl", "/data/v")
+    assert build(("data.train", "yahma/alpaca-cleaned")).data.train == "yahma/alpaca-cleaned"
+
+
 # -------------------------------------------------------------------------------------------------------- overrides
 
 
@@ -214,6 +279,7 @@ def test_validation_size_is_rows_or_a_share(size, kind):
         (["data.train=a.jsonl,b.jsonl"], [("data.train", "a.jsonl,b.jsonl")]),
         (["data.split=train[:10%]"], [("data.split", "train[:10%]")]),
         (["--data.validation", "null"], [("data.validation", None)]),
+        (["lora.target_modules=*[qv]_proj: x"], [("lora.target_modules", "*[qv]_proj: x")]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
 )
@@ -272,6 +338,33 @@ def test_an_unknown_setting_names_the_nearest(key, nearest):
     assert f"{key}: unknown setting, did you mean {nearest}?" in refusal((key, 1))
 
 
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("training.per_device_eval_batch_size", "did you mean evaluation.batch_size?"),
+        ("lora.per_device_train_batch_size", "did you mean training.micro_batch_size?"),
+        ("batch_size", "did you mean training.micro_batch_size (rows a forward)"),
+        ("bf16", "did you mean quantization.bnb_4bit_compute_dtype=bfloat16?"),
+        ("training.cosine_min_lr_ratio", "did you mean training.lr_scheduler_type=cosine_with_min_lr and"),
+        ("lora.use_dora", "(leave it out: every adapter is a plain LoRA in PEFT's form)"),
+        ("deepspeed", "(leave it out: one process trains on one device)"),
+    ],
+)
+def test_an_unknown_setting_of_another_tool_is_looked_up_first(key, says):
+    assert f"{key}: unknown setting{'' if says[0] == '(' else ','} {says}" in refusal((key, 1))
+
+
+def test_advice_names_settings_that_there_are():
+    known = dict(setting_types())
+    leaves = {name.rpartition(".")[2] for name in known}
+    for table in (spellings.NEAR, spellings.NONE):
+        assert table.keys() & (leaves | ALIASES.keys()) <= {"batch_size", "warmup"}  # ours in another section
+        for text in table.values():
+            for name in re.findall(r"\b(?:data|training|lora|quantization|allocation|evaluation|logging)\.\w+", text):
+                assert name in known, text
+    assert not spellings.NEAR.keys() & spellings.NONE.keys()
+
+
 def test_nothing_near_names_nothing():
     assert refusal(("zzzzqqq", 1)) == "test: zzzzqqq: unknown setting."
 
@@ -289,8 +382,8 @@ def test_all_problems_at_once():
 
 def test_all_disagreements_at_once():
     with pytest.raises(InputError) as error:
-        resolve([("training.save_steps", 30), ("training.eval_steps", 20)], origin="test")
-    for part in ("model is missing", "data.train is missing", "training.save_steps=30"):
+        resolve([("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)], origin="test")
+    for part in ("model is missing", "data.train is missing", "training.warmup_steps=30"):
         assert part in str(error.value)
 
 
@@ -305,7 +398,26 @@ def test_a_setting_of_several_types_is_named_once():
     ("settings", "message"),
     [
         ([("data.val_set_size", 0)], "no validation rows: set data.validation"),
-        ([("training.save_steps", 30), ("training.eval_steps", 20)], "save_steps=30 must be a multiple of"),
+        (
+            [("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)],
+            "training.warmup_steps=30 and training.warmup_ratio=0.1 say the same thing twice",
+        ),
+        (
+            [("training.save_steps", 1.5)],
+            "training.save_steps=1.5: a number of steps is whole, a share of the run is below 1",
+        ),
+        (
+            [("training.lr_scheduler_type", "greedy"), ("training.eval_strategy", "no")],
+            "training.lr_scheduler_type=greedy follows the validation loss, and training.eval_strategy=no takes none",
+        ),
+        (
+            [("lora.target_modules", "(q|v")],
+            "lora.target_modules='(q|v': no regular expression (missing ), unterminated",
+        ),
+        ([("lora.layers_to_transform", [])], "lora.layers_to_transform=[]: name blocks by their numbers, from 0 on"),
+        ([("lora.layers_to_transform", -1)], "name blocks by their numbers, from 0 on"),
+        ([("training.max_steps", 0)], "training.max_steps=0"),
+        ([("data.train", "$NO_SUCH_PLACE/rows")], "data.train='$NO_SUCH_PLACE/rows': $NO_SUCH_PLACE is not set"),
         ([("allocation.start", "gradient")], "allocation.start='gradient': input should be 'even' or 'scores'"),
         (
             [("allocation.start", "scores"), ("lora.init", "gradient")],
@@ -507,9 +619,8 @@ def test_shipped_recipes_are_valid(name):
 )
 def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
     recipe = load_recipe(name, [("model", "tiny")])
-    reading = recipe.data.reading()
-    asked = inspect.signature(to_example).parameters
-    example = to_example(row, 0, **{key: value for key, value in reading.items() if key in asked})
+    taken = inspect.signature(to_example).parameters
+    example = to_example(row, 0, **{key: value for key, value in recipe.data.reading().items() if key in taken})
     assert ("".join(turn.text for turn in example.prompt), example.reference) == (prompt, completion)
     assert completion.strip() in (recipe.evaluation.choices or [completion.strip()])
     if recipe.evaluation.answer_pattern:

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
+from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.swiglu import use_fused_mlps
+from qalora.adapter.targets import EVERY, targeted
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
@@ -32,24 +34,25 @@ def attach(
     r: int,
     alpha: int,
     dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
+    target_modules: str | Sequence[str] = EVERY,
+    layers_to_transform: Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """A rank-`r` adapter on every targeted linear map: rows of A Kaiming-uniform as in PEFT, B zero.
+    """A rank-`r` adapter on every targeted linear layer: rows of A Kaiming-uniform as in PEFT, B zero.
+
+    Args:
+        target_modules, layers_to_transform: see `adapter.targets.targeted`.
 
     Raises:
-        InputError: a target that no linear map of the model ends with.
+        InputError: a target or a block that the model has not.
     """
-    maps = linear_maps(model)
-    suffixes = {name.rsplit(".", 1)[-1] for name in maps}
-    targets = suffixes if target_modules == "all-linear" else set(target_modules)
-    if unknown := sorted(targets - suffixes):
-        raise InputError(
-            f"lora.target_modules={', '.join(unknown)}: the model has no such linear map; it has {', '.join(sorted(suffixes))}."
-        )
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(targets), task_type="CAUSAL_LM"
-    )
+    names = list(linear_maps(model))
+    chosen = targeted(names, target_modules, layers_to_transform)
+    # The ends of names where they say it all, for that is the form which every reader of adapters knows.
+    ends = {name.rpartition(".")[2] for name in chosen}
+    all_of_them = [name for name in names if name.rpartition(".")[2] in ends]
+    targets = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _with_gated_layers(model, config)
@@ -77,8 +80,11 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, trainable: bool = 
     return peft_model
 
 
-def save_adapter(model: PeftModel, path: str | Path) -> None:
+def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | None = None) -> None:
     """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal.
+
+    Args:
+        provenance: written into the same folder.
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).
@@ -95,6 +101,8 @@ def save_adapter(model: PeftModel, path: str | Path) -> None:
         raise AnswerNo("the adapter is untrained (every B is zero), and is not saved; train for more steps.")
     with written_beside(path) as partial:
         write_adapter(model, partial)
+        if provenance is not None:
+            provenance.write(partial)
 
 
 def write_adapter(model: PeftModel, path: str | Path) -> None:

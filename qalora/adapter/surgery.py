@@ -36,7 +36,7 @@ def apply_plan(
     Args:
         model: the adapter model.
         plan: what leaves and what enters.
-        optimizer: torch's or bitsandbytes' AdamW, or accelerate's wrapper of one.
+        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper of one.
         generator: CPU generator for the random rows of A, for runs that can be repeated.
         new_rows: module → (n, in), the first rows of A of its new ranks.
     """
@@ -105,6 +105,19 @@ def _resize_moments(
         if key in ("exp_avg", "state1"):
             new = torch.zeros_like(new)
         _store(optimizer, parameter, state, key, torch.cat([live, new], dim=rank_dim).contiguous())
+    if "exp_avg_sq_row" in state:
+        _resize_factors(state, rank_dim, keep, grow)
+
+
+def _resize_factors(state: dict[str, Any], rank_dim: int, keep: Tensor, grow: int) -> None:
+    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those of the ranks
+    that stay do not change, and those of new ranks are their mean."""
+    of_ranks, beside = ("exp_avg_sq_row", "exp_avg_sq_col")[:: 1 if rank_dim == 0 else -1]
+    old = state[of_ranks]
+    live = old.index_select(0, keep.to(old.device))
+    mean = (live if len(live) else old).mean()
+    state[of_ranks] = torch.cat([live, mean.expand(grow)])
+    state[beside] = state[beside] * (mean / old.mean())
 
 
 def _to_fp32(state: dict[str, Any], key: str) -> Tensor:

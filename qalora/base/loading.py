@@ -25,6 +25,7 @@ from qalora.base.gguf_reader import fast_gguf
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantize_
 from qalora.base.registry import ModelSource, check_model_type, read_fields
+from qalora.environment import check_one_process
 from qalora.errors import InputError
 
 
@@ -60,8 +61,10 @@ def load_base(
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
-        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device.
+        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; or there are several
+            processes.
     """
+    check_one_process()
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)

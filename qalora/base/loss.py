@@ -24,20 +24,21 @@ CHUNK_BYTES = 64 * 2**20
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
 
 
-def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor, smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy of each row over its supervised tokens.
 
     Args:
         hidden: (rows, tokens, d), the final hidden states.
         labels: (rows, tokens), −100 where no loss; position t is predicted from position t − 1.
         head: (vocabulary, d), frozen.
+        smoothing: share of every target that all tokens of the vocabulary have alike.
 
     Returns:
         (rows,) fp32, nats.
     """
     rows, states, targets = _supervised(hidden, labels)
-    if states.dtype == head.dtype or states.requires_grad:
-        losses = _FrozenHeadCrossEntropy.apply(states, targets, head)
+    if states.dtype == head.dtype or states.requires_grad or smoothing:
+        losses = _FrozenHeadCrossEntropy.apply(states, targets, head, smoothing)
     else:
         losses = _cross_entropy_by_vocabulary(states, targets, head)
     return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
@@ -66,10 +67,13 @@ def liger_loss() -> Fused | None:
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """(n, d), (n,), (V, d) → (n,) fp32 cross-entropies; only a chunk of the (n, V) logits exists at a time."""
+    """(n, d), (n,), (V, d) → (n,) fp32 cross-entropies; only a chunk of the (n, V) logits exists at a time.
+
+    Smoothing by ε has targets (1 − ε) one-hot + ε / V, so that loss = log Σ exp(x) − (1 − ε) x_target − ε mean(x).
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Tensor, smoothing: float) -> Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunk = max(1, CHUNK_BYTES // (4 * len(head)))
@@ -79,11 +83,15 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
                 logits = F.linear(hidden[part], head).float()
                 logits -= logits.amax(-1, keepdim=True)
                 chosen = logits.gather(1, targets[part, None])
+                if smoothing:
+                    chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1, keepdim=True)
                 sums = logits.exp_().sum(-1, keepdim=True)  # in place: the logits are the widest tensor of a step
                 losses[part] = (sums.log() - chosen).squeeze(1)
                 if grad is not None:
                     probs = logits.div_(sums)
-                    probs[torch.arange(len(probs), device=probs.device), targets[part]] -= 1
+                    if smoothing:
+                        probs -= smoothing / len(head)
+                    probs[torch.arange(len(probs), device=probs.device), targets[part]] -= 1 - smoothing
                     grad[part] = probs.to(head.dtype) @ head
                     del probs
                 del logits  # before the next chunk's
@@ -92,9 +100,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_losses[:, None].to(grad.dtype), None, None
+        return grad * grad_losses[:, None].to(grad.dtype), None, None, None
 
 
 def _cross_entropy_by_vocabulary(hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
 
     The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
-    way to weight micro-batches by their tokens); `output.row_losses` holds the (rows,) sums, which
+    way to weight micro-batches by their tokens), smoothed where `label_smoothing` asks for it; `output.row_losses` holds the (rows,) sums, which
     Liger-Kernel, where it computes a training step's sum, does not give; and
     `model.row_losses_of(hidden, labels)` gives them from final hidden states. Without labels the model is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
     """
@@ -117,22 +125,27 @@ def use_label_only_loss(model: PreTrainedModel) -> None:
     fused = liger_loss() if torch.cuda.is_available() else None
 
     def forward(
-        self: Any, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
     ) -> Any:
         if labels is None:
             return plain_forward(*args, **kwargs)
         hidden = final_hidden(self, *args, **kwargs)
-        if num_items_in_batch is not None and fused is not None and hidden.is_cuda:
+        if num_items_in_batch is not None and fused is not None and hidden.is_cuda and not label_smoothing:
             loss = fused_loss(hidden, labels, self.get_output_embeddings().weight, fused)
             return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
-        row_losses = self.row_losses_of(hidden, labels)
+        row_losses = self.row_losses_of(hidden, labels, label_smoothing)
         count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
         output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
         output["row_losses"] = row_losses
         return output
 
-    def row_losses_of(self: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        return label_only_loss(hidden, labels, self.get_output_embeddings().weight)
+    def row_losses_of(self: Any, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        return label_only_loss(hidden, labels, self.get_output_embeddings().weight, smoothing)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
     model.row_losses_of = MethodType(row_losses_of, model)  # type: ignore[assignment]

@@ -72,7 +72,8 @@ def plan_memory(
     """
     size, maps = DTYPE_BYTES[compute_dtype], shape.linear_maps()
     rank_of = ranks if isinstance(ranks, Mapping) else dict.fromkeys(maps, ranks)
-    adapters = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
+    matrices = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
+    adapters = [rows * columns for rows, columns in matrices]
     tables = 1 if shape.tie_word_embeddings else 2
     q = shape.num_attention_heads * shape.head_dim
     kv = shape.num_key_value_heads * shape.head_dim
@@ -98,7 +99,7 @@ def plan_memory(
         "norms and biases": ((2 * shape.num_hidden_layers + 1) * shape.hidden_size + biases) * size,
         "adapter": 4 * sum(adapters),
         "gradients": 4 * sum(adapters),
-        "optimizer moments": sum(_moments(n, optim) for n in adapters),
+        "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
         **step,
         # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is left.
         "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if gradient_accumulation_steps > 1 else 0,
@@ -199,8 +200,8 @@ def _sketch(
     return 4 * (matrices + spans) + gradients + block + max(sum(step.values()) - block, gradients)
 
 
-def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[int, ...]:
-    return (rank * fan_in, fan_out * rank) if rank else ()
+def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[tuple[int, int], ...]:
+    return ((rank, fan_in), (fan_out, rank)) if rank else ()
 
 
 def _constants(weights: int, double_quant: bool) -> int:
@@ -210,8 +211,12 @@ def _constants(weights: int, double_quant: bool) -> int:
     return 4 * 16 + (nested if double_quant else 4 * blocks)
 
 
-def _moments(elements: int, optim: str) -> int:
-    """Both moments of one tensor."""
+def _moments(rows: int, columns: int, optim: str) -> int:
+    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of means
+    and the size of the weights."""
+    if optim == "adafactor":
+        return 4 * (rows + columns + 1)
+    elements, kinds = rows * columns, 1 if "lion" in optim else 2
     if optim.endswith("8bit") and elements >= MIN_8BIT:
-        return 2 * (elements + 4 * ceil(elements / STATE_BLOCK))
-    return 2 * 4 * elements
+        return kinds * (elements + 4 * ceil(elements / STATE_BLOCK))
+    return kinds * 4 * elements

@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_over_rows"  # the name of attention that can gather rows, for from_pretrained
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
+OWN_STATES = {"position_ids", "inputs_embeds", "past_key_values"}  # with these, equal tokens need not have equal states
 MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
 
 
@@ -41,20 +42,29 @@ class Shared:
     places: Tensor
 
 
-def final_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+def final_hidden(
+    model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor:
     """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
 
     Args:
         model: loaded with `ATTENTION`; every other one computes row by row.
-        input_ids, attention_mask: (rows, width), padded on the right.
+        input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the positions 0, 1, 2 …,
+            share their prefixes.
 
     Returns:
         (rows, width, d); what stands at padding means nothing.
     """
     shared = None
-    if attention_mask is not None and attention_mask.ndim == 2 and can_share(model, input_ids.shape[1]):
+    if (
+        input_ids is not None
+        and attention_mask is not None
+        and attention_mask.ndim == 2
+        and OWN_STATES.isdisjoint(name for name, value in options.items() if value is not None)
+        and can_share(model, input_ids.shape[1])
+    ):
         shared = share(input_ids, attention_mask)
-    if shared is None:
+    if shared is None or input_ids is None:
         return model.base_model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
     hidden = model.base_model(
         input_ids.flatten()[shared.tokens][None],
@@ -68,11 +78,13 @@ def final_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None = 
 
 
 def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
-    """Finds the distinct prefixes of a batch, padded on the right; None where there is too little to save."""
+    """Finds the distinct prefixes of a batch; None where there is too little to save, or padding elsewhere than on the right."""
     rows, width = input_ids.shape
     if rows**2 * width > MOST_COMPARED:
         return None
     alive = attention_mask.bool()
+    if (alive[:, 1:] & ~alive[:, :-1]).any():
+        return None
     same = (input_ids[:, None] == input_ids) & alive[:, None] & alive
     same = same.cumprod(-1, dtype=torch.uint8)  # (rows, rows, width): whether two rows agree up to here
     first = same.argmax(1)  # the first row that begins like this one
@@ -89,10 +101,17 @@ def can_share(model: Any, width: int) -> bool:
     to a row's first token."""
     config = model.config
     window = getattr(config, "sliding_window", None)
-    return config._attn_implementation == ATTENTION and (window is None or width <= window) and not any(
-        getattr(module, "differs_by_row", False) or (isinstance(module, nn.Dropout) and module.training and module.p > 0)
-        for module in model.modules()
-    )  # fmt: skip
+    if config._attn_implementation != ATTENTION or (window is not None and width > window):
+        return False
+    return not any(_differs_by_row(module) for module in model.modules())
+
+
+def _differs_by_row(module: Any) -> bool:
+    if getattr(module, "differs_by_row", False):
+        return True
+    dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    # NEFTune's noise is drawn for every position of every row.
+    return bool(module.training and (dropout or getattr(module, "neftune_noise_alpha", None)))
 
 
 def _attention(

@@ -184,13 +184,45 @@ def resolve(name: str) -> ModelSource:
         packaged = _packaged_gguf() if name == "smollm2-135m" else None
         if packaged:
             return ModelSource(name, "gguf", str(packaged.parent), packaged.name, hub_id, shape)
-        return ModelSource(name, "hub", hub_id, None, hub_id, shape)
+        return _on_the_hub(name, hub_id, shape)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        known = dict(MODELS.values())
-        return ModelSource(name, "hub", name, None, name, known.get(name))
+        return _on_the_hub(name, name, dict(MODELS.values()).get(name))
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
+
+
+def _on_the_hub(name: str, hub_id: str, shape: ModelShape | None) -> ModelSource:
+    snapshot = offline_snapshot(hub_id)
+    if snapshot is None:
+        return ModelSource(name, "hub", hub_id, None, hub_id, shape)
+    return ModelSource(name, "folder", str(snapshot), None, hub_id, shape)
+
+
+def offline_snapshot(hub_id: str) -> Path | None:
+    """The folder of a model in a cache that huggingface_hub cannot follow offline: one made or copied by hand, whose refs/main is
+    missing, or ends in a newline. None online, and where the cache is in order or has nothing of the model.
+
+    Raises:
+        InputError: refs/main does not say which of several snapshots it is.
+    """
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    snapshots = {path.name: path for path in sorted(folder.glob("snapshots/*")) if (path / "config.json").is_file()}
+    main = folder / "refs" / "main"
+    written = main.read_text(encoding="utf-8", errors="replace") if main.is_file() else ""
+    if not snapshots or written in snapshots:
+        return None
+    if written.strip():
+        return snapshots.get(written.strip())
+    if len(snapshots) > 1:
+        raise InputError(
+            f"--model {hub_id}: offline, and {main} does not say which snapshot is meant; write one of {', '.join(snapshots)} into it."
+        )
+    return next(iter(snapshots.values()))
 
 
 def check_model_type(model_type: str | None, where: str) -> None:

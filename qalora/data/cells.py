@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.data.columns import is_text, kind_of, renamed
 from qalora.data.conversation import without_nan
 from qalora.errors import InputError
 
@@ -15,14 +15,20 @@ class Cells(dict[str, Any]):
     unmentioned."""
 
     def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str):
-        values = {name: without_nan(value) for name, value in row.items()}
-        super().__init__(renamed(values, columns, where))
         self.where = where
-        # Of two columns that are mapped to one, a null one gives way.
-        self.named = {
-            columns.get(name, name): name for name in sorted(values, key=lambda name: values[name] is not None)
-        }
+        self.named: dict[str, str] = {}
         self.seen: set[str] = set()
+        for name, value in row.items():
+            renamed = columns.get(name, name)
+            if self.get(renamed) is not None and value is not None:
+                raise InputError(
+                    f"{where}: the columns {self.named[renamed]!r} and {name!r} are both {renamed} (data.columns); give one "
+                    "of them another name there."
+                )
+            if renamed in self and value is None:  # of two columns for one name, a null one gives way
+                continue
+            self.named[renamed] = name
+            self[renamed] = without_nan(value)
 
     def value(self, name: str) -> Any:
         """The cell, null where there is none."""
@@ -47,8 +53,8 @@ class Cells(dict[str, Any]):
         """
         self.present(name)
         value = self.value(name)
-        if not is_text(value):
-            raise InputError(f"{self.where}: {name} is {kind_of(value)}, not a text.")
+        if not isinstance(value, (str, numbers.Number)):
+            raise InputError(f"{self.where}: {name} is {_kind(value)}, not a text.")
         return str(value)
 
     def optional(self, name: str) -> str:
@@ -70,3 +76,17 @@ class Cells(dict[str, Any]):
     def unread(self) -> tuple[str, ...]:
         """Columns that hold something and were not read, by their own names."""
         return tuple(self.named[name] for name, value in self.items() if name not in self.seen and value is not None)
+
+
+def label_of(text: str, labels: Mapping[str, str]) -> str | None:
+    """What data.labels has for a value: for str(True) is "True", while a file may say "true", case counts only where it decides."""
+    if text in labels:
+        return labels[text]
+    alike = {label for value, label in labels.items() if value.casefold() == text.casefold()}
+    return alike.pop() if len(alike) == 1 else None
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty (null)"
+    return "bytes that are no UTF-8" if isinstance(value, bytes) else type(value).__name__

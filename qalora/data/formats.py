@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qalora.data.cells import Cells
-from qalora.data.columns import label_of
+from qalora.data.cells import Cells, label_of
 from qalora.data.conversation import Turn, pairs, parse_json, read_turns
 from qalora.errors import InputError
 
@@ -42,6 +41,7 @@ class Example:
         tools: function signatures for the chat template.
         place: of the row, for errors.
         unused: columns of the row that hold something and are not used.
+        others: texts that are as right as the reference; only metrics look at them.
     """
 
     row: int
@@ -50,6 +50,7 @@ class Example:
     tools: tuple[Any, ...] = ()
     place: str = ""
     unused: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -60,6 +61,11 @@ class Example:
     def reference(self) -> str:
         """The text of the last assistant turn."""
         return self.turns[self.last].text
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Every right answer, the reference first."""
+        return tuple(dict.fromkeys((self.reference, *self.others)))
 
     @property
     def last(self) -> int:
@@ -107,7 +113,7 @@ def to_example(
         place: of the row, named instead of source and number, such as "rows.jsonl, line 3".
 
     Raises:
-        InputError: a column is missing, or two are mapped to one, or one has a value of the wrong kind, or says what cannot be trained on; names source,
+        InputError: a column is missing, has a value of the wrong kind, or says what cannot be trained on; names source,
             row and column.
     """
     if format not in FORMATS:
@@ -292,8 +298,8 @@ def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
         label = label_of(str(cells.value(name)), labels) if name in cells else None
         labelled |= label is not None
-        values.append(str(cells.value(name)))
         parts.append(cells.text(name) if label is None else label)
+        values.append(str(cells.value(name)))
     if labels and not labelled:
         raise InputError(f"{cells.where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)

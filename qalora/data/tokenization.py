@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from qalora.data.chat_template import ChatTemplate, set_chat_template
 from qalora.data.chat_template import chat_template as template_of
 from qalora.data.conversation import REASONING
-from qalora.data.formats import Example, detect_format, to_example
+from qalora.data.formats import Example, detect_format
 from qalora.data.reading import described, read_rows
+from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
 from qalora.errors import InputError
 
@@ -106,11 +107,12 @@ def load_dataset(
     rows, source = read_rows(source, split=split, name=name, limit=limit), described(source)
     if format == "auto":
         templated = prompt_template is not None and completion_template is not None
-        format = "prompt-completion" if templated else detect_format(rows, columns, source=source)
+        alone, _ = one_answer_each(rows[0], columns)
+        format = "prompt-completion" if templated else detect_format(alone, columns, source=source)
     items, examples, truncated, masked, longest = [], [], 0, 0, 0
     unused: dict[str, None] = {}  # in the order of their first appearance
     for number, row in enumerate(rows):
-        example = to_example(
+        example = read_example(
             row,
             number,
             format=format,
@@ -121,6 +123,7 @@ def load_dataset(
             chat=chat,
             mask_history=mask_history,
             roles=template.roles,
+            source=source,
             place=rows.places[number],
         )
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)

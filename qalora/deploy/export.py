@@ -26,7 +26,7 @@ from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import expected_shapes, open_config
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import ModelSource
-from qalora.deploy.merging import low_rank_updates, maps_of
+from qalora.deploy.merging import ending_after, low_rank_updates, maps_of
 from qalora.deploy.output import REPORT, check_output
 from qalora.deploy.verification import Update
 from qalora.files import written_beside
@@ -65,7 +65,9 @@ def export_adapter(
             from qalora.deploy import gguf
 
             gguf.write_adapter(partial / "adapter.gguf", written, model_config)
-            gguf.write_modelfile(partial, load_tokenizer(source), adapter_of=source.hub_id or source.name)
+            tokenizer = load_tokenizer(source)
+            ending = ending_after(source, model_config, tokenizer, adapter_dir)
+            gguf.write_modelfile(partial, tokenizer, ending, adapter_of=source.hub_id or source.name)
             found = gguf.read_adapter(partial / "adapter.gguf", list(updates), model_config)
         else:
             write_peft(partial, adapter.config, written)

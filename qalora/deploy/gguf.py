@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType, quantize
-from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES, Keys, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -22,12 +22,15 @@ from qalora.base.gguf_config import FREQUENCIES, head_dim, rope_divisors
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
 from qalora.base.gguf_reader import GGUFReader
 from qalora.base.registry import ModelSource
+from qalora.data.ending import Ending
 from qalora.errors import InputError
 
 # The regular expression in tokenizer.json that splits text before BPE → llama.cpp's name for it.
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
+# llama.cpp stops at either, as at eos; a third one it knows by its text.
+TURN_ENDS = (Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -39,22 +42,27 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase,
     gguf_type: str,
     source: ModelSource,
+    ending: Ending,
 ) -> None:
     """Writes a whole model, a tensor at a time.
 
     Args:
         shapes, pieces: of the tensors under transformers' names, see `Checkpoint`.
         source: a GGUF base hands on its tokenizer as it stands.
+        ending: its turns are the end-of-turn tokens.
 
     Raises:
         InputError: a model or a tokenizer that has no GGUF form here, or a value beyond the range of the type.
     """
     writer = GGUFWriter(str(file), architecture(config))
     _add_shape(writer, config, gguf_type)
+    turns = [token for token in ending.turns if token != tokenizer.eos_token_id]
     if source.gguf_file:
-        _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
+        turns += _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
     else:
         _add_tokenizer(writer, tokenizer, config.vocab_size)
+    for key, token in zip(TURN_ENDS, dict.fromkeys(turns), strict=False):
+        writer.add_uint32(key, token)
     frequencies = rope_divisors(config)
     if frequencies is not None:
         writer.add_tensor_info(FREQUENCIES, frequencies.shape, frequencies.dtype, frequencies.nbytes)
@@ -109,22 +117,31 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
     return found
 
 
-def write_modelfile(folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapter_of: str | None = None) -> None:
+def write_modelfile(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, ending: Ending, *, adapter_of: str | None = None
+) -> None:
     """`ollama create NAME -f Modelfile` in the folder; the chat template is in the GGUF file.
 
     Args:
+        ending: where Ollama stops, with its tokens by their text.
         adapter_of: the base of an adapter: a name, or a file, whose relative path Ollama would look for beside the Modelfile.
     """
     if adapter_of is None:
         text = "FROM ./model.gguf\n"
-        if tokenizer.eos_token:
-            text += f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n"
     else:
         if Path(adapter_of).expanduser().exists():
             adapter_of = str(Path(adapter_of).expanduser().resolve())
         text = f"# The base that the adapter was trained on, as Ollama names it or as a GGUF file.\nFROM {adapter_of}\n"
         text += "ADAPTER ./adapter.gguf\n"
+    tokens = tokenizer.convert_ids_to_tokens(list(ending.tokens))
+    text += "".join(f"PARAMETER stop {quoted(stop)}\n" for stop in [*tokens, *ending.texts] if stop)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def quoted(text: str) -> str:
+    """A value of a Modelfile, which knows no escapes: https://docs.ollama.com/modelfile#format"""
+    marks = '"""' if '"' in text or "\n" in text else '"'
+    return f"{marks}{text}{marks}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ tensors
@@ -196,12 +213,15 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
         writer.add_sliding_window(window)
 
 
-def _copy_tokenizer(writer: GGUFWriter, file: Path) -> None:
-    for key, field in GGUFReader(str(file)).fields.items():
-        if key.startswith("tokenizer."):
+def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
+    """Copies all of the file's tokenizer but its end-of-turn tokens, which it returns."""
+    fields = GGUFReader(str(file)).fields
+    for key, field in fields.items():
+        if key.startswith("tokenizer.") and key not in TURN_ENDS:
             kinds = field.types
             value = field.contents()
             writer.add_key_value(key, value, kinds[0], sub_type=kinds[1] if len(kinds) > 1 else None)
+    return [int(fields[key].contents()) for key in TURN_ENDS if key in fields]
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import SavedAdapter, read_adapter, scaling_of
 from qalora.base.checkpoint import (
     PIECE,
@@ -36,6 +37,7 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_names import is_permuted
 from qalora.base.loading import load_tokenizer, storage_dtype
 from qalora.base.registry import ModelSource
+from qalora.data.ending import Ending, ending_of
 from qalora.deploy.output import REPORT, check_output, free_disk
 from qalora.deploy.verification import TOLERANCE, Update, compare
 from qalora.errors import AnswerNo, InputError
@@ -89,6 +91,7 @@ def merge(
         )
     updates = low_rank_updates(adapter)
     tokenizer = load_tokenizer(source)
+    ending = ending_after(source, config, tokenizer, adapter_dir)
     pieces = merged_pieces(checkpoint, updates, quantization, config)
     shapes = expected_shapes(config)
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
@@ -98,11 +101,11 @@ def merge(
         if format == "gguf":
             from qalora.deploy.gguf import write_model, write_modelfile
 
-            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source)
-            write_modelfile(partial, tokenizer)
+            write_model(partial / "model.gguf", shapes, pieces, config, tokenizer, gguf_type, source, ending)
+            write_modelfile(partial, tokenizer, ending)
         else:
             write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
-            write_settings(config, tokenizer, partial, dtype, source)
+            write_settings(config, tokenizer, partial, dtype, source, ending)
         report: dict[str, Any] = {
             "model": source.name,
             "adapter": str(adapter_dir.resolve()),
@@ -268,9 +271,18 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_settings(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, source: ModelSource
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    source: ModelSource,
+    ending: Ending,
 ) -> None:
-    """Writes config (without quantization_config), generation config and tokenizer."""
+    """Writes config (without quantization_config), generation config and tokenizer.
+
+    Args:
+        ending: its tokens are what the generation config ends an answer with.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -284,8 +296,18 @@ def write_settings(
     # Published files (LLaMA-2's) set temperature or top_p without do_sample, which strict saving refuses.
     if (generation.temperature or 1.0) != 1.0 or (generation.top_p or 1.0) != 1.0:
         generation.do_sample = True
+    generation.eos_token_id = list(ending.tokens) if len(ending.tokens) > 1 else next(iter(ending.tokens), None)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def ending_after(
+    source: ModelSource, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, adapter_dir: Path
+) -> Ending:
+    """What ends an answer of the base with this adapter."""
+    provenance = read_provenance(adapter_dir)
+    own = _generation_config(source, config).eos_token_id
+    return ending_of(tokenizer, own, provenance.stop_tokens if provenance else ())
 
 
 def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:

@@ -3,7 +3,8 @@
 False      everything that a block's backward needs
 selective  the input of every block and what its maps put out; norms and attention are computed again in the backward
 True       the input of every block; its inside is computed again
-offload    the same inputs, in pinned host memory: copied out behind the forward, fetched one block ahead of the backward
+offload    the same inputs, in host memory, pinned where it can be: copied out behind the forward, fetched one block ahead of the
+           backward
 mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
 
 forward    block 0 → block 1 → … → block n        backward    block n → … → block 1 → block 0
@@ -72,16 +73,33 @@ def _offloaded(store: _HostStore, block: Callable[..., Any], *inputs: Any) -> An
         return _recomputed(partial(both_runs, keep=False), block, *inputs)
 
 
+def host_memory_like(tensor: Tensor) -> Tensor:
+    """Room for a tensor in host memory: pinned, or where the system gives no more of that, as it comes, which copies more slowly.
+
+    Raises:
+        torch.OutOfMemoryError: host memory has run out too.
+    """
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        pass
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    except RuntimeError as error:
+        raise torch.OutOfMemoryError(f"host memory: {error}") from None
+
+
 class _Kept:
     """One block's input on its way to host memory and back; `below` is that of the block before."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, below: _Kept | None):
         self.stream, self.below, self.device = stream, below, tensor.device
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.host = host_memory_like(tensor)
         self.back: Tensor | None = None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.host.copy_(tensor, non_blocking=True)
+            # Memory that is not pinned may be let go of before a copy behind the host's back has ended.
+            self.host.copy_(tensor, non_blocking=self.host.is_pinned())
         tensor.record_stream(stream)
 
     def fetch(self) -> None:

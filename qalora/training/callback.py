@@ -32,6 +32,10 @@ class _Console(Console):
         # Ctrl-C ends the reader of a pipe too (`| tee log`), and the run still has its checkpoint to write.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no markup."""
+        super().print(*objects, **{"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options})
+
 
 console = _Console(stderr=True)
 
@@ -102,7 +106,7 @@ class AllocationCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True  # else the last weights could not be the best
         if state.global_step not in self.rounds.steps:
             return
@@ -138,7 +142,7 @@ class AllocationCallback(TrainerCallback):
     def _keep(self, record: dict[str, Any], scores: dict[str, Any]) -> None:
         scores_file = self.scores_dir / f"step-{record['step']}.json"
         scores_file.parent.mkdir(exist_ok=True)
-        scores_file.write_text(json.dumps(scores))
+        scores_file.write_text(json.dumps(scores), encoding="utf-8")
         record = {"step": record.pop("step"), "scores": f"scores/{scores_file.name}", **record}
         self.history.append(record)
         with self.file.open("a", encoding="utf-8") as handle:
@@ -196,7 +200,7 @@ class ProgressLine(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=console, transient=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.allocator = allocator
 
     def on_train_begin(
@@ -207,7 +211,6 @@ class ProgressLine(TrainerCallback):
                 console.print(
                     f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
                     f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
-                    highlight=False,
                 )
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
@@ -222,7 +225,6 @@ class ProgressLine(TrainerCallback):
                 f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
                 f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
                 f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
-                highlight=False,
             )
 
     def on_log(
@@ -236,12 +238,11 @@ class ProgressLine(TrainerCallback):
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}", highlight=False)
+            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             self.bar.console.print(
                 f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
                 f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
-                highlight=False,
             )
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.model import load_adapter, rank_parameters, ranks, write_adapter
+from qalora.adapter.provenance import Provenance
 from qalora.adapter.quantization_start import Weights
 from qalora.adapter.round import RoundSettings
 from qalora.base.device import peak_memory
@@ -44,6 +45,7 @@ from qalora.recipe import Recipe
 from qalora.training.activations import set_checkpointing, set_mlp_tile
 from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
 from qalora.training.ladder import Ladder
+from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
 
 
@@ -94,13 +96,16 @@ class QaloraTrainer(Trainer):
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
         ladder: Ladder,
+        provenance: Provenance | None = None,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(processing_class=tokenizer, **kwargs)
+        self.label_smoothing = label_smoothing  # by our own loss: the Trainer's reads logits
         self.tokenizer, self.validation = tokenizer, validation
         self.eval_batch_size = eval_batch_size
         self.throughput = Throughput()
-        self.ladder = ladder
+        self.ladder, self.provenance = ladder, provenance
         # Our forward takes num_items_in_batch, which PeftModel's signature hides.
         self.model_accepts_loss_kwargs = True
 
@@ -123,17 +128,19 @@ class QaloraTrainer(Trainer):
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
         step = super().training_step
-        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
+        smoothed = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        loss = self.ladder.run(inputs, lambda piece: step(model, {**piece, **smoothed}, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
-                f"lower training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+                f"lower training.learning_rate (now {self.args.learning_rate:g}) or {'lower' if self.args.max_grad_norm else 'set'} "
+                f"training.max_grad_norm; {self._last_checkpoint()}"
             )
         return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
-        if self.state.best_model_checkpoint is None:
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             self.state.best_metric = None  # of weights that a checkpoint was copied without
         losses = row_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
         tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
@@ -169,10 +176,18 @@ class QaloraTrainer(Trainer):
         """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
         folder = Path(str(output_dir or self.args.output_dir))
         write_adapter(self.model, folder)
+        if self.provenance is not None:
+            self.provenance.write(folder)
         self.tokenizer.save_pretrained(str(folder))
         for name in RUN_FILES:
             if (file := Path(str(self.args.output_dir)) / name).is_file():
                 shutil.copy(file, folder)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        for group in cast(Any, self.optimizer).param_groups:
+            group.setdefault("initial_lr", group["lr"])  # as most schedules leave it; a checkpoint keeps it
+        return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their place."""
@@ -182,8 +197,12 @@ class QaloraTrainer(Trainer):
         asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
-        for group, settings, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
-            group.update(settings, lr=settings["initial_lr"] * factor(scheduler.last_epoch))
+        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it had come to.
+        factors = [factor(scheduler.last_epoch) for factor in getattr(scheduler, "lr_lambdas", ())] or [
+            group["lr"] / group["initial_lr"] for group in optimizer.param_groups
+        ]
+        for group, settings, factor in zip(optimizer.param_groups, asked, factors, strict=True):
+            group.update(settings, lr=settings["initial_lr"] * factor)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
 
     def _load_best_model(self) -> None:
@@ -214,6 +233,7 @@ def build_trainer(
     compute_dtype: torch.dtype,
     output_dir: Path,
     original: Weights | None = None,
+    provenance: Provenance | None = None,
 ) -> tuple[QaloraTrainer, AllocationCallback, InterruptCallback]:
     """Objects from settings: the trainer, and the callbacks whose state the caller reads afterwards.
 
@@ -224,6 +244,7 @@ def build_trainer(
         scoring: B_val, tokenized rows that score the ranks.
         start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
         original: the base's 16-bit weights, for lora.init=quantization.
+        provenance: written beside the adapter of every checkpoint.
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
@@ -265,7 +286,7 @@ def build_trainer(
     interrupt = InterruptCallback()
     trainer = QaloraTrainer(
         model=model,
-        args=_arguments(recipe, total_steps, compute_dtype, output_dir),
+        args=_arguments(recipe, total_steps, compute_dtype, output_dir, steps_of(recipe, len(train))[1]),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=PackingCollator() if recipe.data.packing else collate,
@@ -273,9 +294,11 @@ def build_trainer(
         validation=validation,
         eval_batch_size=recipe.evaluation.batch_size,
         ladder=ladder,
+        provenance=provenance,
+        label_smoothing=training.label_smoothing_factor,
         callbacks=[allocator, interrupt],
     )
-    if training.early_stopping_patience is not None:
+    if training.early_stopping_patience is not None and training.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -325,8 +348,42 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     return rounds
 
 
-def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path) -> TrainingArguments:
+def check_rates(recipe: Recipe, total_steps: int) -> None:
+    """
+    Raises:
+        InputError: settings that the schedule of the learning rate does not take.
+    """
     training = recipe.training
+    check_schedule(
+        training.lr_scheduler_type,
+        training.lr_scheduler_kwargs,
+        rate=training.learning_rate,
+        warmup=warmup_of(total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps),
+        total_steps=total_steps,
+    )
+
+
+def steps_between(strategy: str, steps: int | float, total_steps: int, steps_per_epoch: int) -> int:
+    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is left.
+
+    Args:
+        strategy: steps, epoch, or another, which has no regular ones.
+        steps: a count, or below 1 a share of the run.
+    """
+    if strategy == "epoch":
+        return steps_per_epoch
+    if strategy != "steps":
+        return total_steps
+    return math.ceil(steps * total_steps) if steps < 1 else int(steps)
+
+
+def _arguments(
+    recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, output_dir: Path, steps_per_epoch: int | None = None
+) -> TrainingArguments:
+    training = recipe.training
+    per_epoch = steps_per_epoch or total_steps
+    validated, saved = (strategy != "no" for strategy in (training.eval_strategy, training.save_strategy))
+    eval_steps = steps_between(training.eval_strategy, training.eval_steps, total_steps, per_epoch)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=training.micro_batch_size,
@@ -334,19 +391,20 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         max_steps=total_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        # The first step of a warm-up has a learning rate of zero.
-        warmup_steps=min(math.ceil(training.warmup_ratio * total_steps), total_steps - 1),
+        lr_scheduler_kwargs=training.lr_scheduler_kwargs,
+        warmup_steps=warmup_of(total_steps, ratio=training.warmup_ratio, steps=training.warmup_steps),
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=training.max_grad_norm or 0.0,
         optim=training.optim,
+        neftune_noise_alpha=training.neftune_noise_alpha or None,
         seed=training.seed,
         train_sampling_strategy="group_by_length" if training.group_by_length and not recipe.data.packing else "random",
-        eval_strategy="steps",
-        eval_steps=training.eval_steps,
-        save_strategy="steps",
-        save_steps=training.save_steps,
+        eval_strategy="steps" if validated else "no",
+        eval_steps=eval_steps,
+        save_strategy="steps" if saved else "no",
+        save_steps=eval_steps,  # the Trainer asks for a multiple of it; what is meant is set below
         save_total_limit=training.save_total_limit,
-        load_best_model_at_end=True,
+        load_best_model_at_end=validated and saved,
         restore_callback_states_from_checkpoint=True,  # how often early stopping has seen no gain
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -360,6 +418,8 @@ def _arguments(recipe: Recipe, total_steps: int, compute_dtype: torch.dtype, out
         fp16=compute_dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
     )
+    # The best weights are written whenever they are found, so checkpoints need not fall on validations.
+    arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)
     if arguments.device.type == "cuda":
         # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the loss.
         arguments._n_gpu = 1

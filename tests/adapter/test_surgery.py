@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers.optimization import Adafactor
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import gated
@@ -335,6 +336,68 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
             ]
             for tensor in (tensor for tensor in stored if tensor is not None):
                 assert tensor.untyped_storage().nbytes() == parameter.numel() * tensor.element_size()
+
+
+# ------------------------------------------------------------------------------------- optimizers of other moments
+
+
+@pytest.fixture(params=["adafactor", "lion-32bit", "lion-8bit"])
+def other_optimizer(request):
+    kind = {
+        "adafactor": lambda p: Adafactor(p, lr=1e-3, scale_parameter=False, relative_step=False),
+        "lion-32bit": lambda p: bnb.optim.Lion32bit(p, lr=1e-3),
+        "lion-8bit": lambda p: bnb.optim.Lion8bit(p, lr=1e-3),
+    }[request.param]
+    return lambda model: kind(parameters_of(model))
+
+
+def moment_of(optimizer, parameter):
+    """The one moment of an element: Lion's first, Adafactor's second as it makes it of its factors."""
+    state = optimizer.state[parameter]
+    if "state1" not in state:
+        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        return torch.outer(row / row.mean(), col)
+    moment = state["state1"]
+    if moment.dtype == torch.uint8:
+        blocks = state["qmap1"][moment.flatten().long()].split(256)
+        moment = torch.cat([b * a for b, a in zip(blocks, state["absmax1"], strict=True)]).view(parameter.shape)
+    return moment.clone()
+
+
+def test_the_one_moment_of_survivors_stays_and_newcomers_have_their_mean_or_none(tiny_adapter, train, other_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = other_optimizer(model)
+    train(model, optimizer, 3)
+    layers = gated_layers(model)
+    before = {name: (moment_of(optimizer, layer.A), moment_of(optimizer, layer.B)) for name, layer in layers.items()}
+    apply_plan(model, PLAN, optimizer)
+    second = isinstance(optimizer, Adafactor)
+    for name in (Q, V, GATE, DOWN):
+        keep = torch.tensor([rank for rank in range(R) if rank not in PLAN.pruned.get(name, ())])
+        for parameter, dim, old in ((layers[name].A, 0, before[name][0]), (layers[name].B, 1, before[name][1])):
+            new, want = moment_of(optimizer, parameter), old.index_select(dim, keep)
+            assert new.shape == parameter.shape
+            assert (new.narrow(dim, 0, len(keep)) - want).norm() <= (0.02 if not second else 1e-5) * want.norm(), name
+            entering = new.narrow(dim, len(keep), parameter.shape[dim] - len(keep))
+            if second:
+                mean = want.mean(dim, keepdim=True).expand_as(entering)
+                assert torch.allclose(entering, mean, rtol=1e-4, atol=0)
+                state = optimizer.state[parameter]  # both factors are means of one matrix
+                assert torch.allclose(state["exp_avg_sq_row"].mean(), state["exp_avg_sq_col"].mean(), rtol=1e-4)
+            elif entering.numel():
+                assert entering.abs().max() <= 1e-4 * old.abs().max()
+
+
+def test_the_other_optimizers_still_move_every_rank(tiny_adapter, train, other_optimizer):
+    model = tiny_adapter(r=R)
+    optimizer = other_optimizer(model)
+    train(model, optimizer, 3)
+    apply_plan(model, PLAN, optimizer)
+    before = weights(model)
+    train(model, optimizer, 2, first=3)
+    for name, layer in gated_layers(model).items():
+        assert ((layer.A - before[name][0]).abs().amax(1) > 0).all(), name
+        assert ((layer.B - before[name][1]).abs().amax(0) > 0).all(), name
 
 
 def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_batch):

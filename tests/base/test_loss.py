@@ -200,3 +200,26 @@ def test_hooks_around_the_model_still_run(tiny_llama, make_batch):
     use_label_only_loss(model)
     model(**make_batch())
     assert calls == ["decoder", "model"]
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9], ids=["token by token", "at once"])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.7])
+def test_smoothed_loss_and_gradient_are_those_of_transformers_label_smoother(
+    tiny_llama, make_batch, monkeypatch, epsilon, chunk
+):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    batch, found = make_batch(), []
+    for ours in (True, False):
+        model = tiny_llama(label_only=ours)
+        model.get_input_embeddings().weight.requires_grad_()
+        if ours:
+            loss = model(**batch, num_items_in_batch=5, label_smoothing=epsilon).loss
+        else:
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            smoother = LabelSmoother(epsilon=epsilon)
+            loss = smoother({"logits": logits}, batch["labels"], shift_labels=True, num_items_in_batch=5)
+        found.append((loss.detach(), *torch.autograd.grad(loss, model.get_input_embeddings().weight)))
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))

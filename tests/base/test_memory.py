@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit, AdamW32bit
+from bitsandbytes.optim import AdamW8bit, AdamW32bit, Lion, Lion8bit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.optimization import Adafactor
 
 from qalora.adapter.gradient_start import gradient_directions
 from qalora.adapter.model import attach
@@ -59,6 +61,9 @@ def adapter_parameters(ranks) -> list[torch.nn.Parameter]:
         ("paged_adamw_32bit", AdamW32bit),
         ("adamw_8bit", AdamW8bit),
         ("paged_adamw_8bit", AdamW8bit),
+        ("lion_32bit", Lion),
+        ("paged_lion_8bit", Lion8bit),
+        ("adafactor", partial(Adafactor, scale_parameter=False, relative_step=False)),
     ],
 )
 def test_adapter_gradients_and_moments_are_those_of_an_optimizer_step(optim, build, ranks):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.integrations.neftune import activate_neftune
 
 from qalora.adapter.layer import gated
 from qalora.adapter.model import attach, gated_layers
@@ -158,7 +159,9 @@ def test_where_rows_would_differ_nothing_is_shared(tiny_adapter, batch, counted)
     gated_model = tiny_adapter()
     other = tiny_adapter()
     windowed = tiny_adapter()
-    for model in (dropping, gated_model, windowed):
+    noisy, forgetful = tiny_adapter(), tiny_adapter(attention_dropout=0.5)
+    activate_neftune(noisy, 5.0)
+    for model in (dropping, gated_model, windowed, noisy, forgetful):
         model.get_base_model().set_attn_implementation(ATTENTION)
     dropping(**batch)
     name, layer = next(iter(gated_layers(gated_model).items()))
@@ -168,12 +171,78 @@ def test_where_rows_would_differ_nothing_is_shared(tiny_adapter, batch, counted)
     windowed.config.sliding_window = 6
     windowed.get_base_model().config.sliding_window = 6
     windowed(**batch)
+    noisy.train()(**batch)
+    forgetful.train()(**batch)
     assert counted == []
     assert can_share(windowed.get_base_model(), 6) and not can_share(windowed.get_base_model(), 7)
     dropping.eval()(**batch)
     with gated(gated_layers(gated_model), {name: torch.ones(len(layer.A))}):
         gated_model(**batch)
-    assert len(counted) == 2
+    noisy.eval()(**batch)
+    forgetful.eval()(**batch)
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("what", ["noise", "attention dropout"])
+def test_what_is_drawn_at_random_is_drawn_as_in_a_model_of_transformers(tiny_llama, batch, what):
+    """The same seed, the same padded batch: the same loss."""
+    losses = []
+    for ours in (True, False):
+        model = tiny_llama(label_only=ours, attention_dropout=0.5 if what == "attention dropout" else 0.0).train()
+        model.set_attn_implementation(ATTENTION if ours else "sdpa")
+        if what == "noise":
+            activate_neftune(model, 5.0)
+        torch.manual_seed(3)
+        losses.append(model(**batch).loss)
+    assert torch.allclose(*losses, rtol=1e-6)
+    assert not torch.allclose(losses[0], tiny_llama()(**batch).loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]],  # padded on the left
+        [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]],  # on either side
+        [[1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1]],  # with gaps
+    ],
+    ids=["left", "either side", "gaps"],
+)
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_batch_padded_elsewhere_is_what_transformers_makes_of_it(tiny_llama, mask, positions):
+    mask = torch.tensor(mask)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]] * 3)
+    batch = {
+        "input_ids": ids.masked_fill(mask == 0, 1),
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
+    if positions:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for ours in (True, False):
+        model = tiny_llama(label_only=ours)
+        model.set_attn_implementation(ATTENTION if ours else "sdpa")
+        weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+        loss = model(**batch).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, weight)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_or_embeddings_that_are_given_are_used(tiny_llama, batch):
+    """With shared prefixes too, which know of neither."""
+    found = []
+    for ours in (True, False):
+        model = tiny_llama(label_only=ours)
+        model.set_attn_implementation(ATTENTION if ours else "sdpa")
+        positions = torch.arange(7).expand(5, 7) * 3
+        embedded = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"] + 1)}
+        found.append([
+            model(**batch, position_ids=positions).loss,
+            model(**embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss,
+        ])  # fmt: skip
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5)
 
 
 def test_a_model_with_this_attention_generates_and_pads_as_with_sdpa(tiny_llama):

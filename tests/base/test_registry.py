@@ -6,12 +6,14 @@ import importlib.util
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from qalora.base.loading import load_base
 from qalora.base.registry import MODELS, ModelShape, ModelSource, resolve, shape_of
 from qalora.errors import InputError
 
@@ -305,3 +307,54 @@ def test_the_header_of_smollm2_agrees_with_the_registry():
     unregistered = resolve(f"{source.location}/{source.gguf_file}")
     assert unregistered.shape is None
     assert shape_of(unregistered) == shape_of(source) == MODELS["smollm2-135m"][1]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, save_tiny_llama):
+    """make(main, snapshots) → the folder of someone/tiny in an offline cache, made by hand."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def make(main: str | None, *snapshots: str) -> Path:
+        folder = tmp_path / "models--someone--tiny"
+        for name in snapshots:
+            save_tiny_llama(folder / "snapshots" / name)
+        if main is not None:
+            (folder / "refs").mkdir(parents=True)
+            (folder / "refs" / "main").write_text(main)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "main", ["a" * 40 + "\n", "a" * 40 + "\r\n", None, ""], ids=["newline", "two", "none", "empty"]
+)
+def test_a_cache_made_by_hand_is_read_offline(cache, main):
+    folder = cache(main, "a" * 40)
+    source = resolve("someone/tiny")
+    assert (source.kind, source.location) == ("folder", str(folder / "snapshots" / ("a" * 40)))
+    assert source.hub_id == "someone/tiny"  # what an adapter names as its base
+    assert shape_of(source).hidden_size == 64
+    loaded = load_base(source, load_in_4bit=False, dtype="float32")
+    assert loaded.model.config.name_or_path == "someone/tiny"
+
+
+def test_a_cache_in_order_is_left_to_huggingface_hub(cache, monkeypatch):
+    cache("a" * 40, "a" * 40, "b" * 40)
+    assert resolve("someone/tiny").kind == "hub"
+    assert resolve("someone/other").kind == "hub"
+
+
+def test_a_cache_that_does_not_say_which_snapshot_is_asked_to(cache, monkeypatch):
+    from huggingface_hub import constants
+
+    cache(None, "a" * 40, "b" * 40)
+    with pytest.raises(
+        InputError, match=f"refs/main does not say which snapshot is meant; write one of {'a' * 40}, {'b' * 40}"
+    ):
+        resolve("someone/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert resolve("someone/tiny").kind == "hub"

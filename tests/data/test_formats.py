@@ -479,8 +479,8 @@ def test_columns_that_are_not_used_are_named_by_their_own_names():
 
 def test_two_columns_of_one_name_are_an_error():
     refused(
-        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both 'completion' by data.columns; leave one of them out, or "
-        "map one to another name, such as completion: unused.",
+        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them another "
+        "name there.",
         example,
         {"prompt": "q", "completion": "a", "answer": "b"},
         columns={"answer": "completion"},

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from qalora.base.checkpoint import Quantization, expected_shapes, open_checkpoint
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
+from qalora.data.ending import Ending
 from qalora.data.quickstart import rows
 from qalora.deploy.export import export_adapter
 from qalora.deploy.gguf import write_model
@@ -142,7 +143,16 @@ def test_a_tokenizer_written_anew_splits_text_as_transformers_does(merged, tmp_p
     folder = resolve(str(merged[2].parent / "hf"))
     tokenizer = load_tokenizer(folder)
     checkpoint, config = open_checkpoint(folder)
-    write_model(tmp_path / "model.gguf", expected_shapes(config), checkpoint.pieces, config, tokenizer, "q8_0", folder)
+    write_model(
+        tmp_path / "model.gguf",
+        expected_shapes(config),
+        checkpoint.pieces,
+        config,
+        tokenizer,
+        "q8_0",
+        folder,
+        Ending(()),
+    )
     llama = client(tmp_path / "model.gguf")
     for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=False, special=True) == tokenizer(text)["input_ids"], text
@@ -178,7 +188,9 @@ def test_a_sentencepiece_tokenizer_splits_text_as_transformers_does(tmp_path):
     folder = resolve(str(tmp_path / "hf"))
     checkpoint, config = open_checkpoint(folder)
     file = tmp_path / "model.gguf"
-    write_model(file, expected_shapes(config), checkpoint.pieces, config, load_tokenizer(folder), "f16", folder)
+    write_model(
+        file, expected_shapes(config), checkpoint.pieces, config, load_tokenizer(folder), "f16", folder, Ending(())
+    )
     llama = client(file)
     for text in (*TEXTS, *(row["prompt"] for row in rows(seed=2, count=50, split="validation"))):
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text

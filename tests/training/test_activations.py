@@ -94,3 +94,28 @@ def test_a_tiled_mlp_works_on_so_many_tokens_at_a_time(tiny_adapter, make_batch)
     with torch.no_grad():
         model(**make_batch(tokens=12))
     assert seen == [5, 5, 2]
+
+
+@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "not pinned"])
+def test_host_memory_that_cannot_be_pinned_is_taken_as_it_comes(monkeypatch, pins):
+    asked, plain = [], torch.empty
+
+    def empty(*shape, pin_memory=False, **options):
+        asked.append(pin_memory)
+        if pin_memory and not pins:
+            raise RuntimeError("CUDA error: out of memory")
+        return plain(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    host = activations.host_memory_like(torch.ones(2, 3, dtype=torch.bfloat16))
+    assert (host.shape, host.dtype, host.is_pinned()) == ((2, 3), torch.bfloat16, False)
+    assert asked == ([True] if pins else [True, False])
+
+
+def test_a_lack_of_host_memory_is_one_of_memory(monkeypatch):
+    def empty(*shape, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError, match="host memory: DefaultCPUAllocator"):
+        activations.host_memory_like(torch.ones(2))
