@@ -68,7 +68,10 @@ def main(argv: list[str]) -> int:
     from qalora.base.loading import load_tokenizer
     from qalora.base.registry import resolve
     from qalora.data.tokenization import load_dataset
+    from qalora.plan import keep_to_positions
 
+    if note := keep_to_positions(recipe):
+        print(note, file=sys.stderr)
     tokenizer = load_tokenizer(resolve(recipe.model))
     dataset = load_dataset(
         recipe.data.train, tokenizer, split=recipe.data.split, limit=recipe.data.max_rows, **recipe.data.reading()

@@ -164,6 +164,20 @@ class ChatTemplate:
         return {"role": role, "content": turn.text, **fields}
 
     @cached_property
+    def writes_tools(self) -> tuple[bool, bool]:
+        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has them."""
+        tool = {"name": SENTINEL, "description": "b", "parameters": {"type": "object", "properties": {}}}
+        asked = [_said("user", "a")]
+        return self._writes(asked, [tool]), self._writes(asked, [{"type": "function", "function": tool}])
+
+    def tools(self, tools: Sequence[Any]) -> list[Any]:
+        """The signatures in the form that the template reads."""
+        flat, nested = self.writes_tools
+        if nested and not flat:
+            return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        return [tool.get("function", tool) for tool in tools] if flat and not nested else list(tools)
+
+    @cached_property
     def _writes_developer(self) -> bool:
         return self._writes([_said("developer", SENTINEL), _said("user", "a"), _said("assistant", "b")])
 
@@ -188,9 +202,9 @@ class ChatTemplate:
             return self.apply([_said("user", "a"), call])
         return None
 
-    def _writes(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+    def _writes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
         with suppress(Exception):  # jinja's own errors, raise_exception() of the template, or of the tokenizer
-            return SENTINEL in self.apply(messages)
+            return SENTINEL in self.apply(messages, tools)
         return False
 
 

@@ -240,6 +240,8 @@ def _holds(tree: Any, part: dict[str, Any]) -> bool:
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):  # a conversation
+        return {"messages": value}
     if not isinstance(value, dict):
         raise InputError(f"{where}: a row is an object with columns, this is {type(value).__name__}.")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ class Example:
         turns: in order; the last assistant turn is the reference.
         chat: rendered by the tokenizer's chat template; otherwise the texts are joined as they stand.
         tools: function signatures for the chat template.
-        source: of the row; named in errors.
+        place: of the row, for errors.
         unused: columns of the row that hold something and are not used.
         others: texts that are as right as the reference; only metrics look at them.
     """
@@ -47,7 +48,7 @@ class Example:
     turns: tuple[Turn, ...]
     chat: bool
     tools: tuple[Any, ...] = ()
-    source: str = ""
+    place: str = ""
     unused: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
@@ -74,7 +75,7 @@ class Example:
     @property
     def where(self) -> str:
         """The row's place, for errors."""
-        return f"{self.source}, row {self.row}" if self.source else f"row {self.row}"
+        return self.place or f"row {self.row}"
 
 
 # ----------------------------------------------------------------------------------------------------- row → example
@@ -144,7 +145,7 @@ def to_example(
     for name in ("images", "videos", "audios"):
         if cells.value(name):
             raise InputError(f"{where}: {name} holds something, and only texts can be trained on; take such rows out.")
-    example = Example(number, turns, is_chat, tools, source, cells.unread())
+    example = Example(number, turns, is_chat, tools, where, cells.unread())
     return _last_alone(example) if mask_history else example
 
 
@@ -251,6 +252,8 @@ def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
     if not isinstance(tools, (list, tuple)):
         raise InputError(f"{where}: tools is {type(tools).__name__}, not a list of function signatures.")
     tools = tuple(parse_json(tool, "tools", where) for tool in tools)
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise InputError(f"{where}: tools holds {type(tools[0]).__name__}, not function signatures.")
     if tools and not chat:
         raise InputError(
             f"{where}: tools go into a chat template alone; set data.chat=true, or leave the column out with "
@@ -267,13 +270,14 @@ def _last_alone(example: Example) -> Example:
 
 def _encodable(turn: Turn, where: str) -> None:
     """JSON can spell half of a surrogate pair (\\ud800), which no tokenizer takes."""
-    try:
-        turn.text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: the {turn.role} text has half of a surrogate pair, {turn.text[error.start]!r}, at character "
-            f"{error.start}; remove it."
-        ) from None
+    for text in (turn.text, turn.thought, json.dumps(turn.fields, ensure_ascii=False, default=str)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: the {turn.role} text has half of a surrogate pair, {text[error.start]!r}, at character "
+                f"{error.start}; remove it."
+            ) from None
 
 
 def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.chat_template import OPENED, SENTINEL, chat_template
-from qalora.data.conversation import Turn
+from qalora.data.conversation import REASONING, Turn
 from qalora.data.formats import Example
 from qalora.errors import InputError
 
@@ -83,6 +83,7 @@ class _Chat:
         self.turns = example.turns
         self.template = chat_template(tokenizer)
         self.messages = self.template.messages(example.turns)
+        self.tools = self.template.tools(example.tools) if example.tools else []
 
     def text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """
@@ -90,7 +91,7 @@ class _Chat:
             InputError: the template refuses them.
         """
         try:
-            return self.template.apply(messages, self.example.tools, **options)
+            return self.template.apply(messages, self.tools, **options)
         except Exception as error:  # jinja's own errors, raise_exception() of the template, or of the tokenizer
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
@@ -174,7 +175,7 @@ class _Chat:
         whole = _dense(self.whole)
         for tool in self.example.tools:
             name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
-            if isinstance(name, str) and _dense(name) not in whole:
+            if not any(self.template.writes_tools) or (isinstance(name, str) and _dense(name) not in whole):
                 raise InputError(
                     f"{self.example.where}: the chat template has no place for tools ({name}); data.chat_template=FILE takes "
                     "one that has, data.columns={tools: other_tools} leaves them out."
@@ -195,22 +196,24 @@ class _Chat:
 
     def _check_roles(self) -> None:
         """A short text may be found by chance, so every sequence of roles is tried once with texts that are not."""
-        roles = tuple((turn.role, bool(turn.text.strip()), tuple(turn.fields)) for turn in self.turns)
-        shape = (roles, bool(self.example.tools))
+        turns = tuple(
+            (turn.role, turn.supervised, bool(turn.text.strip()), "</think>" in turn.text, tuple(turn.fields))
+            for turn in self.turns
+        )
+        shape = (turns, bool(self.example.tools))
         if shape not in self.template.shapes:
             self.template.shapes[shape] = self._left_out()
         for i in self.template.shapes[shape]:
-            if "tool_calls" not in self.turns[i].fields:  # a template may write calls instead of the text
-                raise self._cut(i, self.whole)
+            raise self._cut(i, self.whole)
 
     def _left_out(self) -> list[int]:
-        names = [f"{SENTINEL}{'x' * i}y" if turn.text.strip() else "" for i, turn in enumerate(self.turns)]
-        messages = [{**message, "content": name} for message, name in zip(self.messages, names, strict=True)]
+        """Turns of which something would not be written: their text, or their thought where that is learned."""
+        stand_ins = [_stand_in(turn, f"{SENTINEL}{'x' * i}") for i, turn in enumerate(self.turns)]
         try:
-            text = self.template.apply(messages, self.example.tools)
+            text = self.template.apply(self.template.messages([turn for turn, _ in stand_ins]), self.tools)
         except Exception:  # a template that looks into its texts; these say nothing about the row's then
             return []
-        return [i for i, name in enumerate(names) if name not in text]
+        return [i for i, (_, names) in enumerate(stand_ins) if any(name not in text for name in names)]
 
     def _cut(self, i: int, written: str) -> InputError:
         turn = self.turns[i]
@@ -225,7 +228,7 @@ class _Chat:
         for name in self.template.switches:
             for value in (True, False):
                 try:
-                    text = self.template.apply(self.messages, self.example.tools, **{name: value})
+                    text = self.template.apply(self.messages, self.tools, **{name: value})
                 except Exception:  # as in `text`
                     continue
                 if _found_in(_dense(text), turn) is not None:
@@ -254,6 +257,18 @@ def _after_header(text: str, header: str) -> int:
     """Where an answer begins in what stands before its own text: after the last header."""
     at = text.rfind(header) if header.strip() else -1
     return len(text) if at < 0 else at + len(header)
+
+
+def _stand_in(turn: Turn, name: str) -> tuple[Turn, list[str]]:
+    """The turn in other words, which no other text has by chance, and those of them that have to be written."""
+    text, thought, fields = f"{name}y", f"{name}z", dict(turn.fields)
+    fields |= {field: thought for field in REASONING if field in fields}
+    inside = "</think>" in turn.text
+    said = f"<think>\n{thought}\n</think>\n\n{text}" if inside else text if turn.text.strip() else ""
+    names = [text] if said and "tool_calls" not in fields else []  # its text is looked for by itself
+    if turn.supervised and (inside or turn.thought):
+        names.append(thought)
+    return replace(turn, text=said, fields=fields), names
 
 
 def _found_in(written: str, turn: Turn) -> int | None:

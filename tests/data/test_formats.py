@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 
 import pytest
@@ -239,29 +240,101 @@ def test_a_value_without_a_label_is_no_text_to_learn():
             "no column 'messages'; it has 'chat'; map one with data.columns={COLUMN: messages}.",
         ),
         ("messages", {"messages": []}, "messages is not a list with at least one entry."),
-        ("messages", {"messages": "hi"}, "messages is not a list with at least one entry."),
-        ("messages", {"messages": ["hi"]}, "messages holds str, not objects with role and content."),
+        ("messages", {"messages": 5}, "messages is not a list with at least one entry."),
+        ("messages", {"messages": "hi"}, "messages is not valid JSON."),
         (
             "messages",
-            {"messages": [{"role": "user", "content": None}]},
-            "content of a user message is neither a text nor a list of text parts.",
+            {"messages": ["hi"]},
+            "messages holds str, not objects with role and content (or from and value).",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": None, "id": 1}]},
+            "messages, message 0: no content or value, or it is null; it has 'id'; map one with data.columns={FIELD: content}.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": {"a": 1}}]},
+            "messages, message 0: content of a user message is neither a text nor a list of text parts.",
         ),
         (
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}]},
-            "a content part of type image; only text parts can be trained on.",
+            "messages, message 0: a content part of type image; only text parts can be trained on.",
         ),
         (
             "messages",
             {"messages": [{"role": "user", "content": ["bare"]}]},
-            "a content part of type str; only text parts can be trained on.",
+            "messages, message 0: a content part of type str; only text parts can be trained on.",
         ),
-        ("sharegpt", {"conversations": [3]}, "conversations holds int, not objects with from and value."),
+        (
+            "messages",
+            {"messages": [{"content": "x"}]},
+            "messages, message 0: no role or from, or it is null; it has 'content'; map one with data.columns={FIELD: role}.",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "text": "x"}]},
+            "conversations, message 0: no content or value, or it is null; it has 'text'; map one with "
+            "data.columns={FIELD: content}.",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [3]},
+            "conversations holds int, not objects with role and content (or from and value).",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]},
+            "messages, message 1: weight=0.5: a turn is learned whole or not at all; give 0 or 1.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "train": True}]},
+            "messages, message 0: train=True in a user turn: only an assistant's turns can be learned by themselves; "
+            "data.train_on_inputs=true learns all turns but those that are masked.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "a", "train_detail": [{"begin_offset": 0}]}]},
+            "messages, message 0: train_detail: parts of a turn cannot be learned apart; make them turns of their own.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]},
+            "messages, message 0: tool_calls is not a list of objects with the name and arguments of a function.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"},
+            "two system texts, one in the column system and one in the conversation; take one out, the column with "
+            "data.columns={system: other_system}.",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "b"}], "images": ["a.png"]},
+            "images holds something, and only texts can be trained on; take such rows out.",
+        ),
+        (
+            "alpaca",
+            {"instruction": "i", "output": "o", "history": ["a"]},
+            "history is not a list of pairs of question and answer.",
+        ),
+        (
+            "alpaca",
+            {"instruction": "i", "output": "o", "tools": [{"name": "f"}]},
+            "tools go into a chat template alone; set data.chat=true, or leave the column out with "
+            "data.columns={tools: other_tools}.",
+        ),
+        ("text", {"text": float("nan")}, "text is empty (null), not a text."),
+        ("text", {"text": b"bytes"}, "text is bytes that are no UTF-8, not a text."),
+        ("text", {"text": datetime.date(2024, 1, 1)}, "text is date, not a text."),
         (
             "sharegpt",
             {"conversations": [{"from": "alien", "value": "x"}]},
-            "from='alien' is no known speaker; known are human, user, gpt, assistant, chatgpt, function_call, system, "
-            "observation, tool.",
+            "conversations, message 0: unknown role 'alien'; known are system, developer, user, human, prompter, assistant, "
+            "gpt, chatgpt, model, bot, ai, function_call, tool_call, tool, observation, function, function_response, "
+            "tool_response, ipython, and those that the chat template names.",
         ),
         (
             "sharegpt",
@@ -281,7 +354,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
     ],
 )
 def test_a_bad_row_is_named_with_its_source_number_and_column(format, row, message):
-    refused(f"rows.jsonl, row 7: {message}", example, row, format)
+    separator = ", " if re.match(r"\w+, message \d", message) else ": "
+    refused(f"rows.jsonl, row 7{separator}{message}", example, row, format)
 
 
 def test_an_unknown_format_is_named():
@@ -293,24 +367,135 @@ def test_an_unknown_format_is_named():
     )
 
 
+# ------------------------------------------------------------------------------------------------- nothing vanishes
+
+DIALOGUE = (Turn("user", "q", False), Turn("assistant", "a", True))
+
+
+def say(role: str, content: object, **fields: object) -> dict:
+    return {"role": role, "content": content, **fields}
+
+
 @pytest.mark.parametrize(
-    ("format", "row", "message"),
+    ("format", "row"),
     [
-        (
-            "messages",
-            {"messages": [{"content": "x"}]},
-            "rows.jsonl, row 7, messages: no column 'role'; it has 'content'",
-        ),
-        (
-            "sharegpt",
-            {"conversations": [{"from": "human", "text": "x"}]},
-            "rows.jsonl, row 7, conversations: no column 'value'; it has 'from', 'text'",
-        ),
+        ("messages", {"messages": [say("user", "q"), say("assistant", "a")]}),
+        ("messages", {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}),
+        ("messages", {"messages": [[say("user", "q"), say("assistant", "a")]]}),
+        ("messages", {"messages": [["user", "q"], ["Assistant", "a"]]}),
+        ("messages", {"messages": [["q", "a"]]}),
+        ("messages", {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("messages", {"conversations": [say("user", "q"), say("assistant", "a")]}),
+        ("sharegpt", {"conversations": [say("user", "q"), say("assistant", "a")]}),
+        ("sharegpt", {"conversations": [say("User", "q", weight=1), say("model", "a", weight=1, train=True)]}),
+        ("sharegpt", {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("prompt-completion", {"prompt": [say("user", "q")], "completion": [say("assistant", "a")]}),
+        ("prompt-completion", {"prompt": [say("user", "q")], "completion": "a"}),
+        ("prompt-completion", {"prompt": "q", "completion": [say("assistant", "a")]}),
     ],
 )
-def test_a_key_missing_inside_a_message_is_named(format, row, message):
-    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
-        example(row, format)
+def test_a_conversation_is_read_in_every_form_that_people_have(format, row):
+    got = example(row, format)
+    assert (got.turns, got.chat, got.unused) == (DIALOGUE, True, ())
+
+
+def test_of_prompt_and_completion_in_messages_the_completion_is_learned():
+    row = {
+        "prompt": [say("system", "s"), say("user", "q"), say("assistant", "a"), say("user", "r")],
+        "completion": [say("assistant", "b")],
+    }
+    assert [(turn.text, turn.supervised) for turn in example(row).turns] == [
+        ("s", False), ("q", False), ("a", False), ("r", False), ("b", True)
+    ]  # fmt: skip
+
+
+def test_fields_of_messages_are_mapped_like_columns():
+    row = {"dialog": [{"speaker": "user", "text": "q"}, {"speaker": "assistant", "text": "a"}]}
+    columns = {"dialog": "messages", "speaker": "role", "text": "content"}
+    assert example(row, "messages", columns=columns).turns == DIALOGUE
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    "flag",
+    [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"loss_weight": 0}, {"train": False}, {"training": False},
+     {"loss": False}, {"masked": True}, {"weight": 1, "train": False}],
+)  # fmt: skip
+def test_an_answer_that_is_masked_is_not_learned(format, flag):
+    keys = ("role", "content") if format == "messages" else ("from", "value")
+    entries = [("user", "q", {}), ("assistant", "wrong", flag), ("user", "q", flag), ("assistant", "right", {})]
+    if flag.get("masked") is None:
+        entries[3][2].update(dict.fromkeys(flag, 1))
+    messages = [{keys[0]: role, keys[1]: text, **fields} for role, text, fields in entries]
+    row = {"messages" if format == "messages" else "conversations": messages}
+    turns = example(row, format).turns
+    assert [turn.supervised for turn in turns] == [False, False, False, True]
+    assert not any(turn.fields for turn in turns)
+
+
+def test_with_the_history_masked_the_last_answer_alone_is_learned():
+    messages = [say("user", "q"), say("assistant", "a"), say("user", "q"), say("assistant", "b"), say("user", "?")]
+    turns = example({"messages": messages}, "messages", mask_history=True).turns
+    assert [turn.supervised for turn in turns] == [False, False, False, True, False]
+
+
+def test_null_and_nan_are_no_values():
+    nan = float("nan")
+    row = {"instruction": "i", "input": nan, "output": "o", "system": nan, "history": nan, "note": nan}
+    got = example(row, "alpaca")
+    assert got.turns == example({"instruction": "i", "output": "o"}, "alpaca").turns
+    assert got.unused == ()
+    messages = [say("user", "q", name=nan, weight=nan), say("assistant", "a", tool_calls=None, loss_weight=nan)]
+    assert example({"messages": messages, "tools": nan}, "messages").turns == DIALOGUE
+
+
+def test_a_system_column_is_the_first_turn_of_a_conversation():
+    messages = [say("user", "q"), say("assistant", "a")]
+    for format, column in (("messages", "messages"), ("sharegpt", "conversations")):
+        turns = example({column: messages, "system": "s"}, format).turns
+        assert turns == (Turn("system", "s", False), *DIALOGUE)
+    same = example({"messages": [say("system", "s"), *messages], "system": "s "}, "messages")
+    assert same.turns == (Turn("system", "s", False), *DIALOGUE)
+
+
+def test_thoughts_in_parts_and_results_that_are_objects_are_kept():
+    messages = [
+        say("user", "q"),
+        say("assistant", [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]),
+        say("tool", {"sum": 4}, tool_call_id="1"),
+    ]
+    turns = example({"messages": messages}, "messages").turns
+    assert (turns[1].text, turns[1].thought) == ("a", "hm")
+    assert (turns[2].text, turns[2].fields) == ('{"sum": 4}', {"tool_call_id": "1"})
+
+
+def test_columns_that_are_not_used_are_named_by_their_own_names():
+    row = {"q": "a", "completion": "b", "id": 3, "source": "web", "empty": None, "rejected": "c"}
+    assert example(row, columns={"q": "prompt", "id": "number"}).unused == ("id", "source", "rejected")
+    assert example({"id": 1, "text": "a"}, "text").unused == ("id",)
+    templated = {"instruction": "i", "input": "j", "system": "s", "output": "o"}
+    assert example(templated, "alpaca", prompt_template="{instruction}").unused == ("input", "system")
+
+
+def test_two_columns_of_one_name_are_an_error():
+    refused(
+        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them another "
+        "name there.",
+        example,
+        {"prompt": "q", "completion": "a", "answer": "b"},
+        columns={"answer": "completion"},
+    )
+    gave_way = example({"prompt": "q", "completion": None, "answer": "b", "note": 1}, columns={"answer": "completion"})
+    assert (gave_way.reference, gave_way.unused) == ("b", ("note",))
+
+
+def test_preferences_are_no_format_and_the_error_says_how_to_learn_the_chosen():
+    with pytest.raises(InputError, match=r"set data\.columns=\{chosen: completion\}\.$"):
+        detect_format([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    row = {"chosen": [say("user", "q"), say("assistant", "a")], "rejected": []}
+    with pytest.raises(InputError, match=r"set data\.columns=\{chosen: messages\}\.$"):
+        detect_format([row])
+    assert example(row, "messages", columns={"chosen": "messages"}).turns == DIALOGUE
 
 
 # ----------------------------------------------------------------------------------------------------- detect_format

@@ -100,6 +100,12 @@ def learned(item: dict, tokenizer) -> str:
     return tokenizer.decode([label for label in item["labels"] if label != -100])
 
 
+def added_text(ids: list[int], tokenizer) -> str:
+    """What the tokens add to a text before them; by themselves sentence pieces lose the blank that they begin with."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tokenizer.decode([*before, *ids]).removeprefix(tokenizer.decode(before))
+
+
 def pair(prompt: str, completion: str, *, chat: bool = False) -> Example:
     return Example(3, (Turn("user", prompt, False), Turn("assistant", completion, True)), chat)
 
@@ -136,14 +142,42 @@ def test_the_completion_and_eos_are_learned(any_tokenizer, prompt, completion):
     item = tokenize(pair(prompt, completion), tokenizer, max_seq_len=500)
     supervised = [label for label in item["labels"] if label != -100]
     assert supervised[-1] == tokenizer.eos_token_id
-    text = tokenizer.decode(supervised[:-1])
-    if tokenizer.unk_token:  # decoding sentence pieces drops the blank before the first
-        completion = completion.removeprefix(" ")
-    assert text == completion
+    assert added_text(supervised[:-1], tokenizer) == completion
     assert [label for label in item["labels"] if label != -100] == item["input_ids"][-len(supervised) :]
     assert item["row"] == 3
     assert item["truncated"] is False
     assert is_prefix(tokenize_prompt(pair(prompt, completion), tokenizer), item)
+
+
+@given(
+    prompt=st.text(alphabet="yes: \n", min_size=1, max_size=8),
+    completion=st.text(alphabet="yes: \n", min_size=1, max_size=8),
+)
+def test_the_learned_tokens_say_the_completion_and_no_blank_besides(prompt, completion):
+    for name, tokenizer in TOKENIZERS.items():
+        item = tokenize(pair(prompt, completion), tokenizer, max_seq_len=500)
+        supervised = [label for label in item["labels"] if label != -100]
+        assert added_text(supervised[:-1], tokenizer) == completion, name
+        assert tokenizer.decode(item["input_ids"], skip_special_tokens=True) == prompt + completion, name
+
+
+@pytest.mark.parametrize("format", ["prompt-completion", "text"])
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_a_text_that_brings_its_end_token_gets_no_second_one(any_tokenizer, format, after):
+    end = any_tokenizer.eos_token
+    row = {"text": f"yes{end}{after}"} if format == "text" else {"prompt": "yes", "completion": f" no{end}{after}"}
+    item = tokenize(to_example(row, 0, format=format), any_tokenizer, max_seq_len=500)
+    assert item["input_ids"].count(any_tokenizer.eos_token_id) == 1
+    assert any_tokenizer.eos_token_id in item["labels"]
+
+
+def test_train_on_inputs_learns_no_answer_that_is_masked():
+    tokenizer = bpe()
+    item = tokenize(
+        conversation("Hello", "no", "Say", "yes", unlearned=(1,)), tokenizer, max_seq_len=500, train_on_inputs=True
+    )
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{}\n<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    assert "<|im_start|>" + learned(item, tokenizer) == text.format("")  # the first token is predicted by nothing
 
 
 def test_alpacas_answer_is_learned_and_its_prompt_is_not():
@@ -340,6 +374,42 @@ def test_a_bad_row_is_named_with_its_file(rows_file):
     source = rows_file({"prompt": "a", "completion": "b"}, {"prompt": "a"})
     with pytest.raises(InputError, match=f"^{re.escape(source)}, line 2: no column 'completion'"):
         load_dataset(source, bpe())
+
+
+def test_columns_and_fields_that_are_not_used_are_named_once(rows_file):
+    messages = [{"role": "user", "content": "Say", "name": "x"}, {"role": "assistant", "content": "yes", "time": 3}]
+    source = rows_file({"messages": messages, "id": 1}, {"messages": messages, "id": 2, "source": "web", "note": None})
+    dataset = load_dataset(source, bpe())
+    assert dataset.report.unused == ("id", "messages.name", "messages.time", "source")
+    assert str(dataset.report).endswith(" of them supervised; not used: id, messages.name, messages.time, source")
+    named = bpe(template=CHAT.replace("m.role + '", "m.role + (m.name or '') + '"))
+    assert load_dataset(source, named).report.unused == ("id", "messages.time", "source")
+
+
+def test_rows_whose_turns_are_all_masked_are_dropped_and_said_to_be(rows_file):
+    def row(weight):
+        turns = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "yes", "weight": weight}]
+        return {"messages": turns}
+
+    dataset = load_dataset(rows_file(row(0), row(1), row(0)), bpe())
+    assert (dataset.report.rows, dataset.report.dropped, dataset.report.masked) == (1, 2, 2)
+    assert str(dataset.report).endswith("; 2 rows dropped, no turn of them is learned")
+    with pytest.raises(
+        InputError, match="none of its 1 rows has a turn that is learned: no assistant speaks in them, or all"
+    ):
+        load_dataset(rows_file(row(0)), bpe())
+
+
+def test_the_settings_of_a_chat_reach_the_rows(rows_file):
+    turns = [("user", "Say"), ("assistant", "yes"), ("user", "the"), ("assistant", "no")]
+    source = rows_file({"messages": [{"role": role, "content": text} for role, text in turns]})
+    tokenizer = bpe()
+    template = CHAT.replace("m.content +", "(mark or '') + m.content +")
+    dataset = load_dataset(
+        source, tokenizer, chat_template=template, chat_template_kwargs={"mark": "."}, mask_history=True
+    )
+    assert learned(dataset[0], tokenizer) == ".no<|im_end|>"
+    assert tokenizer.decode(tokenize_prompt(dataset.examples[0], tokenizer)).startswith("<|im_start|>user\n.Say")
 
 
 def test_templates_labels_and_limit_reach_the_rows(rows_file):
