@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import logging
 import os
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import UnsupportedOperation
+from typing import Any
 
 from qalora.errors import AnswerNo, InputError
 from qalora.paths import with_expanded_flags
@@ -85,3 +87,27 @@ def _quieten_libraries() -> None:
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a flag is not abbreviated, and not given twice with two values, of which argparse takes the last."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+
+class _Once(argparse.Action):
+    _given: tuple[str, Any] | None = None
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        flag, value = self._given or (option_string, values)
+        if value != values:
+            raise InputError(
+                f"command line: two values for {option_string}, {flag} {value} and {option_string} {values}; keep one."
+            )
+        self._given = (str(option_string), values)
+        setattr(namespace, self.dest, values)

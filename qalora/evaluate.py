@@ -8,14 +8,15 @@ import json
 import sys
 from typing import Any
 
+from qalora.cli import Parser
+
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora evaluate",
         description="Evaluates a base, with an adapter or without, or a merged model.",
         epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
         "answer}.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
     parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
@@ -29,13 +30,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="json, jsonl, csv, parquet or Hub id (default: the recipe's validation rows)",
+        help="file, pattern, folder or Hub id, or several with commas (default: the recipe's validation rows)",
     )
     parser.add_argument(
         "--data-format",
         help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
     )
-    parser.add_argument("--split", default="validation", help="of a Hub data set (default: %(default)s)")
+    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, validation)")
     parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
     parser.add_argument("--rows", type=int, help="use the first N rows (default: all)")
     parser.add_argument("--metrics", help="any of loss,exact_match,accuracy,rougeL (default: loss)")
@@ -62,6 +63,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
     given = {
         "model": args.model,
         "data.validation": args.data,
+        "data.validation_split": args.split,
         "data.format": args.data_format,
         "data.max_seq_len": args.max_seq_len,
         "evaluation.rows": args.rows,
@@ -81,12 +83,14 @@ def main(argv: list[str]) -> int:
 
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json, write_json_lines
-    from qalora.recipe import load_recipe, parse_overrides
+    from qalora.plan import keep_to_positions
+    from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
+    check_once(asked)
     recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
@@ -109,13 +113,15 @@ def main(argv: list[str]) -> int:
     source = resolve(recipe.model)
     if args.adapter:
         check_adapter(args.adapter, source)
+    if note := keep_to_positions(recipe):
+        print(note, file=sys.stderr)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
     evaluation = recipe.evaluation
     dataset = load_dataset(
         recipe.data.validation,
         tokenizer,
-        split=args.split,
+        split=recipe.data.validation_split,
         limit=evaluation.rows,
         **recipe.data.reading(),
     )

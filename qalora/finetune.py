@@ -36,12 +36,11 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="qalora finetune",
         description="Trains ALoRA adapters on a frozen 4-bit base.",
         epilog="Any setting of the recipe can follow, as key=value or --key value, e.g. training.max_steps=200; "
         "`qalora recipes show NAME` prints a recipe.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", help="registry name (llama-7b, smollm2-135m …), Hub id, folder or .gguf file")
     parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
@@ -61,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
-    from qalora.plan import settle_adapter
+    from qalora.data.reading import paths_of
+    from qalora.plan import keep_to_positions, settle_adapter
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
     args, rest = parser().parse_known_args(argv)
@@ -75,6 +75,8 @@ def main(argv: list[str]) -> int:
     check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
+    if note := keep_to_positions(recipe):
+        say(recipe, note)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
     check_targets(recipe, source)
@@ -88,8 +90,9 @@ def main(argv: list[str]) -> int:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, anew=args.overwrite, say=cli.say)
         # `auto` is for loops that start a command again: an attempt that was killed before its first checkpoint is no result.
         restarts = args.resume_from_checkpoint == "auto" and is_run(output_dir) and not is_finished(output_dir)
-        names = (recipe.model, recipe.data.train, recipe.data.validation, recipe.lora.adapter)
-        reads = [recipe_path(args.recipe), *(Path(name).expanduser() for name in names if name)]
+        folders = [Path(name).expanduser() for name in (recipe.model, recipe.lora.adapter) if name]
+        data_files = [*paths_of(recipe.data.train), *paths_of(recipe.data.validation)]
+        reads = [recipe_path(args.recipe), *folders, *data_files]
         check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite or restarts)
         continued = None if checkpoint is None else Continued.at(checkpoint)
         if continued is not None:
@@ -147,21 +150,28 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | 
     Raises:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
-    from qalora.data.tokenization import load_dataset, split_validation
+    from qalora.data.reading import described
+    from qalora.data.tokenization import load_dataset, same_rows, split_validation
     from qalora.metrics import check, several_references
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
-    def load(name: str, split: str, limit: int | None) -> TokenizedDataset:
-        dataset = load_dataset(name, tokenizer, split=split, limit=limit, **settings.reading())
-        say(recipe, f"{name} ({split}): {dataset.report}")
+    def load(source: str | list[str], split: str, limit: int | None) -> TokenizedDataset:
+        dataset = load_dataset(source, tokenizer, split=split, limit=limit, **settings.reading())
+        say(recipe, f"{described(source)} ({split}): {dataset.report}")
         return dataset
 
-    train = load(settings.train, "train", settings.max_rows)
+    train = load(settings.train, settings.split, settings.max_rows)
     if settings.validation is None:
         train, validation = hold_back(train, settings.val_set_size, seed, known)
     else:
-        validation = load(settings.validation, "validation", None)
+        validation = load(settings.validation, settings.validation_split, None)
+    if shared := same_rows(train, validation):
+        say(
+            recipe,
+            f"{shared} of {len(validation)} validation rows are training rows too, token for token: what is measured on them says "
+            "nothing of new rows",
+        )
     held_back = validation
     # B_val chooses ranks, so it does not also measure them, wherever there are rows enough for both.
     wanted = recipe.allocation.val_batch_size
@@ -610,9 +620,17 @@ def as_it_began(recipe: Recipe, continued: Continued) -> None:
     Raises:
         InputError: a setting that would make it another run.
     """
+    from qalora.errors import InputError
     from qalora.plan import fitted
+    from qalora.recipe import FOLLOWERS
 
     begun, lora = continued.settings, recipe.lora
+    now, then = recipe.training.lr_scheduler_type, begun["training"]["lr_scheduler_type"]
+    if (now in FOLLOWERS) != (then in FOLLOWERS):
+        raise InputError(
+            f"--resume-from-checkpoint: training.lr_scheduler_type is {now}, and {continued.checkpoint} was made with {then}: one follows "
+            "the steps and the other the validation loss; keep it, or start anew."
+        )
     if lora.adapter is None:
         lora.adapter = begun["lora"].get("adapter")
     if lora.adapter is not None and lora.adapter == begun["lora"].get("adapter"):

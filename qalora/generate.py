@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora.cli import Parser
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbe
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora generate",
         description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the lines of "
         "standard input (--chat).",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qalora.cli import Parser
 from qalora.errors import InputError
 from qalora.plan import parse_size
 
@@ -14,7 +15,7 @@ ADAPTER_FORMATS = ("peft", "peft-uniform", "gguf-lora")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora merge",
         description="Adds an adapter to the weights it was trained on, and checks the result against base + adapter.",
     )

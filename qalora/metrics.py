@@ -251,7 +251,7 @@ def _likeliest(options: Sequence[str], losses: Sequence[float]) -> list[str]:
 def _described(row: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a row asks: its prompt as the model sees it, and what would be right."""
     several = {"references": list(row.references)} if len(row.references) > 1 else {}
-    return {"row": row.row, "prompt": tokenizer.decode(prompt), "reference": row.reference, **several}
+    return {"row": row.row, "prompt": tokenizer.decode(list(prompt)), "reference": row.reference, **several}
 
 
 def _by_prompt(items: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -6,7 +6,7 @@ import os
 import re
 from typing import TypeVar
 
-T = TypeVar("T", str, list[str], None)
+T = TypeVar("T", bound=str | list[str] | None)
 
 # The flags of all commands that name a file or a folder.
 PATH_FLAGS = (
@@ -16,17 +16,21 @@ PATH_FLAGS = (
 
 
 def expanded(where: T) -> T:
-    """A path, or several, with `~`, $NAME and ${NAME} replaced; what is no path has none of them and stays as it is.
+    """A path, or several, also in one text with commas, with `~`, $NAME and ${NAME} replaced; what is no path has none of them and stays as it is.
 
     Raises:
         ValueError: a variable that is not set.
     """
     if where is None:
-        return None
-    if not isinstance(where, str):
-        return [expanded(path) for path in where]
+        return where
+    return _expanded(where) if isinstance(where, str) else [_expanded(path) for path in where]  # type: ignore[return-value]
+
+
+def _expanded(where: str) -> str:
     if os.path.exists(where):
         return where
+    if "," in where:  # several, as some flags take them
+        return ",".join(_expanded(path) for path in where.split(","))
     path = os.path.expandvars(os.path.expanduser(where))
     if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
         raise ValueError(f"{unset[0]} is not set in the environment; set it, or write the path out")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
 from qalora.base.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
+from qalora.cli import Parser, say
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,11 +24,10 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora plan",
         description="Memory of a fine-tuning run by term, for the longest rows that the recipe allows.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
     parser.add_argument("--recipe", default="alpaca", help="name or path (default: %(default)s)")
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         flags.append(("quantization.bnb_4bit_compute_dtype", args.dtype))
     recipe = load_recipe(args.recipe, [*flags, *parse_overrides(rest)], args.profile)
     settle_adapter(recipe)
+    if note := keep_to_positions(recipe):
+        say(note)
     if recipe.training.fit and card is not None:
         fit_recipe(recipe, card)
     planned = planner(recipe)
@@ -73,6 +75,17 @@ def main(argv: list[str]) -> int:
             f"of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
         )
     return 0 if fits else 1
+
+
+def keep_to_positions(recipe: Recipe) -> str | None:
+    """Lowers data.max_seq_len to the positions that the model has, and returns the line that says so."""
+    from qalora.base.registry import resolve, shape_of
+
+    positions, asked = shape_of(resolve(recipe.model)).positions, recipe.data.max_seq_len
+    if positions is None or asked <= positions:
+        return None
+    recipe.data.max_seq_len = positions
+    return f"data.max_seq_len={asked}: {recipe.model} has {positions} positions; longer rows are cut there"
 
 
 def planner(recipe: Recipe, device: str = "cuda") -> Plan:

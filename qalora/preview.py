@@ -11,6 +11,8 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from qalora.cli import Parser
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -22,20 +24,21 @@ LEARNED = "\x1b[1;32m", "\x1b[0m"  # bold green
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora preview",
         description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ elsewhere.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.train_on_inputs=true.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", help="registry name, Hub id, folder or .gguf file (default: the recipe's)")
     parser.add_argument("--recipe", help="name or path: its data settings, such as a run's recipe.yaml")
-    parser.add_argument("--data", metavar="FILE", help="json, jsonl, csv, parquet or Hub id (default: the recipe's)")
+    parser.add_argument(
+        "--data", metavar="FILE", help="file, pattern, folder or Hub id, or several with commas (default: the recipe's)"
+    )
     parser.add_argument(
         "--data-format",
         help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
     )
-    parser.add_argument("--split", default="train", help="of a Hub data set (default: %(default)s)")
+    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, train)")
     parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
     parser.add_argument("--rows", type=int, default=3, help="rows that are printed (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     from qalora.errors import InputError
-    from qalora.recipe import load_recipe, parse_overrides
+    from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
     args, rest = parser().parse_known_args(argv)
@@ -53,11 +56,13 @@ def main(argv: list[str]) -> int:
     flags = {
         "model": args.model,
         "data.train": args.data,
+        "data.split": args.split,
         "data.format": args.data_format,
         "data.max_seq_len": args.max_seq_len,
     }
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
+    check_once(asked)
     recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora preview")
 
     from qalora.base.loading import load_tokenizer
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(resolve(recipe.model))
     dataset = load_dataset(
-        recipe.data.train, tokenizer, split=args.split, limit=recipe.data.max_rows, **recipe.data.reading()
+        recipe.data.train, tokenizer, split=recipe.data.split, limit=recipe.data.max_rows, **recipe.data.reading()
     )
     shown = [preview_of(item, tokenizer) for item in dataset.items[: args.rows]]
     if args.json:

@@ -33,6 +33,7 @@ from qalora.base.registry import BLOCK_MAPS
 from qalora.errors import InputError
 from qalora.paths import expanded
 from qalora.spellings import advice
+from qalora.yaml_file import TwiceError, read_yaml
 
 ROUNDS_FROM = 1000  # steps of a run
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
@@ -70,8 +71,17 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the rows are and how a row becomes a prompt and a completion."""
 
-    train: str = Field("", description="path (json, jsonl, csv, parquet), Hub id, or qalora:quickstart")
-    validation: str | None = Field(None, description="like train; null holds rows of train back (val_set_size)")
+    train: str | list[str] = Field(
+        "",
+        description="file (json, jsonl, csv, tsv, parquet, arrow; .gz, .zst …), pattern, folder, Hub id, qalora:quickstart, or a list "
+        "of these",
+    )
+    validation: str | list[str] | None = Field(
+        None, description="like train; null holds rows of train back (val_set_size)"
+    )
+    split: str = Field("train", description="of train, where it has splits; also a slice, as in train[:10%]")
+    validation_split: str = Field("validation", description="of validation, likewise")
+    name: str | None = Field(None, description="configuration of a Hub data set, such as gsm8k's main")
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = "auto"
     columns: dict[str, str] = Field({}, description="column in the file → column that the format expects")
     prompt_template: str | None = Field(None, description="the prompt, with {column} fields")
@@ -107,12 +117,17 @@ class DataConfig(Section):
             return pairs
         if any(isinstance(text, bool) for text in pairs.values()):
             raise ValueError("yes, no, true and false are truth values for YAML; put the text in quotes")
-        return {str(value): str(text) for value, text in pairs.items()}
+        texts = {str(value): str(text) for value, text in pairs.items()}
+        if len(texts) < len(pairs):
+            names = [str(value) for value in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice} stands twice, as a text and as a number or a truth value; keep one")
+        return texts
 
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
         names = (
-            "format columns prompt_template completion_template labels chat chat_template chat_template_kwargs mask_history "
+            "name format columns prompt_template completion_template labels chat chat_template chat_template_kwargs mask_history "
             "max_seq_len train_on_inputs"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -167,6 +182,11 @@ class LoraSettings(Section):
     layers_to_transform: list[int] | None = Field(
         None, description="blocks that get adapters, counted from 0; null: all"
     )
+
+    @field_validator("adapter")
+    @classmethod
+    def _expanded(cls, where: str | None) -> str | None:
+        return expanded(where)
 
     @field_validator("target_modules")
     @classmethod
@@ -487,6 +507,13 @@ ALIASES = {
     "dataset": "data.train",
     "data_path": "data.train",
     "datasets": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "dataset_train_split": "data.split",
+    "dataset_test_split": "data.validation_split",
+    "dataset_config_name": "data.name",
+    "dataset_config": "data.name",
+    "subset": "data.name",
     "dataset_format": "data.format",
     "type": "data.format",
     "formatting": "data.format",
@@ -537,7 +564,6 @@ ALIASES = {
     "logging_steps": "logging.steps",
     "max_samples": "data.max_rows",
     "dataset_name": "data.train",
-    "eval_dataset": "data.validation",
     "quantization_bit": "quantization.load_in_4bit",
     "quantization_type": "quantization.bnb_4bit_quant_type",
     "double_quantization": "quantization.bnb_4bit_use_double_quant",
@@ -556,6 +582,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocation.budget": "ranks",
     }
 }
+SOURCES = ("data.train", "data.validation")  # a comma may be part of a file's name
 # Other tools' values → ours.
 VALUE_ALIASES: dict[str, dict[Any, Any]] = {
     "data.format": {"input-output": "prompt-completion", "completion": "text"},
@@ -610,6 +637,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: s
         InputError: every problem of the file and of the overrides, in one message.
     """
     path = recipe_path(name)
+    check_once(overrides)
     settings = with_preset(read_settings(path))
     if profile is not None:
         if profile not in profile_names():
@@ -641,15 +669,43 @@ def read_settings(path: Path) -> list[tuple[str, Any]]:
     """A YAML tree of settings → (dotted key, value).
 
     Raises:
-        InputError: not a YAML mapping.
+        InputError: not a YAML mapping, or two values for one setting, also under names of other tools.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree, lines = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except TwiceError as error:
+        raise InputError(f"{path}: {error}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of settings, this file holds {type(tree).__name__}.")
-    return list(_flatten(tree))
+    settings = list(_flatten(tree))
+    check_once(settings, str(path), lines)
+    return settings
+
+
+def check_once(
+    settings: Sequence[tuple[str, Any]], where: str = "command line", lines: Mapping[str, list[int]] | None = None
+) -> None:
+    """
+    Args:
+        settings: (dotted key, value), of one place.
+        lines: dotted key → the lines where it stands, of a file.
+
+    Raises:
+        InputError: one setting has two values, under whichever names.
+    """
+    known, lines = dict(setting_types()), lines or {}
+    first: dict[str, tuple[str, Any, Any]] = {}
+    for key, given in settings:
+        canonical, value = _canonical(key, given, known)
+        if canonical is None:
+            continue
+        other, other_given, other_value = first.setdefault(canonical, (key, given, value))
+        if value != other_value:
+            earlier = f"{other}={other_given}" + (f" (line {lines[other][0]})" if other in lines else "")
+            later = f"{key}={given}" + (f" (line {lines[key][-1]})" if key in lines else "")
+            raise InputError(f"{where}: two values for {canonical}, {earlier} and {later}; keep one.")
 
 
 def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
@@ -705,12 +761,16 @@ def parse_overrides(
 
 def _parsed(key: str, text: str, annotation: Any) -> Any:
     """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
-    if annotation in (str, str | None) and text not in ("", "null") and text[:1] not in "\"'":
+    a_text = annotation in (str, str | None, str | list[str], str | list[str] | None)
+    a_list = _is_list(annotation) and text.startswith("[") and text.endswith("]")
+    if a_text and not a_list and text not in ("", "null") and text[:1] not in "\"'":
         return text
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)[0]
+    except TwiceError as error:
+        raise InputError(f"{key}: {error}.") from None
     except yaml.YAMLError:
-        if str in _options(annotation):
+        if str in _options(annotation):  # such as a pattern, [ab].jsonl
             return text
         raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
 
@@ -742,7 +802,8 @@ def _canonical(key: str, value: Any, known: Mapping[str, Any]) -> tuple[str | No
         value = {4: True, 16: False, 32: False}.get(value, value)
     elif isinstance(value, str):
         value = VALUE_ALIASES.get(canonical, {}).get(value, value)
-        if _is_list(known[canonical]) and not (canonical == "lora.target_modules" and _is_expression(value)):
+        whole = canonical in SOURCES or (canonical == "lora.target_modules" and _is_expression(value))
+        if _is_list(known[canonical]) and not whole:
             value = [] if value == "none" else [part.strip() for part in value.split(",")]
     return canonical, value
 

@@ -8,17 +8,20 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from qalora.cli import Parser
+
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora score",
         description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: answer}.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, parquet or Hub id")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="file, pattern, folder or Hub id, or several with commas"
+    )
     parser.add_argument("--data-format", help="alpaca, sharegpt, messages, prompt-completion or text (default: found)")
     parser.add_argument(
         "--recipe", help="name or path, such as a run's recipe.yaml: its columns, templates and labels read the rows"
@@ -38,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
     )
-    parser.add_argument("--split", default="validation", help="of a Hub data set (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="validation", help="of a set that has splits, or a slice (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
     parser.add_argument("--max-seq-len", type=int, help="tokens a row (default: the recipe's, else 2048)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
@@ -69,10 +74,12 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json
-    from qalora.recipe import load_recipe, parse_overrides
+    from qalora.plan import keep_to_positions
+    from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
     asked = [*settings(args), *parse_overrides(rest, ("data",))]
+    check_once(asked)
     recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
@@ -98,6 +105,8 @@ def main(argv: list[str]) -> int:
     of_ranks = check_adapter(args.adapter, source).total_rank
     if args.prune and args.prune >= of_ranks:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
+    if note := keep_to_positions(recipe):
+        print(note, file=sys.stderr)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
     loading = recipe.quantization.loading()

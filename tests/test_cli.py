@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from qalora import __version__
 from qalora.__main__ import main
 from qalora.base.memory import MemoryPlan
-from qalora.cli import run
+from qalora.cli import Parser, run
 from qalora.errors import AnswerNo, InputError
 from qalora.plan import print_plan
 from qalora.training.callback import console
@@ -61,6 +62,31 @@ def test_a_lack_of_memory_is_one_sentence_and_other_errors_are_not(capsys):
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(broken, [])
+
+
+def test_a_flag_with_two_values_is_refused_and_twice_the_same_is_not():
+    def parsed(*words):
+        parser = Parser()
+        parser.add_argument("--rows", "-n", type=int, default=3)
+        parser.add_argument("--quiet", action="store_true")
+        return parser.parse_known_args(words)[0]
+
+    assert parsed().rows == 3
+    assert parsed("--rows", "4", "--quiet", "--quiet", "-n", "4").rows == 4
+    for words in (["--rows", "3", "--rows=4"], ["--rows", "3", "-n4"]):
+        with pytest.raises(
+            InputError, match="^command line: two values for (--rows|-n), --rows 3 and (--rows|-n) 4; keep one.$"
+        ):
+            parsed(*words)
+
+
+@pytest.mark.parametrize("command", ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate"])
+def test_every_command_refuses_two_models(command, capsys):
+    words = ["--model", "a", "--adapter", "x", "--output", "y", "--data", "z", "--recipe", "alpaca", "--model", "b"]
+    assert run(import_module(f"qalora.{command}").main, words) == 2
+    assert (
+        capsys.readouterr().err == "error: command line: two values for --model, --model a and --model b; keep one.\n"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -101,11 +101,13 @@ def train(model_dir: Path, rows: Path, folder: Path, *more: str, settings: dict 
         "logging.steps": 1, "logging.quiet": "true",
     }  # fmt: skip
     flags = {"--model": model_dir, "--recipe": recipe, "--dtype": "float32", "--output-dir": folder}
+    given = [word for word in more if "=" in word and not word.startswith("--")]
+    chosen |= {**(settings or {}), **dict(word.split("=", 1) for word in given)}
     return main(
         [
             *(str(word) for flag in flags.items() for word in flag),
-            *(f"{key}={value}" for key, value in (chosen | (settings or {})).items() if value is not None),
-            *more,
+            *(f"{key}={value}" for key, value in chosen.items() if value is not None),
+            *(word for word in more if word not in given),
         ]
     )
 
@@ -325,7 +327,17 @@ def test_a_resumed_run_takes_its_new_rate_and_decay_and_keeps_what_its_weights_h
     assert rates == pytest.approx([3e-4 / 11, 2e-4 / 11, 1e-4 / 11])
     groups = torch.load(resumed / "checkpoint-12" / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[0]["weight_decay"] == 0.5
-    for setting in ("lora.dropout=0.1", "training.optim=adamw_8bit", "lora.target_modules=q_proj"):
+    with pytest.raises(
+        InputError, match="lr_scheduler_type is greedy, and .* was made with linear: one follows the steps"
+    ):
+        finetune("training.lr_scheduler_type=greedy", "--resume-from-checkpoint", checkpoint, output="other")
+    fixed = (
+        "lora.dropout=0.1",
+        "training.optim=adamw_8bit",
+        "lora.target_modules=q_proj",
+        "lora.layers_to_transform=0",
+    )
+    for setting in fixed:
         name = setting.partition("=")[0]
         with pytest.raises(InputError, match=rf"{name} is .* was made with .*: set {name}="):
             finetune(setting, "--resume-from-checkpoint", checkpoint, output="other")
@@ -474,11 +486,12 @@ def test_a_resumed_run_remembers_how_long_nothing_got_better(finetune, monkeypat
 
 
 def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
-    more = ("lora.dropout=0.2", "allocation.prune_per_round=20", "lora.r=2")
+    more = ("lora.dropout=0.2", "allocation.prune_per_round=10", "lora.r=1", "lora.alpha=2")
     _, straight = finetune(*more, output="straight")
-    assert any(record["ranks"].keys() != records(straight)[0]["pruned"].keys() for record in records(straight))
+    first, second = records(straight)
+    assert second["grown"].keys() - first["ranks"].keys(), "the test needs a module that comes back"
     assert len(records(straight)[0]["ranks"]) < 14, "the test needs a module without a rank"
-    assert sum(map(len, records(straight)[0]["pruned"].values())) == 20
+    assert sum(map(len, records(straight)[0]["pruned"].values())) == 7  # half of all
     assert json.loads((straight / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.2
     _, resumed = finetune(*more, "--resume-from-checkpoint", str(straight / "checkpoint-6"), output="resumed")
     assert losses(resumed) == losses(straight)
@@ -1116,6 +1129,67 @@ def test_validation_rows_of_their_own(model_dir):
     held_back = {row["prompt"] for row in quickstart.rows(0, 132, "validation")}
     rendered = [example.prompt[0].text for part in (data.scoring, data.validation) for example in part.examples]
     assert set(rendered) <= held_back
+
+
+def test_rows_are_cut_at_the_models_positions_and_it_is_said(finetune, model_dir, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    words = [" ".join(WORDS[i % len(WORDS)] for i in range(start, start + 200)) for start in range(6)]
+    long.write_text("".join(json.dumps({"prompt": "a ", "completion": text}) + "\n" for text in words))
+    quick = ["training.max_steps=1", "allocation.rounds=0", "logging.quiet=false", "evaluation.before=false"]
+    arguments = [
+        "--model",
+        str(model_dir),
+        "--recipe",
+        "alpaca",
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--dtype",
+        "float32",
+    ]
+    arguments += [f"data.train={long}", "data.format=prompt-completion", "data.max_seq_len=65", "data.val_set_size=1"]
+    assert main([*arguments, *quick, "evaluation.after=false"]) == 0
+    said = capsys.readouterr().err
+    assert f"data.max_seq_len=65: {model_dir} has 64 positions; longer rows are cut there" in said
+    assert "6 rows cut at data.max_seq_len=64" in said
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.max_seq_len == 64
+
+
+def test_validation_rows_that_are_training_rows_are_counted(model_dir, tmp_path, capsys):
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.csv"
+    rows = [{"prompt": f"{word} ", "completion": word} for word in WORDS[:4]]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validation.write_text(
+        f"prompt,completion\n{WORDS[0]} ,{WORDS[0]}\n{WORDS[1]} ,{WORDS[2]}\n{WORDS[3]} ,{WORDS[3]}\n"
+    )
+    settings = [("model", str(model_dir)), ("data.train", str(train)), ("data.format", "prompt-completion")]
+    tokenizer = load_tokenizer(resolve(str(model_dir)))
+    load_data(load_recipe("alpaca", [*settings, ("data.validation", str(validation))]), tokenizer)
+    assert "2 of 3 validation rows are training rows too" in capsys.readouterr().err
+    load_data(load_recipe("alpaca", [*settings, ("data.val_set_size", 1)]), tokenizer)
+    assert "training rows too" not in capsys.readouterr().err
+
+
+def test_the_advice_for_one_row_and_for_two_works(finetune, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "a ", "completion": "b"}) + "\n")
+    quick = ["training.max_steps=1", "allocation.rounds=0", "data.val_set_size=0.05"]
+    with pytest.raises(InputError, match=r"give data\.validation=FILE, which may be the same file"):
+        finetune(f"data.train={one}", *quick)
+    assert finetune(f"data.train={one}", *quick, f"data.validation={one}")[0] == 0
+    two = tmp_path / "two.jsonl"
+    two.write_text(one.read_text() * 2)
+    with pytest.raises(InputError, match=r"set data\.val_set_size=1, or"):
+        finetune(f"data.train={two}", *quick[:2], "data.val_set_size=2", output="second")
+    assert finetune(f"data.train={two}", *quick[:2], "data.val_set_size=1", output="second")[0] == 0
+
+
+def test_splits_of_both_sets_reach_the_reader(model_dir, rows):
+    settings = [("model", str(model_dir)), ("data.train", str(rows)), ("data.validation", str(rows))]
+    slices = [("data.split", "train[:75%]"), ("data.validation_split", "train[75%:]")]
+    recipe = load_recipe("alpaca", [*settings, *slices, ("data.format", "prompt-completion")])
+    data = load_data(recipe, load_tokenizer(resolve(str(model_dir))))
+    assert len(data.train) == 72
+    assert len({item["row"] for part in (data.validation, data.scoring) for item in part.items}) == 24
 
 
 # ------------------------------------------------------------------------------------------------------- named failures

@@ -210,6 +210,13 @@ def test_special_tokens_of_an_answer_are_read_where_the_reference_has_them(
     assert (line["answer"], line["exact_match"], result["exact_match"]) == (read, 100 * right, 100 * right)
 
 
+def test_the_template_s_end_of_a_turn_ends_an_answer(model, saying):
+    tokenizer = make_tokenizer("<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    saying("yes<|im_end|>and more")
+    assert answering.generate_answers(model, tokenizer, [[5, 6]], max_new_tokens=9) == ["yes"]
+
+
 def test_an_answer_ends_before_the_first_of_the_taught_ends(model, tokenizer, tmp_path, saying):
     dataset = make_dataset(tokenizer, tmp_path, [{"prompt": "a ", "completion": "yes"}])
     saying("yes\n### End\nUser: and</s>")

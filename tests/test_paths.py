@@ -27,6 +27,7 @@ def places(monkeypatch, tmp_path):
         ("owner/name", "owner/name"),
         ("qalora:quickstart", "qalora:quickstart"),
         ("-", "-"),
+        ("~/a.jsonl,$DATA/b", "/home/me/a.jsonl,/data/b"),
         (["~/a", "b"], ["/home/me/a", "b"]),
         (None, None),
     ],

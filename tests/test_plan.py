@@ -76,6 +76,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys):
     assert message in captured.err
 
 
+def test_rows_are_planned_no_longer_than_the_models_positions(capsys):
+    longest = planned(capsys, "data.max_seq_len=2048")
+    assert main(["--model", "llama-7b", "--json", "data.max_seq_len=2049"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == longest
+    assert captured.err == "data.max_seq_len=2049: llama-7b has 2048 positions; longer rows are cut there\n"
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -99,15 +107,15 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
-    answer = planned(capsys, "--profile", "24gb", "--gpu-memory", "24GiB", "data.max_seq_len=4096")
+    answer = planned(capsys, "--profile", "24gb", "--gpu-memory", "24GiB", "data.max_seq_len=2048")
     chosen = answer["training"]
     assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 16
     assert answer["fits"]
     shape = MODELS["llama-7b"][1]
     settings = {key: chosen[key] for key in ("micro_batch_size", "gradient_checkpointing", "mlp_tile")}
-    assert answer["total"] == plan_memory(shape, seq_len=4096, **settings).total
+    assert answer["total"] == plan_memory(shape, seq_len=2048, **settings).total
     rows = answer["largest_micro_batch_size"]
-    totals = [plan_memory(shape, seq_len=4096, **{**settings, "micro_batch_size": n}).total for n in (rows, rows + 1)]
+    totals = [plan_memory(shape, seq_len=2048, **{**settings, "micro_batch_size": n}).total for n in (rows, rows + 1)]
     assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
     length = answer["longest_context"]
     frugal = dict(gradient_checkpointing="offload", mlp_tile=MLP_TILE)

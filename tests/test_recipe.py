@@ -114,7 +114,7 @@ VALUES = {
     "lora.adapter": "a", "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
     "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
     "lora.alpha": 32, "lora.target_modules": ["q_proj"], "lora.dropout": 0.1, "lora.layers_to_transform": [1, 2],
-    "data.validation": "v", "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,
+    "data.validation": "v", "data.split": "a", "data.validation_split": "b", "data.name": "main", "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,
     "training.max_steps": 5, "training.warmup_steps": 6, "training.lr_scheduler_type": "polynomial",
     "training.eval_strategy": "epoch", "training.max_grad_norm": 0.7, "training.label_smoothing_factor": 0.2,
     "training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": "selective",
@@ -165,6 +165,12 @@ def test_lists_from_text():
     assert build(("training.report_to", "none")).training.report_to == []
     assert build(("evaluation.metrics", "loss,rougeL")).evaluation.metrics == ["loss", "rougeL"]
     assert build(("evaluation.choices", "yes, no")).evaluation.choices == ["yes", "no"]
+
+
+def test_sources_are_one_text_or_several():
+    assert build(("data.train", "a,b.jsonl")).data.train == "a,b.jsonl"
+    assert build(("data.validation", ["a", "b"])).data.validation == ["a", "b"]
+    assert "data.train" in refusal(("data.train", 5))
 
 
 def test_labels_and_columns_are_text():
@@ -267,6 +273,11 @@ def test_paths_have_home_and_variables(monkeypatch):
         (["--evaluation.answer_pattern", "#### (.*)"], [("evaluation.answer_pattern", "#### (.*)")]),
         (["data.validation="], [("data.validation", None)]),
         (["data.columns={mr: prompt}"], [("data.columns", {"mr": "prompt"})]),
+        (["data.train=[a.jsonl, 'b.csv']"], [("data.train", ["a.jsonl", "b.csv"])]),
+        (["data.train=[ab]*.jsonl"], [("data.train", "[ab]*.jsonl")]),
+        (["data.train=a.jsonl,b.jsonl"], [("data.train", "a.jsonl,b.jsonl")]),
+        (["data.split=train[:10%]"], [("data.split", "train[:10%]")]),
+        (["--data.validation", "null"], [("data.validation", None)]),
         (["lora.target_modules=*[qv]_proj: x"], [("lora.target_modules", "*[qv]_proj: x")]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
@@ -302,9 +313,9 @@ def test_a_truth_value_is_no_number_and_no_text(setting, value):
     assert re.search(rf"{setting}=.*: (a value is missing|yes, no)", refusal((setting, value)))
 
 
-def test_the_command_line_wins_and_the_last_word_stays(write):
+def test_the_command_line_wins_over_the_file(write):
     path = write("model: a\ndata: {train: t}\nlora: {r: 4, alpha: 8}\ntraining: {lr: 0.1}\n")
-    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora_r", 2), ("lora.r", 1)])
+    recipe = load_recipe(path, [("training.learning_rate", 0.2), ("lora.r", 1)])
     assert (recipe.training.learning_rate, recipe.lora.r, recipe.lora.alpha) == (0.2, 1, 8)
 
 
@@ -346,7 +357,11 @@ def test_advice_names_settings_that_there_are():
     known = dict(setting_types())
     leaves = {name.rpartition(".")[2] for name in known}
     for table in (spellings.NEAR, spellings.NONE):
-        assert table.keys() & (leaves | ALIASES.keys()) <= {"batch_size", "warmup"}  # ours in another section
+        assert table.keys() & (leaves | ALIASES.keys()) <= {
+            "batch_size",
+            "warmup",
+            "adapter",
+        }  # ours in another section
         for text in table.values():
             for name in re.findall(r"\b(?:data|training|lora|quantization|allocation|evaluation|logging)\.\w+", text):
                 assert name in known, text
@@ -444,6 +459,88 @@ def test_any_scaling_goes_without_allocation():
     assert build(("lora.r", 12), ("allocation.rounds", 0)).lora.alpha == 16
 
 
+# ------------------------------------------------------------------------------------------- one name with two values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {train: t}\nlora: {r: 4}\ndata: {train: u}\n", "data stands twice, in lines 1 and 3; keep one"),
+        ("model: m\n\nmodel: m\n", "model stands twice, in lines 1 and 3"),
+        ("lora:\n  r: 4\n  alpha: 8\n  r: 8\n", "lora.r stands twice, in lines 2 and 4"),
+        ("lora: {r: 4, r: 8}\n", "lora.r stands twice, in line 1"),
+        ("data:\n  columns:\n    q: prompt\n    q: completion\n", "data.columns.q stands twice, in lines 3 and 4"),
+        ("data:\n  labels: {yes: a, true: b}\n", "data.labels.True stands twice, in line 2"),
+        ("data:\n  labels: {1: a, 0x1: b}\n", "data.labels.1 stands twice, in line 2"),
+        ("data:\n  train:\n  - {a: 1,\n     a: 2}\n", "data.train.[].a stands twice, in lines 3 and 4"),
+        ("x: &x {r: 1}\ny: &y {r: 2}\nlora:\n  <<: *x\n  <<: *y\n", "lora.<< stands twice, in lines 4 and 5"),
+        ("x: &x {r: 1,\n  r: 2}\nlora: *x\n", "x.r stands twice, in lines 1 and 2"),
+        (
+            "training:\n  lr: 0.1\n  learning_rate: 0.2\n",
+            "two values for training.learning_rate, training.lr=0.1 (line 2) and training.learning_rate=0.2 (line 3); keep one",
+        ),
+        ("lora: {r: 4}\nlora_r: 8\n", "two values for lora.r, lora.r=4 (line 1) and lora_r=8 (line 2)"),
+        ("lora.r: 8\nlora:\n  r: 4\n", "two values for lora.r, lora.r=8 (line 1) and lora.r=4 (line 3)"),
+        (
+            "mask_prompt: true\ndata: {train_on_inputs: true}\n",
+            "two values for data.train_on_inputs, mask_prompt=True (line 1) and data.train_on_inputs=True (line 2)",
+        ),
+    ],
+)
+def test_two_values_in_a_file_are_refused_with_both_places(write, text, message):
+    path = write(text)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {message}')}"):
+        load_recipe(path, MINIMAL)
+
+
+def test_what_is_no_second_value(write):
+    """Merges are replaced by what stands beside them; two spellings may agree; layers lie over each other."""
+    path = write("lora: {r: 4, alpha: 8}\ntraining: {lr: 0.5, learning_rate: 0.5}\nmodel: m\n")
+    assert load_recipe(path, [("data.train", "t"), ("lora.r", 2), ("lora_r", 2)]).lora.r == 2
+    text = "data: {columns: &x {a: b, c: d}, train: t}\nmodel: m\n"
+    assert load_recipe(write(text)).data.columns == {"a": "b", "c": "d"}
+    text = "data:\n  train: t\n  columns: &x {a: b, c: d}\n  labels: {<<: *x, a: e}\nmodel: m\n"
+    assert load_recipe(write(text)).data.labels == {"a": "e", "c": "d"}
+    text = "data:\n  train: t\n  columns: &x {a: b}\n  labels: {<<: [*x, {a: c, d: e}]}\nmodel: m\n"
+    assert load_recipe(write(text)).data.labels == {"a": "b", "d": "e"} == yaml.safe_load(text)["data"]["labels"]
+
+
+def test_two_values_in_a_profile_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "mine.yaml").write_text("model: m\ndata: {train: t}\n")
+    (tmp_path / "profiles" / "p.yaml").write_text("training:\n  lr: 1\n  lr: 2\n")
+    monkeypatch.setattr(module, "recipes_dir", lambda: tmp_path)
+    with pytest.raises(InputError, match=r"p\.yaml: training\.lr stands twice, in lines 2 and 3"):
+        load_recipe("mine", profile="p")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora.r=1", "lora.r=2"], "command line: two values for lora.r, lora.r=1 and lora.r=2; keep one."),
+        (["lora.r=1", "--lora-r", "2"], "command line: two values for lora.r, lora.r=1 and lora_r=2; keep one."),
+        (
+            ["--lr=1.0", "training.learning_rate=2.0"],
+            "command line: two values for training.learning_rate, lr=1.0 and training.learning_rate=2.0; keep one.",
+        ),
+        (["model=b"], "command line: two values for model, model=a and model=b; keep one."),
+    ],
+)
+def test_two_values_on_the_command_line_are_refused(arguments, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        load_recipe("alpaca", [("model", "a"), *parse_overrides(arguments)])
+
+
+def test_a_value_of_the_command_line_with_a_key_twice_is_refused():
+    with pytest.raises(InputError, match=r"^data\.columns: a stands twice, in line 1; keep one\.$"):
+        parse_overrides(["data.columns={a: prompt, a: completion}"])
+
+
+@pytest.mark.parametrize("name", ["columns", "labels"])
+def test_two_values_of_one_text_are_refused(name):
+    assert "1 stands twice" in refusal((f"data.{name}", {1: "a", "1": "b"}))
+
+
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -525,10 +622,8 @@ def test_shipped_recipes_are_valid(name):
 )
 def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
     recipe = load_recipe(name, [("model", "tiny")])
-    reading = recipe.data.reading()
-    example = to_example(
-        row, 0, **{key: value for key, value in reading.items() if key not in ("max_seq_len", "train_on_inputs")}
-    )
+    taken = inspect.signature(to_example).parameters
+    example = to_example(row, 0, **{key: value for key, value in recipe.data.reading().items() if key in taken})
     assert ("".join(turn.text for turn in example.prompt), example.reference) == (prompt, completion)
     assert completion.strip() in (recipe.evaluation.choices or [completion.strip()])
     if recipe.evaluation.answer_pattern:

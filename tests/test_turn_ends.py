@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from qalora import evaluate, finetune, generate
 from qalora.base.checkpoint import Quantization
+from qalora.base.loading import load_base
 from qalora.base.registry import resolve
 from qalora.data.chat_template import CHATML as BUILT_IN
+from qalora.data.tokenization import load_dataset
 from qalora.deploy.merging import merge
 
 ANSWERS = {"sky?": "blue", "sun?": "hot", "sea?": "salt", "ice?": "cold"}
@@ -111,8 +113,19 @@ def test_the_run_itself_finds_them_exact(learned):
     lines = [json.loads(line) for line in (learned.run / "predictions-after.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines] == list(ANSWERS.values())
     assert (learned.run / "predictions-before.jsonl").is_file()
-    taught = json.loads((learned.run / "adapter" / "qalora.json").read_text())["stop_tokens"]
-    assert taught == (learned.ends or ["</s>"])
+    said = json.loads((learned.run / "adapter" / "qalora.json").read_text())
+    assert said["stop_tokens"] == (learned.ends or ["</s>"])
+    built_in = learned.chat and AutoTokenizer.from_pretrained(learned.base).chat_template is None
+    assert said["chat_template"] == (BUILT_IN if built_in else None)
+
+
+def test_a_template_of_the_recipe_goes_along_with_the_adapter(learned):
+    source = load_base(resolve(str(learned.base)), load_in_4bit=False, dtype="float32")
+    source.tokenizer.chat_template = WORDS
+    train = load_dataset(str(learned.rows), source.tokenizer)
+    assert finetune.provenance_of(source, train, given_template=True).chat_template == WORDS
+    assert finetune.provenance_of(source, train).chat_template is None
+    assert finetune.provenance_of(source, train).quant_type is None
 
 
 def test_evaluate_finds_them_exact(learned, tmp_path, capsys):

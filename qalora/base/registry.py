@@ -24,7 +24,11 @@ BLOCK_MAPS = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaMA-class decoder, under the names that config.json uses."""
+    """The shape of a LLaMA-class decoder, under the names that config.json uses.
+
+    Attributes:
+        positions: tokens of a row at most, with the scaling of positions; None where it is not known.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -35,6 +39,7 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    positions: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -53,6 +58,7 @@ class ModelShape:
             "head_dim": config["hidden_size"] // heads,
             "tie_word_embeddings": False,
             "attention_bias": config.get("model_type") == "qwen2",
+            "positions": _positions(config),
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
         return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
@@ -64,6 +70,23 @@ class ModelShape:
         sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
         block = dict(zip(BLOCK_MAPS, sizes, strict=True))
         return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """The positions that a config claims: its own number where scaling is within it, else that times the factor.
+
+    The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading counts,
+    for a row is cut only where no reading has room for it.
+    """
+    claimed = config.get("max_position_embeddings")
+    if not isinstance(claimed, int):
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = rope.get("factor")
+    scaled = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")
+    if not scaled or not isinstance(factor, (int, float)):
+        return claimed
+    return max(claimed, round((rope.get("original_max_position_embeddings") or claimed) * factor))
 
 
 @dataclass(frozen=True)
@@ -93,43 +116,48 @@ def _llama(
 
 
 MODELS: dict[str, tuple[str, ModelShape]] = {
-    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32)),
-    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40)),
-    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52)),
-    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32)),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
-    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256)),
+    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32, positions=2048)),
+    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40, positions=2048)),
+    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52, positions=2048)),
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32, positions=4096)),
+    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40, positions=4096)),
+    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=8192)),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=131072)),
     "llama3.2-1b": (
         "meta-llama/Llama-3.2-1B",
-        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True),
+        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
     ),
     "llama3.2-3b": (
         "meta-llama/Llama-3.2-3B",
-        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True),
+        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
     ),
-    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8)),
+    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4, positions=2048)),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8, positions=32768)),
     "qwen2.5-0.5b": (
         "Qwen/Qwen2.5-0.5B",
-        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True),
+        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=32768),
     ),
     "qwen2.5-1.5b": (
         "Qwen/Qwen2.5-1.5B",
-        _llama(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True),
+        _llama(
+            1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=131072
+        ),
     ),
-    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True)),
+    "qwen2.5-7b": (
+        "Qwen/Qwen2.5-7B",
+        _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True, positions=131072),
+    ),
     "smollm2-135m": (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True),
+        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, positions=8192),
     ),
     "smollm2-360m": (
         "HuggingFaceTB/SmolLM2-360M-Instruct",
-        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True),
+        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True, positions=8192),
     ),
     "smollm2-1.7b": (
         "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True),
+        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True, positions=8192),
     ),
 }
 
@@ -270,10 +298,19 @@ def _gguf_shape(file: Path) -> ModelShape:
         if f"{architecture}.attention.key_length" in reader.fields:
             keys["head_dim"] = "attention.key_length"
         config = {ours: int(reader.fields[f"{architecture}.{theirs}"].contents()) for ours, theirs in keys.items()}
+        said = {key.removeprefix(f"{architecture}."): field.contents() for key, field in reader.fields.items()}
+        positions = said.get("context_length")
+        scaling = {
+            "type": said.get("rope.scaling.type"),
+            "factor": said.get("rope.scaling.factor"),
+            "original_max_position_embeddings": said.get("rope.scaling.original_context_length"),
+        }
         names = {tensor.name: tensor for tensor in reader.tensors}
         config["vocab_size"] = int(names["token_embd.weight"].shape[1])
     except (LookupError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
     return ModelShape.from_config(
-        config | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+        config
+        | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+        | {"max_position_embeddings": positions, "rope_scaling": scaling}
     )

@@ -56,17 +56,11 @@ def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str,
     Returns:
         sequences with input_ids, labels, position_ids and rows (the row numbers), lists.
     """
-    sequences: list[list[Mapping[str, Any]]] = []
-    room: list[int] = []
-    for item in sorted(items, key=lambda item: -len(item["input_ids"])):
-        length = len(item["input_ids"])
-        fit = next((i for i, left in enumerate(room) if left >= length), None)
-        if fit is None:
-            sequences.append([])
-            room.append(max_seq_len)
-            fit = len(room) - 1
-        sequences[fit].append(item)
-        room[fit] -= length
+    ordered = sorted(items, key=lambda item: -len(item["input_ids"]))
+    places = first_fit([len(item["input_ids"]) for item in ordered], max_seq_len)
+    sequences: list[list[Mapping[str, Any]]] = [[] for _ in range(max(places, default=-1) + 1)]
+    for item, place in zip(ordered, places, strict=True):
+        sequences[place].append(item)
     return [
         {
             "input_ids": [token for item in sequence for token in item["input_ids"]],
@@ -76,6 +70,38 @@ def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str,
         }
         for sequence in sequences
     ]
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Puts each length into the first bin that has room for it, in O(n log n).
+
+    A tree over as many bins as there are lengths knows the most room in each of its halves, so the first bin with room is
+    found on one way down:
+
+               8                 node i: the larger of nodes 2i and 2i + 1
+           3       8             leaves: the room of each bin; a length of 5 goes down to the third
+         0   3   8   8
+
+    Args:
+        lengths: none above the capacity.
+
+    Returns:
+        the bin of each length; bins are numbered in the order in which they are opened.
+    """
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [capacity] * (2 * leaves)
+    bins = []
+    for length in lengths:
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < length
+        bins.append(node - leaves)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins
 
 
 class PackingCollator:

@@ -20,11 +20,13 @@ class Cells(dict[str, Any]):
         self.seen: set[str] = set()
         for name, value in row.items():
             renamed = columns.get(name, name)
-            if renamed in self.named:
+            if self.get(renamed) is not None and value is not None:
                 raise InputError(
                     f"{where}: the columns {self.named[renamed]!r} and {name!r} are both {renamed} (data.columns); give one "
                     "of them another name there."
                 )
+            if renamed in self and value is None:  # of two columns for one name, a null one gives way
+                continue
             self.named[renamed] = name
             self[renamed] = without_nan(value)
 
@@ -76,5 +78,15 @@ class Cells(dict[str, Any]):
         return tuple(self.named[name] for name, value in self.items() if name not in self.seen and value is not None)
 
 
+def label_of(text: str, labels: Mapping[str, str]) -> str | None:
+    """What data.labels has for a value: for str(True) is "True", while a file may say "true", case counts only where it decides."""
+    if text in labels:
+        return labels[text]
+    alike = {label for value, label in labels.items() if value.casefold() == text.casefold()}
+    return alike.pop() if len(alike) == 1 else None
+
+
 def _kind(value: Any) -> str:
-    return "empty (null)" if value is None else type(value).__name__
+    if value is None:
+        return "empty (null)"
+    return "bytes that are no UTF-8" if isinstance(value, bytes) else type(value).__name__

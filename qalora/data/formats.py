@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qalora.data.cells import Cells
+from qalora.data.cells import Cells, label_of
 from qalora.data.conversation import Turn, pairs, parse_json, read_turns
 from qalora.errors import InputError
 
@@ -93,6 +93,7 @@ def to_example(
     mask_history: bool = False,
     roles: Collection[str] = (),
     source: str = "data",
+    place: str | None = None,
 ) -> Example:
     """Builds the example of one row.
 
@@ -108,6 +109,7 @@ def to_example(
         mask_history: of several answers only the last is learned.
         roles: those that the chat template names, besides the known ones.
         source: named in errors.
+        place: of the row, named instead of source and number, such as "rows.jsonl, line 3".
 
     Raises:
         InputError: a column is missing, has a value of the wrong kind, or says what cannot be trained on; names source,
@@ -115,7 +117,7 @@ def to_example(
     """
     if format not in FORMATS:
         raise InputError(f"data.format={format}: no such format; known are {', '.join(FORMATS)}.")
-    where = f"{source}, row {number}"
+    where = place or f"{source}, row {number}"
     cells = Cells(row, columns or {}, where)
     templated = prompt_template is not None or completion_template is not None
     whole = format == "text" and not templated
@@ -279,9 +281,7 @@ def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
 
     With labels, at least one field has to be one of them: -1, where 0 and 1 have names, is not a text to learn.
     """
-    # str(True) is "True", while a file or a command line may as well say "true".
-    texts = {value.casefold(): text for value, text in labels.items()}
-    parts, values = [], []
+    parts, values, labelled = [], [], False
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -292,8 +292,10 @@ def _fill(template: str, cells: Cells, labels: Mapping[str, str]) -> str:
             continue
         if spec or conversion or not name.isidentifier():
             raise InputError(f"template {template!r}: only plain {{column}} fields are allowed, not {{{name}}}.")
-        values.append(cells.text(name))
-        parts.append(texts.get(values[-1].casefold(), values[-1]))
-    if labels and not any(value.casefold() in texts for value in values):
+        label = label_of(str(cells.value(name)), labels) if name in cells else None
+        labelled |= label is not None
+        parts.append(cells.text(name) if label is None else label)
+        values.append(str(cells.value(name)))
+    if labels and not labelled:
         raise InputError(f"{cells.where}: {', '.join(map(repr, values))} is not in data.labels ({', '.join(labels)}).")
     return "".join(parts)

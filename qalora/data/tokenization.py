@@ -13,7 +13,7 @@ from qalora.data.chat_template import ChatTemplate, set_chat_template
 from qalora.data.chat_template import chat_template as template_of
 from qalora.data.conversation import REASONING
 from qalora.data.formats import Example, detect_format
-from qalora.data.reading import read_rows
+from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
 from qalora.errors import InputError
@@ -76,7 +76,7 @@ class TokenizedDataset:
 
 
 def load_dataset(
-    source: str,
+    source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     format: str = "auto",
@@ -91,9 +91,10 @@ def load_dataset(
     max_seq_len: int = 2048,
     train_on_inputs: bool = False,
     split: str = "train",
+    name: str | None = None,
     limit: int | None = None,
 ) -> TokenizedDataset:
-    """Reads and tokenizes a data set; the settings are those of `to_example` and `tokenize`.
+    """Reads and tokenizes a data set; the settings are those of `read_rows`, `to_example` and `tokenize`.
 
     Args:
         chat_template, chat_template_kwargs: given to the tokenizer, which keeps them (see `set_chat_template`).
@@ -103,7 +104,7 @@ def load_dataset(
     """
     set_chat_template(tokenizer, chat_template, chat_template_kwargs)
     template = template_of(tokenizer)
-    rows = read_rows(source, split=split, limit=limit)
+    rows, source = read_rows(source, split=split, name=name, limit=limit), described(source)
     if format == "auto":
         templated = prompt_template is not None and completion_template is not None
         alone, _ = one_answer_each(rows[0], columns)
@@ -123,6 +124,7 @@ def load_dataset(
             mask_history=mask_history,
             roles=template.roles,
             source=source,
+            place=rows.places[number],
         )
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)
         truncated += item["truncated"]
@@ -172,14 +174,25 @@ def split_validation(
         InputError: validation would leave no row to train on.
     """
     count = max(1, round(size * len(dataset))) if size < 1 else int(size)
+    if len(dataset) == 1:
+        raise InputError(
+            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, which may be "
+            "the same file if the run is only to learn the row, or more rows."
+        )
     if count >= len(dataset):
         raise InputError(
-            f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows; lower it, or set a share of them, such as "
-            "data.val_set_size=0.05."
+            f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows, which leaves none to train on; set "
+            "data.val_set_size=1, or give the validation rows as data.validation=FILE."
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     return dataset.subset(sorted(order[count:])), dataset.subset(sorted(order[:count]))
+
+
+def same_rows(train: TokenizedDataset, other: TokenizedDataset) -> int:
+    """How many rows of `other` have the very tokens and labels of a row of `train`."""
+    known = {(tuple(item["input_ids"]), tuple(item["labels"])) for item in train.items}
+    return sum((tuple(item["input_ids"]), tuple(item["labels"])) in known for item in other.items)
 
 
 def tokenize(

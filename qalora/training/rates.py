@@ -65,9 +65,11 @@ def check_schedule(name: str, settings: Mapping[str, Any], *, rate: float, warmu
 def _settings_of(name: str) -> list[str]:
     if name in BARE:
         return []
-    kind = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    kind: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name == "reduce_lr_on_plateau":
         kind = ReduceLROnPlateau
     elif name == "greedy":
-        from transformers.optimization import GreedyLR as kind
+        from transformers.optimization import GreedyLR
+
+        kind = GreedyLR
     return [key for key in inspect.signature(kind).parameters if key not in OURS]

@@ -366,7 +366,9 @@ def cut_to(rank):
         pytest.param(cut_to(2), rf"{V} has rank 2 .* 3", id="rank-2-of-3"),
         pytest.param(cut_to(1), rf"{V} has rank 1 .* 3", id="rank-1-of-3"),
         pytest.param(lambda t: t.pop(first_key(t, f"{V}.lora_B")), f"{V} do not belong together", id="no-partner"),
-        pytest.param(lambda t: t.update(extra=torch.zeros(2)), "brings whole weights of extra along", id="stray-tensor"),
+        pytest.param(
+            lambda t: t.update(extra=torch.zeros(2)), "brings whole weights of extra along", id="stray-tensor"
+        ),
     ],
 )
 def test_weights_that_are_refused(tiny_llama, saved, change, message):

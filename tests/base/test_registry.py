@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,44 @@ def test_parameters_add_up_to_the_published_counts(name, weights, all_parameters
     ("name", "twin"), [("llama2-7b", "llama-7b"), ("llama2-13b", "llama-13b"), ("llama3.1-8b", "llama3-8b")]
 )
 def test_models_of_one_shape(name, twin):
-    assert MODELS[name][1] == MODELS[twin][1]
+    positions = {"llama2-7b": 4096, "llama2-13b": 4096, "llama3.1-8b": 131072}
+    assert MODELS[name][1] == replace(MODELS[twin][1], positions=positions[name])
+
+
+@pytest.mark.parametrize(
+    ("more", "positions"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 4096),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 2048),
+        (
+            {  # Llama 3.1
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+        (
+            {  # Qwen2.5 with YaRN
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {  # the same, with the number that is scaled already
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+    ],
+)
+def test_the_positions_of_a_config(more, positions):
+    assert ModelShape.from_config({**TINY, **more}).positions == positions
 
 
 def test_a_config_gives_its_shape_and_what_it_leaves_out_its_defaults():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora.base.prefixes import ATTENTION
-from qalora.data.batching import Collator, PackingCollator, pack
+from qalora.data.batching import Collator, PackingCollator, first_fit, pack
 
 
 def item(row: int, ids: list[int], prompt: int = 1) -> dict:
@@ -64,6 +64,35 @@ def test_packing_keeps_every_row_whole_and_once(lengths, max_seq_len):
     if len(sequences) > 1:  # first fit: no two sequences could have been one
         short, next_short = sorted(len(sequence["input_ids"]) for sequence in sequences)[:2]
         assert short + next_short > max_seq_len
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=60), capacity=st.integers(30, 50))
+def test_first_fit_is_the_first_that_fits(lengths, capacity):
+    room: list[int] = []
+    expected = []
+    for length in lengths:
+        fits = [i for i, left in enumerate(room) if left >= length]
+        if not fits:
+            fits = [len(room)]
+            room.append(capacity)
+        room[fits[0]] -= length
+        expected.append(fits[0])
+    assert first_fit(lengths, capacity) == expected
+
+
+def test_first_fit_looks_at_few_bins():
+    """A length of its own class, so that each is compared with what the search looks at."""
+
+    class Counted(int):
+        comparisons = 0
+
+        def __gt__(self, other):  # room[node] < length asks the right side, of the subclass, first
+            Counted.comparisons += 1
+            return int(self) > int(other)
+
+    lengths = [Counted(7 + i % 5) for i in range(1024)]
+    first_fit(lengths, 16)
+    assert Counted.comparisons == 1024 * 10
 
 
 def test_packing_collator_lays_sequences_end_to_end_without_a_mask():

@@ -1,15 +1,29 @@
-"""Files of every type → rows; and the one sentence that each kind of bad file gets."""
+"""Sources of every form → the same rows and tokens; which splits they have; and one sentence where they have none."""
 
 from __future__ import annotations
 
-import csv
+import bz2
+import gzip
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
+import datasets
+import pyarrow
 import pytest
 
-from qalora.data.reading import QUICKSTART, read_rows
+from qalora.base.loading import load_tokenizer
+from qalora.base.registry import resolve
+from qalora.data.reading import QUICKSTART, paths_of, read_rows
+from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
+
+datasets.disable_progress_bars()
+
+ROWS = [{"prompt": f"ä{i}: ", "completion": f'é{i}\u2028,\n"q"'} for i in range(10)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def refused(message: str, call, *arguments, **settings) -> None:
@@ -18,62 +32,197 @@ def refused(message: str, call, *arguments, **settings) -> None:
         call(*arguments, **settings)
 
 
-ROWS = [{"prompt": 'ä\u2028,\n"q"', "completion": "1"}, {"prompt": "b", "completion": "2"}]
+def write(path: Path, rows: list[dict] = ROWS) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
-@pytest.fixture
-def file(tmp_path):
-    """file(name, content) → its path; content: text or bytes."""
-
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
+# ------------------------------------------------------------------------------------------------------- every form
 
 
-def as_jsonl(path):
-    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n", encoding="utf-8-sig")
-
-
-def as_json(path):
-    path.write_text(json.dumps(ROWS), encoding="utf-8")
-
-
-def as_json_data(path):
-    path.write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
-
-
-def as_csv(path):
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def as_parquet(path):
-    pyarrow = pytest.importorskip("pyarrow")
+def of_bytes(folder: Path) -> str:
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    table = pyarrow.table({name: [row[name].encode() for row in ROWS] for name in ROWS[0]})
+    parquet.write_table(table, folder / "r.parquet")
+    return "r.parquet"
+
+
+def in_parts(folder: Path) -> None:
+    for i in range(5):
+        write(folder / f"part-{i}.jsonl", ROWS[2 * i : 2 * i + 2])
+
+
+def pattern(folder: Path) -> str:
+    in_parts(folder)
+    return "part-*.jsonl"
+
+
+def deep_pattern(folder: Path) -> str:
+    write(folder / "a" / "1.jsonl", ROWS[:5])
+    write(folder / "a" / "b" / "2.jsonl", ROWS[5:])
+    return "**/*.jsonl"
+
+
+def several(folder: Path) -> list[str]:
+    in_parts(folder)
+    reference().to_parquet(str(folder / "last.parquet"))
+    return ["part-[0-3].jsonl", "part-4.jsonl"]
+
+
+def commas(folder: Path) -> str:
+    write(folder / "a.jsonl", ROWS[:5])
+    (folder / "b.csv.gz").write_bytes(
+        gzip.compress(reference().select(range(5, 10)).to_pandas().to_csv(index=False).encode())
+    )
+    return "a.jsonl, b.csv.gz"
+
+
+def a_comma_in_its_name(folder: Path) -> str:
+    write(folder / "a,b.jsonl")
+    return "a,b.jsonl"
+
+
+def plain_folder(folder: Path) -> str:
+    in_parts(folder / "rows")
+    (folder / "rows" / "README.md").write_text("# Rows\n")
+    (folder / "rows" / ".hidden.jsonl").write_text("no JSON")
+    return "rows"
+
+
+def folder_with_splits(folder: Path) -> str:
+    write(folder / "rows" / "train.jsonl")
+    write(folder / "rows" / "test.jsonl", ROWS[:1])
+    return "rows"
+
+
+def folder_of_the_hub(folder: Path) -> str:
+    (folder / "rows" / "data").mkdir(parents=True)
+    reference().to_parquet(str(folder / "rows" / "data" / "train-00000-of-00001.parquet"))
+    reference().select([0]).to_parquet(str(folder / "rows" / "data" / "test-00000-of-00001.parquet"))
+    return "rows"
+
+
+def saved(folder: Path) -> str:
+    reference().save_to_disk(str(folder / "saved"))
+    return "saved"
+
+
+def saved_in_shards(folder: Path) -> str:
+    reference().select(range(9, -1, -1)).select(range(9, -1, -1)).save_to_disk(str(folder / "saved"), num_shards=3)
+    return "saved"
+
+
+def saved_splits(folder: Path) -> str:
+    datasets.DatasetDict(test=reference().select([0]), train=reference()).save_to_disk(str(folder / "saved"))
+    return "saved"
+
+
+def saved_arrow(folder: Path) -> str:
+    reference().save_to_disk(str(folder / "saved"))
+    return "saved/data-00000-of-00001.arrow"
+
+
+def writer(name: str, method: str, **settings):
+    def form(folder: Path) -> str:
+        getattr(reference(), method)(str(folder / name), **settings)
+        return name
+
+    form.__name__ = name
+    return form
+
+
+def compressed(folder: Path) -> str:
+    (folder / "R.JSONL.BZ2").write_bytes(bz2.compress(LINES.encode()))
+    return "R.JSONL.BZ2"
+
+
+def reference() -> datasets.Dataset:
+    return datasets.Dataset.from_list(ROWS)
+
+
+FORMS = [
+    of_bytes, pattern, deep_pattern, several, commas, a_comma_in_its_name, plain_folder, folder_with_splits, folder_of_the_hub,
+    saved, saved_in_shards, saved_splits, saved_arrow, compressed,
+    writer("r.jsonl", "to_json"), writer("r.json", "to_json", lines=False), writer("r.csv", "to_csv"),
+    writer("r.tsv", "to_csv", sep="\t"), writer("r.parquet", "to_parquet"), writer("r.jsonl.gz", "to_json", compression="gzip"), writer("list.json", "to_json", lines=False, orient="records"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(save_tiny_llama, tmp_path_factory):
+    return load_tokenizer(resolve(str(save_tiny_llama(tmp_path_factory.mktemp("tiny") / "model"))))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_of_the_rows_gives_the_same_tokens(form, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = form(tmp_path)
+    assert read_rows(named) == ROWS
+    assert read_rows(named, limit=4) == ROWS[:4]
+    items = load_dataset(named, tokenizer, max_seq_len=64).items
+    assert [item["row"] for item in items] == list(range(10))
+    for item, row in zip(items, ROWS, strict=True):
+        prompt, completion = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        completion += [tokenizer.eos_token_id]
+        assert item["input_ids"] == prompt + completion
+        assert item["labels"] == [-100] * len(prompt) + completion
+
+
+def test_values_of_mixed_types_that_datasets_keeps_as_json(tmp_path):
+    rows = [{"m": [{"a": 1}, {"a": {"b": "x"}}], "j": [1, "x"]}]
+    mixed = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    mixed.save_to_disk(str(tmp_path / "saved"))
+    mixed.to_parquet(str(tmp_path / "r.parquet"))
+    for name in ("saved", "r.parquet", "saved/data-00000-of-00001.arrow"):
+        assert read_rows(str(tmp_path / name)) == datasets.load_from_disk(str(tmp_path / "saved")).to_list() == rows
+
+
+# --------------------------------------------------------------------------------------------------------- splits
 
 
 @pytest.mark.parametrize(
-    ("name", "write"),
+    "split",
     [
-        ("r.jsonl", as_jsonl),
-        ("r.ndjson", as_jsonl),
-        ("r.json", as_json),
-        ("d.json", as_json_data),
-        ("r.csv", as_csv),
-        ("r.parquet", as_parquet),
+        "train", "train[:3]", "train[2:5]", "train[-2:]", "train[:25%]", "train[50%:]", "train[25%:75%]", "train[:1000]",
+        "train[:10%]+train[-10%:]",
     ],
-)
-def test_every_file_type_gives_the_same_rows(tmp_path, name, write):
-    write(tmp_path / name)
-    assert read_rows(str(tmp_path / name)) == ROWS
-    assert read_rows(str(tmp_path / name), limit=1) == ROWS[:1]
+)  # fmt: skip
+def test_a_slice_is_what_datasets_takes(tmp_path_factory, split):
+    folder = tmp_path_factory.getbasetemp() / "slices"
+    path = write(folder / "r.jsonl")
+    expected = datasets.load_dataset("json", data_files=path, split=split, cache_dir=str(folder / "cache"))
+    assert read_rows(path, split=split) == expected.to_list()
+
+
+def test_a_slice_without_rows_is_refused(tmp_path):
+    path = write(tmp_path / "r.jsonl")
+    refused(f"{path}: no rows in it (split train[5:5]).", read_rows, path, split="train[5:5]")
+
+
+def test_the_splits_of_a_folder_and_of_a_saved_set(tmp_path):
+    for name, row in (("train", 0), ("test", 1)):
+        write(tmp_path / "folder" / f"{name}.jsonl", ROWS[row : row + 1])
+    reference().select([0]).save_to_disk(str(tmp_path / "saved" / "train"))
+    datasets.DatasetDict(train=reference().select([0]), test=reference().select([1])).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    for folder in (str(tmp_path / "folder"), str(tmp_path / "saved")):
+        assert read_rows(folder, split="test") == ROWS[1:2]
+        assert read_rows(folder, split="test+train") == [ROWS[1], ROWS[0]]
+        refused(f"{folder}: no split 'validation'; it has train, test.", read_rows, folder, split="validation")
+        refused(f"{folder}: no split 'tset'; it has train, test.", read_rows, folder, split="train+tset[:1]")
+
+
+def test_one_set_of_rows_is_every_split_but_not_two(tmp_path):
+    path = write(tmp_path / "r.jsonl")
+    assert read_rows(path, split="validation") == ROWS
+    assert read_rows(path, split="validation[:50%]") == ROWS[:5]
+    with pytest.raises(InputError, match=r"has no splits, and split 'train\+test' asks for several"):
+        read_rows(path, split="train+test")
+    with pytest.raises(InputError, match=r"split 'train\[a:\]' cannot be taken"):
+        read_rows(path, split="train[a:]")
 
 
 def test_the_quickstart_rows_are_built_in():
@@ -85,57 +234,56 @@ def test_a_split_that_the_quickstart_task_lacks_is_named():
     refused(f"{QUICKSTART}: no split 'test'; it has train, validation.", read_rows, QUICKSTART, split="test")
 
 
-def test_blank_lines_in_a_csv_are_no_rows(file):
-    assert read_rows(file("r.csv", "text\n\na\n\n")) == [{"text": "a"}]
+# --------------------------------------------------------------------------------------------- configurations, the Hub
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("r.jsonl", "", ": no rows in it."),
-        ("r.jsonl", "\n \n", ": no rows in it."),
-        ("r.json", "", ": no rows in it."),
-        ("r.json", "[]", ": no rows in it."),
-        ("r.csv", "a,b\n", ": no rows in it."),
-        ("r.csv", "", ": no rows in it."),
-        ("r.jsonl", '{"a": 1}\n{"a": }\n', ", line 2: not valid JSON (Expecting value, column 7)."),
-        ("r.json", '[{"a": 1},\n{"a": }]', ", line 2: not valid JSON (Expecting value, column 7)."),
-        (
-            "r.json",
-            '{"a": 1}\n{"a": 2}\n',
-            ", line 2: not valid JSON (Extra data, column 1) (a row a line? then call it .jsonl).",
-        ),
-        ("r.jsonl", '{"a": 1}\n\n[2]\n', ", line 3: a row is an object with columns, this is list."),
-        ("r.json", '[{"a": 1}, "b"]', ", row 1: a row is an object with columns, this is str."),
-        (
-            "r.json",
-            '{"rows": []}',
-            ": a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines.",
-        ),
-        ("r.csv", "a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, the header has 2."),
-        ("r.csv", 'a,b\n1,"x"y\n', ", line 2: not valid CSV (',' expected after '\"')."),
-        ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ", line 2: not UTF-8 (byte 16); save the file as UTF-8."),
-        ("r.csv", b"a\n\xe4\n", ", line 2: not UTF-8 (byte 2); save the file as UTF-8."),
-        ("r.txt", "x", ": .txt ending; give a .jsonl, .json, .csv or .parquet file."),
-        ("rows", "x", ": no ending; give a .jsonl, .json, .csv or .parquet file."),
-    ],
-)
-def test_a_bad_file_is_named_with_the_line(file, name, content, message):
-    path = file(name, content)
-    refused(path + message, read_rows, path)
+CARD = """---
+license: mit
+configs:
+- config_name: one
+  data_files: [{split: train, path: one.jsonl}]
+- config_name: two
+  data_files: [{split: train, path: two.jsonl}]
+---
+# Rows
+"""
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
-    refused("nowhere.jsonl: no such file.", read_rows, "nowhere.jsonl")
-    refused(f"{tmp_path}/nothing: no such file.", read_rows, f"{tmp_path}/nothing")
-    refused(f"{tmp_path}: a folder; name the file in it.", read_rows, str(tmp_path))
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "clone" / "one.jsonl", ROWS[:1])
+    write(tmp_path / "clone" / "two.jsonl", ROWS[1:])
+    (tmp_path / "clone" / "README.md").write_text(CARD)
+    return str(tmp_path / "clone")
 
 
-def test_what_is_no_parquet_file_is_named(file):
-    pytest.importorskip("pyarrow")
-    path = file("r.parquet", "text")
-    with pytest.raises(InputError, match=f"^{re.escape(path)}: not a parquet file "):
-        read_rows(path)
+def test_a_configuration_of_a_clone(clone):
+    assert read_rows(clone, name="two") == ROWS[1:]
+    assert read_rows(clone, name="two", split="train[:2]", limit=1) == ROWS[1:2]
+    with pytest.raises(InputError, match=r"split train; set data.name to one of its configurations.*'one', 'two'"):
+        read_rows(clone)
+    with pytest.raises(InputError, match="three"):
+        read_rows(clone, name="three")
+
+
+@pytest.mark.parametrize(("name", "asked"), [(None, [None, "main"]), ("socratic", ["socratic"])])
+def test_a_data_set_of_the_hub(monkeypatch, name, asked):
+    seen = []
+
+    def hub(source, name, *, split):
+        seen.append(name)
+        if name is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
+            )
+        assert (source, split) == ("openai/gsm8k", "test[:5]")
+        return reference().select(range(5))
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    rows = read_rows("openai/gsm8k", split="test[:5]", name=name, limit=3)
+    assert (rows, seen) == (ROWS[:3], asked)
+    assert rows.places[2] == "openai/gsm8k (test[:5]), row 2"
 
 
 def test_what_is_neither_a_file_nor_on_the_hub_is_named():
@@ -145,5 +293,61 @@ def test_what_is_neither_a_file_nor_on_the_hub_is_named():
         read_rows("nobody/nothing", split="test")
 
 
-def test_a_cell_may_be_longer_than_the_csv_modules_limit(file):
-    assert read_rows(file("r.csv", "text\n" + "x" * 200_000 + "\n")) == [{"text": "x" * 200_000}]
+# ------------------------------------------------------------------------------------------------------ bad sources
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    refused("nowhere.jsonl: no such file.", read_rows, "nowhere.jsonl")
+    refused("nowhere.CSV.GZ: no such file.", read_rows, "nowhere.CSV.GZ")
+    refused(f"{tmp_path}/nothing: no such file.", read_rows, f"{tmp_path}/nothing")
+    refused(f"{tmp_path}/*.jsonl: no file matches.", read_rows, f"{tmp_path}/*.jsonl")
+    (tmp_path / "README.md").touch()
+    refused(
+        f"{tmp_path}: a folder without a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow).",
+        read_rows,
+        str(tmp_path),
+    )
+    path = write(tmp_path / "r.jsonl")
+    refused("nowhere.jsonl: no such file.", read_rows, [path, "nowhere.jsonl"])
+    (tmp_path / "empty.jsonl").touch()
+    refused(f"{tmp_path}/empty.jsonl: no rows in it.", read_rows, f"{path},{tmp_path}/empty.jsonl")
+
+
+def test_the_same_rows_in_two_forms_are_not_read_twice(tmp_path):
+    path = write(tmp_path / "r.jsonl")
+    reference().to_csv(str(tmp_path / "r.csv"))
+    with pytest.raises(InputError, match=r"holds \.csv and \.jsonl files.*such as \*\.csv") as error:
+        read_rows(str(tmp_path))
+    advised = re.search(r"such as (\S+)\.$", str(error.value))[1]
+    assert read_rows(f"{tmp_path}/{advised}") == ROWS
+    os.remove(tmp_path / "r.csv")
+    Path(f"{path}.gz").write_bytes(gzip.compress(LINES.encode()))
+    with pytest.raises(InputError, match=r"r\.jsonl and r\.jsonl\.gz are the same file twice"):
+        read_rows(str(tmp_path))
+
+
+def test_a_saved_set_that_is_damaged_is_named(tmp_path):
+    folder = tmp_path / saved(tmp_path)
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(folder))}: a data set that cannot be read"):
+        read_rows(str(folder))
+
+
+def test_a_bad_row_of_several_files_is_named_by_its_own(tmp_path, tokenizer):
+    named = [write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", [ROWS[0], {"prompt": "a"}])]
+    with pytest.raises(InputError, match=rf"^{re.escape(named[1])}, line 2: no column 'completion'"):
+        load_dataset(named, tokenizer)
+
+
+def test_the_paths_that_a_source_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    in_parts(tmp_path)
+    names = [f"part-{i}.jsonl" for i in range(5)]
+    assert paths_of("part-*.jsonl") == [Path(name) for name in names]
+    assert paths_of("part-0.jsonl,part-1.jsonl") == [Path(name) for name in names[:2]]
+    assert paths_of(["~/part-0.jsonl", "owner/name"]) == [tmp_path / "part-0.jsonl", Path("owner/name")]
+    assert paths_of(None) == []
+    shutil.move("part-0.jsonl", "part-[0-4].jsonl")  # a name that looks like a pattern
+    assert paths_of("part-[0-4].jsonl") == [Path("part-[0-4].jsonl")]
+    assert read_rows("part-[0-4].jsonl") == ROWS[:2]

@@ -18,6 +18,7 @@ from qalora.data.tokenization import (
     Report,
     TokenizedDataset,
     load_dataset,
+    same_rows,
     split_validation,
     tokenize,
     tokenize_prompt,
@@ -337,7 +338,7 @@ def test_nothing_to_learn_is_an_error_that_names_max_seq_len(rows_file):
 
 def test_a_bad_row_is_named_with_its_file(rows_file):
     source = rows_file({"prompt": "a", "completion": "b"}, {"prompt": "a"})
-    with pytest.raises(InputError, match=f"^{re.escape(source)}, row 1: no column 'completion'"):
+    with pytest.raises(InputError, match=f"^{re.escape(source)}, line 2: no column 'completion'"):
         load_dataset(source, bpe())
 
 
@@ -362,6 +363,22 @@ def numbered(count: int) -> TokenizedDataset:
     return TokenizedDataset(
         items, [Example(row, (), False) for row in range(count)], Report(count, 0, 0, count, count, 8)
     )
+
+
+def test_one_row_alone_and_the_advice_for_few(rows_file):
+    with pytest.raises(InputError, match=r"^one row alone .*give data.validation=FILE, which may be the same file"):
+        split_validation(numbered(1), 0.05, 0)
+    for count, size in ((2, 0.99), (3, 5), (2, 2)):
+        with pytest.raises(InputError, match=r"set data\.val_set_size=1, or"):
+            split_validation(numbered(count), size, 0)
+        assert [len(part) for part in split_validation(numbered(count), 1, 0)] == [count - 1, 1]
+
+
+def test_rows_that_two_sets_share_are_counted_by_their_tokens_and_labels():
+    train, other = numbered(6), numbered(4)
+    assert same_rows(train, other) == 4
+    other.items[0]["input_ids"], other.items[1]["labels"] = [9], [-100]
+    assert same_rows(train, other) == 2
 
 
 @given(count=st.integers(2, 60), size=st.integers(1, 59) | st.floats(0.001, 0.98), seed=st.integers(0, 5))

@@ -52,7 +52,7 @@ def rates(arguments: TrainingArguments) -> list[float]:
 
 
 def test_every_schedule_of_transformers_can_be_asked_for():
-    assert set(typing.get_args(Schedule)) == {kind.value for kind in SchedulerType} == set(SETTINGS)
+    assert {kind.value for kind in SchedulerType} <= set(typing.get_args(Schedule)) == set(SETTINGS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
