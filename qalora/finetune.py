@@ -273,8 +273,8 @@ def finetune(
     weights = fingerprint(source)
     if checkpoint is not None:
         check_base(weights, recipe.model, begun, checkpoint)
-    if line := loaded_in_4bit(source, quantization.load_in_4bit, trained_on=True)[1]:
-        say(recipe, line)
+    if note := loaded_in_4bit(source, quantization.load_in_4bit, trained_on=True)[1]:
+        say(recipe, note)
     base = load_base(source, tokenizer=tokenizer, **quantization.loading())
     quantization.bnb_4bit_compute_dtype = str(base.compute_dtype).removeprefix("torch.")  # type: ignore[assignment]
     if weights is None:  # downloaded by now
