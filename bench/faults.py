@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import qalora.finetune
 import qalora.merge
 from qalora import cli
-from qalora.training.run_folder import checkpoints_in, step_of
+from qalora.training.checkpoints import checkpoints_in, problem_with, step_of
 from qalora.training.trainer import QaloraTrainer
 
 WORDS = "red green blue one two three four five six seven eight nine cat dog bird fish sun moon star sky".split()  # noqa: SIM905
@@ -209,7 +209,7 @@ def killed(bench: Bench, folder: Path, case: Case) -> Case:
         return {"phase": phase, "outcome": judged(code, said) or "ended before it"}
     saved = child.shared[3]
     if command == "finetune":
-        left = max(map(step_of, checkpoints_in(output)), default=0)
+        left = steps_left(output)
         if left < saved:
             return {"phase": phase, "outcome": f"lost: step {saved} had been saved, step {left} is left"}
         return {"phase": phase, "outcome": again(bench, command, output, "--resume-from-checkpoint", "auto")}
@@ -233,7 +233,7 @@ def full_disk(bench: Bench, folder: Path, case: Case) -> Case:
         if not outcome and code == cli.DONE:
             outcome = "there was room" if same(bench, command, disk / "output") else "different"
         elif not outcome:
-            left = max(map(step_of, checkpoints_in(disk / "output")), default=0) if (disk / "output").is_dir() else 0
+            left = steps_left(disk / "output") if (disk / "output").is_dir() else 0
             half = [path.name for path in disk.rglob("*.partial")]
             mount_tmpfs(disk, 1 << 30, remount=True)
             more = ("--resume-from-checkpoint", "auto") if command == "finetune" else ()
@@ -327,6 +327,11 @@ def result(output: Path) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the machinery
+
+
+def steps_left(output: Path) -> int:
+    """The steps of the newest whole checkpoint; 0: there is none."""
+    return max((step_of(path) for path in checkpoints_in(output) if problem_with(path) is None), default=0)
 
 
 class Child:
