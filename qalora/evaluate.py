@@ -81,6 +81,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
 def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
+    from qalora.data.reading import paths_of
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json, write_json_lines
     from qalora.plan import keep_to_positions
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
-    read = [path for path in (args.recipe, recipe.data.validation) if path]
+    read = [*([args.recipe] if args.recipe else []), *paths_of(recipe.data.validation)]
     if args.output:
         check_writable(args.output, others=read)
     if args.predictions:

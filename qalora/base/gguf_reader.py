@@ -70,7 +70,7 @@ def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
 def fast_gguf() -> Iterator[None]:
     """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every call."""
     library = gguf.GGUFReader
-    gguf.GGUFReader = GGUFReader  # type: ignore[misc]
+    gguf.GGUFReader = GGUFReader  # type: ignore[misc, assignment]
     try:
         yield
     finally:

@@ -231,7 +231,8 @@ def _from_pretrained(
     options: dict[str, Any] = {
         "dtype": quantization.compute_dtype, "attn_implementation": attention, "device_map": {"": device}
     }  # fmt: skip
-    folder, loader = replace(source, location=str(base_folder(source))), AutoModelForCausalLM
+    folder = replace(source, location=str(base_folder(source)))
+    loader: Any = AutoModelForCausalLM
     config = open_config(folder)
     if quantization.quant_type and not getattr(config, "quantization_config", None):
         options["quantization_config"] = _quantization_config(quantization)

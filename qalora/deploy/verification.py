@@ -67,7 +67,8 @@ def as_read(folder: Path, gguf_file: str | None = None) -> Parts:
     config = AutoConfig.from_pretrained(folder)
 
     def load(part: Part) -> PreTrainedModel:
-        model, report = part.of(config).from_pretrained(folder, dtype="auto", output_loading_info=True)
+        loader: Any = part.of(config)
+        model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
         if report["missing_keys"]:  # transformers makes them up at random
             raise RuntimeError(f"{folder}: lacks {sorted(report['missing_keys'])[:3]}")
         return model  # type: ignore[no-any-return]
@@ -275,9 +276,10 @@ class _Norm(nn.Module):
     def __init__(self, name: str, norm: nn.Module, rounding: Rounding | None, n: int | None):
         super().__init__()
         self.exact, self.n = norm.cpu().float(), n
-        self.rounded: Any = copy.deepcopy(self.exact)
+        self.rounded = copy.deepcopy(self.exact)
         if rounding is not None:
-            self.rounded.weight.data = rounding(f"{name}.weight", self.rounded.weight.data)
+            weight: Any = self.rounded.weight
+            weight.data = rounding(f"{name}.weight", weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.n is None:

@@ -284,7 +284,11 @@ def test_a_table_with_a_name_twice_is_refused(tmp_path, form):
         ("r.csv", codecs.BOM_UTF16_LE + b"a\0\n", ", line 1: not UTF-16 (byte 4)"),
         ("r.jsonl.gz", "x", ": cannot be decompressed (Not a gzipped file (b'x')); is it whole?"),
         ("r.jsonl.zst", "x", ": cannot be decompressed ("),
-        ("r.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-4], ": cannot be decompressed (Compressed file ended before"),
+        (
+            "r.jsonl.gz",
+            gzip.compress(b'{"a": 1}', mtime=0)[:-4],
+            ": cannot be decompressed (Compressed file ended before",
+        ),
         ("r.jsonl.bz2", bz2.compress(b'{"a": 1}')[:-4], ": cannot be decompressed ("),
         ("r.jsonl.xz", lzma.compress(b'{"a": 1}')[:-4], ": cannot be decompressed ("),
         ("r.arrow", "x", ": not an Arrow file ("),
