@@ -19,7 +19,7 @@ from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.base.weight_files import WeightFiles
-from qalora.deploy import gguf, merging
+from qalora.deploy import gguf, merging, settings
 from qalora.deploy.merging import merge
 from qalora.errors import AnswerNo, InputError
 
@@ -116,9 +116,8 @@ def loses(key, value):
     def fault(monkeypatch):
         write = merging.write_settings
 
-        def written(config, *rest, **options):
-            folder = next(part for part in (*rest, *options.values()) if hasattr(part, "joinpath"))
-            write(config, *rest, **options)
+        def written(folder, *rest):
+            write(folder, *rest)
             fields = json.loads((folder / "config.json").read_text())
             if key == "rope_theta":
                 fields["rope_parameters"]["rope_theta"] = value
@@ -277,9 +276,8 @@ def test_the_reported_difference_is_that_of_whole_models(folder, adapter, tmp_pa
 def test_a_merge_of_a_gguf_base_is_compared_with_what_was_trained_on_it(folder, adapter, tmp_path, monkeypatch):
     change_config(folder, rope_parameters=dict(YARN, attention_factor=0.6), max_position_embeddings=256)
     tokenizer = load_tokenizer(resolve(str(folder)))
-    monkeypatch.setattr(
-        merging, "load_tokenizer", lambda *_, **__: tokenizer
-    )  # that of bytes has no merges, as GGUF wants
+    # That of bytes has no merges, as GGUF wants.
+    monkeypatch.setattr(settings, "read_tokenizer", lambda *_: tokenizer)
     merge(resolve(str(folder)), adapter, tmp_path / "file", quantization=NF4_FP32, format="gguf")
     source = resolve(str(tmp_path / "file" / "model.gguf"))
     report = merge(source, adapter, tmp_path / "merged", quantization=NF4_FP32)
