@@ -106,6 +106,8 @@ def main(argv: list[str]) -> int:
         verify=args.verify,
         **{name: value for name, value in saved_as.items() if value is not None},
     )
+    if report["caveat"]:
+        print(f"{args.output}: {report['caveat']}", file=sys.stderr)
     print(f"{args.output}: {report['bytes'] / 1e9:.2f} GB in {report['dtype']}, {report['modules']} modules merged")
     if args.verify:
         print(

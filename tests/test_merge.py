@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from qalora.adapter.provenance import Provenance
 from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
+from qalora.cli import run
 from qalora.errors import InputError
 from qalora.merge import main, parser, trained_quantization
 
@@ -117,6 +119,20 @@ def test_how_it_is_saved_can_be_asked_for(folder, adapter, tmp_path, flags, dtyp
     assert main([*arguments, *flags]) == 0
     assert json.loads((output / "merge.json").read_text())["dtype"] == dtype
     assert len([*output.glob("*.gguf"), *output.glob("*.safetensors")]) == files
+
+
+@pytest.mark.parametrize(("window", "code"), [(256, 0), (16, 1), (None, 0)])
+def test_a_sliding_window_that_llama_cpp_does_not_know_is_said(folder, adapter, tmp_path, capsys, window, code):
+    base = tmp_path / "mistral"
+    shutil.copytree(folder, base)
+    fields = json.loads((base / "config.json").read_text())
+    fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    (base / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 512}))
+    arguments = ["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--format", "gguf"]
+    assert run(main, [*arguments, "--base", "original"]) == code
+    line = f"sliding_window={window}: llama.cpp attends to the whole text in mistral models"
+    assert (line in capsys.readouterr().err) == (window is not None)
+    assert (tmp_path / "out").is_dir() == (code == 0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.
     scaling.type, .factor                    linear, yarn or none; linear where there is a factor alone
     scaling.original_context_length          of yarn; else context_length
     scaling.attn_factor                      what cos and sin are multiplied by, over yarn's own 1 + 0.1 ln factor
-    rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1)
+    rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1, or any other way)
 
 Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor. A model that
 needs them is refused.
@@ -69,12 +69,12 @@ def head_dim(config: Any) -> int:
 
 
 def rope_divisors(config: Any) -> Any:
-    """(head_dim / 2,) what Llama 3.1's scaling divides each frequency by (arXiv 2407.21783, §3.2; transformers' rope type
-    llama3); None of another type."""
+    """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers' rope type llama3),
+    or divisors as they were read from a file; None of another type."""
     rope = config.rope_parameters
-    if rope.get("rope_type") != "llama3":
+    if not _is_divided(rope):
         return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
     width = head_dim(config)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     return (plain / scaled).float().numpy()
@@ -89,7 +89,7 @@ def add_positions(writer: Any, config: Any) -> None:
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3", "linear", "yarn"):
+    if kind not in ("default", "linear", "yarn") and not _is_divided(rope):
         raise InputError(f"rope_type={kind}: there is no GGUF form of it here; use --format hf.")
     if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError(f"partial_rotary_factor={share:g}: there is no GGUF form of it here; use --format hf.")
@@ -136,7 +136,7 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     if attention not in (None, 1) and kind != "yarn":
         raise _unknown(file, f"{kind} with attn_factor {attention:g}")
     if FREQUENCIES in tensors and unscaled:
-        return _llama3(np.array(tensors[FREQUENCIES].data), config, file)
+        return _divided(np.array(tensors[FREQUENCIES].data), config)
     if unscaled:
         return {}
     if kind == "linear" and FREQUENCIES not in tensors:
@@ -160,12 +160,27 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     return found | ({} if attention is None else {"attention_factor": attention * own})
 
 
-def _llama3(divisors: np.ndarray, config: PreTrainedConfig, file: Path) -> dict[str, Any]:
+def _is_divided(rope: dict[str, Any]) -> bool:
+    """Whether frequencies are divided by constants, whatever the length of the text, and nothing else is scaled."""
+    if rope.get("rope_type") == "longrope":
+        return rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0
+    return rope.get("rope_type") == "llama3"
+
+
+def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, Any]:
+    """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is longrope."""
     guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
     scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
-    if not np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
-        raise _unknown(file, FREQUENCIES)
-    return guess
+    if np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
+        return guess
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
 
 
 def _unknown(file: Path, kind: str) -> InputError:

@@ -177,7 +177,8 @@ def resolve(name: str) -> ModelSource:
         return ModelSource(name, "gguf", str(path.parent), shards_of(path)[0].name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"--model {name}: the folder has no config.json; for a GGUF file pass the file itself.")
+            found = _gguf_below(path, name)
+            return ModelSource(name, "gguf", str(path), found.name)
         from qalora.base.weight_files import refuse_adapter_beside
 
         refuse_adapter_beside(path, name)
@@ -193,6 +194,20 @@ def resolve(name: str) -> ModelSource:
     near = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
+
+
+def _gguf_below(folder: Path, name: str) -> Path:
+    """The one GGUF model of a folder; the first file of it where it is split.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found = sorted({shards_of(file)[0] for file in folder.glob("*.gguf")})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"--model {name}: the folder holds {len(found)} models in GGUF; pass one, such as {found[0]}.")
+    raise InputError(f"--model {name}: the folder has no config.json and no .gguf file; pass the folder of a model.")
 
 
 def shards_of(file: Path) -> list[Path]:

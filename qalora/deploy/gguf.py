@@ -85,6 +85,18 @@ def write_model(
     writer.close()
 
 
+def narrower(config: Any) -> str | None:
+    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None: nothing."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if not window or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
+        return None
+    return (
+        f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file answers as "
+        f"trained up to {window} tokens, and otherwise beyond; --format hf keeps the window"
+    )
+
+
 def write_adapter(file: Path, updates: Mapping[str, tuple[Tensor, Tensor, float]], config: PreTrainedConfig) -> None:
     """Writes a LoRA of one rank as a GGUF adapter (`llama-cli --lora FILE`), in fp32.
 

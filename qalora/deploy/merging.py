@@ -97,15 +97,17 @@ def merge(
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
     check_room(output_dir, shapes, stored, config)
 
+    caveat = None
     with written_beside(output_dir) as partial:
         if format == "gguf":
-            from qalora.deploy.gguf import write_model
+            from qalora.deploy.gguf import narrower, write_model
             from qalora.deploy.modelfile import write_modelfile
 
             write_model(
                 partial / "model.gguf", shapes, pieces, config, served.tokenizer, gguf_type, source, served.ending
             )
             write_modelfile(partial, served)
+            caveat = narrower(config)
         else:
             write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
             write_settings(partial, source, config, dtype, served)
@@ -118,6 +120,7 @@ def merge(
             "format": format,
             "dtype": stored,
             "modules": len(updates),
+            "caveat": caveat,
             "bytes": sum(file.stat().st_size for file in partial.iterdir() if file.suffix in (".safetensors", ".gguf")),
         }
         if verify:
@@ -131,7 +134,7 @@ def merge(
             report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if verify and (wrong := fault(report, stored)):
-            raise AnswerNo(f"{wrong}; nothing was kept. --no-verify keeps it.")
+            raise AnswerNo(f"{wrong}{f' ({caveat})' if caveat else ''}; nothing was kept. --no-verify keeps it.")
     return report
 
 

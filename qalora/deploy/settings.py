@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.adapter.provenance import read_provenance
 from qalora.base.loading import read_tokenizer
@@ -132,7 +133,12 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
             served["architectures"] = [type(AutoModelForCausalLM.from_config(config)).__name__]
     rope = dict(config.rope_parameters)
     served.setdefault("rope_theta", rope["rope_theta"])
-    if "rope_parameters" in served:
+    if (
+        rope.get("rope_type") == "longrope"
+    ):  # version 4 knows its length at the top alone, and takes another factor from it
+        served["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        rope["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
+    if "rope_parameters" in served or rope.get("rope_type") == "longrope":
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
         served |= {
             "rope_theta": rope["rope_theta"],

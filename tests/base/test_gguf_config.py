@@ -128,13 +128,24 @@ def test_a_factor_without_a_type_is_linear_as_llama_cpp_has_it(tmp_path):
         assert module._scaling(reader, {}, config, tmp_path) == {"rope_type": "linear", "factor": 4.0}
 
 
-def test_a_scaling_that_is_not_known_is_refused(exported, monkeypatch):
-    folder, file = exported(rope_parameters={"rope_theta": 500_000.0, **SCALINGS["Llama 3.1"]})
-    monkeypatch.setitem(module.LLAMA3, "high_freq_factor", 2.0)
-    with pytest.raises(
-        InputError, match=r"model\.gguf: scales positions in a way \(rope_freqs\.weight\) that is not read"
-    ):
-        load(folder, file)
+def test_frequencies_that_are_divided_in_another_way_are_read_as_they_are(exported, tmp_path):
+    """As llama.cpp does, which knows no settings of Llama 3.1 but the divisors that come of them; and written again so."""
+    rope = {
+        "rope_theta": 500_000.0,
+        **LLAMA3,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 2.0,
+    }
+    folder, file = exported(max_position_embeddings=256, rope_parameters=rope)
+    ids = torch.randint(3, 40, (1, 250), generator=torch.Generator().manual_seed(0))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    base = load(folder, file, load_in_4bit=False)
+    torch.testing.assert_close(base.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    divisors = torch.from_numpy(
+        next(tensor.data.copy() for tensor in GGUFReader(str(file)).tensors if tensor.name == module.FREQUENCIES)
+    )
+    torch.testing.assert_close(torch.from_numpy(module.rope_divisors(base.model.config)), divisors)
 
 
 @pytest.mark.parametrize("kind", ["attention_bias", "mlp_bias"])

@@ -228,7 +228,19 @@ def test_a_folder_or_file_that_is_no_model_says_why(tmp_path):
         InputError, match=r"weights.bin: a file, but not a \.gguf one; pass the folder that holds the model\.$"
     ):
         resolve(str(tmp_path / "weights.bin"))
-    with pytest.raises(InputError, match=r": the folder has no config\.json; for a GGUF file pass the file itself\.$"):
+    message = r": the folder has no config\.json and no \.gguf file; pass the folder of a model\.$"
+    with pytest.raises(InputError, match=message):
+        resolve(str(tmp_path))
+
+
+def test_a_folder_with_one_model_in_gguf_is_that_model(tmp_path):
+    """Such as a merge writes: in one file or in several."""
+    for name in ("Modelfile", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+        (tmp_path / name).touch()
+    found = resolve(str(tmp_path))
+    assert (found.kind, found.location, found.gguf_file) == ("gguf", str(tmp_path), "m-00001-of-00002.gguf")
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(InputError, match=r"holds 2 models in GGUF; pass one, such as .*m-00001-of-00002\.gguf\.$"):
         resolve(str(tmp_path))
 
 

@@ -40,7 +40,11 @@ ROPE = {
     "linear": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
     "dynamic": {"factor": 2.0},
-}
+    "longrope": {
+        "factor": 4.0, "original_max_position_embeddings": 32,  # of 64 positions: the factor is not their quotient
+        "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
+    },
+}  # fmt: skip
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
 
