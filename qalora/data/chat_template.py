@@ -153,6 +153,16 @@ class ChatTemplate:
             return self.apply([_said("user", "a"), _said("assistant", SENTINEL)]).rpartition(SENTINEL)[2].rstrip()
         return ""
 
+    def closing(self, after: str) -> str:
+        """The end of an answer that other turns follow, given all that stands after its text.
+
+        It may be less than `end`: Phi-3 writes <|end|> after each answer, and EOS besides after the last turn of all.
+        """
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        edges = {found.end() for token in tokens for found in re.finditer(re.escape(token), self.end)}
+        ends = [self.end[:edge] for edge in sorted({len(self.end), *edges}, reverse=True)]
+        return next((end for end in ends if after.startswith(end)), "")
+
     def _message(self, turn: Turn) -> dict[str, Any]:
         role, fields = turn.role, dict(turn.fields)
         if turn.thought:  # templates differ in what they call it

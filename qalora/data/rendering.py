@@ -96,7 +96,8 @@ class _Chat:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"{self.example.where}: the tokenizer's chat template refuses its turns ({roles}): "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{' '.join(str(error).split())[:200]}; change the row's turns, or take another template with "
+                "data.chat_template=FILE."
             ) from None
 
     def prompt(self, i: int) -> str:
@@ -155,8 +156,7 @@ class _Chat:
             start = _after_header(before, self.template.header)
         else:  # a blank before the answer is written with it where the prompt ends without
             start = min(start, len(before.rstrip()) + len(prompt) - len(prompt.rstrip()))
-        closing = self.template.end if after.startswith(self.template.end) else ""
-        return start, end + len(closing)
+        return start, end + len(self.template.closing(after))
 
     def _ended(self, text: str, turn: Turn) -> str:
         """The rendered chat up to the end of its last turn: without the line break that follows an end token."""

@@ -460,3 +460,15 @@ def test_a_template_that_rewrites_the_prompt_is_an_error_that_shows_it(byte_toke
         InputError, match=r"rewrites earlier turns as the chat grows.*it asks '1 .* where it later has '2 "
     ):
         render(conversation("a", "b"), byte_tokenizer(template))
+
+
+PHI = (
+    "{% for m in messages %}{{ '[INST]' if m.role == 'user' else '[/INST]' }}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[/INST]{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_every_answer_learns_its_end_where_the_chat_has_one_more_at_its_close(byte_tokenizer):
+    tokenizer = byte_tokenizer(PHI)
+    assert learned(conversation("a", "b", "c", "d"), tokenizer) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
+    assert learned(conversation("a", "b", "c"), tokenizer) == ["b<|im_end|>"]

@@ -294,9 +294,7 @@ def test_tools_reach_the_template():
 
 def test_a_template_that_refuses_the_roles_is_quoted():
     example = Example(8, (Turn("system", "s", False), Turn("user", "q", False), Turn("assistant", "a", True)), True)
-    message = (
-        r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant roles!$"
-    )
+    message = r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant roles!; .*data.chat_template=FILE\.$"
     with pytest.raises(InputError, match=message):
         tokenize(example, bpe(bos="<s>", template=LLAMA2), max_seq_len=50)
 
