@@ -21,8 +21,8 @@ RUN_FILES = ("recipe.yaml", identity.FILE, "allocation.jsonl", "metrics.json")
 FILES = ("allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "predictions*.jsonl", "report.html")
 CHECKPOINT = ("adapter_config.json", "trainer_state.json", "recipe.yaml", "optimizer.pt")
 FOLDERS = {
-    "checkpoint-*": CHECKPOINT,
-    "damaged-checkpoint-*": CHECKPOINT,
+    "checkpoint-[0-9]*": CHECKPOINT,
+    "damaged-checkpoint-[0-9]*": CHECKPOINT,
     "adapter": CHECKPOINT[:1],
     "merged": ("merge.json",),
 }
