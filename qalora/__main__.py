@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from qalora import __version__
-from qalora.cli import BAD_INPUT, DONE, print_in_any_encoding, run
+from qalora.cli import DONE, run
 from qalora.errors import InputError
 
 COMMANDS = {
@@ -27,8 +28,11 @@ USAGE = (
 
 
 def main() -> int:
-    print_in_any_encoding()
-    command, *rest = sys.argv[1:] or ["--help"]
+    return run(_dispatch)
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
         return DONE
@@ -36,11 +40,11 @@ def main() -> int:
         print(__version__)
         return DONE
     if command == "recipes":
-        return run(recipes, rest)
+        return recipes(rest)
     if command not in COMMANDS:
-        print(f"error: {command}: unknown command\n\n{USAGE}", file=sys.stderr)
-        return BAD_INPUT
-    return run(import_module(f"qalora.{command}").main, rest)
+        raise InputError(f"{command}: unknown command\n\n{USAGE}")
+    command_main: Callable[[list[str]], int] = import_module(f"qalora.{command}").main
+    return command_main(rest)
 
 
 def recipes(argv: list[str]) -> int:

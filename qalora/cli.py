@@ -17,12 +17,22 @@ from qalora.errors import AnswerNo, InputError
 from qalora.paths import with_expanded_flags
 
 DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+UNREAD = 141  # as shells say of a program that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted."""
+    """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted, 141 its reader left."""
     _quieten_libraries()
     print_in_any_encoding()
+    try:
+        return _ended(main, argv)
+    except BrokenPipeError:
+        return UNREAD
+    finally:
+        _leave_unread()
+
+
+def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     try:
         return main(_words(sys.argv[1:] if argv is None else argv))
     except InputError as error:
@@ -48,6 +58,16 @@ def say(text: str) -> None:
     """To standard error, or to nobody: Ctrl-C ends the reader of a pipe too (`| tee log`), and the command has still work to do."""
     with suppress(BrokenPipeError):
         print(text, file=sys.stderr)
+
+
+def _leave_unread() -> None:
+    """What nobody reads any more (`| head`) goes nowhere, so that Python's own last flush does not fail."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _words(argv: Sequence[str]) -> list[str]:

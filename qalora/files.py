@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from qalora.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
+
+AT_FDCWD, EXCHANGE = -100, 2  # of renameat2
 
 
 def check_writable(file: str | Path, flag: str = "--output", *, others: Iterable[str | Path] = ()) -> None:
@@ -114,8 +118,8 @@ def sync_tree(folder: Path) -> None:
 def written_beside(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, that takes the place of `folder` at the end, or vanishes after an error.
 
-    Killed at any moment, it leaves the old content, the new content, or for a moment nothing, never a part; what lies beside it
-    then is put back or cleared away by the next attempt.
+    Killed at any moment, it leaves the old content or the new, never a part; where the system cannot exchange two folders, for a
+    moment nothing. What lies beside it then is put back or cleared away by the next attempt.
 
     Raises:
         InputError: the disk is full, or nothing can be written there.
@@ -130,9 +134,10 @@ def written_beside(folder: str | Path) -> Iterator[Path]:
         yield partial
         sync_tree(partial)
         shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
+        if not (path.exists() and _exchange(partial, path)):
+            if path.exists():
+                path.rename(replaced)
+            partial.rename(path)
         sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:
@@ -142,6 +147,14 @@ def written_beside(folder: str | Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two folders take each other's place at once, so that no kill finds a place empty; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    return renameat2 is not None and renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0
 
 
 def put_back(path: Path) -> None:

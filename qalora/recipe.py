@@ -441,6 +441,11 @@ class Recipe(Section):
         if self.lora.adapter and (init not in ("auto", "kaiming") or start == "scores"):
             asked = "allocation.start=scores" if start == "scores" else f"lora.init={init}"
             yield f"{asked} places new ranks, and lora.adapter={self.lora.adapter} brings trained ones: leave one of them out"
+        if self.lora.adapter and self.lora.layers_to_transform is not None:
+            yield (
+                f"lora.layers_to_transform={','.join(map(str, self.lora.layers_to_transform))} chooses blocks for new ranks, and "
+                f"lora.adapter={self.lora.adapter} brings its own: leave one of them out"
+            )
         if start == "scores" and init not in ("auto", "quantization"):
             yield (
                 f"allocation.start=scores chooses among the ranks of lora.init=quantization, and lora.init is {init}: set "

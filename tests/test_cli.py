@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from importlib import import_module
 
@@ -139,3 +141,24 @@ def test_lines_of_a_run_stay_lines_in_a_file(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "stderr", log)
         console.print(line)
     assert (tmp_path / "log").read_text(encoding="utf-8") == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipes", "show", "sst2"],
+        ["--help"],
+        ["plan", "--help"],
+        ["plan", "--model", "llama-7b", "--gpu-memory", "80GiB"],
+    ],
+)
+def test_a_reader_that_leaves_early_meets_no_traceback(words):
+    """As `| head -0`: the pipe is closed before anything is written to it."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-m", "qalora", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(write)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)

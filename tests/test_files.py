@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,13 @@ def test_what_a_killed_replacement_took_away_is_put_back(tmp_path):
 )
 def test_a_full_disk_is_known_whoever_says_so(error, reason):
     assert unwritable(error) == reason
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges folders at once")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(Path, "rename", None)  # two of them would leave a moment between
+    with written_beside(tmp_path / "out") as partial:
+        (partial / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/new"]

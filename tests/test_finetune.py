@@ -772,6 +772,8 @@ def test_what_contradicts_the_given_adapter_is_refused_before_loading(
         "lora.r=8": r"lora\.r=8: the adapter in lora\.adapter=.*theirs has 5",
         "lora.alpha=16": r"lora\.alpha=16: .* has 8",
         "lora.target_modules=q_proj": r"lora\.target_modules=q_proj: .* has q_proj,v_proj",
+        "lora.layers_to_transform=0,1": r"lora\.layers_to_transform=0,1 chooses blocks .* lora\.adapter=.* brings its own",
+        "lora.target_modules=.*q_proj": r"lora\.target_modules=.*q_proj: .* has other modules",
         "lora.init=gradient": r"lora\.init=gradient places new ranks, and lora\.adapter=.* brings trained ones",
         f"lora.adapter={default_run}": r"there is no adapter_config\.json; did you mean lora\.adapter=.*run/adapter\?",
     }.items():

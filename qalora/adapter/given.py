@@ -42,14 +42,13 @@ class GivenAdapter:
             InputError: one of them is another than the adapter has; names both values.
         """
         own: dict[str, Any] = {"r": self.r, "alpha": self.alpha, "target_modules": self.target_modules}
-        layers = given.get("layers_to_transform")
         targets = given.get("target_modules", "all-linear")
-        if layers is not None or (isinstance(targets, str) and targets != "all-linear"):
+        if isinstance(targets, str) and targets != "all-linear":
             own.pop("target_modules")
-            if set(targeted(self.ranks, targets, layers)) != set(self.ranks):
+            if set(targeted(self.ranks, targets)) != set(self.ranks):
                 raise InputError(
-                    f"lora.target_modules={_shown(targets)} with lora.layers_to_transform={layers}: the adapter in lora.adapter={self.path} has "
-                    "other modules, and it stays as it is; leave both out."
+                    f"lora.target_modules={targets}: the adapter in lora.adapter={self.path} has other modules, and it stays as it "
+                    "is; leave lora.target_modules out."
                 )
         for name, value in own.items():
             asked = given.get(name, value)

@@ -139,6 +139,7 @@ def test_only_what_a_run_writes_is_its_own(tmp_path):
     others = {
         "notes.txt", "src/merged/main.py", "scores/season.csv", "runs/yolo/weights.pt", ".git/HEAD", "checkpoint-x/a", "data/rows.jsonl",
         ".env", "checkpoint-7/of-another-tool.txt", "plot.png",
+        "checkpoint-best/adapter_config.json", "checkpoint-3.bak/adapter_config.json",
     }  # fmt: skip
     for name in mine | others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
