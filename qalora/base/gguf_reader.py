@@ -1,13 +1,16 @@
 """GGUF files, opened in a third of the time that the gguf library takes by itself.
 
 It slices an `np.memmap` for every string of the vocabulary, which runs Python code that slicing a plain array does not
-(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load.
+(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load, and so do config, weights and
+tokenizer of ours: what was read of a file is kept for the next one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,17 @@ class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
         self._data = np.asarray(mapped)
 
 
+def open_gguf(path: Any, mode: str = "r") -> GGUFReader:
+    """The reader of a file, read once for as long as the file stays as it is."""
+    file = os.stat(path)
+    return _read(str(path), mode, (file.st_ino, file.st_size, file.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _read(path: str, mode: str, identity: tuple[int, ...]) -> GGUFReader:
+    return GGUFReader(path, mode)
+
+
 def open_shards(file: Path) -> list[GGUFReader]:
     """Readers of all files of a model, of which the first has the metadata; of a model in one file, its reader alone.
 
@@ -46,7 +60,7 @@ def open_shards(file: Path) -> list[GGUFReader]:
     readers = []
     for shard in (files := shards_of(file)):
         try:
-            readers.append(GGUFReader(str(shard)))
+            readers.append(open_gguf(shard))
         except Exception as error:  # the library raises whatever numpy does
             raise InputError(
                 f"{shard}: not a GGUF file of a LLaMA-class model ({' '.join(str(error).split())[:200]})."
@@ -70,7 +84,7 @@ def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
 def fast_gguf() -> Iterator[None]:
     """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every call."""
     library = gguf.GGUFReader
-    gguf.GGUFReader = GGUFReader  # type: ignore[misc, assignment]
+    gguf.GGUFReader = open_gguf  # type: ignore[misc, assignment]
     try:
         yield
     finally:

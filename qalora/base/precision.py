@@ -42,9 +42,9 @@ def _gguf_type(source: ModelSource) -> str | None:
         return None
     from gguf.constants import Keys, LlamaFileType
 
-    from qalora.base.gguf_reader import GGUFReader
+    from qalora.base.gguf_reader import open_gguf
 
-    field = GGUFReader(str(Path(source.location) / source.gguf_file)).fields.get(Keys.General.FILE_TYPE)
+    field = open_gguf(Path(source.location) / source.gguf_file).fields.get(Keys.General.FILE_TYPE)
     try:
         name = LlamaFileType(int(field.contents())).name if field else UNROUNDED[0]
     except ValueError:  # a newer type

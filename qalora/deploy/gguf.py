@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from qalora.base.checkpoint import Pieces
 from qalora.base.gguf_config import FREQUENCIES, add_positions, head_dim, rope_divisors
 from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
-from qalora.base.gguf_reader import GGUFReader
+from qalora.base.gguf_reader import open_gguf
 from qalora.base.registry import ModelSource
 from qalora.data.ending import Ending
 from qalora.errors import InputError
@@ -110,7 +110,7 @@ def write_adapter(file: Path, updates: Mapping[str, tuple[Tensor, Tensor, float]
 
 def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
     """What llama.cpp reads: module → (A, B, alpha over the tensor's own rank)."""
-    reader = GGUFReader(str(file))
+    reader = open_gguf(file)
     alpha = reader.fields["adapter.lora.alpha"].contents()
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     found = {}
@@ -189,7 +189,7 @@ def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
 
 def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
     """Copies all of the file's tokenizer but its chat template and its end-of-turn tokens, which it returns."""
-    fields = GGUFReader(str(file)).fields
+    fields = open_gguf(file).fields
     for key, field in fields.items():
         if key.startswith("tokenizer.") and key not in (*TURN_ENDS, Keys.Tokenizer.CHAT_TEMPLATE):
             kinds = field.types

