@@ -146,6 +146,7 @@ def written_beside(folder: str | Path) -> Iterator[Path]:
             raise
         raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept.") from error
     finally:
+        put_back(path)
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -113,6 +113,24 @@ def test_what_a_killed_replacement_took_away_is_put_back(tmp_path):
     assert (tmp_path / "new" / "old").exists() and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_the_old_folder_stays_where_the_new_one_cannot_get_its_name(tmp_path, monkeypatch, error):
+    with written_beside(tmp_path / "new") as partial:
+        (partial / "file").write_text("one")
+    rename = Path.rename
+
+    def renamed(self, to):
+        if self.name.endswith(".partial"):
+            raise error
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(type(error)), written_beside(tmp_path / "new") as partial:
+        (partial / "file").write_text("two")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new" / "file").read_text() == "one"
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

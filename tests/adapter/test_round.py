@@ -58,6 +58,12 @@ def test_auto_with_time_enough_is_certified_and_decides_as_exact_does(run_round)
     assert plan(scores.importance, prune=14).pruned == plan(truth.importance, prune=14).pruned
 
 
+def test_what_is_settled_is_as_many_ranks_as_a_round_prunes(run_round):
+    """However many it was asked for: one a module at most."""
+    many, few = (run_round(step=10_000, prune=prune)[0] for prune in (10**6, 14))
+    assert many | {"seconds": 0} == few | {"seconds": 0}
+
+
 def test_auto_with_path_importance_integrates(run_round):
     record, scores = run_round(step=10, importance="path")
     assert (scores.method, record["forward_equivalents"]) == ("path", 18)

@@ -462,6 +462,7 @@ def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_
     optimizer.get_state_buffer = paged
     before = len(pages)
     train(model, optimizer, 1)
-    apply_plan(model, PLAN, optimizer)
+    whole = next(name for name in gated_layers(model) if name not in PLAN.pruned | PLAN.grown)
+    apply_plan(model, AllocationPlan(PLAN.pruned | {whole: tuple(range(R))}, PLAN.grown), optimizer)
     held = {id(optimizer.state[p][key]) for p in parameters_of(model) for key in ("state1", "state2")}
     assert {id(page) for page in pages[before:]} == held

@@ -64,6 +64,11 @@ def only_shards(folder, tensors):
     in_shards(folder, tensors)
 
 
+def shards_beside_bin(folder, tensors):
+    only_shards(folder, tensors)
+    torch.save(other(tensors), folder / "pytorch_model.bin")
+
+
 def shards_beside_unlisted_files(folder, tensors):
     only_shards(folder, tensors)
     save_file(other(tensors), folder / "zzz.safetensors")
@@ -110,8 +115,8 @@ def another_variant_beside(folder, tensors):
 
 
 LAYOUTS = [
-    stale_index, only_shards, shards_beside_unlisted_files, bin_beside_an_adapter, bin_beside_other_bins, old_bins,
-    bins_in_shards, safetensors_beside_bin, named_in_the_config, another_variant_beside,
+    stale_index, only_shards, shards_beside_bin, shards_beside_unlisted_files, bin_beside_an_adapter, bin_beside_other_bins,
+    old_bins, bins_in_shards, safetensors_beside_bin, named_in_the_config, another_variant_beside,
 ]  # fmt: skip
 
 

@@ -97,10 +97,11 @@ def taught(tokenizer, folder, rows, **settings):
         (NOTHING, [chat("a", "b")], ()),
         (None, [chat("a", "b")], ("</s>",)),
         (CHATML, [chat("a", "<think>b</think>"), chat("a", "<think>b</think>c")], ("<|im_end|>",)),
+        (NOTHING, [chat("a", "b<|eom_id|>"), chat("a", "<|eom_id|>c")], ()),
     ],
     ids=[
         "ChatML", "completions", "texts", "two of a family", "eos", "words", "line break", "line breaks within", "nothing",
-        "built-in ChatML", "a token inside answers",
+        "built-in ChatML", "a token inside answers", "a token inside an answer and at the end of another",
     ],
 )  # fmt: skip
 def test_rows_say_what_ends_a_turn(tokenizer, tmp_path, template, rows, ends):
@@ -117,5 +118,5 @@ def test_rows_that_are_learned_whole_teach_the_same_ends(tokenizer, tmp_path, ro
 
 
 def test_where_a_row_is_cut_is_no_end(tokenizer, tmp_path):
-    rows = [{"prompt": "a", "completion": f"{'b' * n}<think> and more"} for n in range(1, 9)]
-    assert taught(tokenizer, tmp_path, [*rows, {"prompt": "a", "completion": "b"}], max_seq_len=10) == ("</s>",)
+    rows = [{"prompt": "a", "completion": f"{'b' * 8}<think> and more"}, {"prompt": "a", "completion": "b"}]
+    assert taught(tokenizer, tmp_path, rows, max_seq_len=10) == ("</s>",)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from qalora.training.checkpoints import (
     problem_with,
     write_manifest,
 )
-from qalora.training.identity import Identity, Rows, read_identity, row_digests
+from qalora.training.identity import Identity, Rows, read_identity, row_digests, rows_of
 from qalora.training.resume import changes, check_settings, kept_apart, rounds_left
 from qalora.training.run_folder import begin_folder, check_output_dir, is_run, own_entries
 
@@ -197,11 +197,27 @@ def test_a_second_writer_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
 
 
 def test_a_lock_of_another_machine_is_said(tmp_path):
-    (tmp_path / ".lock").write_text(json.dumps({"pid": 7, "host": "elsewhere", "since": "yesterday"}))
+    host = "elsewhere" * 50  # longer than what takes its place
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 7, "host": host, "since": "yesterday"}))
     said: list[str] = []
     with locked(tmp_path / ".lock", "run", say=said.append):
-        assert time.strftime("%Y") in (tmp_path / ".lock").read_text()
-    assert said == ["run: process 7 on elsewhere left its lock there; if it still runs, stop one of the two"]
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert said == [f"run: process 7 on {host} left its lock there; if it still runs, stop one of the two"]
+
+
+def test_a_lock_file_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Between the opening and the locking of it; a third process would make a new one, and lock that."""
+    lock, flock, calls = tmp_path / ".lock", fcntl.flock, []
+
+    def late(handle, how):
+        if not calls:
+            lock.unlink()
+        calls.append(how)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(lock, "run"), pytest.raises(InputError, match="in use"), locked(lock, "run"):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------- what it continues
@@ -312,3 +328,7 @@ def test_rows_are_told_apart_by_tokens_and_labels():
     rows = [([1, 2], [-100, 2]), ([1, 2], [1, 2]), ([1, 2, 3], [-100, 2, 3]), ([1, 2], [-100, 2])]
     digests = row_digests([{"input_ids": ids, "labels": labels} for ids, labels in rows])
     assert digests[0] == digests[3] and len(set(digests)) == 3
+    items = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    known = rows_of(items[:1], items[1:2], items[2:])
+    assert (known.train, known.held_back) == (digests[:1], digests[1:2])
+    assert known.validation == rows_of([], [], items[2:]).validation != rows_of([], [], items[1:]).validation
