@@ -67,7 +67,9 @@ def own_entries(folder: Path) -> Iterator[Path]:
         yield from folder.glob(pattern)
     for pattern, signs in FOLDERS.items():
         for path in folder.glob(pattern):
-            named = not pattern.endswith("*") or path.name.rpartition("-")[2].isdecimal()  # checkpoint-best: somebody's copy
+            named = (
+                not pattern.endswith("*") or path.name.rpartition("-")[2].isdecimal()
+            )  # checkpoint-best: somebody's copy
             if named and path.is_dir() and (not any(path.iterdir()) or any((path / sign).exists() for sign in signs)):
                 yield path
     for name, pattern in SHARED.items():
