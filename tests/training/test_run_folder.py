@@ -137,9 +137,8 @@ def test_only_what_a_run_writes_is_its_own(tmp_path):
         "runs/Nov28/events.out.tfevents.1", ".checkpoint-6.partial/optimizer.pt", ".metrics.json.partial",
     }  # fmt: skip
     others = {
-        "notes.txt", "src/merged/main.py", "scores/season.csv", "runs/yolo/weights.pt", ".git/HEAD", "checkpoint-x/a", "data/rows.jsonl",
+        "notes.txt", "src/merged/main.py", "scores/season.csv", "runs/yolo/weights.pt", ".git/HEAD", "checkpoint-x/adapter_config.json", "data/rows.jsonl",
         ".env", "checkpoint-7/of-another-tool.txt", "plot.png",
-        "checkpoint-best/adapter_config.json", "checkpoint-3.bak/adapter_config.json",
     }  # fmt: skip
     for name in mine | others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
