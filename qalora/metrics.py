@@ -21,7 +21,7 @@ from qalora.data.batching import Collator
 from qalora.data.formats import Example
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
-from qalora.text_scores import Normalize, compared, exact_match, rouge_l
+from qalora.text_scores import Normalize, compared, exact_match, rouge_l, said
 
 Figures = dict[str, float]
 METRICS = ("loss", "exact_match", "accuracy", "rougeL")
@@ -103,13 +103,14 @@ def predict(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 taught=taught,
-                kept=["\n".join(row.references) for row in rows],
+                kept=["\n".join([*row.references, "</think>"]) for row in rows],
                 track=track,
             )
             ends = ends_of(generation_config(model, tokenizer, taught), tokenizer)
             for line, row, answer in zip(found, rows, answers, strict=True):
                 references = [without_end(reference, ends) for reference in row.references]
                 line["answer"] = answer
+                answer = said(answer, references, line["prompt"])
                 if "exact_match" in metrics:
                     line["exact_match"] = exact_match(answer, references, answer_pattern, normalize)
                 if "rougeL" in metrics:

@@ -30,6 +30,20 @@ def exact_match(
     return 100.0 * (found is not None and any(found == compared(text, pattern, normalize) for text in references))
 
 
+def said(answer: str, references: Sequence[str], prompt: str = "") -> str:
+    """What an answer says after its thought; all of it where a reference has a thought too.
+
+    Args:
+        prompt: what the model was asked to go on from: it may have begun a thought, and an answer that never closes it says nothing.
+    """
+    opened = re.search(r"<(\w+)>\s*$", prompt)
+    end = f"</{opened[1] if opened else 'think'}>"
+    if any(end in reference for reference in references):
+        return answer
+    thought, closed, rest = answer.rpartition(end)
+    return rest if closed or not opened else ""
+
+
 def compared(text: str, pattern: str | None, normalize: Normalize | None) -> str | None:
     """The part of a text that exact match compares; None where the pattern does not match."""
     if pattern is not None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from qalora.recipe import load_recipe
-from qalora.text_scores import exact_match, rouge_l, words
+from qalora.text_scores import exact_match, rouge_l, said, words
 
 ENGLISH = st.lists(
     st.sampled_from(
@@ -127,3 +127,21 @@ def test_the_best_of_several_references_counts():
 def test_rouge_is_symmetric_and_within_0_and_100(left, right):
     assert 0 <= rouge_l(left, [right]) <= 100 + 1e-9
     assert rouge_l(left, [right]) == pytest.approx(rouge_l(right, [left]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "references", "score"),
+    [
+        ("Q <think>\n", "\n</think>\n\nHello", ["Hello"], 100.0),
+        ("Q <think>\n", "Hello", ["Hello"], 0.0),
+        ("Q <think>\n", "Hello </think> no", ["Hello"], 0.0),
+        ("Q <reasoning>\n", "two and two</reasoning>Four", ["Four"], 100.0),
+        ("Q ", "<think>\n\n</think>\n\nHello", ["Hello"], 100.0),
+        ("Q ", "<think>\nTwo and two\n</think>\n\nFour", ["Four", "4"], 100.0),
+        ("Q ", "Four", ["Four"], 100.0),
+        ("Q ", "<think>a</think>Four", ["<think>a</think>Four"], 100.0),
+        ("Q ", "<think>b</think>Four", ["<think>a</think>Four"], 0.0),
+    ],
+)
+def test_a_thought_is_no_part_of_an_answer_whose_reference_has_none(prompt, answer, references, score):
+    assert exact_match(said(answer, references, prompt), references) == score
