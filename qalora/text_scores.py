@@ -40,7 +40,7 @@ def said(answer: str, references: Sequence[str], prompt: str = "") -> str:
     end = f"</{opened[1] if opened else 'think'}>"
     if any(end in reference for reference in references):
         return answer
-    thought, closed, rest = answer.rpartition(end)
+    _, closed, rest = answer.rpartition(end)
     return rest if closed or not opened else ""
 
 

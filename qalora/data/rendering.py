@@ -118,7 +118,21 @@ class _Chat:
         text = self.text(messages)
         if self.turns[-1].role != "assistant" or len(messages) == 1:
             return text
-        return _following(self.text(messages[:-1], add_generation_prompt=True), text)
+        prompt = self.text(messages[:-1], add_generation_prompt=True)
+        following = _following(prompt, text)
+        return following if following.startswith(prompt) else self._asked(prompt, messages, text)
+
+    def _asked(self, prompt: str, messages: Sequence[Mapping[str, Any]], text: str) -> str:
+        """The last answer after the prompt that a server makes, of a template that writes what stands before it in another way once
+        the answer is there: Mistral's puts a system text before the last question, if that is the last turn."""
+        mark = f"{SENTINEL}last"
+        before, found, after = self.text([*messages[:-1], {"role": "assistant", "content": mark}]).partition(mark)
+        border, asked = before.rstrip(), prompt.rstrip()
+        same = text.startswith(before) and text.endswith(after)
+        if not (found and border and same and asked.endswith(border[-8:])):
+            return text
+        gap = before[len(border) :].removeprefix(prompt[len(asked) :])
+        return prompt + gap + text[len(before) :]
 
     @cached_property
     def spans(self) -> dict[int, Span]:
@@ -210,7 +224,7 @@ class _Chat:
         """Turns of which something would not be written: their text, or their thought where that is learned."""
         stand_ins = [_stand_in(turn, f"{SENTINEL}{'x' * i}") for i, turn in enumerate(self.turns)]
         try:
-            text = self.template.apply(self.template.messages([turn for turn, _ in stand_ins]), self.tools)
+            text = self._written(self.template.messages([turn for turn, _ in stand_ins]))
         except Exception:  # a template that looks into its texts; these say nothing about the row's then
             return []
         return [i for i, (_, names) in enumerate(stand_ins) if any(name not in text for name in names)]

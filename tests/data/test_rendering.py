@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -454,12 +455,32 @@ def test_a_thought_or_call_outside_a_chat_template_is_an_error(byte_tokenizer, f
         render(to_example(cells, 0, format="messages", chat=False), byte_tokenizer(CHATML))
 
 
-def test_a_template_that_rewrites_the_prompt_is_an_error_that_shows_it(byte_tokenizer):
-    template = "{{ messages | length }} " + CHATML
+def test_a_template_that_asks_otherwise_than_it_writes_is_an_error_that_shows_it(byte_tokenizer):
+    template = CHATML.replace("%}{{ '<|im_start|>assistant", "%}{{ '<|im_start|>bot")
+    assert template != CHATML
     with pytest.raises(
-        InputError, match=r"rewrites earlier turns as the chat grows.*it asks '1 .* where it later has '2 "
+        InputError, match=r"rewrites earlier turns as the chat grows.*it asks 'bot.* where it later has 'assistant"
     ):
         render(conversation("a", "b"), byte_tokenizer(template))
+
+
+MISTRAL = """{%- if messages[0].role == "system" %}{%- set system = messages[0].content %}{%- set rest = messages[1:] %}
+{%- else %}{%- set rest = messages %}{%- endif %}
+{%- for m in rest %}{%- if m.role == "user" %}{{- "[INST] " }}
+{%- if loop.last and system is defined %}{{- system + "\n\n" }}{%- endif %}{{- m.content + "[/INST]" }}
+{%- else %}{{- " " + m.content + eos_token }}{%- endif %}{%- endfor %}"""
+
+
+@pytest.mark.parametrize("texts", [("Hi", "Hello"), ("Hi", "Hello", "Bye", "Ciao")])
+def test_the_system_text_that_a_template_puts_before_the_last_question_is_in_what_is_trained(byte_tokenizer, texts):
+    """Such a template writes it only while the question is the last turn: as a server asks."""
+    tokenizer = byte_tokenizer(MISTRAL)
+    example = replace(conversation(*texts), turns=(Turn("system", "Brief.", False), *conversation(*texts).turns))
+    messages = [{"role": turn.role, "content": turn.text} for turn in example.turns]
+    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    assert "Brief." in asked
+    assert whole(example, tokenizer) == f"{asked} {texts[-1]}{tokenizer.eos_token}"
+    assert learned(example, tokenizer) == [f" {text}{tokenizer.eos_token}" for text in texts[1::2]]
 
 
 PHI = (
