@@ -493,3 +493,16 @@ def test_every_answer_learns_its_end_where_the_chat_has_one_more_at_its_close(by
     tokenizer = byte_tokenizer(PHI)
     assert learned(conversation("a", "b", "c", "d"), tokenizer) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
     assert learned(conversation("a", "b", "c"), tokenizer) == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("distance", "texts"), [(2, ("ok", "a", "ok", "b")), (1, ("q", "ok", "ok", "b"))], ids=["a question", "an answer"]
+)
+def test_a_turn_is_not_found_in_an_earlier_one_of_the_same_words(byte_tokenizer, distance, texts):
+    """A template that leaves out what was said before: of the same length of chat, other texts are all written."""
+    template = CHATML.replace(
+        LOOP, LOOP + f"{{% if loop.index0 < {distance} or m.content != messages[loop.index0 - {distance}].content %}}"
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+    assert learned(conversation("1", "2", "3", "4"), byte_tokenizer(template)) == ["2<|im_end|>", "4<|im_end|>"]
+    with pytest.raises(InputError, match=r"the chat template does not write all of turn 2 \(user\), 'ok'"):
+        render(conversation(*texts), byte_tokenizer(template))
