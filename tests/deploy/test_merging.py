@@ -233,6 +233,7 @@ from pathlib import Path
 import torch
 from qalora.base.checkpoint import Quantization
 from qalora.base.registry import resolve
+from qalora import files
 from qalora.deploy import merging
 torch.set_num_threads(1)  # threads do not survive a fork
 folder, adapter, *jobs = sys.argv[1:]
@@ -248,6 +249,7 @@ def killer(function):
 merging.rounded = killer(merging.rounded)
 merging.compare = killer(merging.compare)
 Path.rename = killer(Path.rename)
+files._exchange = lambda *_: False  # as on systems that cannot exchange two folders
 nf4 = Quantization("nf4", True, torch.float32)
 for job in jobs:
     output, _, moment = job.rpartition("@")

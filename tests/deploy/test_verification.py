@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qalora.base import checkpoint, gguf_config
 from qalora.base.checkpoint import Quantization
+from qalora.base.gguf_reader import GGUFReader
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.base.weight_files import WeightFiles
@@ -294,7 +295,7 @@ def test_a_tokenizer_with_several_chat_templates_writes_the_default_and_the_othe
     tokenizer.chat_template = {"tool_use": "tools", "default": "plain", "rag": "sources"}
     tokenizer.save_pretrained(folder)
     merge(resolve(str(folder)), adapter, tmp_path / "merged", quantization=None, format="gguf", verify=False)
-    fields = gguf.GGUFReader(str(tmp_path / "merged" / "model.gguf")).fields
+    fields = GGUFReader(str(tmp_path / "merged" / "model.gguf")).fields
     found = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.chat")}
     assert found == {
         "tokenizer.chat_template": "plain",
