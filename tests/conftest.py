@@ -28,6 +28,11 @@ if "OMP_NUM_THREADS" not in os.environ:
 VOCAB = 128
 
 
+def pytest_collection_modifyitems(items):
+    """Real weights first: the longest tests at the end would keep one worker busy while the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+
+
 @pytest.fixture
 def tiny_llama():
     """make(dtype, four_bit, seed, label_only, **config) → a random LLaMA: hidden 64, 2 blocks, 4 heads over 2 kv heads."""
