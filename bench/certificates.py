@@ -29,7 +29,7 @@ from qalora.adapter.certified import NOISES
 from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.scores import PerRank, RankScores, decides
 from qalora.adapter.scoring import score_ranks
-from qalora.base.loss import use_label_only_loss
+from qalora.kernels.loss import use_label_only_loss
 
 R, MODULES, FACTOR, VOCABULARY = 8, 14, 150, 128
 PLENTY = 10**9  # forwards, and bytes of stacked variants

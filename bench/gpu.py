@@ -33,15 +33,15 @@ from common import environment, random_llama, table, write_results
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
+from qalora.adapter.allocation_round import RoundSettings, allocation_round
 from qalora.adapter.model import attach, gated_layers
-from qalora.adapter.round import RoundSettings, allocation_round
 from qalora.adapter.scoring import score_ranks
-from qalora.base.fitting import MLP_TILE, fit, largest
-from qalora.base.loss import use_label_only_loss
-from qalora.base.memory import CUDA_CONTEXT, Checkpointing, plan_memory
-from qalora.base.norm import use_lean_norms
 from qalora.base.registry import MODELS, ModelShape
-from qalora.training.activations import set_checkpointing, set_mlp_tile
+from qalora.fitting import MLP_TILE, fit, largest
+from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels.norm import use_lean_norms
+from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 
 GIB, GB = 2**30, 10**9
 TINY = ModelShape(64, 192, 4, 4, 2, 16, 128)

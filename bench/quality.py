@@ -43,12 +43,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
-from qalora.adapter import round as rounds_module
+from qalora.adapter import allocation_round as rounds_module
 from qalora.adapter.model import attach, rank_parameters, ranks
-from qalora.adapter.quantization_start import Weights, original_weights
 from qalora.adapter.scores import RankScores
 from qalora.answers import generate_answers
-from qalora.base.checkpoint import open_checkpoint
+from qalora.base.checkpoint import Weights, open_checkpoint, original_weights
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import on_device

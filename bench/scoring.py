@@ -32,10 +32,10 @@ from qalora.adapter.scores import RankScores
 from qalora.adapter.scoring import score_ranks
 from qalora.base.device import memory_to_score
 from qalora.base.loading import load_base, load_tokenizer
-from qalora.base.loss import use_label_only_loss
 from qalora.base.registry import resolve, shape_of
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
+from qalora.kernels.loss import use_label_only_loss
 from qalora.recipe import Recipe, load_recipe
 
 matplotlib.use("Agg")

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from qalora.adapter.ablation import gate_gradients, scoring_mode
 from qalora.adapter.allocation import least_important, plan
+from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
 from qalora.adapter.model import attach, rank_parameters, ranks
-from qalora.adapter.quantization_start import original_weights
-from qalora.adapter.round import RoundSettings, keep_best_corrections
-from qalora.base.checkpoint import Checkpoint, open_checkpoint
+from qalora.base.checkpoint import Checkpoint, open_checkpoint, original_weights
 from qalora.base.registry import resolve
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset

@@ -34,9 +34,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.model import attach, gated_layers, ranks
 from qalora.base.loading import load_base, load_tokenizer
-from qalora.base.memory import Checkpointing
 from qalora.base.registry import resolve
 from qalora.data.tokenization import load_dataset
+from qalora.memory import Checkpointing
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import build_trainer
 

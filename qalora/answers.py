@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qalora.adapter.provenance import read_provenance
 from qalora.data.ending import ending_of
+from qalora.kernels.prefixes import causal_lm
 
 BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
@@ -176,8 +176,3 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The PreTrainedModel itself, also inside a PeftModel."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.cli import say
     from qalora.data.tokenization import load_dataset
+    from qalora.kernels.install import install
     from qalora.metrics import check, predict, several_references
 
     source = resolve(recipe.model)
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> int:
     if line:
         say(line)
     model = load_base(source, tokenizer=tokenizer, **loading).model
+    install(model)
     result, predictions = predict(
         load_adapter(model, args.adapter) if args.adapter else model,
         tokenizer,

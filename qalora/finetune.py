@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qalora.adapter.allocation import Schedule
     from qalora.adapter.provenance import Provenance
-    from qalora.adapter.quantization_start import Weights
+    from qalora.base.checkpoint import Weights
     from qalora.base.loading import LoadedBase
     from qalora.base.registry import ModelSource
     from qalora.data.tokenization import TokenizedDataset
@@ -231,6 +231,7 @@ def finetune(
 
     from qalora.adapter.model import ranks, save_adapter
     from qalora.adapter.saved import check_adapter
+    from qalora.adapter.start.begin import start as begin_ranks
     from qalora.base.fingerprint import fingerprint
     from qalora.base.loading import load_base
     from qalora.base.precision import loaded_in_4bit
@@ -331,14 +332,29 @@ def finetune(
         scoring=data.scoring.items,
         rounds=rounds,
         total_steps=total_steps,
-        start=start,
         compute_dtype=base.compute_dtype,
         output_dir=output_dir,
-        original=original,
         other_rows=other_rows,
         other_validation=other_validation,
         provenance=provenance,
     )
+    if checkpoint is None:
+        begun_with = begin_ranks(
+            model,
+            data.train.items,
+            recipe.chosen_init(sixteen_bit=original is not None),
+            original=original,
+            share=recipe.allocation.start,
+            max_rows=lora.init_rows,
+            batch_size=recipe.training.micro_batch_size,
+            min_rank=recipe.allocation.min_rank,
+            max_rank=recipe.allocation.max_rank,
+            budget=recipe.allocation.budget,
+            seed=recipe.training.seed,
+            attempt=trainer.ladder.attempt,
+        )
+        if begun_with is not None:
+            allocator.record_start(*begun_with)
     first_step = 0 if continued is None else continued.step  # now: the checkpoint may be rotated away before the end
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.signal is not None:
@@ -499,8 +515,7 @@ def choose_start(recipe: Recipe, source: ModelSource) -> Weights | None:
     Raises:
         InputError: lora.init=quantization of a base that is stored in 4 bits.
     """
-    from qalora.adapter.quantization_start import original_weights
-    from qalora.base.checkpoint import open_checkpoint
+    from qalora.base.checkpoint import open_checkpoint, original_weights
 
     init = recipe.chosen_init(sixteen_bit=True)
     weights = open_checkpoint(source)[0] if init == "quantization" else None  # no other start reads them

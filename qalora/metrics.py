@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qalora.answers import causal_lm, ends_of, generate_answers, generation_config, inference, without_end
+from qalora.answers import ends_of, generate_answers, generation_config, inference, without_end
 from qalora.base.device import free_unused
-from qalora.base.loss import label_only_loss
-from qalora.base.prefixes import final_hidden
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
+from qalora.kernels.loss import row_losses
+from qalora.kernels.prefixes import causal_lm
 from qalora.text_scores import Normalize, compared, exact_match, rouge_l, said
 
 Figures = dict[str, float]
@@ -83,7 +83,7 @@ def predict(
         # A row's reference is one of its choices, so most of `own` is among them.
         distinct = {_key(item): item for item in [*own, *choices_of]}
         losses = dict(
-            zip(distinct, row_losses(model, tokenizer, list(distinct.values()), batch_size, track), strict=True)
+            zip(distinct, item_losses(model, tokenizer, list(distinct.values()), batch_size, track), strict=True)
         )
         if "loss" in metrics:
             result["loss"] = math.fsum(losses[_key(item)] for item in own) / result["supervised_tokens"]
@@ -176,7 +176,7 @@ def several_references(dataset: TokenizedDataset) -> str:
 # ---------------------------------------------------------------------------------------- the single metrics
 
 
-def row_losses(
+def item_losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Mapping[str, Any]],
@@ -188,14 +188,11 @@ def row_losses(
     collate = Collator(tokenizer.pad_token_id)
     order = _by_prompt(items)
     batches = [order[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    base = causal_lm(model)
+    device = causal_lm(model).device
 
     def summed(batch: Sequence[int]) -> list[float]:
         inputs = collate([items[i] for i in batch])
-        inputs = {key: inputs[key].to(base.device) for key in ("input_ids", "attention_mask", "labels")}
-        labels = inputs.pop("labels")
-        hidden = final_hidden(base, **inputs, use_cache=False)
-        return label_only_loss(hidden, labels, base.get_output_embeddings().weight).tolist()
+        return row_losses(model, {key: value.to(device) for key, value in inputs.items() if key != "rows"}).tolist()
 
     losses = [0.0] * len(items)
     with inference(model):

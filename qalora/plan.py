@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
-from qalora.base.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
 from qalora.cli import Parser, say
 from qalora.errors import InputError
+from qalora.fitting import HEADROOM, MLP_TILE, Plan, fit, largest, least
 
 if TYPE_CHECKING:
-    from qalora.base.memory import MemoryPlan
     from qalora.base.registry import ModelShape
+    from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -90,8 +90,8 @@ def keep_to_positions(recipe: Recipe) -> str | None:
 
 def planner(recipe: Recipe, device: str = "cuda") -> Plan:
     """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows."""
-    from qalora.base.memory import plan_memory
     from qalora.base.registry import resolve, shape_of
+    from qalora.memory import plan_memory
 
     shape = shape_of(resolve(recipe.model))
     dtype = recipe.quantization.bnb_4bit_compute_dtype

@@ -28,9 +28,9 @@ from pydantic import (
 
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.adapter.targets import EVERY, check_expression
-from qalora.base.memory import Checkpointing
 from qalora.base.registry import BLOCK_MAPS
 from qalora.errors import InputError
+from qalora.memory import Checkpointing
 from qalora.paths import expanded
 from qalora.spellings import advice
 from qalora.yaml_file import TwiceError, read_yaml

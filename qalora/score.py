@@ -94,13 +94,11 @@ def main(argv: list[str]) -> int:
     from qalora.adapter.scoring import score_ranks
     from qalora.base.device import memory_to_score
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.loss import use_label_only_loss
-    from qalora.base.norm import use_lean_norms
     from qalora.base.precision import loaded_in_4bit
     from qalora.cli import say
     from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
-    from qalora.training.activations import set_checkpointing
+    from qalora.kernels.activations import set_checkpointing
 
     of_ranks = check_adapter(args.adapter, source).total_rank
     if args.prune and args.prune >= of_ranks:
@@ -113,8 +111,6 @@ def main(argv: list[str]) -> int:
     if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:
         say(line)
     base = load_base(source, tokenizer=tokenizer, **loading)
-    use_label_only_loss(base.model)
-    use_lean_norms(base.model)
     model = load_adapter(base.model, args.adapter, trainable=True)
     set_checkpointing(base.model, True)
     batch = on_device(micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id)), base.model.device)

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers
-from qalora.base.loss import use_label_only_loss
 from qalora.base.quantized import quantize_
+from qalora.kernels.loss import use_label_only_loss
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
@@ -172,7 +172,7 @@ def make_batch():
 @pytest.fixture(params=[1, 128 * 2**20], ids=["token by token", "at once"])
 def stretch(request, monkeypatch):
     """fp32 temporaries of a single token, and of all of them: loops over stretches take many turns, and one."""
-    monkeypatch.setattr("qalora.base.stretches.FP32_BYTES", request.param)
+    monkeypatch.setattr("qalora.kernels.stretches.FP32_BYTES", request.param)
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import torch
 
 from qalora import __version__
 from qalora.__main__ import main
-from qalora.base.memory import MemoryPlan
+from qalora.adapter.callback import console
 from qalora.cli import Parser, run
 from qalora.errors import AnswerNo, InputError
+from qalora.memory import MemoryPlan
 from qalora.plan import print_plan
-from qalora.training.callback import console
 
 
 @pytest.mark.parametrize(

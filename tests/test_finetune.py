@@ -904,7 +904,7 @@ def test_a_run_out_of_memory_goes_on_with_the_same_losses(finetune, default_run,
 
 
 def test_a_round_out_of_memory_scores_the_same_ranks_in_pieces(finetune, default_run, monkeypatch):
-    from qalora.adapter import round as rounds
+    from qalora.adapter import allocation_round as rounds
 
     score_ranks, seen = rounds.score_ranks, []
 
@@ -1046,11 +1046,11 @@ def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows, se
 
 def test_a_round_that_changes_nothing_changes_no_loss(finetune, monkeypatch):
     """Invariant 12: the same run with rounds whose plan is empty."""
-    import qalora.adapter.round
+    import qalora.adapter.allocation_round
     from qalora.adapter.allocation import AllocationPlan
 
     _, plain = finetune("allocation.rounds=0", output="plain")
-    monkeypatch.setattr(qalora.adapter.round, "plan", lambda *args, **kwargs: AllocationPlan({}, {}))
+    monkeypatch.setattr(qalora.adapter.allocation_round, "plan", lambda *args, **kwargs: AllocationPlan({}, {}))
     _, empty = finetune(output="empty")
     assert [record["pruned"] for record in records(empty)] == [{}, {}]
     assert losses(empty) == losses(plain)

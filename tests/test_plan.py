@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from qalora.base.fitting import HEADROOM, MLP_TILE
-from qalora.base.memory import plan_memory
 from qalora.base.registry import MODELS
 from qalora.cli import run
 from qalora.errors import InputError
+from qalora.fitting import HEADROOM, MLP_TILE
+from qalora.memory import plan_memory
 from qalora.plan import main, parse_size, planner
 from qalora.recipe import load_recipe
 

@@ -90,9 +90,9 @@ def test_what_decides_can_be_chosen(score):
 def test_drop_and_alone_are_those_of_files_without_the_rank_and_with_it_alone(score, folder, adapter, rows):
     """The rank deleted from the saved file by hand, no gates anywhere; a 16-bit base, which PEFT alone can load."""
     from qalora.adapter.model import load_adapter
-    from qalora.base.loss import use_label_only_loss
     from qalora.data.batching import Collator
     from qalora.data.tokenization import load_dataset
+    from qalora.kernels.loss import use_label_only_loss
 
     result = score("--method", "exact", "--no-quantize")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -123,10 +123,10 @@ def test_ablation_and_first_order_order_the_ranks_alike(run):
     from qalora.adapter.model import load_adapter, ranks
     from qalora.adapter.scoring import score_ranks
     from qalora.base.loading import load_base
-    from qalora.base.loss import use_label_only_loss
     from qalora.base.registry import resolve
     from qalora.data.batching import Collator
     from qalora.data.tokenization import load_dataset
+    from qalora.kernels.loss import use_label_only_loss
 
     base = load_base(resolve("smollm2-135m"), dtype="float32")
     use_label_only_loss(base.model)

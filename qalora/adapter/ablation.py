@@ -24,9 +24,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.adapter.layer import GatedLinear, closed, frozen_forward, gated
+from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import linear_maps
+from qalora.kernels.loss import label_only_loss, row_losses
+from qalora.kernels.low_rank import frozen_forward
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
@@ -214,7 +216,7 @@ def _stacked_gates(
 def _row_losses(model: PeftModel, hidden: Tensor, labels: Tensor) -> Tensor:
     """(rows,) summed cross-entropy from the last block's output."""
     base: Any = model.get_base_model()
-    return base.row_losses_of(base.base_model.norm(hidden), labels)
+    return label_only_loss(base.base_model.norm(hidden), labels, base.get_output_embeddings().weight)
 
 
 def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
@@ -259,7 +261,7 @@ def gate_gradients(
             for name, layer in layers.items()
         }
         with gated(layers, gates), torch.enable_grad():
-            loss = model(**micro).row_losses.sum()
+            loss = row_losses(model, micro).sum()
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
         total += float(loss.detach().double())

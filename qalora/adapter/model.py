@@ -16,15 +16,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from qalora.adapter.attention import use_fused_attention
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
-from qalora.adapter.swiglu import use_fused_mlps
 from qalora.adapter.targets import EVERY, targeted
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
+from qalora.kernels.install import install
 
 ADAPTER = "default"
 
@@ -235,6 +234,5 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
-    use_fused_mlps(peft_model)
-    use_fused_attention(peft_model)
+    install(peft_model)
     return peft_model

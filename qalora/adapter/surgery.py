@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import GatedLinear
-from qalora.adapter.model import add_layer, gated_layers, remove_layer, sync_config
+from qalora.adapter.model import ADAPTER, add_layer, gated_layers, remove_layer, sync_config
+from qalora.adapter.saved import read_adapter, scaling_of
+from qalora.base.quantized import linear_maps
 
 
 def apply_plan(
@@ -61,6 +64,40 @@ def apply_plan(
     sync_config(model)
 
 
+def restore(model: PeftModel, path: str | Path) -> None:
+    """Gives the model's adapter the ranks and the weights of a saved one, whatever ranks it has; layers come and go as they must.
+
+    Args:
+        model: made for the same base.
+        path: of a plain PEFT LoRA, such as a checkpoint of the same run.
+
+    Raises:
+        InputError: not an adapter for this model.
+    """
+    saved = read_adapter(path)
+    saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
+    config = cast(LoraConfig, model.peft_config[ADAPTER])
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules", "target_modules"):
+        setattr(config, name, getattr(saved.config, name))
+    layers = gated_layers(model)
+    for name in layers.keys() - saved.pairs.keys():
+        remove_layer(model, name)
+    for name, (A, B) in saved.pairs.items():
+        layer = layers[name] if name in layers else add_layer(model, name)
+        layer.A.data, layer.B.data = A.to(layer.A), B.to(layer.B)
+        layer.A.grad = layer.B.grad = None
+        _note_rank(layer, scaling_of(saved.config, name))
+
+
+def _note_rank(layer: GatedLinear, scaling: float) -> None:
+    """What PEFT keeps of a layer besides its tensors."""
+    adapter, rank = layer.active_adapters[0], len(layer.A)
+    layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = rank, scaling * rank, scaling
+    A: Any = layer.lora_A[adapter]
+    B: Any = layer.lora_B[adapter]
+    A.out_features = B.in_features = rank
+
+
 def _random_rows(count: int, fan_in: int, generator: torch.Generator | None) -> Tensor:
     """PEFT's start of A: Kaiming-uniform with a = √5, which is uniform in ± 1 / √in."""
     return (torch.rand(count, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
@@ -79,12 +116,7 @@ def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], new_rows: T
         parameter.grad = None
         _resize_moments(optimizer, parameter, shape, rank_dim, index, grow)
 
-    adapter = layer.active_adapters[0]
-    rank = len(layer.A)
-    layer.r[adapter], layer.lora_alpha[adapter] = rank, scaling * rank
-    A: Any = layer.lora_A[adapter]
-    B: Any = layer.lora_B[adapter]
-    A.out_features = B.in_features = rank
+    _note_rank(layer, scaling)
 
 
 # --------------------------------------------------------------------------------------------------------- moments

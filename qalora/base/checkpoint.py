@@ -32,6 +32,7 @@ from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
+Weights = Callable[[str], Tensor]  # name of a linear layer → its (out, in) weight before quantization
 
 BLOCK = 64  # weights that share one absmax
 STRETCH = 1 << 22  # weights that are quantized or dequantized at a time; whole blocks
@@ -238,3 +239,17 @@ def check_positions(config: PreTrainedConfig, where: str) -> None:
         raise InputError(
             f"{where}: rope_type={kind}: its settings are not such that positions can be computed ({type(error).__name__}: {short(error)})."
         ) from None
+
+
+def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
+    """The 16-bit weights of a base, read a map at a time.
+
+    Raises:
+        InputError: the base is stored in 4 bits, and its 16-bit weights are not there; names it by `model`.
+    """
+    if checkpoint.packed:
+        raise InputError(
+            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
+            "that it was made from, or another lora.init."
+        )
+    return lambda name: checkpoint.tensor(f"{name}.weight")

@@ -20,10 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qalora.base.checkpoint import Checkpoint, Quantization, open_checkpoint, open_config, storage_dtype
+from qalora.base.checkpoint import (
+    Checkpoint,
+    Quantization,
+    Weights,
+    open_checkpoint,
+    open_config,
+    original_weights,
+    storage_dtype,
+)
 from qalora.base.gguf_reader import fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
-from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_model_type, read_fields, shape_of
 from qalora.base.weight_files import base_folder, weight_files
@@ -38,6 +45,14 @@ class LoadedBase:
     source: ModelSource
     compute_dtype: torch.dtype
     quantized: bool
+
+    def original(self) -> Weights:
+        """The base's 16-bit weights, read from its files a linear layer at a time: name → (out, in).
+
+        Raises:
+            InputError: the base is stored in 4 bits.
+        """
+        return original_weights(open_checkpoint(self.source)[0], self.source.name)
 
 
 def load_base(
@@ -88,7 +103,7 @@ def load_model(
     device: str,
     part: Part | None = None,
     *,
-    attention: str = ATTENTION,
+    attention: str = "sdpa",
     gguf: tuple[Checkpoint, PreTrainedConfig] | None = None,
 ) -> PreTrainedModel:
     """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files.

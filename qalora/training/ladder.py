@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qalora.base.device import free_unused
-from qalora.base.fitting import MLP_TILE
-from qalora.base.memory import Checkpointing
 from qalora.errors import AnswerNo
-from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.fitting import MLP_TILE
+from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.memory import Checkpointing
 
 Inputs = dict[str, Any]
 T = TypeVar("T")

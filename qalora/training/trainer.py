@@ -1,7 +1,7 @@
 """The wiring of a run: read this first.
 
 A batch: the collator pads rows or packs them → `training_step` → the decoder, its frozen maps and gated adapters
-(adapter/layer.py) → the label-only loss (base/loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
+(adapter/layer.py) → the label-only loss (kernels/loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
 (callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
 """
 
@@ -31,22 +31,23 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qalora.adapter.allocation import Schedule, schedule
-from qalora.adapter.model import is_finite, load_adapter, rank_parameters, ranks, write_adapter
+from qalora.adapter.callback import AllocationCallback
+from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
-from qalora.adapter.quantization_start import Weights
-from qalora.adapter.round import RoundSettings
+from qalora.adapter.surgery import restore
+from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.device import peak_memory
-from qalora.base.loss import use_label_only_loss
-from qalora.base.norm import use_lean_norms
-from qalora.data.batching import Collator, PackingCollator, micro_batches, pack
+from qalora.data.batching import Collator, PackingCollator, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
-from qalora.metrics import row_losses
+from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.loss import liger_loss, summed_loss
+from qalora.metrics import item_losses
 from qalora.recipe import Recipe
-from qalora.training.activations import set_checkpointing, set_mlp_tile
-from qalora.training.callback import AllocationCallback, InterruptCallback, ProgressLine, Start, console
+from qalora.terminal import console
 from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_good, write_manifest
 from qalora.training.ladder import Ladder
+from qalora.training.progress import InterruptCallback, LastValidation, ProgressLine
 from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
 
@@ -86,7 +87,7 @@ class Throughput:
         }
 
 
-class QaloraTrainer(Trainer):
+class QaloraTrainer(VariableRanks, Trainer):
     """Hugging Face's Trainer with adapters whose ranks change: see the module's docstring for the walk of a batch."""
 
     model: PeftModel  # type: ignore[assignment]
@@ -111,7 +112,8 @@ class QaloraTrainer(Trainer):
         self.ladder, self.provenance = ladder, provenance
         self.other_validation = other_validation
         self._writing_to: Path | None = None
-        # Our forward takes num_items_in_batch, which PeftModel's signature hides.
+        self.fused_loss = liger_loss() if torch.cuda.is_available() else None
+        # The loss is divided by num_items_in_batch here, so the Trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,8 +135,7 @@ class QaloraTrainer(Trainer):
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
         step = super().training_step
-        smoothed = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        loss = self.ladder.run(inputs, lambda piece: step(model, {**piece, **smoothed}, num_items_in_batch))
+        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
@@ -143,9 +144,16 @@ class QaloraTrainer(Trainer):
             )
         return loss
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """() the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
+        summed = summed_loss(self.model, inputs, smoothing=self.label_smoothing, fused=self.fused_loss)
+        return summed / num_items_in_batch
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
-        losses = row_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
+        losses = item_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
         tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
         self.log(metrics)
@@ -284,11 +292,9 @@ class QaloraTrainer(Trainer):
         return [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
 
     def _load_best_model(self) -> None:
-        """The best checkpoint may have other ranks than the model has now, so its adapter is built anew."""
         best = self.state.best_global_step
         if best and best != self.state.global_step:
-            unloaded = cast(PreTrainedModel, self.model.unload())
-            self.model = self.model_wrapped = load_adapter(unloaded, self._checkpoint(best))
+            restore(self.model, self._checkpoint(best))
 
     def _last_checkpoint(self) -> str:
         good = last_good(Path(str(self.args.output_dir)))
@@ -306,10 +312,8 @@ def build_trainer(
     scoring: list[dict[str, Any]],
     rounds: Schedule,
     total_steps: int,
-    start: dict[str, int],
     compute_dtype: torch.dtype,
     output_dir: Path,
-    original: Weights | None = None,
     other_rows: bool = False,
     other_validation: bool = False,
     provenance: Provenance | None = None,
@@ -321,48 +325,28 @@ def build_trainer(
         train: the same, or packed sequences of them.
         validation: tokenized rows for the loss during training.
         scoring: B_val, tokenized rows that score the ranks.
-        start: the ranks at birth, whose sum is the budget R; a resumed run has others by now.
-        original: the base's 16-bit weights, for lora.init=quantization.
         other_rows: than the checkpoint was trained on: the epoch begins anew with them.
         other_validation: rows than those that gave the checkpoint its best loss.
         provenance: written beside the adapter of every checkpoint.
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
-    use_label_only_loss(base)
-    use_lean_norms(base)
     set_checkpointing(base, training.gradient_checkpointing)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     ladder = Ladder(model, say=console.print)
+    growth = starting_rows(recipe, rows) if recipe.lora.init == "gradient" else ()
     allocator = AllocationCallback(
-        rounds,
-        RoundSettings(
-            budget=sum(start.values()),
-            prune=allocation.prune_per_round or len(start),
-            scoring=allocation.scoring,
-            importance=allocation.kind,
-            min_rank=allocation.min_rank,
-            max_rank=allocation.max_rank,
-            seed=training.seed,
-            modules=tuple(start),
-            step_tokens=sum(len(item["input_ids"]) for item in train)
-            / len(train)
-            * training.micro_batch_size
-            * training.gradient_accumulation_steps,
-            parameters=sum(start[name] * cost for name, cost in rank_parameters(model, start).items())
-            if allocation.budget == "parameters"
-            else None,
-        ),
-        micro_batches(scoring, training.micro_batch_size, collate),
-        Start(
-            recipe.chosen_init(sixteen_bit=original is not None),
-            allocation.start,
-            starting_batch(recipe, rows, collate),
-            original,
-        ),
-        ladder,
-        output_dir,
+        scoring,
+        schedule=rounds,
+        prune_per_round=allocation.prune_per_round,
+        scoring=allocation.scoring,
+        importance=allocation.kind,
+        min_rank=allocation.min_rank,
+        max_rank=allocation.max_rank,
+        budget=allocation.budget,
+        growth_rows=growth,
+        attempt=ladder.attempt,
     )
     interrupt = InterruptCallback()
     arguments = _arguments(recipe, total_steps, compute_dtype, output_dir, steps_of(recipe, len(train))[1])
@@ -380,7 +364,7 @@ def build_trainer(
         other_validation=other_validation,
         provenance=provenance,
         label_smoothing=training.label_smoothing_factor,
-        callbacks=[allocator, interrupt],
+        callbacks=[allocator, LastValidation(), interrupt],
     )
     if training.early_stopping_patience is not None and training.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -391,10 +375,9 @@ def build_trainer(
     return trainer, allocator, interrupt
 
 
-def starting_batch(recipe: Recipe, rows: list[dict[str, Any]], collate: Collator) -> list[dict[str, Tensor]]:
+def starting_rows(recipe: Recipe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The training rows that decide where ranks point when they are born."""
-    chosen = random.Random(recipe.training.seed).sample(rows, min(recipe.lora.init_rows, len(rows)))
-    return micro_batches(chosen, recipe.training.micro_batch_size, collate)
+    return random.Random(recipe.training.seed).sample(rows, min(recipe.lora.init_rows, len(rows)))
 
 
 def training_items(recipe: Recipe, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from qalora.base import loading
 from qalora.base.loading import choose_compute_dtype, load_base, load_tokenizer
-from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import dequantize, is_4bit, linear_maps
 from qalora.base.registry import resolve
 from qalora.errors import InputError
+from qalora.kernels.prefixes import ATTENTION
 
 IDS = torch.tensor([[1, 5, 9, 30, 7, 2, 11, 64]])
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qalora.base.prefixes import ATTENTION
 from qalora.data.batching import Collator, PackingCollator, first_fit, pack
+from qalora.kernels.prefixes import ATTENTION
 
 
 def item(row: int, ids: list[int], prompt: int = 1) -> dict:

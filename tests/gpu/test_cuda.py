@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
+from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
 from qalora.adapter.model import attach, gated_layers, ranks, write_adapter
-from qalora.adapter.quantization_start import start_at_quantization_error
-from qalora.adapter.round import RoundSettings, keep_best_corrections
+from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.adapter.surgery import apply_plan
 from qalora.base.loading import load_base, load_tokenizer
-from qalora.base.loss import fused_loss, label_only_loss, liger_loss
 from qalora.base.quantized import dequantize, linear_maps, quantize_
 from qalora.base.registry import resolve
 from qalora.deploy.merging import merge
-from qalora.training.activations import set_checkpointing
+from qalora.kernels.activations import set_checkpointing
+from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss
 from qalora.training.ladder import Ladder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

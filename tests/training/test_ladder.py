@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qalora.adapter.model import gated_layers
-from qalora.base.fitting import MLP_TILE
 from qalora.errors import AnswerNo
-from qalora.training.activations import checkpointing_of
+from qalora.fitting import MLP_TILE
+from qalora.kernels.activations import checkpointing_of
 from qalora.training.ladder import Ladder, pieces
 
 

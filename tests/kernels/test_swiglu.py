@@ -11,9 +11,9 @@ from torch import nn
 
 from qalora.adapter.layer import GatedLinear, gated
 from qalora.adapter.model import gated_layers
-from qalora.adapter.recompute import both_runs
-from qalora.adapter.swiglu import use_fused_mlps
 from qalora.base.quantized import dequantize
+from qalora.kernels.recompute import both_runs
+from qalora.kernels.swiglu import use_fused_mlps
 
 BASES = [
     pytest.param(False, torch.float32, id="plain-fp32"),

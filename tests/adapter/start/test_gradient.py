@@ -7,10 +7,10 @@ from types import MethodType
 import pytest
 import torch
 
-from qalora.adapter.gradient_start import START_NORM, Directions, gradient_directions, start_along_gradient
 from qalora.adapter.model import gated_layers
+from qalora.adapter.start.gradient import START_NORM, Directions, gradient_directions, start_along_gradient
 from qalora.base.quantized import dequantize
-from qalora.training.activations import set_checkpointing
+from qalora.kernels.activations import set_checkpointing
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"]
 

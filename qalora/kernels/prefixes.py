@@ -23,7 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "sdpa_over_rows"  # the name of attention that can gather rows, for from_pretrained
+ATTENTION = "sdpa_over_rows"  # transformers' name for attention that can gather rows
+OWN = "sdpa"  # the attention whose place it takes
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
 OWN_STATES = {"position_ids", "inputs_embeds", "past_key_values"}  # with these, equal tokens need not have equal states
 MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
@@ -42,13 +43,18 @@ class Shared:
     places: Tensor
 
 
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside of a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def final_hidden(
     model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
     """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
 
     Args:
-        model: loaded with `ATTENTION`; every other one computes row by row.
+        model: with the attention `ATTENTION` (install.py); every other one computes row by row.
         input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the positions 0, 1, 2 …,
             share their prefixes.
 
@@ -138,5 +144,7 @@ def _attention(
     return F.embedding(shared_prefixes.tokens, out.flatten(2).flatten(0, 1)).unflatten(-1, out.shape[2:])[None], None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def register() -> None:
+    """Makes `ATTENTION` known to transformers."""
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

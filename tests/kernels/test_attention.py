@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qalora.adapter.attention import rotate_, use_fused_attention
 from qalora.adapter.layer import GatedLinear, gated
 from qalora.adapter.model import gated_layers
-from qalora.adapter.recompute import both_runs
+from qalora.kernels.attention import rotate_, use_fused_attention
+from qalora.kernels.recompute import both_runs
 
 BASES = [
     pytest.param(False, torch.float32, id="plain-fp32"),

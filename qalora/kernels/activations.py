@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.adapter.recompute import both_runs
-from qalora.base.memory import Checkpointing
 from qalora.errors import InputError
+from qalora.kernels.recompute import both_runs
+from qalora.memory import Checkpointing
+
+TILED = "fused SwiGLU"  # the kernel (install.py) that can work on some tokens at a time
 
 
 def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
@@ -53,7 +55,7 @@ def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
         InputError: an MLP of another kind than LLaMA's.
     """
     for block in blocks_of(model):
-        if hasattr(block.mlp, "mlp_tile"):
+        if getattr(block.mlp, "kernel", None) == TILED:
             block.mlp.mlp_tile = tokens
         elif tokens is not None:
             raise InputError(f"training.mlp_tile={tokens}: {type(block.mlp).__name__} cannot be tiled; leave it out.")

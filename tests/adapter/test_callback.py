@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerState
 
 from qalora.adapter.allocation import Schedule
-from qalora.training.callback import AllocationCallback, Start
+from qalora.adapter.callback import AllocationCallback, Start
 
 
 @pytest.mark.parametrize(("step", "left"), [(3, []), (4, [4]), (5, [4]), (8, [4, 8])])

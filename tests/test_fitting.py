@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qalora.base.fitting import FULL_FORWARD, HEADROOM, LEVELS, MLP_TILE, fit, largest, least
-from qalora.base.memory import MemoryPlan, plan_memory
 from qalora.base.registry import MODELS
+from qalora.fitting import FULL_FORWARD, HEADROOM, LEVELS, MLP_TILE, fit, largest, least
+from qalora.memory import MemoryPlan, plan_memory
 
 LLAMA = partial(plan_memory, MODELS["llama-7b"][1])
 

@@ -4,7 +4,7 @@ map's quantization error."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,14 +14,16 @@ from peft import PeftModel
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, most_pruned, plan
 from qalora.adapter.certified import LEAST_CERTIFIED
-from qalora.adapter.gradient_start import FORWARDS, gradient_directions
 from qalora.adapter.model import rank_parameters, ranks
-from qalora.adapter.quantization_start import Weights, start_at_quantization_error
 from qalora.adapter.scores import Importance, Method, PerRank, RankScores
 from qalora.adapter.scoring import FIRST_ORDER, MIDPOINT, midpoint_shares, score_ranks
+from qalora.adapter.start.gradient import FORWARDS, gradient_directions
+from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.adapter.surgery import apply_plan
+from qalora.base.checkpoint import Weights
 from qalora.base.device import spare_memory
 
+Scorer = Callable[[PeftModel, Sequence[MicroBatch], int], RankScores]  # (model, batch, ranks that will go)
 Scoring = Literal["auto", "certified", "first-order", "exact", "path"]
 SHARE = 0.03  # of the training so far, which `auto` may spend on scoring
 
@@ -60,12 +62,14 @@ def allocation_round(
     step: int,
     spent: float = 0.0,
     growth: Sequence[MicroBatch] = (),
+    scorer: Scorer | None = None,
 ) -> tuple[dict[str, Any], RankScores]:
     """Runs one round on the model and its optimizer.
 
     Args:
         spent: forwards of the batch that earlier rounds took.
         growth: training rows whose gradient new ranks are pointed along; none: they point anywhere.
+        scorer: what scores the ranks; None: `score_ranks`, as the settings say.
 
     Returns:
         (a line of allocation.jsonl without its scores' file, the scores that decided).
@@ -77,17 +81,20 @@ def allocation_round(
     start = time.perf_counter()
     method, budget = _method(settings, batch, step, spent)
     prune = most_pruned(ranks(model).values(), settings.prune)
-    scores = score_ranks(
-        model,
-        batch,
-        method,
-        importance=settings.importance,
-        prune=prune,
-        min_rank=settings.min_rank,
-        memory=spare_memory(),
-        budget=budget,
-        seed=settings.seed,
-    )
+    if scorer is not None:
+        scores = scorer(model, batch, prune)
+    else:
+        scores = score_ranks(
+            model,
+            batch,
+            method,
+            importance=settings.importance,
+            prune=prune,
+            min_rank=settings.min_rank,
+            memory=spare_memory(),
+            budget=budget,
+            seed=settings.seed,
+        )
     importance = {**dict.fromkeys(settings.modules, ()), **scores.importance}
     cost = rank_parameters(model, importance)
     decision = plan(

@@ -7,8 +7,8 @@ import torch
 
 from qalora.adapter import attention, layer, swiglu
 from qalora.adapter.model import gated_layers
-from qalora.training import activations
-from qalora.training.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.kernels import activations
+from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 
 def gradients(model, batch) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ and then the 16-bit weights pass by, a map at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import torch
@@ -19,17 +19,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.gradient_start import START_NORM
-from qalora.adapter.inputs import token_mask, visit_inputs
 from qalora.adapter.model import gated_layers
-from qalora.base.checkpoint import Checkpoint
+from qalora.adapter.start.gradient import START_NORM
+from qalora.adapter.start.inputs import token_mask, visit_inputs
+from qalora.base.checkpoint import Weights
 from qalora.base.quantized import dequantize
-from qalora.errors import InputError
 
 TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
 FEWEST_ROWS = 4  # that these tokens are from: those of one text are alike
-
-Weights = Callable[[str], Tensor]  # name of a map → its (out, in) weight before quantization
 
 
 def start_at_quantization_error(
@@ -53,20 +50,6 @@ def start_at_quantization_error(
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A
         layer.B.data[:, : len(A)] = B / layer.s
-
-
-def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
-    """The 16-bit weights of a base, read a map at a time.
-
-    Raises:
-        InputError: the base is stored in 4 bits, and its 16-bit weights are not there; names it by `model`.
-    """
-    if checkpoint.packed:
-        raise InputError(
-            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
-            "that it was made from, or another lora.init."
-        )
-    return lambda name: checkpoint.tensor(f"{name}.weight")
 
 
 def correction(error: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
-from qalora.adapter.inputs import visit_inputs
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import add_layer, gated_layers, ranks, remove_layer
-from qalora.base.memory import OVERSAMPLING
-from qalora.base.stretches import stretches
+from qalora.adapter.start.inputs import visit_inputs
+from qalora.kernels.loss import row_losses
+from qalora.kernels.stretches import stretches
+from qalora.memory import OVERSAMPLING
 
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
 START_NORM = 1 / math.sqrt(3)
@@ -157,7 +158,7 @@ def _gradients(
         }
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         for micro in batch:
-            loss = model(**micro).row_losses.sum()  # the mean's gradients would be too small for fp16
+            loss = row_losses(model, micro).sum()  # the mean's gradients would be too small for fp16
             for name, gradient in zip(sums, torch.autograd.grad(loss, list(trained.values())), strict=True):
                 sums[name] += gradient / tokens
     own = {name: len(layer.A) for name, layer in layers.items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.base.memory import Checkpointing, MemoryPlan
+from qalora.memory import Checkpointing, MemoryPlan
 
 Plan = Callable[..., MemoryPlan]  # plan_memory with everything set but what is chosen here
 

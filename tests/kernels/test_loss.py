@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qalora.base import loss as module
-from qalora.base.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
+from qalora.kernels import loss as module
+from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
 
 
 @pytest.fixture

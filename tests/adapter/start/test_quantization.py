@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qalora.adapter.gradient_start import START_NORM
 from qalora.adapter.model import attach, gated_layers
-from qalora.adapter.quantization_start import (
+from qalora.adapter.start.gradient import START_NORM
+from qalora.adapter.start.quantization import (
     TOKENS,
     correction,
-    original_weights,
     sampled_inputs,
     some_rows,
     start_at_quantization_error,
 )
-from qalora.base.checkpoint import open_checkpoint
+from qalora.base.checkpoint import open_checkpoint, original_weights
 from qalora.base.loading import load_base
 from qalora.base.quantized import dequantize
 from qalora.base.registry import resolve

@@ -187,7 +187,7 @@ def _activations(
 def _sketch(
     maps: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], longer: Mapping[str, int], step: dict[str, int]
 ) -> int:
-    """What the second pass of the gradient's sketch holds beside the adapter (adapter/gradient_start.py): longer A and B in its
+    """What the second pass of the gradient's sketch holds beside the adapter (adapter/start/gradient.py): longer A and B in its
     place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward, the gradients to add."""
     matrices = spans = of_A = of_B = 0
     for name, count in longer.items():

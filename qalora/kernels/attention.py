@@ -1,6 +1,6 @@
 """Queries, keys and values of a LLaMA block over gated low-rank maps, rotated to their positions, as one node.
 
-    q, k = rotate(map(x)), v = map(x)        each map: W x + s · B diag(α) A x (adapter/layer.py)
+    q, k = rotate(map(x)), v = map(x)        each map: W x + s · B diag(α) A x (low_rank.py)
 
 Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x are made and
 added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one another.
@@ -8,14 +8,14 @@ added. Here x is kept once, what is kept is rotated already, and the gradients a
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qalora.adapter.layer import (
+from qalora.kernels.low_rank import (
     Frozen,
     can_fuse,
     frozen_backward,
@@ -24,21 +24,18 @@ from qalora.adapter.layer import (
     put_together,
     taken_apart,
 )
-from qalora.adapter.recompute import kept
+from qalora.kernels.recompute import kept
 
 # Attentions of transformers that rotate halves of whole heads, with nothing between the maps and the rotation.
 KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 
 
-def use_fused_attention(model: nn.Module) -> None:
-    """Has the three maps into attention run as one node in every block of a known kind; others stay as they are."""
-    module: Any
-    for module in model.modules():
-        if type(module).__name__ in KNOWN:
-            module.forward = MethodType(_forward, module)
+def replaceable(model: nn.Module) -> Iterator[nn.Module]:
+    """The attentions of a known kind."""
+    return (module for module in model.modules() if type(module).__name__ in KNOWN)
 
 
-def _forward(
+def forward(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,

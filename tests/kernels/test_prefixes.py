@@ -13,10 +13,10 @@ from transformers.integrations.neftune import activate_neftune
 
 from qalora.adapter.layer import gated
 from qalora.adapter.model import attach, gated_layers
-from qalora.base import prefixes
-from qalora.base.loss import use_label_only_loss
-from qalora.base.prefixes import ATTENTION, can_share, final_hidden, share
-from qalora.training.activations import set_checkpointing
+from qalora.kernels import prefixes
+from qalora.kernels.activations import set_checkpointing
+from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels.prefixes import ATTENTION, can_share, final_hidden, share
 
 ROWS = [  # prompts in common, a whole row in common, nothing in common, a row that ends where another goes on
     [5, 6, 7, 8, 9, 10, 11],

@@ -8,20 +8,49 @@ no gradient: d loss / d hidden = (softmax − one-hot) W is formed in the forwar
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qalora.base.prefixes import final_hidden
+from qalora.kernels.prefixes import causal_lm, final_hidden
 
 CHUNK_BYTES = 64 * 2**20
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
+
+
+def row_losses(model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy of each row of a batch, with or without an adapter on the model.
+
+    Args:
+        model: a causal LM of transformers, or a PeftModel around one.
+        batch: input_ids and labels, (rows, tokens), and what else the decoder takes (attention_mask, position_ids).
+        smoothing: see `label_only_loss`.
+
+    Returns:
+        (rows,) fp32, nats.
+    """
+    hidden, labels, head = _before_the_head(model, batch)
+    return label_only_loss(hidden, labels, head, smoothing)
+
+
+def summed_loss(
+    model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, fused: Fused | None = None
+) -> Tensor:
+    """The sum of `row_losses`, (), in nats: what a training step needs, and `fused` computes where it is given."""
+    hidden, labels, head = _before_the_head(model, batch)
+    if fused is None or smoothing or not hidden.is_cuda:
+        return label_only_loss(hidden, labels, head, smoothing).sum()
+    return fused_loss(hidden, labels, head, fused)
+
+
+def _before_the_head(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(final hidden states (rows, tokens, d), labels (rows, tokens), the head (vocabulary, d))."""
+    base = causal_lm(model)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return final_hidden(base, **inputs, use_cache=False), batch["labels"], base.get_output_embeddings().weight
 
 
 def label_only_loss(hidden: Tensor, labels: Tensor, head: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -111,41 +140,3 @@ def _cross_entropy_by_vocabulary(hidden: Tensor, targets: Tensor, head: Tensor) 
     for part in head.split(max(1, CHUNK_BYTES // (4 * max(head.shape[1], len(hidden))))):
         log_sum = torch.logaddexp(log_sum, F.linear(hidden, part.to(hidden.dtype)).logsumexp(-1))
     return log_sum - (hidden * head[targets].to(hidden.dtype)).sum(-1)
-
-
-def use_label_only_loss(model: PreTrainedModel) -> None:
-    """Makes `model(..., labels=labels)` return the label-only loss instead of building the logits.
-
-    The loss is the mean over supervised tokens, or the sum over `num_items_in_batch` where that is given (the Trainer's
-    way to weight micro-batches by their tokens), smoothed where `label_smoothing` asks for it; `output.row_losses` holds the (rows,) sums, which
-    Liger-Kernel, where it computes a training step's sum, does not give; and
-    `model.row_losses_of(hidden, labels)` gives them from final hidden states. Without labels the model is as it was. The forward is replaced rather than bypassed, so that hooks around the model keep working.
-    """
-    plain_forward = model.forward
-    fused = liger_loss() if torch.cuda.is_available() else None
-
-    def forward(
-        self: Any,
-        *args: Any,
-        labels: Tensor | None = None,
-        num_items_in_batch: Any = None,
-        label_smoothing: float = 0.0,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is None:
-            return plain_forward(*args, **kwargs)
-        hidden = final_hidden(self, *args, **kwargs)
-        if num_items_in_batch is not None and fused is not None and hidden.is_cuda and not label_smoothing:
-            loss = fused_loss(hidden, labels, self.get_output_embeddings().weight, fused)
-            return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
-        row_losses = self.row_losses_of(hidden, labels, label_smoothing)
-        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
-        output = CausalLMOutputWithPast(loss=row_losses.sum() / count)
-        output["row_losses"] = row_losses
-        return output
-
-    def row_losses_of(self: Any, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        return label_only_loss(hidden, labels, self.get_output_embeddings().weight, smoothing)
-
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
-    model.row_losses_of = MethodType(row_losses_of, model)  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """The MLP of a LLaMA block over gated low-rank maps, as one node.
 
-    z = down(silu(gate x) ∘ up x)        gate, up, down: W x + s · B diag(α) A x each (adapter/layer.py)
+    z = down(silu(gate x) ∘ up x)        gate, up, down: W x + s · B diag(α) A x each (low_rank.py)
 
 Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their product.
 Two of them give the others, so two are kept, and the backward writes their gradients into them.
@@ -8,15 +8,14 @@ Two of them give the others, so two are kept, and the backward writes their grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MethodType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qalora.adapter.layer import (
+from qalora.kernels.low_rank import (
     Frozen,
     LowRank,
     Part,
@@ -27,8 +26,8 @@ from qalora.adapter.layer import (
     put_together,
     taken_apart,
 )
-from qalora.adapter.recompute import kept, output_unused
-from qalora.base.stretches import stretches
+from qalora.kernels.recompute import kept, output_unused
+from qalora.kernels.stretches import stretches
 
 # What a block is made of whose MLP's output is added to the residual and read by nothing else.
 BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -36,28 +35,28 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = ("SiLU", "SiLUActivation")
 
 
-def use_fused_mlps(model: nn.Module) -> None:
-    """Has the MLP of every LLaMA block run as one node; blocks that are built otherwise stay as they are."""
+def replaceable(model: nn.Module) -> Iterator[nn.Module]:
+    """The MLPs of LLaMA's blocks; a block that is built otherwise may read an MLP's output twice."""
     block: Any
-    for block in list(model.modules()):
+    for block in model.modules():
         if _children(block) == BLOCK and _children(block.mlp) == MLP and type(block.mlp.act_fn).__name__ in SILU:
-            block.mlp.mlp_tile = None
-            block.mlp.forward = MethodType(_forward, block.mlp)
+            yield block.mlp
 
 
 def _children(module: Any) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def forward(self: Any, x: Tensor) -> Tensor:
     """x: (rows, tokens, d) → (rows, tokens, d); at most `self.mlp_tile` tokens at a time."""
     layers = (self.gate_proj, self.up_proj, self.down_proj)
+    tile = getattr(self, "mlp_tile", None)
     if not can_fuse(layers) or not torch.is_grad_enabled():
-        if self.mlp_tile is None:
+        if tile is None:
             return _one_by_one(layers, x)
-        return torch.cat([_one_by_one(layers, part) for part in x.split(self.mlp_tile, dim=1)], dim=1)
+        return torch.cat([_one_by_one(layers, part) for part in x.split(tile, dim=1)], dim=1)
     frozen, trained = taken_apart(layers)
-    return _GatedSwiGLU.apply(x, frozen, self.mlp_tile, *trained)
+    return _GatedSwiGLU.apply(x, frozen, tile, *trained)
 
 
 def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:

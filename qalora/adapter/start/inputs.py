@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
-from qalora.base.prefixes import final_hidden
+from qalora.kernels.prefixes import final_hidden
 
 
 def visit_inputs(

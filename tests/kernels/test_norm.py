@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qalora.base import stretches
-from qalora.base.norm import use_lean_norms
+from qalora.kernels import stretches
+from qalora.kernels.norm import use_lean_norms
 
 
 def norms(dtype):

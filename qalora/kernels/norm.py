@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qalora.base.stretches import stretches
+from qalora.kernels.stretches import stretches
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -41,13 +41,13 @@ class _FrozenRMSNorm(torch.autograd.Function):
         return grad, None, None
 
 
-def use_lean_norms(model: nn.Module) -> None:
-    """Has every frozen RMSNorm over hidden states of the model keep less between forward and backward; the forward stays
-    transformers' to the bit."""
+def replaceable(model: nn.Module) -> Iterator[nn.Module]:
+    """Every frozen RMSNorm over hidden states; the forward stays transformers' to the bit."""
+    module: Any
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and not module.weight.requires_grad:
-            module.forward = MethodType(_forward, module)
+            yield module
 
 
-def _forward(self: Any, hidden_states: Tensor) -> Tensor:
+def forward(self: Any, hidden_states: Tensor) -> Tensor:
     return _FrozenRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)

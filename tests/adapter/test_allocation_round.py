@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qalora.adapter.allocation import plan
-from qalora.adapter.gradient_start import FORWARDS, gradient_directions
+from qalora.adapter.allocation_round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import attach, gated_layers, rank_parameters, ranks
-from qalora.adapter.quantization_start import start_at_quantization_error
-from qalora.adapter.round import RoundSettings, allocation_round, keep_best_corrections
 from qalora.adapter.scoring import FIRST_ORDER, score_ranks
+from qalora.adapter.start.gradient import FORWARDS, gradient_directions
+from qalora.adapter.start.quantization import start_at_quantization_error
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
-from qalora.adapter.gradient_start import gradient_directions
 from qalora.adapter.model import attach
-from qalora.base.loss import use_label_only_loss
-from qalora.base.memory import CUDA_CONTEXT, plan_memory
-from qalora.base.norm import use_lean_norms
+from qalora.adapter.start.gradient import gradient_directions
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import MODELS, ModelShape
-from qalora.training.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels.norm import use_lean_norms
+from qalora.memory import CUDA_CONTEXT, plan_memory
 from qalora.training.ladder import Ladder
 
 # Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.

@@ -1,0 +1,278 @@
+"""When ranks move in a run under transformers' Trainer; how they are scored and moved stands in allocation_round.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qalora.adapter.ablation import MicroBatch
+from qalora.adapter.allocation import Schedule, schedule
+from qalora.adapter.allocation_round import RoundSettings, Scorer, Scoring, allocation_round
+from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.scores import Importance, RankScores
+from qalora.base.quantized import linear_maps
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.errors import AnswerNo, InputError
+from qalora.files import write_whole
+from qalora.terminal import console
+
+T = TypeVar("T")
+Attempt = Callable[[Sequence[MicroBatch], Callable[[Sequence[MicroBatch]], T]], T]
+HISTORY = "allocation.jsonl"
+
+
+def once(batch: Sequence[MicroBatch], work: Callable[[Sequence[MicroBatch]], T]) -> T:
+    """`work` on the batch."""
+    return work(batch)
+
+
+class AllocationCallback(TrainerCallback):
+    """Rounds of Algorithm 1 (ALoRA, arXiv 2403.16187, §3.3): after some optimizer steps the ranks are scored on `rows`, the least
+    important leave, and modules that lost none are given theirs, never above the budget that the adapter began with.
+
+    It wires itself when training begins, under `transformers.Trainer` or a subclass such as TRL's SFTTrainer: from the model, the
+    number of steps, and the trainer's arguments. A round falls at the end of a step, so that the log line, the validation and the
+    checkpoint of that step see the new ranks. Its record is `allocation.jsonl` in the trainer's output folder, with the scores beside
+    it. To load the best checkpoint, or to resume, across a round, give the trainer `VariableRanks` as a mixin.
+
+    Args:
+        rows: B_val, the rows that score the ranks and that training does not see: `input_ids` and `labels` (−100 where no loss), a
+            list of integers each.
+        rounds: N_A, at most.
+        warmup: K1, before the first round: optimizer steps (20), a share of the run (0.3), or epochs ("1 epoch").
+        interval: K2, between rounds, likewise.
+        prune_per_round: n_A, ranks; None: one per module.
+        scoring: how ranks are scored, see `score_ranks`; auto: certified as far as 3 % of the training so far allow.
+        importance: which score decides; None: path for scoring="path", else the paper's eq. 6.
+        min_rank: ranks that every module keeps.
+        max_rank: ranks that no module exceeds; None: no limit.
+        budget: what never rises above the start: the number of ranks, or that and their parameters.
+        growth_rows: training rows along whose gradient new ranks point; none: anywhere.
+        batch_size: rows of a micro-batch while scoring; None: the trainer's.
+        seed: None: the trainer's.
+        schedule: the rounds themselves, in the place of `rounds`, `warmup` and `interval`.
+        scorer: (model, batch, prune) → RankScores in the place of AB-LoRA's.
+        attempt: how work on a batch is tried, where memory may run out.
+
+    Raises:
+        InputError: no rows, or rows without `input_ids` and `labels`.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        rounds: int = 8,
+        warmup: int | float | str = 0.3,
+        interval: int | float | str = 0.05,
+        prune_per_round: int | None = None,
+        scoring: Scoring = "auto",
+        importance: Importance | None = None,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        budget: Literal["ranks", "parameters"] = "parameters",
+        growth_rows: Iterable[Mapping[str, Any]] = (),
+        batch_size: int | None = None,
+        seed: int | None = None,
+        schedule: Schedule | None = None,
+        scorer: Scorer | None = None,
+        attempt: Attempt[Any] = once,
+    ):
+        self.rows = tokenized(rows, "rows")
+        self.growth_rows = tokenized(growth_rows, "growth_rows") if growth_rows else []
+        self.durations = {"rounds": rounds, "warmup": warmup, "interval": interval}
+        self.given_schedule = schedule
+        self.asked: dict[str, Any] = {
+            "prune": prune_per_round,
+            "scoring": scoring,
+            "importance": importance or ("path" if scoring == "path" else "sum"),
+            "min_rank": min_rank,
+            "max_rank": max_rank,
+        }
+        self.budget, self.batch_size, self.seed = budget, batch_size, seed
+        self.scorer, self.attempt = scorer, attempt
+        self.rounds = schedule or Schedule((), False)
+        self.history: list[dict[str, Any]] = []
+        self._before: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
+
+    def record_start(self, record: dict[str, Any], scores: Mapping[str, Any]) -> None:
+        """Takes what shared out the budget before the first step into the history."""
+        self._before = [(record, scores)]
+
+    def done(self) -> int:
+        """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
+        return sum(record["step"] > 0 for record in self.history)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Raises:
+            InputError: no adapter on the model, or a run that is too short for a round.
+        """
+        if not hasattr(model, "peft_config") or not gated_layers(model):
+            raise InputError(
+                "AllocationCallback: the model has no adapter of ours; make it with attach or load_adapter."
+            )
+        to_fp32(model)
+        self.file = Path(str(args.output_dir)) / HISTORY
+        # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
+        earlier = read_history(self.file) if state.global_step else []
+        self.history = [record for record in earlier if record["step"] <= state.global_step]
+        collate = Collator(getattr(processing_class, "pad_token_id", None) or 0)
+        size = self.batch_size or args.per_device_train_batch_size
+        self.batch = micro_batches(self.rows, size, collate)
+        self.growth = micro_batches(self.growth_rows, size, collate) if self.growth_rows else []
+        start = ranks_at_start(self.history, ranks(model), list(linear_maps(model)))
+        self.rounds = self.given_schedule or self._schedule(args, state)
+        parameters = sum(start[name] * cost for name, cost in rank_parameters(model, start).items())
+        self.settings = RoundSettings(
+            **{**self.asked, "prune": self.asked["prune"] or len(start)},
+            budget=sum(start.values()),
+            parameters=parameters if self.budget == "parameters" else None,
+            seed=args.seed if self.seed is None else self.seed,
+            modules=tuple(start),
+            step_tokens=self._row_tokens(train_dataloader)
+            * args.per_device_train_batch_size
+            * args.gradient_accumulation_steps,
+        )
+        if state.global_step == 0:
+            for record, scores in self._before:
+                self._keep(record, scores)
+        self._write()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step not in self.rounds.steps:
+            return
+        growth = on_device(self.growth, args.device)
+        spent = sum(earlier["forward_equivalents"] for earlier in self.history)
+
+        def round_of(batch: Sequence[MicroBatch]) -> tuple[dict[str, Any], RankScores]:
+            # Nothing changes before the scores are there, so a round that ran out of memory can begin anew.
+            return allocation_round(
+                model,
+                optimizer,
+                batch,
+                self.settings,
+                state.global_step,
+                spent=spent,
+                growth=growth,
+                scorer=self.scorer,
+            )
+
+        record, scores = self.attempt(on_device(self.batch, args.device), round_of)
+        names = ("method", "loss", "base_loss", "drop", "alone", "importance", "stderr", "exact")
+        self._keep(record, {name: getattr(scores, name) for name in names})
+        self._write()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Raises:
+            AnswerNo: the run was to allocate, and never did.
+        """
+        if self.given_schedule is None and self.rounds.steps and not self.done():  # else who gave it looks after it
+            raise AnswerNo(
+                f"the run ended after step {state.global_step}, before its first round of allocation (step {self.rounds.steps[0]}); "
+                "lower warmup, or train longer."
+            )
+
+    def _schedule(self, args: TrainingArguments, state: TrainerState) -> Schedule:
+        per_epoch = state.max_steps / (state.num_train_epochs or 1)
+        planned = schedule(total_steps=state.max_steps, steps_per_epoch=per_epoch, **self.durations)  # type: ignore[arg-type]
+        if self.durations["rounds"] and not planned.steps:
+            raise InputError(
+                f"AllocationCallback: a run of {state.max_steps} optimizer steps has no room for a round; train longer, or pass rounds=0."
+            )
+        return planned
+
+    def _row_tokens(self, train_dataloader: Any) -> float:
+        """Tokens of a training row on average; of a scoring row, where the training rows do not say."""
+        dataset = getattr(train_dataloader, "dataset", ())
+        try:
+            named = getattr(dataset, "column_names", None)  # a column of datasets' is read at once, its rows one by one
+            lengths = [len(ids) for ids in (dataset["input_ids"] if named else [row["input_ids"] for row in dataset])]
+        except (KeyError, TypeError):
+            lengths = []
+        lengths = lengths or [len(row["input_ids"]) for row in self.rows]
+        return sum(lengths) / len(lengths)
+
+    def _keep(self, record: dict[str, Any], scores: Mapping[str, Any]) -> None:
+        scores_file = self.file.parent / "scores" / f"step-{record['step']}.json"
+        write_whole(scores_file, json.dumps(scores))
+        self.history.append({"step": record["step"], "scores": f"scores/{scores_file.name}", **record})
+
+    def _write(self) -> None:
+        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
+
+
+def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Rows as they are batched: input_ids and labels of each.
+
+    Raises:
+        InputError: none, or one that is not tokenized; `name` is the parameter.
+    """
+    found = [dict(row) for row in rows]
+    lacking = [i for i, row in enumerate(found) if not {"input_ids", "labels"} <= row.keys()]
+    if lacking or not found:
+        what = f"row {lacking[0]} has no input_ids and labels" if lacking else "it holds no row"
+        raise InputError(f"{name}: {what}; qalora.load_rows makes such rows from files and from rows of text.")
+    return [
+        {"input_ids": list(row["input_ids"]), "labels": list(row["labels"]), "row": row.get("row", i)}
+        for i, row in enumerate(found)
+    ]
+
+
+def to_fp32(model: Any) -> None:
+    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in 16."""
+    cast = [
+        parameter
+        for layer in gated_layers(model).values()
+        for parameter in (layer.A, layer.B)
+        if parameter.dtype != torch.float32
+    ]
+    for parameter in cast:
+        parameter.data = parameter.data.float()
+        parameter.grad = None
+    if cast:
+        console.print("the adapter's weights had been cast to 16 bits: they are trained in fp32")
+
+
+def ranks_at_start(
+    history: Sequence[Mapping[str, Any]], now: Mapping[str, int], order: Sequence[str]
+) -> dict[str, int]:
+    """Module → its ranks before the first record of a history, in `order`; `now`, where there is no record yet."""
+    if not history:
+        return dict(now)
+    first = history[0]
+    before = {name: rank - first["grown"].get(name, 0) for name, rank in first["ranks"].items()}
+    for name, pruned in first["pruned"].items():
+        before[name] = before.get(name, 0) + len(pruned)
+    return {name: before[name] for name in order if before.get(name)}
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

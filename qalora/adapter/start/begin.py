@@ -1,0 +1,104 @@
+"""One call that says where an adapter's ranks begin, before any trainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+
+from qalora.adapter.ablation import MicroBatch
+from qalora.adapter.allocation import Init, Share
+from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.callback import Attempt, once, tokenized
+from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.start.gradient import start_along_gradient
+from qalora.adapter.start.quantization import start_at_quantization_error
+from qalora.base.checkpoint import Weights
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.errors import InputError
+
+Record = tuple[dict[str, Any], dict[str, Any]]  # a line of allocation.jsonl, and the scores beside it
+
+
+def start(
+    model: PeftModel,
+    rows: Iterable[Mapping[str, Any]],
+    init: Init = "quantization",
+    *,
+    original: Weights | None = None,
+    share: Share = "even",
+    max_rows: int = 16,
+    batch_size: int = 4,
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    budget: Literal["ranks", "parameters"] = "parameters",
+    seed: int = 42,
+    attempt: Attempt[Any] = once,
+) -> Record | None:
+    """Points the ranks of an untrained adapter, in place.
+
+    Args:
+        model: from `attach`.
+        rows: training rows, of which `max_rows` are read: `input_ids` and `labels` (−100 where no loss), lists of integers.
+        init: kaiming: anywhere, as PEFT has it; gradient: along the leading directions of ∂L/∂W, B staying zero; quantization: at
+            what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in another arrangement).
+        original: the base's 16-bit weights, for init="quantization": `LoadedBase.original()`.
+        share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss most.
+        batch_size: rows a forward.
+        min_rank, max_rank: ranks of a module, for share="scores".
+        budget: what share="scores" never exceeds, see `AllocationCallback`.
+        seed: of everything drawn.
+        attempt: how work on a batch is tried, where memory may run out.
+
+    Returns:
+        With share="scores", what `AllocationCallback.record_start` takes.
+
+    Raises:
+        InputError: rows that are not tokenized, or no `original` where it is needed.
+    """
+    found = tokenized(rows, "rows")
+    if init == "quantization" and original is None:
+        raise InputError(
+            "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads them; "
+            "init='gradient' does without."
+        )
+    if share == "scores" and init != "quantization":
+        raise InputError(f"share='scores' chooses among corrections of init='quantization', and init is {init!r}.")
+    if init == "kaiming":
+        return None
+    chosen = random.Random(seed).sample(found, min(max_rows, len(found)))
+    batch = on_device(micro_batches(chosen, batch_size, Collator(0)), device_of(model))
+    even = ranks(model)
+
+    def begin(batch: Sequence[MicroBatch]) -> Record | None:
+        generator = torch.Generator().manual_seed(seed)
+        if original is None or init == "gradient":
+            start_along_gradient(model, batch, generator=generator)
+        elif share == "even":
+            start_at_quantization_error(model, batch, original, generator=generator)
+        else:
+            cost = rank_parameters(model, even)
+            settings = RoundSettings(
+                budget=sum(even.values()),
+                parameters=sum(even[name] * cost[name] for name in even) if budget == "parameters" else None,
+                prune=len(even),
+                scoring="path",
+                importance="path",
+                min_rank=min_rank,
+                max_rank=max_rank,
+                seed=seed,
+                step_tokens=0.0,
+                modules=tuple(even),
+            )
+            record, importance = keep_best_corrections(model, None, batch, original, settings, even)
+            return record, {"method": "midpoint", "importance": importance}
+        return None
+
+    return attempt(batch, begin)
+
+
+def device_of(model: PeftModel) -> torch.device:
+    return next(iter(gated_layers(model).values())).A.device

@@ -1,0 +1,1 @@
+"""Forwards that we compute ourselves: read install.py first."""

@@ -1,0 +1,120 @@
+"""What a run shows while it goes on, and how it is interrupted."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qalora.adapter.callback import AllocationCallback
+from qalora.terminal import console
+
+
+class LastValidation(TrainerCallback):
+    """Validates after the last step, else the last weights could not be the best."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class InterruptCallback(TrainerCallback):
+    """On SIGINT or SIGTERM: the step under way is finished, a checkpoint is written, training ends."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+            # With a limit of 1 the Trainer ends by removing all checkpoints but the best one.
+            args.save_total_limit = None
+
+    def close(self) -> None:
+        """Gives the signals back, however the training ended."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:  # the second one means now
+            raise KeyboardInterrupt
+        self.signal = number
+        console.print("interrupted: finishing the step and writing a checkpoint (once more to stop at once)")
+
+
+class ProgressLine(TrainerCallback):
+    """A progress bar, and one line for every log entry, validation and round."""
+
+    def __init__(self, allocator: AllocationCallback):
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.allocator = allocator
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for record in self.allocator.history[:1]:
+            if record["step"] == state.global_step == 0:
+                console.print(
+                    f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
+                    f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
+                )
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+        history = self.allocator.history
+        if history and history[-1]["step"] == state.global_step:
+            pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
+            self.bar.console.print(
+                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
+                f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
+                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
+                f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            self.bar.console.print(
+                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
+                f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
+            )
+
+    def close(self) -> None:
+        """Takes the bar away and shows the cursor again, however the training ended."""
+        self.bar.stop()
