@@ -29,7 +29,6 @@ from qalora.adapter.certified import NOISES
 from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.scores import PerRank, RankScores, decides
 from qalora.adapter.scoring import score_ranks
-from qalora.kernels.loss import use_label_only_loss
 
 R, MODULES, FACTOR, VOCABULARY = 8, 14, 150, 128
 PLENTY = 10**9  # forwards, and bytes of stacked variants
@@ -123,7 +122,6 @@ def model_of(world: World, seed: int) -> PeftModel:
         num_key_value_heads=2, initializer_range=0.2, use_cache=False,
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(getattr(torch, world.dtype)).requires_grad_(False)
-    use_label_only_loss(base)
     model = attach(base, r=R, alpha=2 * R, seed=seed)
     layers = list(gated_layers(model).values())
     for layer in layers:

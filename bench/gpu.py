@@ -39,8 +39,7 @@ from qalora.adapter.scoring import score_ranks
 from qalora.base.registry import MODELS, ModelShape
 from qalora.fitting import MLP_TILE, fit, largest
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
-from qalora.kernels.loss import use_label_only_loss
-from qalora.kernels.norm import use_lean_norms
+from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 
 GIB, GB = 2**30, 10**9
@@ -283,7 +282,7 @@ def long_step(model: nn.Module, batch: Batch, blocks: int, device: str) -> dict[
     fresh_peak(device)
     try:
         decoder.layers = every[:blocks]
-        found["seconds"] = timed(device, lambda: model(**batch).loss.backward())[1]
+        found["seconds"] = timed(device, lambda: summed_loss(model, batch).backward())[1]
     except RuntimeError as error:  # torch.OutOfMemoryError, and what pinning host memory raises
         found["error"] = " ".join(str(error).split())[:200]
     finally:
@@ -307,7 +306,7 @@ def scoring(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[
     step(batch)  # moments are there from now on, and the peak that a round may use
 
     def forward_backward() -> None:
-        model(**batch).loss.backward()
+        (summed_loss(model, batch) / batch["labels"].numel()).backward()
         optimizer.zero_grad()
 
     training, first = (
@@ -365,8 +364,6 @@ def by_qalora(case: Case, shape: ModelShape, device: str) -> Any:
     """As training/trainer.py puts it together."""
     base = base_of(case, shape, device)
     model = attach(base, r=case.r, alpha=2 * case.r)
-    use_label_only_loss(base)
-    use_lean_norms(base)
     set_checkpointing(base, case.kept)
     set_mlp_tile(base, case.tile)
     return model.train()
@@ -386,15 +383,20 @@ SIDES = {"qalora": by_qalora, "peft": by_peft}
 
 def stepper(case: Case, model: nn.Module, device: str) -> tuple[Callable[[Batch], torch.Tensor], Any]:
     """(one optimizer step as Hugging Face's Trainer takes it, its optimizer)."""
-    parameters = trained(model)
+    parameters, fused = trained(model), liger_loss() if torch.cuda.is_available() else None
     optimizer: Any = OPTIMIZERS[case.optim](parameters, lr=2e-4)
     scaler = torch.amp.GradScaler(device, enabled=case.dtype == "float16")
     # The Trainer's fp16 means autocast; so does bf16, which QLoRA's users set and our bf16 base does without.
     autocast = case.dtype == "float16" or case.side == "peft"
 
+    def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+        if case.side == "peft":
+            return model(**batch).loss  # type: ignore[no-any-return]
+        return summed_loss(model, batch, fused=fused) / (batch["labels"][:, 1:] != -100).sum()
+
     def step(batch: Batch) -> torch.Tensor:
         with torch.autocast(device, getattr(torch, case.dtype)) if autocast else nullcontext():
-            loss = model(**batch).loss
+            loss = loss_of(model, batch)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from qalora.adapter import allocation_round as rounds_module
+from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.adapter.scores import RankScores
 from qalora.answers import generate_answers
@@ -54,7 +55,7 @@ from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
 from qalora.metrics import evaluate
 from qalora.recipe import Recipe, load_recipe
-from qalora.training.trainer import QaloraTrainer, build_trainer, schedule_of
+from qalora.training.trainer import QaloraTrainer, begin_ranks, build_trainer, schedule_of
 
 MODEL = "smollm2-135m"
 FILE = RESULTS / "quality.jsonl"
@@ -461,12 +462,11 @@ class Setup:
         """Of an adapter like the recipe's; it saves nothing."""
         recipe, steps, items = self.recipe, self.run.steps, self.items
         model = attach(self.base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=self.run.seed)
-        trainer, _, _ = build_trainer(
+        trainer, allocator, _ = build_trainer(
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
-            rounds=schedule_of(recipe, steps, steps), total_steps=steps, start=ranks(model),
-            compute_dtype=self.base.compute_dtype, output_dir=self.folder,
-            original=self.original if recipe.lora.init == "quantization" else None,
+            rounds=schedule_of(recipe, steps, steps), total_steps=steps, compute_dtype=self.base.compute_dtype, output_dir=self.folder,
         )  # fmt: skip
+        begin_ranks(recipe, trainer, allocator, items, self.original if recipe.lora.init == "quantization" else None)
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         trainer.args.load_best_model_at_end = False
         # Hugging Face's order of rows, which PEFT's methods have too.
@@ -491,9 +491,11 @@ def by_qalora(setup: Setup) -> Trained:
             cost = rank_parameters(model, ranks(model))  # by which shares will be divided
             return {name: [cost[name] * draw.random() for _ in range(rank)] for name, rank in ranks(model).items()}
 
-        rounds_module.score_ranks = scores_at_random
         rounds_module.midpoint_shares = shares_at_random
     trainer = setup.trainer()
+    if setup.method.kind == "random":
+        (allocator,) = (cb for cb in trainer.callback_handler.callbacks if isinstance(cb, AllocationCallback))
+        allocator.scorer = scores_at_random
     trainer.train()
     return Trained(trainer.model)
 

@@ -35,7 +35,7 @@ from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve, shape_of
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.tokenization import load_dataset
-from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels.loss import row_losses
 from qalora.recipe import Recipe, load_recipe
 
 matplotlib.use("Agg")
@@ -99,7 +99,6 @@ def trained(args: argparse.Namespace) -> tuple[Any, Any, Recipe]:
     source = resolve("smollm2-135m")
     tokenizer = load_tokenizer(source)
     base = load_base(source, tokenizer=tokenizer, dtype=args.dtype)
-    use_label_only_loss(base.model)
     model = load_adapter(base.model, adapter, trainable=True)
     base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer, recipe
@@ -119,7 +118,6 @@ def random_job(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     shape = shape_of(resolve(args.shape))
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     base = random_llama(shape, device=device, compute_dtype=dtype)
-    use_label_only_loss(base)
     model = attach(base, r=8, alpha=16)
     for layer in gated_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.01)
@@ -263,7 +261,7 @@ def naive_loop(model: Any, batch: list[dict[str, Any]], ranks: list[Rank]) -> di
 
     def loss(gates: dict[str, torch.Tensor]) -> float:
         with gated(layers, gates), torch.no_grad():
-            losses = sum(float(model(**micro).row_losses.double().sum()) for micro in batch)
+            losses = sum(float(row_losses(model, micro).double().sum()) for micro in batch)
         return losses / supervised_tokens(batch)
 
     model.eval()

@@ -172,7 +172,8 @@ def warm_up(trainer: Trainer, rows: int) -> None:
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model.train()
-    trainer.model(**trainer._prepare_inputs(batch)).loss.backward()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=count).backward()
     trainer.model.zero_grad()
 
 

@@ -231,13 +231,12 @@ def finetune(
 
     from qalora.adapter.model import ranks, save_adapter
     from qalora.adapter.saved import check_adapter
-    from qalora.adapter.start.begin import start as begin_ranks
     from qalora.base.fingerprint import fingerprint
     from qalora.base.loading import load_base
     from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
     from qalora.metrics import predict
-    from qalora.training.trainer import build_trainer, check_rates, steps_of, training_items
+    from qalora.training.trainer import begin_ranks, build_trainer, check_rates, steps_of, training_items
 
     for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
         say(recipe, line)
@@ -339,22 +338,7 @@ def finetune(
         provenance=provenance,
     )
     if checkpoint is None:
-        begun_with = begin_ranks(
-            model,
-            data.train.items,
-            recipe.chosen_init(sixteen_bit=original is not None),
-            original=original,
-            share=recipe.allocation.start,
-            max_rows=lora.init_rows,
-            batch_size=recipe.training.micro_batch_size,
-            min_rank=recipe.allocation.min_rank,
-            max_rank=recipe.allocation.max_rank,
-            budget=recipe.allocation.budget,
-            seed=recipe.training.seed,
-            attempt=trainer.ladder.attempt,
-        )
-        if begun_with is not None:
-            allocator.record_start(*begun_with)
+        begin_ranks(recipe, trainer, allocator, data.train.items, original)
     first_step = 0 if continued is None else continued.step  # now: the checkpoint may be rotated away before the end
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.signal is not None:

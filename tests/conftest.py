@@ -20,12 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora.adapter.model import attach, gated_layers
 from qalora.base.quantized import quantize_
-from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels import prefixes
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 VOCAB = 128
+prefixes.register()  # tests set the attention by its name
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def tiny_llama():
-    """make(dtype, four_bit, seed, label_only, **config) → a random LLaMA: hidden 64, 2 blocks, 4 heads over 2 kv heads."""
+    """make(dtype, four_bit, seed, **config) → a random LLaMA: hidden 64, 2 blocks, 4 heads over 2 kv heads."""
     return build_llama
 
 
@@ -45,7 +46,6 @@ def build_llama(
     *,
     four_bit: bool = False,
     seed: int = 0,
-    label_only: bool = True,
     **config,
 ) -> LlamaForCausalLM:
     torch.manual_seed(seed)
@@ -64,8 +64,6 @@ def build_llama(
     if four_bit:
         quantize_(model, compute_dtype=dtype)
         model.is_loaded_in_4bit = True  # what transformers says of such a model, and PEFT asks for
-    if label_only:
-        use_label_only_loss(model)
     return model
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qalora.adapter import callback
 from qalora.adapter.model import attach, gated_layers, load_adapter
 from qalora.adapter.saved import read_adapter
 from qalora.base.loading import load_base, load_tokenizer
@@ -31,7 +32,7 @@ from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import load_data, main
 from qalora.recipe import load_recipe
-from qalora.training import callback, trainer
+from qalora.training import trainer
 from qalora.training.checkpoints import find_checkpoint
 from qalora.training.run_folder import check_output_dir, run_name
 
@@ -218,7 +219,7 @@ def test_every_way_to_score_decides_by_its_importance(finetune, scoring):
 
 def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetune, monkeypatch):
     worse = itertools.count(1)
-    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [float(next(worse))])
     _, folder = finetune()
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 3
@@ -230,7 +231,7 @@ def test_best_checkpoint_from_before_a_round_is_loaded_with_its_own_ranks(finetu
 
 def test_the_best_weights_are_kept_between_checkpoints_too(finetune, monkeypatch):
     found = iter([5.0, 1.0, 2.0, 3.0])
-    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [next(found)])
+    monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [next(found)])
     _, folder = finetune("training.save_steps=12")
     assert (folder / "checkpoint-6").is_dir()
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -307,7 +308,7 @@ def test_a_checkpoint_continues_wherever_it_lies(finetune, default_run, tmp_path
 
 def test_a_checkpoint_without_the_best_one_beside_it_keeps_the_best_of_what_follows(finetune, tmp_path, monkeypatch):
     """The loss of weights that are gone, 1.0, would beat all that follows, and the last weights would be left."""
-    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(found))])
+    monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [float(next(found))])
     found = iter([1.0, 4.0, 3.0, 2.0, 7.0])
     _, folder = finetune("training.max_steps=6", "allocation.rounds=0")
     shutil.move(folder / "checkpoint-6", tmp_path / "copied")
@@ -366,7 +367,7 @@ def test_other_optimizers_and_schedules_resume_exactly(finetune, settings):
 
 def test_a_schedule_that_follows_the_loss_goes_on_from_the_share_it_had_come_to(finetune, monkeypatch):
     """The loss never gets better, so each validation halves the rate: after steps 3, 6 and 9."""
-    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [1.0] * len(items))
+    monkeypatch.setattr(trainer, "item_losses", lambda model, tokenizer, items, *rest: [1.0] * len(items))
     settings = (
         "training.lr_scheduler_type=reduce_lr_on_plateau",
         "training.lr_scheduler_kwargs={patience: 0, factor: 0.5}",
@@ -383,7 +384,9 @@ def test_a_schedule_that_follows_the_loss_goes_on_from_the_share_it_had_come_to(
 def test_validations_and_checkpoints_by_epoch(finetune, monkeypatch):
     """9 steps an epoch; two and a half of them are 23 steps. No validation is better than the first."""
     worse = itertools.count(1)
-    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    monkeypatch.setattr(
+        trainer, "item_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items)
+    )
     epochs = (
         "training.max_steps=null",
         "training.num_epochs=2.5",
@@ -411,7 +414,9 @@ def test_a_run_without_validations_or_checkpoints_ends_with_its_last_weights(
     finetune, default_run, monkeypatch, setting, validations, checkpoints
 ):
     worse, plain, last = itertools.count(1), trainer.QaloraTrainer._load_best_model, []
-    monkeypatch.setattr(trainer, "row_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items))
+    monkeypatch.setattr(
+        trainer, "item_losses", lambda model, tokenizer, items, *rest: [float(next(worse))] * len(items)
+    )
     monkeypatch.setattr(trainer.QaloraTrainer, "_load_best_model", lambda self: last.append(plain(self)))
     code, folder = finetune(setting, "allocation.rounds=0", "evaluation.before=false", "evaluation.after=false")
     assert code == 0
@@ -475,7 +480,7 @@ def test_a_finished_run_that_is_continued_trains_no_further(finetune):
 
 def test_a_resumed_run_remembers_how_long_nothing_got_better(finetune, monkeypatch):
     """The first validation, after step 3, is the best; the third is the second that is not."""
-    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [float(next(worse))])
     more = ("training.early_stopping_patience=2",)
     worse = itertools.count(1)
     _, folder = finetune(*more, output="straight")
@@ -587,7 +592,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_ends_as_ever(finetune, 
 def test_a_moved_run_keeps_its_best_weights_and_takes_no_other_runs(finetune, tmp_path, monkeypatch):
     """The first validation is the best one; at the place where the run was lies another run's checkpoint of that step."""
     worse = itertools.count(1)
-    monkeypatch.setattr("qalora.training.trainer.row_losses", lambda *args: [float(next(worse))])
+    monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [float(next(worse))])
     short = ("training.max_steps=6", "allocation.rounds=0", "training.lr_scheduler_type=constant")
     _, first = finetune(*short)
     best = load_file(first / "checkpoint-3" / "adapter_model.safetensors")
@@ -924,9 +929,9 @@ def test_a_round_out_of_memory_scores_the_same_ranks_in_pieces(finetune, default
 @pytest.mark.parametrize(
     ("start", "breaks", "at"),
     [
-        ("lora.init=gradient", "gradient_start._gradients", 2),
-        ("lora.init=quantization", "quantization_start.correction", 2),
-        ("allocation.start=scores", "round.midpoint_shares", 1),
+        ("lora.init=gradient", "start.gradient._gradients", 2),
+        ("lora.init=quantization", "start.quantization.correction", 2),
+        ("allocation.start=scores", "allocation_round.midpoint_shares", 1),
     ],
 )
 def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, breaks, at):

@@ -19,8 +19,7 @@ from qalora.adapter.start.gradient import gradient_directions
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import MODELS, ModelShape
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
-from qalora.kernels.loss import use_label_only_loss
-from qalora.kernels.norm import use_lean_norms
+from qalora.kernels.loss import summed_loss
 from qalora.memory import CUDA_CONTEXT, plan_memory
 from qalora.training.ladder import Ladder
 
@@ -169,13 +168,12 @@ def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, kept, seq_le
     """The second one's gradients grow beside the first one's: with rows of 4 tokens they are the most of it."""
     shape = SMALL
     model = attach(tiny_llama(four_bit=True, **config_of(shape)), r=8, alpha=16).train()
-    use_lean_norms(model)
     set_checkpointing(model, kept)
     ladder = Ladder(model, say=print)
     ids = torch.randint(0, shape.vocab_size, (1, seq_len))
 
     def work(inputs):
-        loss = model(**inputs).loss
+        loss = summed_loss(model, inputs)
         loss.backward()
         return loss.detach()
 
@@ -232,13 +230,12 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
         max_position_embeddings=2048, **config_of(shape),
     )  # fmt: skip
     model = attach(model, r=settings["ranks"], alpha=2 * settings["ranks"], dropout=settings["dropout"]).train()
-    use_lean_norms(model)
     set_checkpointing(model, settings["gradient_checkpointing"])
     set_mlp_tile(model, settings["mlp_tile"])
     ids = torch.randint(0, shape.vocab_size, (settings["micro_batch_size"], settings["seq_len"]))
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        summed_loss(model, {"input_ids": ids, "labels": ids}).backward()
 
     step()  # gradients are there from now on
     with LiveBytes() as live:
@@ -253,8 +250,6 @@ def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, ranks, 
     shape = SMALL
     base = tiny_llama(four_bit=True, max_position_embeddings=2048, **config_of(shape))
     model = attach(base, r=ranks, alpha=2 * ranks).train()
-    use_lean_norms(model)
-    use_label_only_loss(model.get_base_model())
     set_checkpointing(model, True)
     rows = [torch.randint(0, shape.vocab_size, (1, seq_len)) for _ in range(2)]
     batch = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]

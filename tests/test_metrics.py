@@ -121,19 +121,19 @@ def test_accuracy_of_a_model_that_knows(model, tokenizer, dataset, monkeypatch):
         texts = [tokenizer.decode(item["input_ids"], skip_special_tokens=True) for item in items]
         return [0.0 if any(text == row["prompt"] + row["completion"] for row in ROWS) else 1.0 for text in texts]
 
-    monkeypatch.setattr(metrics, "row_losses", losses)
+    monkeypatch.setattr(metrics, "item_losses", losses)
     assert metrics.evaluate(model, tokenizer, dataset, metrics=["accuracy"])["accuracy"] == 100.0
 
 
 def test_a_reference_that_is_a_choice_is_worked_through_once(model, tokenizer, dataset, monkeypatch):
     apart = {name: metrics.evaluate(model, tokenizer, dataset, metrics=[name]) for name in ("loss", "accuracy")}
-    counts, row_losses = [], metrics.row_losses
+    counts, item_losses = [], metrics.item_losses
 
     def counted(model, tokenizer, items, *rest):
         counts.append(len(items))
-        return row_losses(model, tokenizer, items, *rest)
+        return item_losses(model, tokenizer, items, *rest)
 
-    monkeypatch.setattr(metrics, "row_losses", counted)
+    monkeypatch.setattr(metrics, "item_losses", counted)
     both = metrics.evaluate(model, tokenizer, dataset, metrics=["loss", "accuracy"])
     assert counts == [3 * len(ROWS)]
     assert both["accuracy"] == apart["accuracy"]["accuracy"]
@@ -332,20 +332,20 @@ def test_a_choice_takes_the_place_of_the_answer_also_where_a_question_follows():
 
 
 def test_rows_that_do_not_fit_are_worked_through_in_halves(model, tokenizer, dataset, monkeypatch):
-    expected, final_hidden, sizes = metrics.row_losses(model, tokenizer, dataset.items, 8), metrics.final_hidden, []
+    expected, row_losses, sizes = metrics.item_losses(model, tokenizer, dataset.items, 8), metrics.row_losses, []
 
-    def failing(model, input_ids, **kwargs):
-        sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+    def failing(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return final_hidden(model, input_ids=input_ids, **kwargs)
+        return row_losses(model, batch)
 
-    monkeypatch.setattr(metrics, "final_hidden", failing)
-    assert metrics.row_losses(model, tokenizer, dataset.items, 8) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(metrics, "row_losses", failing)
+    assert metrics.item_losses(model, tokenizer, dataset.items, 8) == pytest.approx(expected, rel=1e-5)
     assert max(sizes) > 2 and sum(size for size in sizes if size <= 2) == len(dataset.items)
-    monkeypatch.setattr(metrics, "final_hidden", lambda *args, **kwargs: failing(model, torch.zeros(3, 1)))
+    monkeypatch.setattr(metrics, "row_losses", lambda model, batch: failing(model, {"input_ids": torch.zeros(3, 1)}))
     with pytest.raises(torch.OutOfMemoryError):
-        metrics.row_losses(model, tokenizer, dataset.items, 8)
+        metrics.item_losses(model, tokenizer, dataset.items, 8)
 
 
 def test_modes_are_restored_also_after_an_error(model):

@@ -92,7 +92,6 @@ def test_drop_and_alone_are_those_of_files_without_the_rank_and_with_it_alone(sc
     from qalora.adapter.model import load_adapter
     from qalora.data.batching import Collator
     from qalora.data.tokenization import load_dataset
-    from qalora.kernels.loss import use_label_only_loss
 
     result = score("--method", "exact", "--no-quantize")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -101,13 +100,11 @@ def test_drop_and_alone_are_those_of_files_without_the_rank_and_with_it_alone(sc
 
     def loss():
         model = AutoModelForCausalLM.from_pretrained(folder)
-        use_label_only_loss(model)
         with torch.no_grad():
             return float(load_adapter(model, adapter)(**batch).loss)
 
     assert loss() == pytest.approx(result["loss"], abs=1e-6)
     bare = AutoModelForCausalLM.from_pretrained(folder)
-    use_label_only_loss(bare)
     with torch.no_grad():
         assert float(bare(**batch).loss) == pytest.approx(result["base_loss"], abs=1e-6)
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -126,10 +126,8 @@ def test_ablation_and_first_order_order_the_ranks_alike(run):
     from qalora.base.registry import resolve
     from qalora.data.batching import Collator
     from qalora.data.tokenization import load_dataset
-    from qalora.kernels.loss import use_label_only_loss
 
     base = load_base(resolve("smollm2-135m"), dtype="float32")
-    use_label_only_loss(base.model)
     model = load_adapter(base.model, run / "adapter")
     rows = load_dataset("qalora:quickstart", base.tokenizer, chat=True, max_seq_len=128, split="validation", limit=2)
     batch = [{key: value for key, value in Collator(0)(rows.items).items() if key != "rows"}]

@@ -16,7 +16,7 @@ from qalora.adapter.allocation_round import RoundSettings, Scorer, Scoring, allo
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scores import Importance, RankScores
 from qalora.base.quantized import linear_maps
-from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.batching import IGNORE, Collator, micro_batches, on_device
 from qalora.errors import AnswerNo, InputError
 from qalora.files import write_whole
 from qalora.terminal import console
@@ -129,8 +129,12 @@ class AllocationCallback(TrainerCallback):
         to_fp32(model)
         self.file = Path(str(args.output_dir)) / HISTORY
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
-        earlier = read_history(self.file) if state.global_step else []
-        self.history = [record for record in earlier if record["step"] <= state.global_step]
+        if state.global_step:
+            self.history = [record for record in read_history(self.file) if record["step"] <= state.global_step]
+        else:
+            self.history = []
+            for record, scores in self._before:
+                self._keep(record, scores)
         collate = Collator(getattr(processing_class, "pad_token_id", None) or 0)
         size = self.batch_size or args.per_device_train_batch_size
         self.batch = micro_batches(self.rows, size, collate)
@@ -148,9 +152,6 @@ class AllocationCallback(TrainerCallback):
             * args.per_device_train_batch_size
             * args.gradient_accumulation_steps,
         )
-        if state.global_step == 0:
-            for record, scores in self._before:
-                self._keep(record, scores)
         self._write()
 
     def on_step_end(
@@ -230,18 +231,31 @@ class AllocationCallback(TrainerCallback):
 def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
     """Rows as they are batched: input_ids and labels of each.
 
+    Args:
+        rows: with `labels`, or with the mask of what is learned that TRL writes (completion_mask, assistant_masks).
+        name: the parameter that a message names.
+
     Raises:
-        InputError: none, or one that is not tokenized; `name` is the parameter.
+        InputError: none, or one that is not tokenized.
     """
-    found = [dict(row) for row in rows]
-    lacking = [i for i, row in enumerate(found) if not {"input_ids", "labels"} <= row.keys()]
-    if lacking or not found:
-        what = f"row {lacking[0]} has no input_ids and labels" if lacking else "it holds no row"
-        raise InputError(f"{name}: {what}; qalora.load_rows makes such rows from files and from rows of text.")
-    return [
-        {"input_ids": list(row["input_ids"]), "labels": list(row["labels"]), "row": row.get("row", i)}
-        for i, row in enumerate(found)
-    ]
+    found = []
+    for i, row in enumerate(rows):
+        masks = [row[mask] for mask in ("completion_mask", "assistant_masks") if row.get(mask) is not None]
+        if "input_ids" not in row or ("labels" not in row and not masks):
+            raise InputError(
+                f"{name}: row {i} has no {'labels' if 'input_ids' in row else 'input_ids'}; qalora.load_rows makes rows with both, "
+                "from files and from rows of text."
+            )
+        ids = list(row["input_ids"])
+        labels = (
+            list(row["labels"])
+            if "labels" in row
+            else [t if all(m) else IGNORE for t, *m in zip(ids, *masks, strict=True)]
+        )
+        found.append({"input_ids": ids, "labels": labels, "row": row.get("row", i)})
+    if not found:
+        raise InputError(f"{name}: it holds no row; qalora.load_rows makes some, from files and from rows of text.")
+    return found
 
 
 def to_fp32(model: Any) -> None:

@@ -34,8 +34,10 @@ from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
+from qalora.adapter.start.begin import start
 from qalora.adapter.surgery import restore
 from qalora.adapter.variable_ranks import VariableRanks
+from qalora.base.checkpoint import Weights
 from qalora.base.device import peak_memory
 from qalora.data.batching import Collator, PackingCollator, pack
 from qalora.errors import AnswerNo, InputError
@@ -373,6 +375,38 @@ def build_trainer(
     if not recipe.logging.quiet:
         trainer.add_callback(ProgressLine(allocator))
     return trainer, allocator, interrupt
+
+
+def begin_ranks(
+    recipe: Recipe,
+    trainer: QaloraTrainer,
+    allocator: AllocationCallback,
+    rows: list[dict[str, Any]],
+    original: Weights | None,
+) -> None:
+    """Points the ranks of a new adapter as `lora.init` and `allocation.start` say.
+
+    Args:
+        rows: tokenized training rows.
+        original: the base's 16-bit weights, for lora.init=quantization.
+    """
+    allocation = recipe.allocation
+    shared_out = start(
+        trainer.model,
+        rows,
+        recipe.chosen_init(sixteen_bit=original is not None),
+        original=original,
+        share=allocation.start,
+        max_rows=recipe.lora.init_rows,
+        batch_size=recipe.training.micro_batch_size,
+        min_rank=allocation.min_rank,
+        max_rank=allocation.max_rank,
+        budget=allocation.budget,
+        seed=recipe.training.seed,
+        attempt=trainer.ladder.attempt,
+    )
+    if shared_out is not None:
+        allocator.record_start(*shared_out)
 
 
 def starting_rows(recipe: Recipe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

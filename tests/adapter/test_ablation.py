@@ -9,11 +9,12 @@ import torch
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers
+from qalora.kernels.loss import row_losses
 
 
 def mean_loss(model, batch):
     with torch.no_grad():
-        return float(model(**batch).row_losses.double().sum()) / int((batch["labels"][:, 1:] != -100).sum())
+        return float(row_losses(model, batch).double().sum()) / int((batch["labels"][:, 1:] != -100).sum())
 
 
 def one_at_a_time(model, batch, ranks):

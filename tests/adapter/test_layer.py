@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from qalora.adapter.layer import THIN, gated, thin_product
+from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import dequantize
+from qalora.kernels.low_rank import THIN, thin_product
 
 BASES = [
     pytest.param(False, torch.float32, id="plain-fp32"),
@@ -25,11 +26,11 @@ def twins(tiny_llama, tiny_adapter):
     """make(four_bit, dtype, **) → (ours, plain PEFT's) with equal weights."""
 
     def make(four_bit, dtype, dropout=0.0, **base):
-        ours = tiny_adapter(four_bit=four_bit, dtype=dtype, dropout=dropout, label_only=False, **base)
+        ours = tiny_adapter(four_bit=four_bit, dtype=dtype, dropout=dropout, **base)
         config = LoraConfig(
             r=4, lora_alpha=8, lora_dropout=dropout, target_modules=ours.peft_config["default"].target_modules
         )
-        plain = get_peft_model(tiny_llama(dtype, four_bit=four_bit, label_only=False, **base), config)
+        plain = get_peft_model(tiny_llama(dtype, four_bit=four_bit, **base), config)
         modules = dict(plain.base_model.model.named_modules())
         for name, layer in gated_layers(ours).items():
             modules[name].lora_A["default"].weight.data.copy_(layer.A.data)

@@ -91,7 +91,7 @@ def edit_tensors(path, change):
 
 @pytest.mark.parametrize("kind", ["16bit", "4bit"])
 def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, run_python, kind):
-    tiny_llama(label_only=False).save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     model = uneven(four_bit=kind == "4bit").eval()
     save_adapter(model, tmp_path / "adapter")
     out = run_python(VANILLA, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.pt", kind)
@@ -151,7 +151,7 @@ def test_an_ordinary_peft_adapter(tiny_llama, tmp_path, make_batch):
         use_rslora=True,
         init_lora_weights=False,
     )
-    plain = get_peft_model(tiny_llama(label_only=False), config)
+    plain = get_peft_model(tiny_llama(), config)
     plain.save_pretrained(tmp_path)
     ours = load_adapter(tiny_llama(), tmp_path)
     tokens = make_batch()["input_ids"]
@@ -199,7 +199,7 @@ def test_a_bf16_adapter_computes_in_fp32(tiny_llama, saved):
 @pytest.mark.parametrize("targets", [".*_proj", [Q, V, DOWN]], ids=["regex", "full-names"])
 def test_a_foreign_adapter_may_lose_a_module(tiny_llama, tmp_path, make_batch, targets):
     config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
-    get_peft_model(tiny_llama(label_only=False), config).save_pretrained(tmp_path / "foreign")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "foreign")
     model = load_adapter(tiny_llama(), tmp_path / "foreign", trainable=True)
     apply_plan(model, AllocationPlan({Q: (0, 1)}, {}))
     save_adapter(model, tmp_path / "ours")
@@ -218,7 +218,7 @@ def test_a_foreign_adapter_keeps_its_scalings(tiny_llama, tmp_path):
         use_rslora=True,
         init_lora_weights=False,
     )
-    get_peft_model(tiny_llama(label_only=False), config).save_pretrained(tmp_path / "foreign")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "foreign")
     model = load_adapter(tiny_llama(), tmp_path / "foreign", trainable=True)
     apply_plan(model, AllocationPlan({Q: (0,)}, {V: 1}))
     assert [gated_layers(model)[name].s for name in (Q, V)] == [3.0, 5.0]

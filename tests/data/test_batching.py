@@ -107,7 +107,7 @@ def test_packing_collator_lays_sequences_end_to_end_without_a_mask():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", ATTENTION])
 def test_packed_logits_are_unpacked_logits(tiny_llama, attention):
-    model = tiny_llama(label_only=False, attn_implementation=attention).eval()
+    model = tiny_llama(attn_implementation=attention).eval()
     rng = torch.Generator().manual_seed(0)
     lengths = (9, 5, 12, 1, 7, 3)
     items = [item(row, torch.randint(0, 128, (n,), generator=rng).tolist()) for row, n in enumerate(lengths)]
@@ -138,7 +138,7 @@ def test_packed_gradients_are_padded_gradients(tiny_adapter):
 
 def test_a_sample_would_be_seen_by_the_next_with_an_attention_mask(tiny_llama):
     """Why the packing collator gives none."""
-    model = tiny_llama(label_only=False).eval()
+    model = tiny_llama().eval()
     batch = PackingCollator()(pack([item(0, [1, 2, 3, 4]), item(1, [5, 6, 7])], max_seq_len=8))
     inputs = {"position_ids": batch["position_ids"], "use_cache": False}
     with torch.no_grad():

@@ -19,10 +19,14 @@ from qalora.base.quantized import dequantize, linear_maps, quantize_
 from qalora.base.registry import resolve
 from qalora.deploy.merging import merge
 from qalora.kernels.activations import set_checkpointing
-from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss
+from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss, row_losses, summed_loss
 from qalora.training.ladder import Ladder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def mean_loss(model, batch):
+    return summed_loss(model, batch) / (batch["labels"][:, 1:] != -100).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -32,7 +36,7 @@ def test_gradients_on_a_4_bit_base_equal_those_in_fp32(tiny_llama, make_batch, r
         base = tiny_llama().to("cuda", compute)
         quantize_(base, compute_dtype=compute)
         model = randomize_B(attach(base, r=4, alpha=8))
-        model(**{key: value.cuda() for key, value in make_batch().items()}).loss.backward()
+        mean_loss(model, {key: value.cuda() for key, value in make_batch().items()}).backward()
         gradients.append(torch.cat([layer.A.grad.flatten() for layer in gated_layers(model).values()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
@@ -48,7 +52,7 @@ def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama,
     batch = {key: value.cuda() for key, value in make_batch().items()}
 
     def step() -> float:
-        loss = model(**batch).loss
+        loss = mean_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +80,7 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
 
     @torch.no_grad()
     def losses(model, batch):
-        return model(**batch).row_losses.cpu()
+        return row_losses(model, batch).cpu()
 
     wanted, corrected, best = losses(whole, batch), model(192), model(48)
     before = losses(best, on_card)
@@ -109,7 +113,7 @@ def test_what_a_step_keeps_does_not_change_its_gradients(tiny_llama, make_batch,
         set_checkpointing(model, kept)
         model.zero_grad()
         for batch in batches:
-            model(**batch).loss.backward()
+            mean_loss(model, batch).backward()
         gradients.append(
             [grad.clone() for layer in gated_layers(model).values() for grad in (layer.A.grad, layer.B.grad)]
         )
@@ -128,7 +132,7 @@ def test_fp16_with_a_grad_scaler_trains_fp32_adapters(tiny_llama, make_batch):
     losses = []
     for _ in range(20):
         with torch.autocast("cuda", torch.float16):
-            loss = model(**batch).loss
+            loss = mean_loss(model, batch)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         assert all(p.grad.dtype == p.dtype == torch.float32 for p in parameters)
@@ -150,7 +154,7 @@ def test_the_ladder_gives_the_same_gradients_after_a_real_out_of_memory(tiny_lla
     parameters = [p for layer in gated_layers(model).values() for p in (layer.A, layer.B)]
 
     def work(inputs):
-        loss = model(**inputs, num_items_in_batch=count).loss
+        loss = summed_loss(model, inputs, fused=liger_loss()) / count
         loss.backward()
         return loss.detach()
 

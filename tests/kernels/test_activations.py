@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qalora.adapter import attention, layer, swiglu
 from qalora.adapter.model import gated_layers
-from qalora.kernels import activations
+from qalora.kernels import activations, attention, swiglu
 from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 
@@ -37,7 +36,7 @@ def test_selective_runs_no_map_a_second_time(tiny_adapter, make_batch, monkeypat
     """Per block: four maps of attention and three of the MLP forward; nothing but norms and attention again."""
     calls = []
     plain = swiglu.map_forward
-    for module in (layer, attention, swiglu):
+    for module in (low_rank, attention, swiglu):
         monkeypatch.setattr(module, "map_forward", lambda *args: calls.append(args[1].base) or plain(*args))
     model = tiny_adapter()
     expected = {False: 7, "selective": 7, True: 7 + 6}  # the down map's output is nobody's input

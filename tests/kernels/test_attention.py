@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qalora.adapter.layer import GatedLinear, gated
 from qalora.adapter.model import gated_layers
-from qalora.kernels.attention import rotate_, use_fused_attention
+from qalora.kernels.attention import rotate_
+from qalora.kernels.install import install
 from qalora.kernels.recompute import both_runs
 
 BASES = [
@@ -153,7 +154,7 @@ def test_attention_of_another_kind_stays_as_it_is(tiny_llama):
     model = tiny_llama()
     for block in model.model.layers:
         block.self_attn.__class__ = type("OtherAttention", (type(block.self_attn),), {})
-    use_fused_attention(model)
+    install(model)
     assert not any("forward" in vars(block.self_attn) for block in model.model.layers)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qalora.kernels import loss as module
-from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss, use_label_only_loss
+from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss, row_losses, summed_loss
 
 
 @pytest.fixture
@@ -121,10 +121,11 @@ def test_bf16_loss_is_fp32_of_bf16_logits(problem):
 @pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
 def test_model_loss_and_gradient_are_the_full_logits_ones(tiny_llama, make_batch, dtype, tied):
     batch, found = make_batch(), []
+    tokens = (batch["labels"][:, 1:] != -100).sum()
     for label_only in (True, False):
-        model = tiny_llama(dtype, label_only=label_only, tie_word_embeddings=tied)
+        model = tiny_llama(dtype, tie_word_embeddings=tied)
         weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_()
-        loss = model(**batch).loss
+        loss = summed_loss(model, batch) / tokens if label_only else model(**batch).loss
         loss.backward()
         found.append((loss.detach(), weight.grad.float()))
     (loss, gradient), (full_loss, full_gradient) = found
@@ -143,19 +144,9 @@ def test_a_head_of_another_dtype_goes_by_parts_of_the_vocabulary(problem, monkey
     torch.testing.assert_close(found, reference(hidden, labels, head.float()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["int", "tensor"])
-def test_num_items_in_batch_divides_the_sum(tiny_llama, make_batch, count):
-    """Micro-batches of an optimizer step then weigh by their tokens, as with the Trainer's own loss."""
-    batch = make_batch()
-    model, plain = tiny_llama(), tiny_llama(label_only=False)
-    found = model(**batch, num_items_in_batch=count)
-    torch.testing.assert_close(found.loss, plain(**batch, num_items_in_batch=count).loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.loss * 7, found.row_losses.sum())
-
-
 def test_row_losses_sum_to_each_row_alone(tiny_llama, make_batch):
     model, batch = tiny_llama(), make_batch()
-    together = model(**batch).row_losses
+    together = row_losses(model, batch)
     for row in range(4):
         alone = model(**{key: value[row : row + 1] for key, value in batch.items()}).loss
         tokens = (batch["labels"][row, 1:] != -100).sum()
@@ -171,35 +162,16 @@ def test_the_head_runs_on_supervised_positions_alone(tiny_llama, make_batch, mon
         lambda x, w, *b: (rows.append(len(x)) if len(w) == 128 else None, linear(x, w, *b))[1],
     )
     batch = make_batch()
-    tiny_llama()(**batch)
+    row_losses(tiny_llama(), batch)
     assert rows == [int((batch["labels"][:, 1:] != -100).sum())]
-
-
-def test_without_labels_the_model_is_as_it_was(tiny_llama, make_batch):
-    tokens = make_batch()["input_ids"]
-    model, plain = tiny_llama(), tiny_llama(label_only=False)
-    assert torch.equal(model(tokens).logits, plain(tokens).logits)
-    assert torch.equal(
-        model.generate(tokens[:1], max_new_tokens=4, do_sample=False),
-        plain.generate(tokens[:1], max_new_tokens=4, do_sample=False),
-    )
 
 
 def test_without_grad_only_the_loss_is_formed(tiny_llama, make_batch):
     model, batch = tiny_llama(), make_batch()
     with torch.no_grad():
-        found = model(**batch).loss
+        found = summed_loss(model, batch)
     assert not found.requires_grad
-    assert torch.equal(found, model(**batch).loss)
-
-
-def test_hooks_around_the_model_still_run(tiny_llama, make_batch):
-    model, calls = tiny_llama(label_only=False), []
-    model.register_forward_hook(lambda *_: calls.append("model"))
-    model.model.register_forward_hook(lambda *_: calls.append("decoder"))
-    use_label_only_loss(model)
-    model(**make_batch())
-    assert calls == ["decoder", "model"]
+    assert torch.equal(found, summed_loss(model, batch))
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9], ids=["token by token", "at once"])
@@ -212,10 +184,10 @@ def test_smoothed_loss_and_gradient_are_those_of_transformers_label_smoother(
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     batch, found = make_batch(), []
     for ours in (True, False):
-        model = tiny_llama(label_only=ours)
+        model = tiny_llama()
         model.get_input_embeddings().weight.requires_grad_()
         if ours:
-            loss = model(**batch, num_items_in_batch=5, label_smoothing=epsilon).loss
+            loss = summed_loss(model, batch, smoothing=epsilon) / 5
         else:
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
             smoother = LabelSmoother(epsilon=epsilon)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
-
 import pytest
 import torch
 import transformers
@@ -15,7 +13,7 @@ from qalora.adapter.layer import gated
 from qalora.adapter.model import attach, gated_layers
 from qalora.kernels import prefixes
 from qalora.kernels.activations import set_checkpointing
-from qalora.kernels.loss import use_label_only_loss
+from qalora.kernels.loss import row_losses
 from qalora.kernels.prefixes import ATTENTION, can_share, final_hidden, share
 
 ROWS = [  # prompts in common, a whole row in common, nothing in common, a row that ends where another goes on
@@ -54,6 +52,10 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(prefixes, "share", watched)
     return calls
+
+
+def mean_loss(model, batch) -> torch.Tensor:
+    return row_losses(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -102,14 +104,15 @@ def test_more_rows_than_can_be_compared_are_left_padded(monkeypatch):
 def test_losses_and_gradients_are_those_of_the_padded_batch(tiny_adapter, batch, counted, kept, four_bit, dtype):
     model = tiny_adapter(four_bit=four_bit, dtype=dtype).train()
     set_checkpointing(model, kept)
-    padded_out = model(**batch)
-    expected = gradients(model, padded_out.loss)
+    model.get_base_model().set_attn_implementation("sdpa")
+    wanted = row_losses(model, batch)
+    expected = gradients(model, wanted.sum())
     model.get_base_model().set_attn_implementation(ATTENTION)
-    out = model(**batch)
-    found = gradients(model, out.loss)
+    losses = row_losses(model, batch)
+    found = gradients(model, losses.sum())
     assert counted == [13]  # 7 of the first row, 2 of the second, 4 of the fourth, where 35 were padded
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(out.row_losses, padded_out.row_losses, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(losses, wanted, rtol=tolerance, atol=tolerance)
     for name, want in expected.items():
         assert (found[name] - want).norm() <= tolerance * want.norm() + 1e-7, name
 
@@ -123,22 +126,17 @@ def test_the_other_families(batch, counted, family):
         num_key_value_heads=2, max_position_embeddings=64, sliding_window=32, initializer_range=0.2, use_cache=False,
     )  # fmt: skip
     model = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False)
-    use_label_only_loss(model)
     adapter = attach(model, r=4, alpha=8, seed=1).train()
     for index, layer in enumerate(gated_layers(adapter).values()):
         layer.B.data.copy_(0.1 * torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(index)))
-    modules = [module for module in adapter.modules() if "forward" in vars(module) and module is not model]
-    fused = [module.forward for module in modules]
-    for module in modules:
-        module.forward = MethodType(type(module).forward, module)
+    loss = mean_loss(adapter, batch)
+    found = gradients(adapter, loss)
+    assert counted == [13] and {name: len(modules) for name, modules in model.kernels.modules.items()} == {
+        "RMSNorm": 5, "fused SwiGLU": 2, "fused q, k, v": 2
+    }  # fmt: skip
+    model.kernels.remove()
     padded_loss = adapter(**batch).loss
     expected = gradients(adapter, padded_loss)
-    for module, forward in zip(modules, fused, strict=True):
-        module.forward = forward
-    model.set_attn_implementation(ATTENTION)
-    loss = adapter(**batch).loss
-    found = gradients(adapter, loss)
-    assert counted == [13] and len(modules) == 4
     torch.testing.assert_close(loss, padded_loss, rtol=1e-6, atol=1e-6)
     for name, want in expected.items():
         assert (found[name] - want).norm() <= 1e-5 * want.norm() + 1e-7, name
@@ -163,23 +161,24 @@ def test_where_rows_would_differ_nothing_is_shared(tiny_adapter, batch, counted)
     activate_neftune(noisy, 5.0)
     for model in (dropping, gated_model, windowed, noisy, forgetful):
         model.get_base_model().set_attn_implementation(ATTENTION)
-    dropping(**batch)
+    mean_loss(dropping, batch)
     name, layer = next(iter(gated_layers(gated_model).items()))
     with gated(gated_layers(gated_model), {name: torch.ones(len(ROWS), 1, len(layer.A))}):
-        gated_model(**batch)
-    other(**batch)  # sdpa
+        mean_loss(gated_model, batch)
+    other.get_base_model().set_attn_implementation("sdpa")
+    mean_loss(other, batch)
     windowed.config.sliding_window = 6
     windowed.get_base_model().config.sliding_window = 6
-    windowed(**batch)
-    noisy.train()(**batch)
-    forgetful.train()(**batch)
+    mean_loss(windowed, batch)
+    mean_loss(noisy.train(), batch)
+    mean_loss(forgetful.train(), batch)
     assert counted == []
     assert can_share(windowed.get_base_model(), 6) and not can_share(windowed.get_base_model(), 7)
-    dropping.eval()(**batch)
+    mean_loss(dropping.eval(), batch)
     with gated(gated_layers(gated_model), {name: torch.ones(len(layer.A))}):
-        gated_model(**batch)
-    noisy.eval()(**batch)
-    forgetful.eval()(**batch)
+        mean_loss(gated_model, batch)
+    mean_loss(noisy.eval(), batch)
+    mean_loss(forgetful.eval(), batch)
     assert len(counted) == 4
 
 
@@ -188,12 +187,12 @@ def test_what_is_drawn_at_random_is_drawn_as_in_a_model_of_transformers(tiny_lla
     """The same seed, the same padded batch: the same loss."""
     losses = []
     for ours in (True, False):
-        model = tiny_llama(label_only=ours, attention_dropout=0.5 if what == "attention dropout" else 0.0).train()
+        model = tiny_llama(attention_dropout=0.5 if what == "attention dropout" else 0.0).train()
         model.set_attn_implementation(ATTENTION if ours else "sdpa")
         if what == "noise":
             activate_neftune(model, 5.0)
         torch.manual_seed(3)
-        losses.append(model(**batch).loss)
+        losses.append(mean_loss(model, batch) if ours else model(**batch).loss)
     assert torch.allclose(*losses, rtol=1e-6)
     assert not torch.allclose(losses[0], tiny_llama()(**batch).loss, rtol=1e-3)
 
@@ -220,10 +219,10 @@ def test_a_batch_padded_elsewhere_is_what_transformers_makes_of_it(tiny_llama, m
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     found = []
     for ours in (True, False):
-        model = tiny_llama(label_only=ours)
+        model = tiny_llama()
         model.set_attn_implementation(ATTENTION if ours else "sdpa")
         weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
-        loss = model(**batch).loss
+        loss = mean_loss(model, batch) if ours else model(**batch).loss
         found.append((loss.detach(), *torch.autograd.grad(loss, weight)))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -233,14 +232,13 @@ def test_positions_or_embeddings_that_are_given_are_used(tiny_llama, batch):
     """With shared prefixes too, which know of neither."""
     found = []
     for ours in (True, False):
-        model = tiny_llama(label_only=ours)
+        model = tiny_llama()
         model.set_attn_implementation(ATTENTION if ours else "sdpa")
         positions = torch.arange(7).expand(5, 7) * 3
         embedded = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"] + 1)}
-        found.append([
-            model(**batch, position_ids=positions).loss,
-            model(**embedded, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss,
-        ])  # fmt: skip
+        masked = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        given = ({**batch, "position_ids": positions}, {**embedded, **masked})
+        found.append([mean_loss(model, one) if ours else model(**one).loss for one in given])
     for got, want in zip(*found, strict=True):
         assert torch.allclose(got, want, rtol=1e-5)
 

@@ -12,8 +12,8 @@ from torch import nn
 from qalora.adapter.layer import GatedLinear, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import dequantize
+from qalora.kernels.install import install
 from qalora.kernels.recompute import both_runs
-from qalora.kernels.swiglu import use_fused_mlps
 
 BASES = [
     pytest.param(False, torch.float32, id="plain-fp32"),
@@ -127,13 +127,12 @@ def test_dropout_and_layers_of_others_keep_their_own_forward(mlp, inputs):
 
 def test_a_block_of_another_architecture_stays_as_it_is(mlp):
     model, module = mlp()
-    plain = {name: child.forward for name, child in model.named_modules() if name.endswith("mlp")}
+    model.get_base_model().kernels.remove()
     for child in model.modules():
         if hasattr(child, "act_fn"):
             child.act_fn = nn.GELU()
-            del child.forward, child.mlp_tile
-    use_fused_mlps(model)
-    assert plain and not hasattr(module, "mlp_tile") and "forward" not in vars(module)
+    installed = install(model)
+    assert "fused SwiGLU" not in installed.modules and "forward" not in vars(module)
 
 
 def test_the_backward_runs_once(mlp, inputs):

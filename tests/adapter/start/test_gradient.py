@@ -11,6 +11,7 @@ from qalora.adapter.model import gated_layers
 from qalora.adapter.start.gradient import START_NORM, Directions, gradient_directions, start_along_gradient
 from qalora.base.quantized import dequantize
 from qalora.kernels.activations import set_checkpointing
+from qalora.kernels.loss import row_losses
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"]
 
@@ -41,7 +42,7 @@ def problem(tiny_adapter, make_batch):
             # Fused modules do not call their maps' forwards, so the whole module goes the plain way here.
             module = model.get_base_model().get_submodule(name.rpartition(".")[0])
             fused, module.forward = module.forward, MethodType(type(module).forward, module)
-            loss = sum(model(**micro).row_losses.sum() for micro in batches) / tokens
+            loss = sum(row_losses(model, micro).sum() for micro in batches) / tokens
             gradient = torch.autograd.grad(loss, delta)[0].double()
             hook.remove()
             module.forward = fused
