@@ -10,6 +10,7 @@ from typing import Any
 
 from qalora.adapter.provenance import read_provenance
 from qalora.base.fingerprint import fingerprint, stored_as
+from qalora.base.precision import MERGED, is_merged
 from qalora.base.registry import ModelSource, published_fields, read_fields, resolve
 from qalora.base.weight_files import base_folder
 from qalora.errors import InputError
@@ -37,6 +38,8 @@ def other_base(adapter: str | Path, source: ModelSource) -> OtherBase | None:
     Raises:
         InputError: a base that cannot be had, or files that are damaged.
     """
+    if _merged_already(Path(adapter), source):
+        return OtherBase(f"{adapter}: is in --model {source.name} already, which `qalora merge` made of it", True)
     known = read_provenance(adapter)
     named = known.model if known else read_fields(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
     if not named:
@@ -74,7 +77,8 @@ def refuse_other_base(adapter: str | Path, source: ModelSource) -> str | None:
     found = other_base(adapter, source)
     if found is not None and found.certain:
         raise InputError(
-            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder without qalora.json."
+            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder without "
+            "qalora.json."
         )
     return None if found is None else found.line
 
@@ -106,6 +110,10 @@ def loading_as_trained(
         if result[name] != trained[name]:
             return result, f"{adapter}: was trained with {name}={trained[name]}, and this base has {result[name]}"
     return result, None
+
+
+def _merged_already(adapter: Path, source: ModelSource) -> bool:
+    return is_merged(source) and read_fields(Path(source.location) / MERGED).get("adapter") == str(adapter.resolve())
 
 
 def _same_by_name(named: str, source: ModelSource) -> bool:

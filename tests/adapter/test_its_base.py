@@ -175,6 +175,24 @@ def test_merge_writes_nothing_of_another_base_and_reading_commands_say_it(
             assert capsys.readouterr().err.count("was trained on models/mine") == said
 
 
+def test_an_adapter_is_not_merged_twice(base, pefts, ours, tmp_path):
+    arguments = [
+        "--model",
+        base,
+        "--adapter",
+        pefts,
+        "--output",
+        tmp_path / "merged",
+        "--base",
+        "original",
+        "--no-verify",
+    ]
+    assert merge([*map(str, arguments)]) == 0
+    with pytest.raises(InputError, match=r"pefts.*: is in --model .*/merged already"):
+        refuse_other_base(pefts, resolve(str(tmp_path / "merged")))
+    assert "already" not in refuse_other_base(ours(), resolve(str(tmp_path / "merged")))  # another adapter, in bf16
+
+
 # ------------------------------------------------------------------------------------------------------- its precision
 
 
