@@ -95,7 +95,7 @@ def loading_as_trained(
     known = read_provenance(adapter)
     if known is None:
         return dict(loading), None
-    trained = {"load_in_4bit": known.quant_type is not None}
+    trained: dict[str, Any] = {"load_in_4bit": known.quant_type is not None}
     if known.quant_type is not None:
         trained |= {"quant_type": known.quant_type, "double_quant": known.double_quant}
     result: dict[str, Any] = dict(loading)
