@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
+    from qalora.adapter.its_base import loading_as_trained, said_of_base
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
     from qalora.answers import generation_config, prepare_tokenizer
@@ -96,8 +97,13 @@ def main(argv: list[str]) -> int:
     from qalora.cli import say
 
     source = resolve(args.model)
+    loading: dict[str, Any] = {"load_in_4bit": not args.no_quantize, "dtype": args.dtype}
     if args.adapter:
         check_adapter(args.adapter, source)
+        given = ["load_in_4bit"] if args.no_quantize else []
+        loading, note = loading_as_trained(args.adapter, source, loading, given)
+        for line in filter(None, (said_of_base(args.adapter, source), note)):
+            say(line)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
     ids: list[int] = []
@@ -108,10 +114,10 @@ def main(argv: list[str]) -> int:
     elif args.system is not None:
         prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
 
-    in_4bit, line = loaded_in_4bit(source, not args.no_quantize, trained_on=args.adapter is not None)
+    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
     if line:
         say(line)
-    base = load_base(source, tokenizer=tokenizer, load_in_4bit=in_4bit, dtype=args.dtype).model
+    base = load_base(source, tokenizer=tokenizer, **loading).model
     model: Any = load_adapter(base, args.adapter) if args.adapter else base
     config = generation_config(model, tokenizer, [*args.stop, *taught], **options)
     set_seed(args.seed)

@@ -152,6 +152,11 @@ class QuantizationConfig(Section):
             "dtype": self.bnb_4bit_compute_dtype,
         }
 
+    def given(self) -> list[str]:
+        """Those of them that somebody set."""
+        names = dict(zip(self.loading(), QuantizationConfig.model_fields, strict=True))
+        return [argument for argument, setting in names.items() if setting in self.model_fields_set]
+
 
 class LoraSettings(Section):
     """The adapter at birth: z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2)."""

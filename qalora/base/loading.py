@@ -6,6 +6,7 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
-from qalora.base.gguf_reader import fast_gguf
+from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_model_type, read_fields, shape_of
@@ -180,6 +181,8 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no tokenizer there.
     """
+    if source.gguf_file:
+        check_tokenizer(Path(source.location) / source.gguf_file, source.name)
     tokenizer: PreTrainedTokenizerBase = _found(source, AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
         raise InputError(

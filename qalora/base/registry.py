@@ -293,6 +293,17 @@ def shape_of(source: ModelSource) -> ModelShape:
         return source.shape
     if source.kind == "gguf":
         return _gguf_shape(Path(source.location) / str(source.gguf_file))
+    return ModelShape.from_config(published_fields(source))
+
+
+def published_fields(source: ModelSource) -> dict[str, Any]:
+    """The config.json of a base; of one on the Hub nothing else is downloaded. Empty of a GGUF file, which has none.
+
+    Raises:
+        InputError: no config to be had.
+    """
+    if source.kind == "gguf":
+        return {}
     if source.kind == "folder":
         file = Path(source.location) / "config.json"
     else:
@@ -304,7 +315,7 @@ def shape_of(source: ModelSource) -> ModelShape:
             raise InputError(
                 f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})"
             ) from None
-    return ModelShape.from_config(read_fields(file))
+    return read_fields(file)
 
 
 def read_fields(file: Path) -> dict[str, Any]:
