@@ -545,11 +545,3 @@ def test_switches_are_what_a_caller_can_change(byte_tokenizer, template, switche
     said_once = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     for name in ("system", "rest", "day", "shout", "think", "tone"):
         assert (found.apply(said_once, **{name: True}) != found.apply(said_once)) == (name in switches)
-
-
-def test_what_the_template_cuts_is_not_put_down_to_its_own_variables(byte_tokenizer):
-    """A system text before an answer, of a template that writes it before questions."""
-    template = "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' and s %}{{ s }}{% endif %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InputError, match="does not write all of turn 0") as error:
-        render(row(said("system", "calm"), said("assistant", "hi")), byte_tokenizer(template))
-    assert "chat_template_kwargs" not in str(error.value)
