@@ -107,11 +107,11 @@ def main(argv: list[str]) -> int:
     from qalora.answers import prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.precision import loaded_in_4bit
-    from qalora.base.registry import resolve
+    from qalora.base.registry import resolve, shape_of
     from qalora.cli import say
     from qalora.data.tokenization import load_dataset
     from qalora.kernels.install import install
-    from qalora.metrics import check, predict, several_references
+    from qalora.metrics import check, predict, several_references, with_room
 
     source = resolve(recipe.model)
     notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
@@ -136,7 +136,16 @@ def main(argv: list[str]) -> int:
     print(dataset.report, file=sys.stderr)
     if said := several_references(dataset):
         print(said, file=sys.stderr)
-    check(dataset, **evaluation.asking())
+    dataset, line = with_room(
+        dataset,
+        tokenizer,
+        shape_of(source).positions,
+        metrics=evaluation.metrics,
+        max_new_tokens=evaluation.max_new_tokens,
+        options=check(dataset, **evaluation.asking()),
+    )
+    if line:
+        say(line)
 
     loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
     if line:
@@ -153,11 +162,11 @@ def main(argv: list[str]) -> int:
         progress=not args.quiet,
         **evaluation.asking(),
     )
-    print(json.dumps(result, indent=2))
     if args.output:
         write_json(args.output, result)
     if args.predictions:
         write_json_lines(args.predictions, predictions)
+    print(json.dumps(result, indent=2))  # at the end, for its reader may have left
     return 0
 
 

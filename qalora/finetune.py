@@ -150,9 +150,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | 
     Raises:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
+    from qalora.base.registry import resolve, shape_of
     from qalora.data.reading import described
     from qalora.data.tokenization import load_dataset, same_rows, split_validation
-    from qalora.metrics import check, several_references
+    from qalora.metrics import check, several_references, with_room
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
@@ -182,7 +183,16 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | 
     if evaluation.rows is not None:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
-        check(validation, **evaluation.asking())
+        validation, line = with_room(
+            validation,
+            tokenizer,
+            shape_of(resolve(recipe.model)).positions,
+            metrics=evaluation.metrics,
+            max_new_tokens=evaluation.max_new_tokens,
+            options=check(validation, **evaluation.asking()),
+        )
+        if line:
+            say(recipe, line)
         if said := several_references(validation):
             say(recipe, said)
     return RunData(train, validation, scoring, rows_of(train.items, held_back.items, validation.items))

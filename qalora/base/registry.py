@@ -58,7 +58,7 @@ class ModelShape:
             "head_dim": config["hidden_size"] // heads,
             "tie_word_embeddings": False,
             "attention_bias": config.get("model_type") == "qwen2",
-            "positions": _positions(config),
+            "positions": positions_of(config),
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
         return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
@@ -72,7 +72,7 @@ class ModelShape:
         return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
+def positions_of(config: Mapping[str, Any]) -> int | None:
     """The positions that a config claims: its own number where scaling is within it, else that times the factor.
 
     The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading counts,
