@@ -1,4 +1,4 @@
-"""Imports run one way: recipe, base.memory, adapter.allocation (no torch) ← base, data, adapter ← training, deploy,
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
 report ← commands. Only commands and training/trainer.py see a Recipe."""
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ FOUNDATION = {
     "adapter.allocation": 0,
     "adapter.targets": 0,
     "adapter.provenance": 0,
-    "base.memory": 1,
+    "memory": 1,
+    "fitting": 1,
+    "terminal": 0,
     "base.precision": 1,
     "base.registry": 0,
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
-LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
-COMMANDS = 4
+LAYERS = {"base": 2, "data": 2, "kernels": 3, "adapter": 4, "answers": 5, "metrics": 5, "training": 6, "deploy": 6, "report": 6}
+COMMANDS = 7
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
     "errors",
@@ -43,8 +45,8 @@ TORCH_FREE = [
     "yaml_file",
     "base.registry",
     "base.weight_files",
-    "base.memory",
-    "base.fitting",
+    "memory",
+    "fitting",
     "base.precision",
     "adapter.allocation",
     "adapter.provenance",

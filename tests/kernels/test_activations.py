@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qalora.adapter.model import gated_layers
-from qalora.kernels import activations, attention, swiglu
+from qalora.kernels import activations, attention, low_rank, swiglu
 from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 
