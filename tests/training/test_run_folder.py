@@ -318,6 +318,25 @@ def test_what_would_be_another_run_is_refused_with_both_values():
         check_settings(begun, apart, at)
 
 
+def test_an_adapter_to_start_from_is_no_setting_of_a_run_that_goes_on():
+    given, none = settings(), settings()
+    given["lora"] = {"r": 2, "adapter": "a"}
+    none["lora"] = {"r": 2, "adapter": None}
+    check_settings(given, given, Path("checkpoint-6"))
+    other = {**given, "lora": {"r": 2, "adapter": "b"}}
+    for begun, said in ((given, "from a"), (none, "without one")):
+        with pytest.raises(InputError, match=rf"lora\.adapter=b begins a new run, .* {said}: leave lora\.adapter out"):
+            check_settings(other, begun, Path("checkpoint-6"))
+
+
+def test_a_name_alone_is_looked_for_in_the_folder_of_the_run(tmp_path):
+    path = checkpoint(tmp_path / "out", 3)
+    with pytest.raises(InputError, match=rf"no checkpoint there .*; did you mean {path}\?$"):
+        find_checkpoint(tmp_path / "out", "checkpoint-3")
+    with pytest.raises(InputError, match=r"no checkpoint there .*; name its folder, or auto for the newest"):
+        find_checkpoint(tmp_path / "out", "true")
+
+
 def test_what_changes_is_said():
     assert changes(settings(learning_rate=0.2), settings()) == "training.learning_rate=0.2 (was 0.1)"
     assert changes(settings(), settings()) == ""
