@@ -34,7 +34,7 @@ from qalora.training.checkpoints import (
     write_manifest,
 )
 from qalora.training.identity import Identity, Rows, read_identity, row_digests, rows_of
-from qalora.training.resume import changes, check_settings, kept_apart, rounds_left
+from qalora.training.resume import Continued, changes, check_settings, kept_apart, rounds_left
 from qalora.training.run_folder import begin_folder, check_output_dir, is_run, own_entries
 
 FILES = (
@@ -44,11 +44,13 @@ FILES = (
 IDENTITY = Identity("m", "f", 12, 2, {"a": 2}, Rows((b"12345678",), (b"abcdefgh",), "v"), run="one")
 
 
-def checkpoint(folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one") -> Path:
+def checkpoint(
+    folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one", kind: str = "loss"
+) -> Path:
     """What `Trainer` and this package write, with tensors of no meaning."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    history = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    history = [{"step": i, kind: loss} for i, loss in enumerate(losses)]
     state = {"global_step": step, "log_history": history, "best_global_step": best}
     (path / "trainer_state.json").write_text(json.dumps(state))
     (path / "recipe.yaml").write_text(yaml.safe_dump({name: {"a": 1} for name in SECTIONS}))
@@ -112,6 +114,7 @@ def test_the_best_checkpoint_is_that_of_its_step_beside_and_of_the_same_run(tmp_
 def test_the_last_good_checkpoint_is_whole_and_had_finite_losses(tmp_path):
     good = checkpoint(tmp_path, 3)
     checkpoint(tmp_path, 6, losses=(1.0, float("nan")))
+    checkpoint(tmp_path, 7, losses=(1.0, float("inf")), kind="eval_loss")
     (checkpoint(tmp_path, 9) / "optimizer.pt").unlink()
     os.utime(good, (0, 0))
     assert last_good(tmp_path) == good
@@ -277,6 +280,12 @@ def test_a_longer_run_makes_no_more_rounds_than_it_was_to(planned, done, rounds)
     assert steps[: len(done)] == tuple(sorted(done))
     assert len(steps) <= max(rounds, len(done))
     assert all(step > 12 and step in planned for step in steps[len(done) :])
+
+
+def test_a_round_of_the_checkpoints_own_step_is_behind_it(tmp_path):
+    path = checkpoint(tmp_path, 4)
+    (path / "allocation.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 2, 4, 6)))
+    assert Continued.at(path).rounds_done() == [2, 4]
 
 
 def settings(**training):
