@@ -32,6 +32,7 @@ def check_writable(file: str | Path, flag: str = "--output", *, others: Iterable
         InputError: a folder, a device or a pipe, a place where nothing can be written, or one of the others.
     """
     path = Path(file)
+    _check_name(path, f"{flag} {file}")
     if path.is_dir():
         raise InputError(f"{flag} {file}: a folder; name a file in it.")
     if path.exists() and not path.is_file():
@@ -50,6 +51,11 @@ def check_folder(folder: Path, flag: str, *, replaced: bool = True) -> None:
     Raises:
         InputError: a file, a device or a pipe, a place where nothing can be written, or one that cannot be replaced.
     """
+    _check_name(folder, flag)
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(
+            f"{flag}: a link to {os.readlink(folder)}, which is not there; make that folder, or choose another."
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag}: no folder; choose one.")
     if replaced and os.path.ismount(folder):
@@ -57,6 +63,20 @@ def check_folder(folder: Path, flag: str, *, replaced: bool = True) -> None:
             f"{flag}: something is mounted there, and it cannot be replaced as a whole; choose a folder in it."
         )
     _check_place(folder if replaced else folder / "file", flag)
+
+
+def _check_name(path: Path, flag: str) -> None:
+    """
+    Raises:
+        InputError: what the system takes for no path: too long a name, links in a circle.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # the place that is there says more
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{flag}: no path of this system ({reason}); choose another place.") from None
 
 
 def _check_place(path: Path, flag: str) -> None:
@@ -168,11 +188,12 @@ def put_back(path: Path) -> None:
 def unwritable(error: BaseException) -> str | None:
     """The reason, where an error says that a disk is full or cannot be written; None for any other error.
 
-    torch and safetensors raise errors of their own, which say it in words or by a number alone.
+    torch, safetensors and tokenizers raise errors of their own, which say it in words or by a number alone.
     """
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return os.strerror(error.errno)
-    if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+    wordy = isinstance(error, (OSError, RuntimeError)) or type(error) is Exception  # the latter: tokenizers
+    if not wordy and type(error).__name__ != "SafetensorError":
         return None
     text = str(error)
     for number in FULL:

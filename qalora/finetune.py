@@ -264,6 +264,11 @@ def finetune(
     items = training_items(recipe, data.train.items)
     total_steps, per_epoch = steps_of(recipe, len(items))
     check_rates(recipe, total_steps)
+    if continued is not None and continued.step >= total_steps:
+        cli.say(
+            f"{continued.checkpoint} has {continued.step} steps behind it, and the run is to make {total_steps}: nothing is left to "
+            "train; training.max_steps or training.num_epochs make it longer"
+        )
     rounds = rounds_of(recipe, total_steps, per_epoch, continued)
     say(
         recipe,
@@ -304,6 +309,7 @@ def finetune(
 
     set_seed(recipe.training.seed)
     model, start = first_model(recipe, base, continued, moving=bool(rounds.steps))
+    finished = {} if continued is None or continued.step < total_steps else figures_of(output_dir)
     begin_folder(output_dir, checkpoint, cli.say)
     known = {} if begun is None else {"run": begun.run}
     rounds_at_most = recipe.allocation.rounds_in(total_steps)
@@ -373,11 +379,12 @@ def finetune(
     seconds = sum(
         record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > first_step
     )
-    metrics["train"] = trainer.throughput.summary(trainer.state.global_step)
-    metrics["allocation"] = {
+    train = trainer.throughput.summary(trainer.state.global_step)
+    metrics["train"] = finished.get("train", train)
+    metrics["allocation"] = finished.get("allocation") or {
         "rounds": allocator.done(),
         "seconds": seconds,
-        "share": seconds / metrics["train"]["seconds"],
+        "share": seconds / train["seconds"],
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }
@@ -442,6 +449,15 @@ def rounds_of(recipe: Recipe, total_steps: int, per_epoch: int, continued: Conti
         return planned
     most = recipe.allocation.rounds_in(total_steps)
     return Schedule(rounds_left(planned.steps, continued.rounds_done(), continued.step, most), planned.scaled)
+
+
+def figures_of(output_dir: Path) -> dict[str, Any]:
+    """What metrics.json says of a run that has been trained to its end; nothing where it was not."""
+    try:
+        figures = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return figures if isinstance(figures, dict) and is_finished(output_dir) else {}
 
 
 def provenance_of(
@@ -666,9 +682,12 @@ def as_it_began(recipe: Recipe, continued: Continued) -> None:
             f"--resume-from-checkpoint: training.lr_scheduler_type is {now}, and {continued.checkpoint} was made with {then}: one follows "
             "the steps and the other the validation loss; keep it, or start anew."
         )
-    if lora.adapter is None:
-        lora.adapter = begun["lora"].get("adapter")
-    if lora.adapter is not None and lora.adapter == begun["lora"].get("adapter"):
+    first = begun["lora"].get("adapter")
+    if lora.adapter is None or (
+        first and Path(lora.adapter).expanduser().resolve() == Path(first).expanduser().resolve()
+    ):
+        lora.adapter = first
+    if lora.adapter is not None and lora.adapter == first:
         for name in {"r", "alpha", "target_modules"} - lora.model_fields_set:
             setattr(lora, name, begun["lora"][name])
     if recipe.training.fit:

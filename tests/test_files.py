@@ -68,6 +68,24 @@ def test_what_cannot_be_written_is_named(tmp_path):
         check_writable(tmp_path / "file" / "out.json")
 
 
+def test_what_is_no_path_and_links_to_nothing_are_named(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for path, said in (
+        (tmp_path / "circle", "Too many levels of symbolic links"),
+        (tmp_path / "circle" / "x", "Too many levels of symbolic links"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "a\0b", "null (byte|character)"),
+    ):
+        with pytest.raises(InputError, match=rf"d: no path of this system \(.*{said}.*choose another place"):
+            check_folder(path, "d", replaced=False)
+        with pytest.raises(InputError, match=rf"--output .*no path of this system \(.*{said}"):
+            check_writable(path)
+    with pytest.raises(InputError, match=rf"d: a link to {tmp_path}/gone, which is not there; make that folder"):
+        check_folder(tmp_path / "nowhere", "d")
+    check_writable(tmp_path / "nowhere")  # a file can be written through it
+
+
 def test_a_link_stays_one_and_its_file_is_written(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     write_json(tmp_path / "link.json", 7)
@@ -140,6 +158,7 @@ def test_the_old_folder_stays_where_the_new_one_cannot_get_its_name(tmp_path, mo
         (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "No space left on device"),
         (RuntimeError("basic_ios::clear: iostream error"), "No space left on device"),
         (OSError("No space left on device (os error 28)"), "No space left on device"),
+        (Exception("No space left on device (os error 28)"), "No space left on device"),  # tokenizers
         (RuntimeError("shapes do not agree"), None),
         (ValueError("No space left on device"), None),
         (OSError(errno.ENOENT, "x"), None),

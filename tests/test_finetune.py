@@ -759,10 +759,11 @@ def test_a_run_from_a_plain_lora_begins_with_its_function_and_keeps_its_budget(f
     after = peft_loss(model_dir, folder / "adapter", data.validation.items)
     assert metrics["after"]["loss"] == pytest.approx(after, rel=1e-5) and after < metrics["before"]["loss"]
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.1
-    # Continued, it needs the adapter no more.
+    # Continued, it needs the adapter no more, and the same place may be called otherwise.
     shutil.rmtree(adapter)
+    again = (*more[:-1], f"adapter_name_or_path={os.path.relpath(adapter)}")
     _, resumed = finetune(
-        *more, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed", settings=plain
+        *again, "--resume-from-checkpoint", str(folder / "checkpoint-6"), output="resumed", settings=plain
     )
     assert losses(resumed) == losses(folder)
     assert_same_adapter(resumed, folder)
@@ -796,6 +797,16 @@ def test_resume_auto_takes_the_newest_checkpoint_and_drops_later_rounds(finetune
     code, _ = finetune("--resume-from-checkpoint", "auto")
     assert code == 0
     assert [record["step"] for record in records(folder)] == [4, 8]
+
+
+def test_a_run_that_is_done_keeps_its_figures_when_it_is_continued(finetune, default_run, tmp_path, capsys):
+    folder = shutil.copytree(default_run, tmp_path / "run")
+    before = json.loads((folder / "metrics.json").read_text())
+    assert finetune("--resume-from-checkpoint", "auto")[0] == 0
+    after = json.loads((folder / "metrics.json").read_text())
+    assert before["train"]["rows"] == 96 and before["allocation"]["seconds"] > 0
+    assert after == before
+    assert "has 12 steps behind it, and the run is to make 12: nothing is left to train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

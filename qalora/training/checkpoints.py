@@ -97,7 +97,7 @@ def find_checkpoint(
     flag = f"--resume-from-checkpoint {asked}"
     if asked != "auto":
         path = Path(asked).expanduser()
-        _check_asked(path, flag)
+        _check_asked(path, flag, output_dir)
         return path
     damaged = []
     for path in checkpoints_in(output_dir):
@@ -143,15 +143,20 @@ def last_good(output_dir: Path) -> Path | None:
     return None
 
 
-def _check_asked(path: Path, flag: str) -> None:
+def _check_asked(path: Path, flag: str, output_dir: Path) -> None:
     """
+    Args:
+        output_dir: where a name alone may have been looked for.
+
     Raises:
         InputError: no checkpoint of a run of ours, or a damaged one.
     """
     if not path.is_dir() or not any((path / name).exists() for name in (STATE, MANIFEST, "adapter_config.json")):
         inside = checkpoints_in(path)
-        hint = f"; its newest one is {inside[0]}" if inside else ""
-        raise InputError(f"{flag}: no checkpoint there (no {STATE}){hint}.")
+        hint = f"its newest one is {inside[0]}." if inside else "name its folder, or auto for the newest of output_dir."
+        if (output_dir / path / STATE).is_file():
+            hint = f"did you mean {output_dir / path}?"
+        raise InputError(f"{flag}: no checkpoint there (no {STATE}); {hint}")
     if not (path / "recipe.yaml").is_file():
         raise InputError(
             f"{flag}: no run of qalora began it (no recipe.yaml); lora.adapter={path} starts a new run from its adapter."

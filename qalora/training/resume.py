@@ -52,7 +52,7 @@ class Continued:
 
 # What weights, moments and the position among the rows have in them.
 FIXED = (
-    "lora.adapter", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.layers_to_transform",
+    "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "lora.layers_to_transform",
     "quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant",
     "training.optim", "training.seed", "training.group_by_length", "data.packing",
 )  # fmt: skip
@@ -65,6 +65,12 @@ def check_settings(now: Settings, begun: Settings, checkpoint: Path) -> None:
     Raises:
         InputError: a setting that would make it another run; names both values.
     """
+    given, first = _get(now, "lora.adapter"), _get(begun, "lora.adapter")
+    if first is not MISSING and given != first:
+        raise InputError(
+            f"--resume-from-checkpoint: lora.adapter={given} begins a new run, and {checkpoint} continues one that began "
+            f"{'without one' if first is None else f'from {first}'}: leave lora.adapter out, or start anew."
+        )
     for key in FIXED:
         new, old = _get(now, key), _get(begun, key)
         if old is not MISSING and new != old:

@@ -34,7 +34,7 @@ from qalora.training.checkpoints import (
     write_manifest,
 )
 from qalora.training.identity import Identity, Rows, read_identity, row_digests, rows_of
-from qalora.training.resume import changes, check_settings, kept_apart, rounds_left
+from qalora.training.resume import Continued, changes, check_settings, kept_apart, rounds_left
 from qalora.training.run_folder import begin_folder, check_output_dir, is_run, own_entries
 
 FILES = (
@@ -44,11 +44,13 @@ FILES = (
 IDENTITY = Identity("m", "f", 12, 2, {"a": 2}, Rows((b"12345678",), (b"abcdefgh",), "v"), run="one")
 
 
-def checkpoint(folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one") -> Path:
+def checkpoint(
+    folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one", kind: str = "loss"
+) -> Path:
     """What `Trainer` and this package write, with tensors of no meaning."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    history = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    history = [{"step": i, kind: loss} for i, loss in enumerate(losses)]
     state = {"global_step": step, "log_history": history, "best_global_step": best}
     (path / "trainer_state.json").write_text(json.dumps(state))
     (path / "recipe.yaml").write_text(yaml.safe_dump({name: {"a": 1} for name in SECTIONS}))
@@ -112,6 +114,7 @@ def test_the_best_checkpoint_is_that_of_its_step_beside_and_of_the_same_run(tmp_
 def test_the_last_good_checkpoint_is_whole_and_had_finite_losses(tmp_path):
     good = checkpoint(tmp_path, 3)
     checkpoint(tmp_path, 6, losses=(1.0, float("nan")))
+    checkpoint(tmp_path, 7, losses=(1.0, float("inf")), kind="eval_loss")
     (checkpoint(tmp_path, 9) / "optimizer.pt").unlink()
     os.utime(good, (0, 0))
     assert last_good(tmp_path) == good
@@ -282,6 +285,12 @@ def test_a_longer_run_makes_no_more_rounds_than_it_was_to(planned, done, rounds)
     assert all(step > 12 and step in planned for step in steps[len(done) :])
 
 
+def test_a_round_of_the_checkpoints_own_step_is_behind_it(tmp_path):
+    path = checkpoint(tmp_path, 4)
+    (path / "allocation.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 2, 4, 6)))
+    assert Continued.at(path).rounds_done() == [2, 4]
+
+
 def settings(**training):
     tree = {
         "training": {
@@ -319,6 +328,25 @@ def test_what_would_be_another_run_is_refused_with_both_values():
     apart["data"] = {**begun["data"], "validation": "v.jsonl"}
     with pytest.raises(InputError, match=r"data\.validation is null, .* made with v\.jsonl"):
         check_settings(begun, apart, at)
+
+
+def test_an_adapter_to_start_from_is_no_setting_of_a_run_that_goes_on():
+    given, none = settings(), settings()
+    given["lora"] = {"r": 2, "adapter": "a"}
+    none["lora"] = {"r": 2, "adapter": None}
+    check_settings(given, given, Path("checkpoint-6"))
+    other = {**given, "lora": {"r": 2, "adapter": "b"}}
+    for begun, said in ((given, "from a"), (none, "without one")):
+        with pytest.raises(InputError, match=rf"lora\.adapter=b begins a new run, .* {said}: leave lora\.adapter out"):
+            check_settings(other, begun, Path("checkpoint-6"))
+
+
+def test_a_name_alone_is_looked_for_in_the_folder_of_the_run(tmp_path):
+    path = checkpoint(tmp_path / "out", 3)
+    with pytest.raises(InputError, match=rf"no checkpoint there .*; did you mean {path}\?$"):
+        find_checkpoint(tmp_path / "out", "checkpoint-3")
+    with pytest.raises(InputError, match=r"no checkpoint there .*; name its folder, or auto for the newest"):
+        find_checkpoint(tmp_path / "out", "true")
 
 
 def test_what_changes_is_said():
