@@ -110,7 +110,9 @@ def main(argv: list[str]) -> int:
     from qalora.cli import say
     from qalora.data.tokenization import load_dataset
     from qalora.metrics import check, predict, several_references
+    from qalora.progress import show
 
+    show(not args.quiet)
     source = resolve(recipe.model)
     if args.adapter:
         check_adapter(args.adapter, source)
