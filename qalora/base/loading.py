@@ -25,7 +25,7 @@ from qalora.base.gguf_reader import fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_model_type, read_fields, shape_of
+from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
 from qalora.errors import InputError
@@ -299,7 +299,7 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         hint = {
-            "hub": "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded",
+            "hub": hub_hint(source),
             "folder": "it needs config.json, the weights and a tokenizer",
             "gguf": "only LLaMA-class GGUF files with their tokenizer can be read",
         }[source.kind]
