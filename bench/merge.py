@@ -34,6 +34,7 @@ from qalora.deploy.merging import merge
 from qalora.deploy.verification import TEXTS
 
 NF4 = Quantization("nf4", True, torch.float32)
+PT = {"format": "pt"}
 WAYS = {
     "PEFT merge_and_unload, 4-bit": "4-bit",
     "PEFT, model.dequantize() first": "float32",
@@ -171,9 +172,9 @@ def make_base(config: LlamaConfig, folder: Path) -> int:
         group = name.split(".layers.")[1].split(".")[0] if ".layers." in name else name
         files.setdefault(f"{group}.safetensors", {})[name] = torch.Size(shape)
     for file, shapes in files.items():
-        save_file({name: 0.02 * torch.randn(shape).bfloat16() for name, shape in shapes.items()}, folder / file)
+        save_file({name: 0.02 * torch.randn(shape).bfloat16() for name, shape in shapes.items()}, folder / file, PT)
     weight_map = {name: file for file, shapes in files.items() for name in shapes}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return max(2 * shape.numel() for shapes in files.values() for shape in shapes.values())
 
 

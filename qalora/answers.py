@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qalora.adapter.provenance import read_provenance
+from qalora.base.registry import positions_of
 from qalora.data.ending import ending_of
+from qalora.errors import InputError
 
 BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
@@ -64,21 +67,28 @@ def generate_answers(
     kept: Sequence[str] | None = None,
     track: Callable[[list[Any], str], Iterable[Any]] | None = None,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, left-padded in batches of like length.
+    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's positions.
 
     Args:
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
         kept: a text for each prompt, whose special tokens are read in the answer too; None: no special tokens are.
+
+    Raises:
+        InputError: a prompt that leaves no position for an answer.
     """
     config = generation_config(model, tokenizer, taught, do_sample=False, max_new_tokens=max_new_tokens)
     special = special_tokens(tokenizer)
+    positions = positions_of(causal_lm(model).config.to_dict())
+    longest = [room(len(prompt), max_new_tokens, positions) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches = [by_length[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    alike = [list(group) for _, group in groupby(by_length, lambda i: longest[i])]
+    batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
     answers = [""] * len(prompts)
     with inference(model):
         for batch in (track or (lambda batches, what: batches))(batches, "generation"):
             input_ids, attention_mask = left_pad([prompts[i] for i in batch], config.pad_token_id)
             device = causal_lm(model).device
+            config.max_new_tokens = longest[batch[0]]
             output = model.generate(  # type: ignore[operator]
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -89,6 +99,23 @@ def generate_answers(
                 text = kept[i] if kept else ""
                 answers[i] = read(ids, tokenizer, config, {id for id, name in special.items() if name not in text})
     return answers
+
+
+def room(prompt: int, max_new_tokens: int, positions: int | None) -> int:
+    """Tokens that an answer can have, of those that are asked for.
+
+    Args:
+        prompt: its tokens.
+        positions: of the model; None: not known.
+
+    Raises:
+        InputError: no position is left for an answer.
+    """
+    if positions is not None and prompt >= positions:
+        raise InputError(
+            f"the prompt has {prompt} tokens, and the model {positions} positions, which leaves none for an answer; shorten the prompt."
+        )
+    return max_new_tokens if positions is None else min(max_new_tokens, positions - prompt)
 
 
 def read(

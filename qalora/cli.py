@@ -27,6 +27,10 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         return _ended(main, argv)
     except BrokenPipeError:
         return UNREAD
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # of rich, which ends a program so
+            return UNREAD
+        raise
     finally:
         _leave_unread()
 
@@ -119,7 +123,7 @@ class _Once(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         flag, value = self._given or (option_string, values)
-        if value != values:
+        if value != values and values == values:  # not a number is no other than itself
             raise InputError(
                 f"command line: two values for {option_string}, {flag} {value} and {option_string} {values}; keep one."
             )

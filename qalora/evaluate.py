@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     from qalora.data.reading import paths_of
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json, write_json_lines
-    from qalora.plan import keep_to_positions
+    from qalora.plan import keep_to_positions, keep_to_stored
     from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
@@ -101,23 +101,29 @@ def main(argv: list[str]) -> int:
     if args.predictions:
         check_writable(args.predictions, "--predictions", others=[*read, *([args.output] if args.output else [])])
 
+    from qalora.adapter.its_base import loading_as_trained, said_of_base
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
     from qalora.answers import prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.precision import loaded_in_4bit
-    from qalora.base.registry import resolve
+    from qalora.base.registry import resolve, shape_of
     from qalora.cli import say
     from qalora.data.tokenization import load_dataset
-    from qalora.metrics import check, predict, several_references
+    from qalora.metrics import check, predict, several_references, with_room
     from qalora.progress import show
 
     show(not args.quiet)
     source = resolve(recipe.model)
+    notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
+    loading = recipe.quantization.loading()
     if args.adapter:
         check_adapter(args.adapter, source)
-    if note := keep_to_positions(recipe):
-        print(note, file=sys.stderr)
+        notes.append(said_of_base(args.adapter, source))
+        loading, note = loading_as_trained(args.adapter, source, loading, recipe.quantization.given())
+        notes.append(note)
+    for note in filter(None, notes):
+        say(note)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
     evaluation = recipe.evaluation
@@ -131,9 +137,17 @@ def main(argv: list[str]) -> int:
     print(dataset.report, file=sys.stderr)
     if said := several_references(dataset):
         print(said, file=sys.stderr)
-    check(dataset, **evaluation.asking())
+    dataset, line = with_room(
+        dataset,
+        tokenizer,
+        shape_of(source).positions,
+        metrics=evaluation.metrics,
+        max_new_tokens=evaluation.max_new_tokens,
+        options=check(dataset, **evaluation.asking()),
+    )
+    if line:
+        say(line)
 
-    loading = recipe.quantization.loading()
     loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
     if line:
         say(line)
@@ -148,11 +162,11 @@ def main(argv: list[str]) -> int:
         progress=not args.quiet,
         **evaluation.asking(),
     )
-    print(json.dumps(result, indent=2))
     if args.output:
         write_json(args.output, result)
     if args.predictions:
         write_json_lines(args.predictions, predictions)
+    print(json.dumps(result, indent=2))  # at the end, for its reader may have left
     return 0
 
 

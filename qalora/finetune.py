@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.data.reading import paths_of
-    from qalora.plan import keep_to_positions, settle_adapter
+    from qalora.plan import keep_to_positions, keep_to_stored, settle_adapter
     from qalora.progress import show
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     show(not recipe.logging.quiet)
     source = resolve(recipe.model)
-    if note := keep_to_positions(recipe):
+    for note in filter(None, (keep_to_positions(recipe), keep_to_stored(recipe))):
         say(recipe, note)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
@@ -152,9 +152,10 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | 
     Raises:
         InputError: whatever is wrong with the files, the settings that go with them, or the metrics asked of them.
     """
+    from qalora.base.registry import resolve, shape_of
     from qalora.data.reading import described
     from qalora.data.tokenization import load_dataset, same_rows, split_validation
-    from qalora.metrics import check, several_references
+    from qalora.metrics import check, several_references, with_room
 
     settings, evaluation, seed = recipe.data, recipe.evaluation, recipe.training.seed
 
@@ -184,7 +185,16 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, known: Rows | 
     if evaluation.rows is not None:
         validation = validation.subset(range(min(evaluation.rows, len(validation))))
     if evaluation.before or evaluation.after:
-        check(validation, **evaluation.asking())
+        validation, line = with_room(
+            validation,
+            tokenizer,
+            shape_of(resolve(recipe.model)).positions,
+            metrics=evaluation.metrics,
+            max_new_tokens=evaluation.max_new_tokens,
+            options=check(validation, **evaluation.asking()),
+        )
+        if line:
+            say(recipe, line)
         if said := several_references(validation):
             say(recipe, said)
     return RunData(train, validation, scoring, rows_of(train.items, held_back.items, validation.items))
@@ -231,6 +241,7 @@ def finetune(
     import torch
     from transformers import set_seed
 
+    from qalora.adapter.its_base import said_of_base
     from qalora.adapter.model import ranks, save_adapter
     from qalora.adapter.saved import check_adapter
     from qalora.base.fingerprint import fingerprint
@@ -271,7 +282,10 @@ def finetune(
         check_room_to_merge(source, output_dir)
     original = choose_start(recipe, source) if checkpoint is None else None
     if checkpoint is None and lora.adapter:
-        check_adapter(Path(lora.adapter).expanduser(), source)
+        given_adapter = Path(lora.adapter).expanduser()
+        check_adapter(given_adapter, source)
+        if note := said_of_base(given_adapter, source):
+            say(recipe, note)
     weights = fingerprint(source)
     if checkpoint is not None:
         check_base(weights, recipe.model, begun, checkpoint)
@@ -285,7 +299,9 @@ def finetune(
             check_base(weights, recipe.model, begun, checkpoint)
 
     given = bool(recipe.data.chat_template or recipe.data.chat_template_kwargs)
-    provenance = provenance_of(base, data.train, given_template=given, prompt_template=recipe.data.prompt_template)
+    provenance = provenance_of(
+        base, data.train, weights, given_template=given, prompt_template=recipe.data.prompt_template
+    )
     say(recipe, _end_line(provenance))
 
     set_seed(recipe.training.seed)
@@ -431,15 +447,22 @@ def rounds_of(recipe: Recipe, total_steps: int, per_epoch: int, continued: Conti
 
 
 def provenance_of(
-    base: LoadedBase, train: TokenizedDataset, *, given_template: bool = False, prompt_template: str | None = None
+    base: LoadedBase,
+    train: TokenizedDataset,
+    weights: str | None = None,
+    *,
+    given_template: bool = False,
+    prompt_template: str | None = None,
 ) -> Provenance:
     """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
 
     Args:
+        weights: fingerprint of the base.
         given_template: whether the tokenizer's chat template is the recipe's, and not the base's own.
         prompt_template: the recipe's own, with {column} fields.
     """
     from qalora.adapter.provenance import Provenance
+    from qalora.base.fingerprint import stored_as
     from qalora.data.chat_template import chat_template
     from qalora.data.ending import taught_ends
     from qalora.data.prompts import served_prompt
@@ -454,6 +477,8 @@ def provenance_of(
         stop_tokens=taught_ends(train, base.tokenizer),
         chat_template=base.tokenizer.get_chat_template() if given_template else built_in,
         prompt=served_prompt(train.examples, prompt_template),
+        base=weights,
+        stored_as=stored_as(base.source),
     )
 
 

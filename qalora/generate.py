@@ -6,10 +6,11 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser
+from qalora.cli import Parser, say
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,17 +88,22 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
+    from qalora.adapter.its_base import loading_as_trained, said_of_base
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
-    from qalora.answers import generation_config, prepare_tokenizer
+    from qalora.answers import generation_config, prepare_tokenizer, room
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.base.precision import loaded_in_4bit
-    from qalora.base.registry import resolve
-    from qalora.cli import say
+    from qalora.base.registry import resolve, shape_of
 
     source = resolve(args.model)
+    loading: dict[str, Any] = {"load_in_4bit": not args.no_quantize, "dtype": args.dtype}
     if args.adapter:
         check_adapter(args.adapter, source)
+        given = ["load_in_4bit"] if args.no_quantize else []
+        loading, note = loading_as_trained(args.adapter, source, loading, given)
+        for line in filter(None, (said_of_base(args.adapter, source), note)):
+            say(line)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
     ids: list[int] = []
@@ -108,10 +114,11 @@ def main(argv: list[str]) -> int:
     elif args.system is not None:
         prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
 
-    in_4bit, line = loaded_in_4bit(source, not args.no_quantize, trained_on=args.adapter is not None)
+    room(len(ids), args.max_new_tokens, shape_of(source).positions)  # refused before the weights load
+    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
     if line:
         say(line)
-    base = load_base(source, tokenizer=tokenizer, load_in_4bit=in_4bit, dtype=args.dtype).model
+    base = load_base(source, tokenizer=tokenizer, **loading).model
     model: Any = load_adapter(base, args.adapter) if args.adapter else base
     config = generation_config(model, tokenizer, [*args.stop, *taught], **options)
     set_seed(args.seed)
@@ -170,7 +177,9 @@ def check_texts(args: argparse.Namespace) -> None:
         if text is None:
             continue
         check_utf8(text, f"--{flag}")
-        if flag != "input":
+        if flag == "system" and not text.strip():
+            raise InputError("--system: empty; write a system message or leave it out.")
+        if flag not in ("input", "system"):
             check_not_empty(text, f"--{flag}", raw=args.raw)
     for text in args.stop:
         check_utf8(text, "--stop")
@@ -310,21 +319,20 @@ def answer(
     *,
     keep_special_tokens: bool = False,
 ) -> str:
-    """Streams the continuation of the token ids to standard output as it grows, and returns its text.
+    """Streams the continuation of the token ids to standard output as it grows, up to the model's last position, and returns its
+    text.
 
     Raises:
-        InputError: no room for `max_new_tokens` after the prompt in the model's context.
+        InputError: the prompt leaves no position for an answer.
     """
     import torch
 
-    from qalora.answers import AnswerStreamer, inference, read, special_tokens
+    from qalora.answers import AnswerStreamer, inference, read, room, special_tokens
 
-    limit = model.config.max_position_embeddings
-    if len(ids) + config.max_new_tokens > limit:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and the model's context {limit}: "
-            f"--max-new-tokens {config.max_new_tokens} does not fit; shorten the prompt or lower it."
-        )
+    if (longest := room(len(ids), config.max_new_tokens, positions(model))) < config.max_new_tokens:
+        say(f"the prompt has {len(ids)} tokens and leaves the model positions for {longest} more: no answer is longer")
+        config = copy(config)
+        config.max_new_tokens = longest
     hidden = () if keep_special_tokens else special_tokens(tokenizer).keys()
 
     def text_of(tokens: Sequence[int]) -> str:
@@ -357,7 +365,8 @@ def chat(
     context; the system message is not.
     """
     history: list[str] = []
-    room = model.config.max_position_embeddings - config.max_new_tokens
+    limit = positions(model) or sys.maxsize
+    room = limit - config.max_new_tokens if config.max_new_tokens < limit else limit // 2
     for message in messages:
         history.append(message)
         while len(ids := prompt_ids(history, tokenizer, chat=True, system=system)) > room and len(history) > 1:
@@ -365,6 +374,13 @@ def chat(
             del history[:2]
         history.append(answer(model, tokenizer, ids, config, keep_special_tokens=keep_special_tokens))
     return history
+
+
+def positions(model: Any) -> int | None:
+    """Tokens of a prompt and its answer at most; None where it is not known."""
+    from qalora.base.registry import positions_of
+
+    return positions_of(model.config.to_dict())
 
 
 if __name__ == "__main__":

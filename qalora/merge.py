@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser
+from qalora.cli import Parser, say
 from qalora.errors import InputError
 from qalora.plan import parse_size
 
@@ -81,11 +81,16 @@ def main(argv: list[str]) -> int:
     source = resolve(args.model)
     check_output(Path(args.output), model=source.name, adapter=Path(args.adapter), overwrite=args.overwrite)
 
+    from qalora.adapter.its_base import refuse_other_base, said_of_base
     from qalora.adapter.saved import read_config
 
     read_config(args.adapter)
     if args.format in ADAPTER_FORMATS:
+        if line := said_of_base(args.adapter, source):
+            say(line)
         return export(args, source)
+    if line := refuse_other_base(args.adapter, source):
+        say(line)
 
     import torch
 
@@ -178,36 +183,82 @@ def trained_quantization(args: argparse.Namespace, source: Any) -> Quantization 
     from qalora.base.checkpoint import Quantization
     from qalora.base.loading import stored_quantization
 
+    known = known_quantization(Path(args.adapter))
     if args.base == "original" or args.no_quantize:
+        if known and (line := not_as_trained(args.adapter, known, source)):
+            say(line)
         return None
-    known = known_quantization(Path(args.adapter)) or {}
     stored = stored_quantization(source)
-    asked = (
-        args.base == "dequantized" or args.bnb_4bit_quant_type or args.no_double_quant or args.bnb_4bit_compute_dtype
-    )
-    if not (known or stored or asked):
+    flags = {
+        "quant_type": args.bnb_4bit_quant_type,
+        "double_quant": False if args.no_double_quant else None,
+        "compute_dtype": args.bnb_4bit_compute_dtype,
+    }
+    flags = {name: value for name, value in flags.items() if value is not None}
+    refuse_other_codes(args.model, stored, flags)
+    if not (known or stored or flags or args.base):
         raise InputError(
             f"{args.adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that was 4 bits "
             "(QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in adapter_config.json), or --base original "
             "if it was 16 or 32."
         )
-    quant_type = known.get("quant_type")
-    if asked or stored:
-        quant_type = args.bnb_4bit_quant_type or quant_type or stored.get("bnb_4bit_quant_type") or "nf4"
-    dtype = args.bnb_4bit_compute_dtype or known.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
+    if known is None:
+        quant_type = flags.get("quant_type") or stored.get("bnb_4bit_quant_type") or "nf4"
+    else:
+        quant_type = flags.get("quant_type", known["quant_type"])
+        if quant_type is None and stored:
+            quant_type = stored.get("bnb_4bit_quant_type") or "nf4"
+        if quant_type is None and args.base == "dequantized":
+            say(
+                f"--base dequantized: {args.adapter} was trained on a base that was not quantized, and is merged into that"
+            )
+        for name, value in flags.items():
+            was = known[name] if name != "double_quant" or known["quant_type"] else value
+            if was not in ("auto", value):
+                say(f"{args.adapter}: was trained with {name}={was}, and is merged with {name}={value}, as asked for")
+    dtype = flags.get("compute_dtype") or (known or {}).get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
     if dtype in (None, "auto"):
         dtype = "bfloat16"
         if quant_type:
-            print(
+            say(
                 f"{args.adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what nearly all are; "
-                "--bnb-4bit-compute-dtype says another",
-                file=sys.stderr,
+                "--bnb-4bit-compute-dtype says another"
             )
     return Quantization(
         quant_type=quant_type,
-        double_quant=bool(known.get("double_quant", True)) and not args.no_double_quant,
+        double_quant=bool(flags.get("double_quant", (known or {}).get("double_quant", True))),
         compute_dtype=getattr(torch, dtype),
     )
+
+
+def not_as_trained(adapter: str, known: dict[str, Any], source: Any) -> str | None:
+    """A line where the weights as they are stored are not those that the training computed with."""
+    from qalora.base.fingerprint import stored_as
+
+    dtype = known["compute_dtype"]
+    if known["quant_type"] is not None:
+        trained = f"{known['quant_type']} weights in {dtype}"
+    elif dtype == "float32" or stored_as(source) == {"bfloat16": "BF16", "float16": "F16"}.get(dtype):
+        return None
+    else:
+        trained = f"weights in {dtype}"
+    return f"--base original: {adapter} was trained on {trained}, and is merged into the weights as they are stored, as asked for"
+
+
+def refuse_other_codes(model: str, stored: dict[str, Any], flags: dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: the base is stored in 4 bits, of another form than the flags say.
+    """
+    for name, flag, key in (
+        ("quant_type", "--bnb-4bit-quant-type", "bnb_4bit_quant_type"),
+        ("double_quant", "--no-double-quant", "bnb_4bit_use_double_quant"),
+    ):
+        kept = stored.get(key)
+        if name in flags and kept is not None and kept != flags[name]:
+            given = f"{flag} {flags[name]}" if name == "quant_type" else flag
+            what = kept if name == "quant_type" else "with double quantization"
+            raise InputError(f"{given}: --model {model} is stored in 4 bits already, {what}; leave the flag out.")
 
 
 def known_quantization(adapter: Path) -> dict[str, Any] | None:

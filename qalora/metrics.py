@@ -166,6 +166,49 @@ def check(
     return options
 
 
+def with_room(
+    dataset: TokenizedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    *,
+    metrics: Sequence[str],
+    max_new_tokens: int,
+    options: Sequence[str] = (),
+) -> tuple[TokenizedDataset, str]:
+    """The rows that the model has positions to answer, and a line on the others and on answers that have to be shorter; empty where
+    there are none.
+
+    Args:
+        positions: of the model; None: not known.
+        options: accuracy's choices, as `check` returns them.
+
+    Raises:
+        InputError: no row is left.
+    """
+    generates = not {"exact_match", "rougeL"}.isdisjoint(metrics)
+    if positions is None or not (generates or options):
+        return dataset, ""
+    examples = {example.row: example for example in dataset.examples}
+    prompts = [len(tokenize_prompt(examples[item["row"]], tokenizer)) for item in dataset.items]
+    needed = max((len(tokenizer(option)["input_ids"]) for option in options), default=1)
+    kept = [i for i, prompt in enumerate(prompts) if prompt + needed <= positions]
+    if not kept:
+        raise InputError(
+            f"none of the {len(prompts)} rows leaves an answer room in the model's {positions} positions: the shortest prompt has "
+            f"{min(prompts)} tokens; shorten the prompts, or measure the loss alone."
+        )
+    lines = []
+    if dropped := len(prompts) - len(kept):
+        lines.append(
+            f"{dropped} rows dropped, whose prompts leave no room for an answer in the model's {positions} positions"
+        )
+    if shorter := sum(prompts[i] + max_new_tokens > positions for i in kept) if generates else 0:
+        lines.append(
+            f"{shorter} rows get answers shorter than {max_new_tokens} tokens, up to the model's {positions} positions"
+        )
+    return (dataset.subset(kept) if dropped else dataset), "; ".join(lines)
+
+
 def several_references(dataset: TokenizedDataset) -> str:
     """A line on the rows whose answer may be one of several; empty where there are none."""
     count = sum(len(example.references) > 1 for example in dataset.examples)

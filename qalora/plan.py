@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         flags.append(("quantization.bnb_4bit_compute_dtype", args.dtype))
     recipe = load_recipe(args.recipe, [*flags, *parse_overrides(rest)], args.profile)
     settle_adapter(recipe)
-    if note := keep_to_positions(recipe):
+    for note in filter(None, (keep_to_positions(recipe), keep_to_stored(recipe))):
         say(note)
     if recipe.training.fit and card is not None:
         fit_recipe(recipe, card)
@@ -86,6 +86,28 @@ def keep_to_positions(recipe: Recipe) -> str | None:
         return None
     recipe.data.max_seq_len = positions
     return f"data.max_seq_len={asked}: {recipe.model} has {positions} positions; longer rows are cut there"
+
+
+def keep_to_stored(recipe: Recipe) -> str | None:
+    """Sets the form of the 4-bit weights to that of a base which is stored so, for nothing else can be made of it, and returns a line
+    where the recipe says another."""
+    from qalora.base.registry import MODELS, published_fields, resolve
+
+    settings = recipe.quantization
+    stored = {} if recipe.model in MODELS else published_fields(resolve(recipe.model)).get("quantization_config") or {}
+    contradicted = []
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        kept, asked = stored.get(name), getattr(settings, name)
+        if not stored.get("load_in_4bit") or kept is None or kept == asked:
+            continue
+        if name in settings.model_fields_set:
+            contradicted.append(f"quantization.{name}={str(asked).lower()} (stored: {str(kept).lower()})")
+        setattr(settings, name, kept)
+    if not contradicted:
+        return None
+    return (
+        f"{recipe.model} is stored in 4 bits and is taken as it is, whatever the recipe says: {', '.join(contradicted)}"
+    )
 
 
 def planner(recipe: Recipe, device: str = "cuda", *, shape: ModelShape | None = None) -> Plan:

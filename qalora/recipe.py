@@ -58,7 +58,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -73,8 +73,8 @@ class DataConfig(Section):
 
     train: str | list[str] = Field(
         "",
-        description="file (json, jsonl, csv, tsv, parquet, arrow; .gz, .zst …), pattern, folder, Hub id, qalora:quickstart, or a list "
-        "of these",
+        description="file (json, jsonl, csv, tsv, parquet, arrow, txt; .gz, .zst, .zip …), pattern, folder, Hub id, "
+        "qalora:quickstart, or a list of these",
     )
     validation: str | list[str] | None = Field(
         None, description="like train; null holds rows of train back (val_set_size)"
@@ -104,6 +104,15 @@ class DataConfig(Section):
     )
     train_on_inputs: bool = Field(False, description="loss on the prompt too")
     packing: bool = Field(False, description="several rows in one sequence of max_seq_len tokens")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _names_alone(cls, where: Any) -> Any:
+        if any(isinstance(each, Mapping) for each in (where if isinstance(where, list) else [where])):
+            raise ValueError(
+                "name files, folders or Hub ids alone; what they hold is said by data.format, data.split and data.name"
+            )
+        return where
 
     @field_validator("train", "validation")
     @classmethod
@@ -151,6 +160,11 @@ class QuantizationConfig(Section):
             "double_quant": self.bnb_4bit_use_double_quant,
             "dtype": self.bnb_4bit_compute_dtype,
         }
+
+    def given(self) -> list[str]:
+        """Those of them that somebody set."""
+        names = dict(zip(self.loading(), QuantizationConfig.model_fields, strict=True))
+        return [argument for argument, setting in names.items() if setting in self.model_fields_set]
 
 
 class LoraSettings(Section):
@@ -707,7 +721,7 @@ def check_once(
         if canonical is None:
             continue
         other, other_given, other_value = first.setdefault(canonical, (key, given, value))
-        if value != other_value:
+        if value != other_value and value == value:  # not a number is no other than itself
             earlier = f"{other}={other_given}" + (f" (line {lines[other][0]})" if other in lines else "")
             later = f"{key}={given}" + (f" (line {lines[key][-1]})" if key in lines else "")
             raise InputError(f"{where}: two values for {canonical}, {earlier} and {later}; keep one.")
@@ -721,7 +735,9 @@ def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     for key, value in settings:
         canonical, value = _canonical(key, value, known)
         if canonical is None:
-            problems.append(f"{key}: unknown setting{_advice(key, known)}")
+            first = next((name for name in known if name.startswith(f"{key}.")), None)
+            section = f"{key}={value!r}: a section; write its settings by their own names, such as {first}"
+            problems.append(section if first else f"{key}: unknown setting{_advice(key, known)}")
             continue
         *parents, leaf = canonical.split(".")
         section = tree

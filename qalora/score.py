@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.errors import InputError
     from qalora.files import check_writable, write_json
-    from qalora.plan import keep_to_positions
+    from qalora.plan import keep_to_positions, keep_to_stored
     from qalora.recipe import check_once, load_recipe, parse_overrides
     from qalora.recipe import resolve as resolve_recipe
 
@@ -89,6 +89,7 @@ def main(argv: list[str]) -> int:
     check_writable(args.output)
 
     from qalora.adapter.allocation import least_important
+    from qalora.adapter.its_base import loading_as_trained, said_of_base
     from qalora.adapter.model import load_adapter, ranks
     from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
@@ -102,14 +103,15 @@ def main(argv: list[str]) -> int:
     from qalora.data.tokenization import load_dataset
     from qalora.training.activations import set_checkpointing
 
+    notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
     of_ranks = check_adapter(args.adapter, source).total_rank
     if args.prune and args.prune >= of_ranks:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
-    if note := keep_to_positions(recipe):
-        print(note, file=sys.stderr)
+    loading, note = loading_as_trained(args.adapter, source, recipe.quantization.loading(), recipe.quantization.given())
+    for line in filter(None, (*notes, said_of_base(args.adapter, source), note)):
+        say(line)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
-    loading = recipe.quantization.loading()
     if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:
         say(line)
     base = load_base(source, tokenizer=tokenizer, **loading)

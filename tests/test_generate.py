@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qalora import generate
+from qalora import cli, generate
 from qalora.adapter.model import gated_layers
 from qalora.answers import AnswerStreamer, generation_config
 from qalora.data.formats import to_example
@@ -131,7 +131,8 @@ def test_options_out_of_range_are_errors(flags):
         (["--prompt", ""], "--prompt: empty"),
         (["--prompt", " \n"], "--prompt: empty"),
         (["--instruction", ""], "--instruction: empty"),
-        (["--chat", "--system", ""], "--system: empty"),
+        (["--chat", "--system", ""], "--system: empty; write a system message or leave it out"),
+        (["--prompt", "hi", "--temperature", "nan"], "--temperature nan: must be 0"),
         (["--prompt", "hi", "--stop", ""], "--stop: empty"),
         (["--prompt", "caf\udce9"], "--prompt: byte 0xE9 at character 3 is no UTF-8"),
         (["--chat", "--system", "\udcff"], "--system: byte 0xFF at character 0"),
@@ -275,10 +276,33 @@ def test_answer_streams_the_greedy_continuation(model, tokenizer, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_prompt_beyond_the_context_is_an_error(model, tokenizer):
-    config = generation_config(model, tokenizer, max_new_tokens=250, do_sample=False)
-    with pytest.raises(InputError, match="10 tokens and the model's context 256"):
-        generate.answer(model, tokenizer, range(10), config)
+def test_an_answer_ends_at_the_model_s_last_position(model, tokenizer, capsys):
+    """And what it says until then is what it says with more room."""
+    prompt = [5 + 13 * i % 200 for i in range(250)]
+    config = generation_config(model, tokenizer, max_new_tokens=20, do_sample=False)
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < 256:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert tokenizer.eos_token_id not in ids[250:]
+    assert generate.answer(model, tokenizer, prompt, config) == tokenizer.decode(ids[250:], skip_special_tokens=True)
+    assert capsys.readouterr().err == (
+        "the prompt has 250 tokens and leaves the model positions for 6 more: no answer is longer\n"
+    )
+    assert config.max_new_tokens == 20
+
+
+def test_a_prompt_beyond_the_positions_is_refused_before_the_weights_load(command, tmp_path, capsys):
+    (tmp_path / "model.safetensors").unlink()
+    assert cli.run(generate.main, [*command, "--prompt", "a" * 300]) == 2
+    assert "tokens, and the model 256 positions, which leaves none for an answer; shorten" in capsys.readouterr().err
+
+
+def test_a_chat_remembers_whatever_length_of_answers_is_asked_for(model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "answer", lambda model, tokenizer, ids, config, **options: "so")
+    config = generation_config(model, tokenizer, max_new_tokens=4096, do_sample=False)
+    assert generate.chat(model, tokenizer, ["one", "two"], config) == ["one", "so", "two", "so"]
+    assert capsys.readouterr().err == ""
 
 
 def test_chat_sees_the_history_and_forgets_the_oldest_exchange(model, tokenizer, monkeypatch, capsys):

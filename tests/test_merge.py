@@ -229,3 +229,85 @@ def test_a_rank_that_no_vllm_takes_is_said(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "vLLM: takes ranks up to 512, and this adapter has 513" in out
     assert "None" not in out
+
+
+# ------------------------------------------------------------------------------------- flags against what is known already
+
+
+@pytest.mark.parametrize(
+    ("known", "flags", "quantization", "said"),
+    [
+        (
+            ("nf4", "float32"),
+            ["--base", "original"],
+            None,
+            "was trained on nf4 weights in float32, and is merged into the",
+        ),
+        (
+            (None, "bfloat16"),
+            ["--no-quantize"],
+            None,
+            "was trained on weights in bfloat16, and is merged into the weights as",
+        ),
+        ((None, "float32"), ["--base", "original"], None, ""),
+        ((None, "bfloat16"), ["--base", "dequantized"], (None, "bfloat16"), "trained on a base that was not quantized"),
+        ((None, "bfloat16"), [], (None, "bfloat16"), ""),
+        (("nf4", "float32"), ["--base", "dequantized"], ("nf4", "float32"), ""),
+        (
+            ("nf4", "float32"),
+            ["--bnb-4bit-quant-type", "fp4"],
+            ("fp4", "float32"),
+            "quant_type=nf4, and is merged with",
+        ),
+        (
+            ("nf4", "float32"),
+            ["--bnb-4bit-compute-dtype", "bfloat16"],
+            ("nf4", "bfloat16"),
+            "compute_dtype=float32, and",
+        ),
+        (("nf4", "float32"), ["--bnb-4bit-quant-type", "nf4"], ("nf4", "float32"), ""),
+        (
+            (None, "bfloat16"),
+            ["--bnb-4bit-quant-type", "nf4"],
+            ("nf4", "bfloat16"),
+            "quant_type=None, and is merged with",
+        ),
+    ],
+)
+def test_flags_that_contradict_the_training_are_taken_and_said(
+    asked, tmp_path, capsys, known, flags, quantization, said
+):
+    """The base of these is stored in fp32."""
+    Provenance("m", known[0], known[0] is not None, known[1]).write(tmp_path)
+    found = asked(tmp_path, *flags)
+    assert (found and (found.quant_type, found.name)) == quantization
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == bool(said)
+
+
+def test_a_16_bit_base_that_was_trained_in_its_own_dtype_is_original_without_a_word(asked, folder, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    Provenance("m", None, False, "bfloat16").write(tmp_path)
+    capsys.readouterr()
+    assert asked(tmp_path, "--base", "original", model=tmp_path / "m") is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bnb-4bit-quant-type", "nf4"], "--bnb-4bit-quant-type nf4: --model .* is stored in 4 bits already, fp4"),
+        (["--no-double-quant"], "--no-double-quant: --model .* is stored in 4 bits already, with double quantization"),
+        (["--bnb-4bit-quant-type", "fp4"], None),
+    ],
+)
+def test_flags_that_contradict_a_base_in_4_bits_are_errors(asked, folder, adapter, tmp_path, flags, message):
+    fields = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    fields["quantization_config"] = stored | {"bnb_4bit_use_double_quant": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    if message is None:
+        assert asked(adapter, *flags, model=tmp_path).quant_type == "fp4"
+        return
+    with pytest.raises(InputError, match=message):
+        asked(adapter, *flags, model=tmp_path)

@@ -381,3 +381,39 @@ def test_too_many_references_to_be_choices(tokenizer, tmp_path):
     rows = [{"prompt": "n? ", "completion": str(n)} for n in range(11)]
     with pytest.raises(InputError, match="11 distinct references"):
         metrics.check(make_dataset(tokenizer, tmp_path, rows), metrics=["accuracy"])
+
+
+def test_answers_end_at_the_model_s_last_position(tokenizer, tmp_path):
+    """Each as it is alone, whatever rows stand beside it; and a row without room is counted, not asked."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.3, max_position_embeddings=32)
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    rows = [{"prompt": "x" * length, "completion": "yes"} for length in (4, 25, 27, 27, 31, 40)]
+    dataset = make_dataset(tokenizer, tmp_path, rows)
+    asked = dict(metrics=["rougeL"], max_new_tokens=8)
+    kept, line = metrics.with_room(dataset, tokenizer, 32, **asked)
+    assert line == (
+        "1 rows dropped, whose prompts leave no room for an answer in the model's 32 positions; "
+        "4 rows get answers shorter than 8 tokens, up to the model's 32 positions"
+    )
+    figures, lines = metrics.predict(model, tokenizer, kept, **asked, batch_size=8)
+    assert figures["rows"] == 5
+    for line in lines:
+        ids = tokenizer(line["prompt"])["input_ids"]
+        end = min(len(ids) + 8, 32)
+        while len(ids) < end and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        said = [token for token in ids[len(line["prompt"]) :] if token != tokenizer.eos_token_id]
+        assert line["answer"] == tokenizer.decode(said, skip_special_tokens=True)
+    with pytest.raises(InputError, match="the prompt has 40 tokens, and the model 32 positions"):
+        metrics.predict(model, tokenizer, dataset, **asked)
+
+
+def test_rows_without_room_for_any_answer_are_refused(tokenizer, tmp_path):
+    dataset = make_dataset(tokenizer, tmp_path, [{"prompt": "x" * 40, "completion": "yes"}])
+    with pytest.raises(InputError, match="none of the 1 rows leaves an answer room in the model's 32 positions"):
+        metrics.with_room(dataset, tokenizer, 32, metrics=["accuracy"], max_new_tokens=8, options=["yes", "no"])
+    assert metrics.with_room(dataset, tokenizer, 32, metrics=["loss"], max_new_tokens=8) == (dataset, "")

@@ -13,8 +13,8 @@ from qalora.base.memory import plan_memory
 from qalora.base.registry import MODELS
 from qalora.cli import run
 from qalora.errors import InputError
-from qalora.plan import main, parse_size, planner
-from qalora.recipe import load_recipe
+from qalora.plan import keep_to_stored, main, parse_size, planner
+from qalora.recipe import load_recipe, parse_overrides, resolve
 
 
 def planned(capsys, *arguments: str) -> dict:
@@ -131,6 +131,30 @@ def test_where_no_setting_fits_the_most_frugal_one_is_planned(capsys):
     settings = {"micro_batch_size": 1, "gradient_checkpointing": "offload", "mlp_tile": MLP_TILE}
     assert {key: answer["training"][key] for key in settings} == settings
     assert answer["longest_context"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], None),
+        (["quantization.bnb_4bit_quant_type=nf4"], "quantization.bnb_4bit_quant_type=nf4 (stored: fp4)"),
+        (
+            ["quantization.bnb_4bit_use_double_quant=true"],
+            "quantization.bnb_4bit_use_double_quant=true (stored: false)",
+        ),
+        (["quantization.bnb_4bit_quant_type=fp4"], None),
+    ],
+)
+def test_a_base_that_is_stored_in_4_bits_keeps_its_form(save_tiny_llama, tmp_path, asked, said):
+    folder = save_tiny_llama(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    recipe = resolve([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
+    line = keep_to_stored(recipe)
+    settings = recipe.quantization
+    assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert line is None if said is None else said in line and str(folder) in line
 
 
 def test_it_answers_without_torch(run_python):

@@ -145,3 +145,15 @@ def test_the_marked_segments_are_the_text_of_the_row(model, rows):
     tokenizer = load_tokenizer(resolve(str(model)))
     for item in load_dataset(str(rows), tokenizer).items:
         assert "".join(text for text, _ in preview.decoded(item, tokenizer)) == tokenizer.decode(item["input_ids"])
+
+
+def test_rows_are_cut_where_training_cuts_them(save_tiny_llama, tmp_path, capsys):
+    """At the model's positions, whatever data.max_seq_len says."""
+    folder = save_tiny_llama(tmp_path / "model", max_position_embeddings=8)
+    capsys.readouterr()
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "abc", "completion": "defghijk"}))
+    assert cli.run(preview.main, ["--model", str(folder), "--data", str(data)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("── row 0: 8 tokens, 62% learned, cut at data.max_seq_len=8\nabc⟦defgh⟧\n")
+    assert printed.err == f"data.max_seq_len=2048: {folder} has 8 positions; longer rows are cut there\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 
 import pytest
@@ -352,6 +353,34 @@ def test_an_unknown_setting_names_the_nearest(key, nearest):
 )
 def test_an_unknown_setting_of_another_tool_is_looked_up_first(key, says):
     assert f"{key}: unknown setting{'' if says[0] == '(' else ','} {says}" in refusal((key, 1))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, "nan", "-inf"])
+@pytest.mark.parametrize("key", ["training.learning_rate", "lr", "training.weight_decay", "data.val_set_size"])
+def test_a_number_that_is_none_is_refused_as_such(tmp_path, key, number):
+    message = refusal((key, number))
+    assert f"{ALIASES.get(key, key)}={number!r}" in message
+    assert "input should be a finite number" in message
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ndata: {train: x}\ntraining: {learning_rate: .nan}\n")
+    with pytest.raises(InputError, match="training.learning_rate=nan: input should be a finite number.$"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [("data", "rows.jsonl", "data.train"), ("lora", 8, "lora.r"), ("training", [], "training.micro_batch_size")],
+)
+def test_a_value_for_a_section_is_told_its_settings(key, value, first):
+    assert f"{key}={value!r}: a section; write its settings by their own names, such as {first}" in refusal(
+        (key, value)
+    )
+
+
+def test_data_sets_with_settings_of_their_own_are_told_where_these_go():
+    message = refusal(("datasets", [{"path": "a.jsonl", "type": "alpaca"}]))
+    assert "name files, folders or Hub ids alone; what they hold is said by data.format, data.split" in message
+    assert message.count("data.train=") == 1
 
 
 def test_advice_names_settings_that_there_are():

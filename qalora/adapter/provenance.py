@@ -27,6 +27,8 @@ class Provenance:
         stop_tokens: texts of the tokens that the run taught to end an answer, the likeliest first.
         chat_template: the one that rows were rendered with, where the base's tokenizer has none; None: the tokenizer's own, or none.
         prompt: the text around what a user says, {prompt}, in rows that are no chats; None: a chat, or a prompt of several columns.
+        base: fingerprint of the base (base/fingerprint.py); None: not known.
+        stored_as: the form that the base's files have its weights in; two forms of one model have two fingerprints.
     """
 
     model: str
@@ -36,6 +38,8 @@ class Provenance:
     stop_tokens: tuple[str, ...] = ()
     chat_template: str | None = None
     prompt: str | None = None
+    base: str | None = None
+    stored_as: str | None = None
 
     def write(self, folder: str | Path) -> None:
         """Writes the file, and a chat template in one of its own too, which servers of an adapter can be given."""

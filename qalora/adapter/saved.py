@@ -239,7 +239,16 @@ def _paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     strays: list[tuple[str, str]] = []
+    if not tensors:
+        raise InputError(f"{path}: the file of its weights is empty; save the adapter again.")
     for key, tensor in tensors.items():
+        if named := re.search(
+            r"\.lora_[AB]\.(\w+)\.weight$", key
+        ):  # a state dict, which PEFT too would read nothing of
+            raise InputError(
+                f"{path}: {key} has the name of the adapter in it ({named[1]}), as a model's state dict has; save with PEFT's "
+                "save_pretrained, or take the name out of the keys."
+            )
         module, kind = _module_of(key), key.removesuffix(".weight").rpartition(".")[2]
         if kind not in ("lora_A", "lora_B") or tensor.ndim != 2 or module.endswith("lm_head"):
             strays.append((module, kind))

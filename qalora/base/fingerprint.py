@@ -4,40 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qalora.base.registry import ModelSource
+from qalora.base.registry import ModelSource, read_fields
+from qalora.base.weight_files import WeightFiles, weight_files
 from qalora.errors import InputError
 
 WHOLE = 1 << 20  # bytes of a tensor, or a file, up to which all of it counts
 SAMPLES, SAMPLE = 16, 1 << 16  # what counts of a larger one: so many stretches of so many bytes
-# Of config.json: what says nothing about the function that the weights compute.
-WORDS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
 
 
 def fingerprint(source: ModelSource) -> str | None:
-    """Hexadecimal digest of a base's config and of samples of all its weights; None: a model that is not on this machine yet.
+    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its config says of
+    heads, norms and positions. None: a model that is not on this machine yet.
 
-    Tensors of safetensors files count by name, in whatever shards they lie.
+    Tensors of safetensors and GGUF files count by name, in whatever files they lie.
+
+    Raises:
+        InputError: weights that are missing or damaged.
     """
-    folder = _snapshot(source) if source.kind == "hub" else Path(source.location)
-    if folder is None:
+    found = _files(source)
+    if found is None:
         return None
-    digest = hashlib.sha256()
-    if source.gguf_file:
-        _add_file(digest, folder / source.gguf_file)
+    folder, weights = found
+    digest = hashlib.sha256(_function(folder, source.gguf_file))
+    if weights.kind == "torch":
+        for file in weights.files:
+            _add_file(digest, file)
         return digest.hexdigest()
-    digest.update(_config(folder / "config.json"))
-    safetensors = sorted(folder.glob("*.safetensors"))
-    for _, file, start, size, header in sorted(_tensors(safetensors)):
+    tensors = _gguf_tensors(weights) if weights.kind == "gguf" else _tensors(weights)
+    for _, file, start, size, header in sorted(tensors):
         digest.update(header.encode())
         _add(digest, file, start, size)
-    if not safetensors:
-        for file in sorted(folder.glob("pytorch_model*.bin")):
-            _add_file(digest, file)
     return digest.hexdigest()
+
+
+def stored_as(source: ModelSource) -> str | None:
+    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of different forms
+    have different fingerprints, though they may be one model. None: not on this machine yet."""
+    found = _files(source)
+    if found is None:
+        return None
+    _, weights = found
+    if weights.kind != "safetensors":
+        return "GGUF" if weights.kind == "gguf" else weights.kind
+    sizes: dict[str, int] = {}
+    for file in weights.files:
+        for entry in tensor_header(file).values():
+            start, end = entry["data_offsets"]
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - start
+    weighty = [dtype for dtype, size in sizes.items() if size * 100 >= sum(sizes.values())]  # not a few norms in fp32
+    return " + ".join(sorted(weighty))
 
 
 def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -66,26 +85,63 @@ def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
     return dict(header)
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Path, int, int, str]]:
-    for file in files:
+def _files(source: ModelSource) -> tuple[Path, WeightFiles] | None:
+    if source.kind != "hub":
+        folder = Path(source.location)
+        return folder, weight_files(folder, source.gguf_file, name=source.name)
+    snapshot = _snapshot(source)
+    try:
+        return None if snapshot is None else (snapshot, weight_files(snapshot, name=source.name))
+    except InputError:  # its config was downloaded for its shape, and no weights yet
+        return None
+
+
+def _tensors(weights: WeightFiles) -> Iterator[tuple[str, Path, int, int, str]]:
+    for file in weights.files:
         for name, entry in tensor_header(file).items():
             start, end = entry["data_offsets"]
             yield name, file, start, end - start, f"{name} {entry['dtype']} {entry['shape']};"
 
 
-def _config(file: Path) -> bytes:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return b""
-    kept = {key: value for key, value in config.items() if key not in WORDS} if isinstance(config, Mapping) else {}
-    return json.dumps(kept, sort_keys=True).encode()
+def _gguf_tensors(weights: WeightFiles) -> Iterator[tuple[str, Path, int, int, str]]:
+    from qalora.base.gguf_reader import open_shards
+
+    for reader in open_shards(weights.files[0]):
+        for tensor in reader.tensors:
+            header = f"{tensor.name} {tensor.tensor_type.name} {list(map(int, tensor.shape))};"
+            yield tensor.name, reader.path, int(tensor.data_offset), int(tensor.n_bytes), header
+
+
+def _function(folder: Path, gguf_file: str | None) -> bytes:
+    """What makes another function of the same weights, in one form whichever version of transformers wrote it."""
+    if gguf_file:
+        from qalora.base.gguf_reader import open_shards
+
+        kept: Any = {
+            key: field.contents()
+            for key, field in open_shards(folder / gguf_file)[0].fields.items()
+            if key.partition(".")[0] not in ("general", "tokenizer", "split", "GGUF", "quantize")
+        }
+        return json.dumps(kept, sort_keys=True, default=str).encode()
+    config = read_fields(folder / "config.json")
+    heads = config.get("num_attention_heads")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    kinds = [rope.pop(name, None) for name in ("rope_type", "type")]
+    kept = [
+        config.get("model_type"),
+        [heads, config.get("num_key_value_heads") or heads],
+        [config.get("rms_norm_eps") or 1e-6, config.get("hidden_act") or "silu"],
+        [float(theta), next(filter(None, kinds), "default")],
+        sorted((name, value) for name, value in rope.items() if value is not None),
+    ]
+    return json.dumps(kept).encode()
 
 
 def _add_file(digest: Any, file: Path) -> None:
     size = file.stat().st_size
     digest.update(f"{size};".encode())
-    # A GGUF file has no tensor that stands for itself, so it is sampled as densely as the tensors of a model would be.
+    # A pickle has no tensor that stands for itself, so it is sampled as densely as the tensors of a model would be.
     parts = max(1, min(256, size // WHOLE))
     for part in range(parts):
         start, end = size * part // parts, size * (part + 1) // parts

@@ -77,6 +77,29 @@ def open_shards(file: Path) -> list[GGUFReader]:
     return readers
 
 
+def check_tokenizer(file: Path, name: str) -> None:
+    """
+    Args:
+        name: what errors call the model.
+
+    Raises:
+        InputError: a GGUF model without all that splitting text takes.
+    """
+    fields = open_shards(file)[0].fields
+    keys = gguf.Keys.Tokenizer
+    kind = fields[keys.MODEL].contents() if keys.MODEL in fields else None
+    # Byte-level BPE merges by a list; SentencePiece's by scores, from which the list is made.
+    needed = {None: (keys.MODEL,), "llama": (keys.LIST, keys.SCORES)}.get(kind, (keys.LIST, keys.MERGES))
+    if keys.MERGES in fields and kind is not None:
+        needed = (keys.LIST,)
+    if missing := [key for key in needed if key not in fields]:
+        what = "holds no tokenizer" if kind is None else f"holds a tokenizer ({kind}) that cannot split text"
+        raise InputError(
+            f"--model {name}: {file.name} {what}, for it lacks {' and '.join(missing)}; make the file anew from the original model, or "
+            "pass that."
+        )
+
+
 def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
     field = reader.fields.get(name)
     return default if field is None else max(int(field.contents()), default)

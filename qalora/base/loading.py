@@ -6,6 +6,7 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from qalora.base.checkpoint import Checkpoint, Quantization, open_checkpoint, open_config, storage_dtype
-from qalora.base.gguf_reader import fast_gguf
+from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.prefixes import ATTENTION
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
@@ -166,6 +167,8 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no tokenizer there.
     """
+    if source.gguf_file:
+        check_tokenizer(Path(source.location) / source.gguf_file, source.name)
     tokenizer: PreTrainedTokenizerBase = _found(source, AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
         raise InputError(

@@ -58,7 +58,7 @@ class ModelShape:
             "head_dim": config["hidden_size"] // heads,
             "tie_word_embeddings": False,
             "attention_bias": config.get("model_type") == "qwen2",
-            "positions": _positions(config),
+            "positions": positions_of(config),
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
         return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
@@ -72,7 +72,7 @@ class ModelShape:
         return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
+def positions_of(config: Mapping[str, Any]) -> int | None:
     """The positions that a config claims: its own number where scaling is within it, else that times the factor.
 
     The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading counts,
@@ -307,6 +307,17 @@ def shape_of(source: ModelSource) -> ModelShape:
         return source.shape
     if source.kind == "gguf":
         return _gguf_shape(Path(source.location) / str(source.gguf_file))
+    return ModelShape.from_config(published_fields(source))
+
+
+def published_fields(source: ModelSource) -> dict[str, Any]:
+    """The config.json of a base; of one on the Hub nothing else is downloaded. Empty of a GGUF file, which has none.
+
+    Raises:
+        InputError: no config to be had.
+    """
+    if source.kind == "gguf":
+        return {}
     if source.kind == "folder":
         file = Path(source.location) / "config.json"
     else:
@@ -318,7 +329,7 @@ def shape_of(source: ModelSource) -> ModelShape:
             raise InputError(
                 f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})"
             ) from None
-    return ModelShape.from_config(read_fields(file))
+    return read_fields(file)
 
 
 def read_fields(file: Path) -> dict[str, Any]:

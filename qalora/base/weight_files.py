@@ -73,11 +73,16 @@ def shards_in(index: Path) -> list[str]:
         InputError: not the index of a checkpoint.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(fields["weight_map"].values()))
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{index}: not the index of a checkpoint; download the model again.") from None
+    if "metadata" not in fields:
+        raise InputError(
+            f'{index}: lacks "metadata", without which transformers reads no index; add "metadata": {{}} to it.'
+        )
     return names
 
 

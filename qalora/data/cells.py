@@ -54,7 +54,8 @@ class Cells(dict[str, Any]):
         self.present(name)
         value = self.value(name)
         if not isinstance(value, (str, numbers.Number)):
-            raise InputError(f"{self.where}: {name} is {_kind(value)}, not a text.")
+            mend = "fill it or take the row out" if value is None else "make it a text"
+            raise InputError(f"{self.where}: {name} is {_kind(value)}, not a text; {mend}.")
         return str(value)
 
     def optional(self, name: str) -> str:

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.conversation import REASONING, Turn
 from qalora.errors import InputError
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
 
 # For tokenizers without a chat template: ChatML, but an answer ends with the end token, for such a tokenizer has no
 # <|im_end|> that could stop a generation; https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
@@ -127,7 +130,8 @@ class ChatTemplate:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source)  # a tag of transformers' own
         try:
-            names = meta.find_undeclared_variables(environment.parse(plain))
+            tree = environment.parse(plain)
+            names = meta.find_undeclared_variables(tree) - _set_anyway(tree)
         except TemplateError:
             return ()
         return tuple(sorted(name for name in names - GIVEN - environment.globals.keys() if not name.endswith("_token")))
@@ -216,6 +220,23 @@ class ChatTemplate:
         with suppress(Exception):  # jinja's own errors, raise_exception() of the template, or of the tokenizer
             return SENTINEL in self.apply(messages, tools)
         return False
+
+
+def _set_anyway(tree: nodes.Template) -> set[str]:
+    """Variables that the template sets itself, whatever a caller says: in a branch, Jinja counts them as not declared. Those that it
+    sets where they are not given ({% if x is not defined %}{% set x = … %}) are a caller's."""
+    from jinja2 import nodes
+
+    def names(node: nodes.Node, ctx: str) -> set[str]:
+        every = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
+        return {name.name for name in every if name.ctx == ctx}
+
+    defaults = [
+        names(node.test, "load") & set().union(*(names(each, "store") for each in node.body))
+        for node in tree.find_all(nodes.If)
+    ]
+    defaults += [names(node.node, "load") & names(node.target, "store") for node in tree.find_all(nodes.Assign)]
+    return names(tree, "store") - set().union(*defaults)
 
 
 CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}

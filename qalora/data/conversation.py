@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import numbers
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,17 +83,24 @@ def pairs(value: Any, column: str, where: str) -> list[tuple[str, str]]:
 
 
 def parse_json(value: Any, column: str, where: str) -> Any:
-    """The value, or what its JSON says where it is a text.
+    """The value, or what its JSON says where it is a text, or its literal of Python: what pandas writes of lists into a CSV.
 
     Raises:
-        InputError: a text that is not JSON.
+        InputError: a text that is neither.
     """
     if not isinstance(value, str) or not value.strip():
         return value
     try:
         return without_nan(json.loads(value))
     except json.JSONDecodeError:
-        raise InputError(f"{where}: {column} is not valid JSON.") from None
+        pass
+    try:
+        return without_nan(ast.literal_eval(value.strip()))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise InputError(
+            f"{where}: {column} is a text that is no list in JSON ({value.strip()[:40]!r} …); write it with json.dumps, or "
+            "the rows with DataFrame.to_json(orient='records', lines=True)."
+        ) from None
 
 
 def without_nan(value: Any) -> Any:
@@ -125,7 +134,7 @@ def _is_pair(value: Any) -> bool:
 def _turn(message: dict[str, Any], where: str, roles: Collection[str]) -> Turn:
     speaker = _first(message, ("role", "from"), where)
     name = str(speaker).strip().lower()
-    role = ROLES.get(name) or (name if name in roles else None)
+    role = ROLES.get(re.sub(r"[\s-]+", "_", name)) or (name if name in roles else None)
     if role is None:
         raise InputError(
             f"{where}: unknown role {speaker!r}; known are {', '.join(ROLES)}, and those that the chat template names."
@@ -152,9 +161,9 @@ def _first(message: dict[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
         if name in message:
             return message.pop(name)
+    mend = f"map one with data.columns={{FIELD: {names[0]}}}" if message else "fill it or take the message out"
     raise InputError(
-        f"{where}: no {' or '.join(names)}, or it is null; it has {', '.join(map(repr, message)) or 'nothing'}; map one with "
-        f"data.columns={{FIELD: {names[0]}}}."
+        f"{where}: no {' or '.join(names)}, or it is null; it has {', '.join(map(repr, message)) or 'nothing'}; {mend}."
     )
 
 

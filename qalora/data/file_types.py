@@ -1,4 +1,4 @@
-"""One file → its rows, each with its place for messages: JSON, CSV, Parquet and Arrow, compressed or not. Torch-free."""
+"""One file → its rows, each with its place for messages: JSON, CSV, Parquet, Arrow and plain text, compressed or not. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MARKS = {
 Row = tuple[dict[str, Any], str]  # and its place
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_content(content: bytes, path: Path) -> Iterator[Row]:
     """(row, place) of a file by its ending; the place is the file with the line or the number of the row.
 
     Non-finite numbers are null, as what pandas means by NaN; bytes that are UTF-8 are texts.
@@ -43,9 +43,9 @@ def read_file(path: Path) -> Iterator[Row]:
     if kind not in READERS:
         raise InputError(
             f"{path}: {kind or 'no'} ending; give a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, as it is "
-            f"or compressed ({', '.join(DECOMPRESS)})."
+            f"or compressed ({', '.join(DECOMPRESS)}), or a .zip of such."
         )
-    for row, place in READERS[kind](_content(path), path):
+    for row, place in READERS[kind](_decompressed(content, path), path):
         yield {name: _plain(value) for name, value in row.items()}, place
 
 
@@ -74,12 +74,18 @@ def table_rows(table: pyarrow.Table, where: str) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------- bytes and texts
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a file, decompressed."""
+def content_of(path: Path) -> bytes:
+    """
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _decompressed(data: bytes, path: Path) -> bytes:
     decompress = DECOMPRESS.get(path.suffix.lower())
     try:
         return decompress(data) if decompress else data
@@ -186,7 +192,8 @@ def _document(text: str, path: Path) -> Iterator[Row]:
         raise InputError(f"{path}{row}: {message}.")
     if not isinstance(rows, list):
         raise InputError(
-            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines."
+            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, and "
+            "orient='records' in pandas' to_json."
         )
     for number, row in enumerate(rows):
         place = f"{path}, row {number}"
@@ -333,6 +340,16 @@ def _once_inside(type: pyarrow.DataType, where: str) -> None:
         _once_inside(field.type, where)
 
 
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(data: bytes, path: Path) -> Iterator[Row]:
+    """A row per line, as `datasets` reads such files; a blank line is no row."""
+    for number, line in enumerate(io.StringIO(_decoded(data, path), newline=None), start=1):
+        if line.strip():
+            yield {"text": line.removesuffix("\n")}, f"{path}, line {number}"
+
+
 READERS: dict[str, Callable[[bytes, Path], Iterator[Row]]] = {
     ".jsonl": _json,
     ".ndjson": _json,
@@ -341,4 +358,5 @@ READERS: dict[str, Callable[[bytes, Path], Iterator[Row]]] = {
     ".tsv": _csv,
     ".parquet": _parquet,
     ".arrow": _arrow,
+    ".txt": _text,
 }

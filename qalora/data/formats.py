@@ -18,6 +18,12 @@ FORMATS = ("alpaca", "sharegpt", "messages", "prompt-completion", "text")
 # Chat formats → the columns that may hold the conversation, the format's own first.
 CONVERSATIONS = {"sharegpt": ("conversations", "messages"), "messages": ("messages", "conversations")}
 
+# Columns that data sets have for a question, an answer, and a pair of answers.
+ASKED = ("prompt", "question", "query", "instruction", "problem", "input", "user", "source")
+ANSWERED = ("completion", "answer", "response", "output", "solution", "assistant", "target", "label")
+PAIR = {"chosen", "rejected"}
+PREFERENCES = " Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set data.columns={{chosen: {}}}."
+
 # Stanford's prompts; https://github.com/tatsu-lab/stanford_alpaca#data-release
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -168,15 +174,35 @@ def detect_format(
     ):
         if needed <= names:
             return format
-    preferences = (
-        f" Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set data.columns="
-        f"{{chosen: {'completion' if 'prompt' in names else 'messages'}}}."
-    )
     raise InputError(
         f"{source}: no known format has the columns {', '.join(sorted(names))}; set data.format "
-        f"({', '.join(FORMATS)}) and map the columns with data.columns."
-        + (preferences if {"chosen", "rejected"} <= names else "")
+        f"({', '.join(FORMATS)}) and map the columns with data.columns{_mapping(rows[0], columns or {}, names)}."
+        + (PREFERENCES.format("completion" if "prompt" in names else "messages") if names >= PAIR else "")
     )
+
+
+def _mapping(row: Mapping[str, Any], columns: Mapping[str, str], names: Collection[str]) -> str:
+    """A guess of what data.columns is to say, for a message."""
+    if turned := {name: column for column, name in columns.items() if name in row and column not in row}:
+        return f", which says COLUMN: NAME and not the other way round: {_written(turned)}"
+    lists = [
+        name
+        for name, value in row.items()
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping)
+    ]
+    if len(lists) == 1:
+        return f", such as {_written({lists[0]: 'messages'})}"
+    asked = next((name for name in ASKED if name in names), None)
+    answered = next((name for name in ANSWERED if name in names), None)
+    if asked and answered:
+        prompt, completion = ("instruction", "output") if asked == "instruction" else ("prompt", "completion")
+        guess = {asked: prompt, answered: completion}
+        return f", such as {_written({column: name for column, name in guess.items() if column != name})}"
+    return ""
+
+
+def _written(columns: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{column}: {name}' for column, name in columns.items())}}}"
 
 
 # ------------------------------------------------------------------------------------------------------ the formats
@@ -244,22 +270,31 @@ def _earlier(cells: Cells, format: str, chat: bool) -> tuple[Turn, ...]:
 
 
 def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
-    if not chat and not isinstance(cells.get("tools"), list):
+    older = cells.get("tools") is None and _are_objects(cells.get("functions"))
+    name = "functions" if older else "tools"  # OpenAI's older name
+    if not chat and not isinstance(cells.get(name), list):
         return ()  # outside a chat, a text in such a column may be anything
-    tools = parse_json(cells.value("tools"), "tools", where) or ()
+    tools = parse_json(cells.value(name), name, where) or ()
     if isinstance(tools, str):
         return ()
     if not isinstance(tools, (list, tuple)):
-        raise InputError(f"{where}: tools is {type(tools).__name__}, not a list of function signatures.")
-    tools = tuple(parse_json(tool, "tools", where) for tool in tools)
+        raise InputError(f"{where}: {name} is {type(tools).__name__}, not a list of function signatures.")
+    tools = tuple(parse_json(tool, name, where) for tool in tools)
     if not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"{where}: tools holds {type(tools[0]).__name__}, not function signatures.")
+        raise InputError(f"{where}: {name} holds {type(tools[0]).__name__}, not function signatures.")
     if tools and not chat:
         raise InputError(
-            f"{where}: tools go into a chat template alone; set data.chat=true, or leave the column out with "
-            "data.columns={tools: other_tools}."
+            f"{where}: {name} go into a chat template alone; set data.chat=true, or leave the column out with "
+            f"data.columns={{{name}: other_{name}}}."
         )
     return tools
+
+
+def _are_objects(value: Any) -> bool:
+    """Whether it is a list of objects, or the text of one."""
+    if isinstance(value, str):
+        return "".join(value.split()).startswith("[{")
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, Mapping) for each in value)
 
 
 def _last_alone(example: Example) -> Example:

@@ -2,7 +2,7 @@
 
 What a source may be, and what its splits are:
 
-    rows.jsonl, rows.csv.gz …     one file                                               one split, whatever it is called
+    rows.jsonl, rows.csv.gz, .zip one file                                               one split, whatever it is called
     part-*.parquet, a list        several files, end to end                              likewise
     a folder of files             splits by the names of files, as `datasets` finds them likewise where the names say none
     a folder of save_to_disk      a DatasetDict's splits                                 likewise for a Dataset
@@ -21,7 +21,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qalora.data.file_types import DECOMPRESS, READERS, Row, ending, read_file, table_rows
+from qalora.data.file_types import READERS, Row, ending, table_rows
+from qalora.data.several_files import ZIP, files_of_rows, read_files
 from qalora.errors import InputError
 
 QUICKSTART = "qalora:quickstart"
@@ -29,11 +30,12 @@ Splits = Mapping[str | None, Callable[[], Iterator[Row]]]  # None: the only one,
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows, and the place of each in its file, for messages."""
+    """Rows, the place of each in its file, for messages, and the number of the first row of each source."""
 
-    def __init__(self, found: Sequence[Row]):
+    def __init__(self, found: Sequence[Row], begins: Sequence[int]):
         super().__init__(row for row, _ in found)
         self.places = [place for _, place in found]
+        self.begins = tuple(begins)
 
 
 def read_rows(
@@ -50,14 +52,16 @@ def read_rows(
         InputError: missing, empty, malformed (with file and line), or no such split.
     """
     found: list[Row] = []
+    begins: list[int] = []
     for each in sources(source):
         left = None if limit is None else limit - len(found)
         rows = list(islice(_read(each, split, name, left), left))
         if not rows and left != 0:
             sliced = f" (split {split})" if "[" in split else ""
             raise InputError(f"{each}: no rows in it{sliced}.")
+        begins += [len(found)] if rows else []
         found += rows
-    return Rows(found)
+    return Rows(found, begins)
 
 
 def sources(source: str | Sequence[str]) -> list[str]:
@@ -96,7 +100,7 @@ def _read(source: str, split: str, name: str | None, limit: int | None) -> Itera
     if source == QUICKSTART:
         splits = _quickstart()
     elif path.is_file():
-        splits = {None: partial(read_file, path)}
+        splits = {None: partial(read_files, [path], source)}
     elif path.is_dir() and _has_configurations(path):
         return _hub_rows(str(path), split, name, limit)
     elif path.is_dir():
@@ -105,8 +109,8 @@ def _read(source: str, split: str, name: str | None, limit: int | None) -> Itera
         files = [match for match in _matches(source) if match.is_file()]
         if not files:
             raise InputError(f"{source}: no file matches.")
-        splits = {None: partial(_files, files, source)}
-    elif ending(path) in READERS or source.startswith((".", "/", "~")):
+        splits = {None: partial(read_files, files, source)}
+    elif ending(path) in (*READERS, ZIP) or source.startswith((".", "/", "~")):
         raise InputError(f"{source}: no such file.")
     else:
         return _hub_rows(source, split, name, limit)
@@ -168,33 +172,12 @@ def _folder(path: Path) -> Splits:
         found = DataFilesDict.from_patterns(patterns, str(path))
     except (EmptyDatasetError, FileNotFoundError):
         found, patterns = {}, {}
-    splits = {split: [Path(file) for file in files if ending(Path(file)) in READERS] for split, files in found.items()}
+    splits = {split: files_of_rows([Path(file) for file in files]) for split, files in found.items()}
     splits = {str(split): sorted(files) for split, files in splits.items() if files}
     if not splits:
         raise InputError(f"{path}: a folder without a file of rows ({', '.join(READERS)}).")
     unnamed = list(patterns.values()) == [["**"]]
-    return {None if unnamed else split: partial(_files, files, str(path)) for split, files in splits.items()}
-
-
-def _files(files: list[Path], source: str) -> Iterator[Row]:
-    """The rows of several files.
-
-    Raises:
-        InputError: files of several types, which may well be the same rows twice.
-    """
-    kinds = sorted({ending(file) for file in files})
-    if len(kinds) > 1:
-        raise InputError(
-            f"{source}: holds {' and '.join(kinds)} files, which may be the same rows twice; name those that are meant, such "
-            f"as *{kinds[0]}."
-        )
-    seen: dict[str, Path] = {}
-    for file in files:
-        plain = str(file.with_suffix("") if file.suffix.lower() in DECOMPRESS else file)
-        if plain in seen:
-            raise InputError(f"{source}: {seen[plain].name} and {file.name} are the same file twice; name one of them.")
-        seen[plain] = file
-    return chain.from_iterable(map(read_file, files))
+    return {None if unnamed else split: partial(read_files, files, str(path)) for split, files in splits.items()}
 
 
 def _saved(path: Path) -> Iterator[Row]:

@@ -145,7 +145,8 @@ class _Chat:
         written = self._ended(self.whole if last else self.text(self.messages[: i + 1]), self.turns[i])
         if written.startswith(prompt) and self.whole.startswith(written):
             return len(prompt), len(written)
-        if last and self.turns[i].supervised:
+        asked = i == 0 or self.turns[i - 1].role != "assistant"  # nobody is asked to answer an answer
+        if last and asked and self.turns[i].supervised:
             same = next((k for k, pair in enumerate(zip(prompt, self.whole, strict=False)) if len(set(pair)) > 1), 0)
             raise InputError(
                 f"{self.example.where}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot "

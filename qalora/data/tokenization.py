@@ -105,17 +105,18 @@ def load_dataset(
     set_chat_template(tokenizer, chat_template, chat_template_kwargs)
     template = template_of(tokenizer)
     rows, source = read_rows(source, split=split, name=name, limit=limit), described(source)
-    if format == "auto":
-        templated = prompt_template is not None and completion_template is not None
-        alone, _ = one_answer_each(rows[0], columns)
-        format = "prompt-completion" if templated else detect_format(alone, columns, source=source)
+    if format == "auto" and prompt_template is not None and completion_template is not None:
+        format = "prompt-completion"
     items, examples, truncated, masked, longest = [], [], 0, 0, 0
     unused: dict[str, None] = {}  # in the order of their first appearance
+    of_source = format
     for number, row in enumerate(rows):
+        if format == "auto" and number in rows.begins:  # several sources may be of several formats
+            of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
         example = read_example(
             row,
             number,
-            format=format,
+            format=of_source,
             columns=columns,
             prompt_template=prompt_template,
             completion_template=completion_template,
@@ -141,9 +142,15 @@ def load_dataset(
                 f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or all its "
                 "turns are masked (weight, loss_weight, train …)."
             )
+        if not truncated:
+            raise InputError(
+                f"{source}: none of its {len(rows)} rows has anything to learn: the completions are empty; check "
+                f"data.format={of_source} and data.columns."
+            )
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a supervised token within data.max_seq_len={max_seq_len}"
-            f" ({truncated} were cut); raise data.max_seq_len, or check data.format={format} and the completions."
+            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, or check "
+            f"data.format={of_source} and the completions."
         )
     report = Report(
         rows=len(items),

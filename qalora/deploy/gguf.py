@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType, dequantize, quantize
 from gguf.constants import GGML_QUANT_SIZES, Keys, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -35,6 +35,16 @@ TURN_ENDS = (Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
+class Writer(GGUFWriter):  # type: ignore[misc]
+    """Writes empty arrays too: of a byte-level tokenizer without merges llama.cpp still asks for the list."""
+
+    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+        if vtype != GGUFValueType.ARRAY or len(val):
+            return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
+        kinds = [*([vtype] if add_vtype else []), sub_type or GGUFValueType.STRING]
+        return b"".join(self._pack("I", kind) for kind in kinds) + self._pack("Q", 0)
+
+
 def write_model(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -55,7 +65,7 @@ def write_model(
     Raises:
         InputError: a model or a tokenizer that has no GGUF form here, or a value beyond the range of the type.
     """
-    writer = GGUFWriter(str(file), architecture(config))
+    writer = Writer(str(file), architecture(config))
     _add_shape(writer, config, gguf_type)
     turns = [token for token in ending.turns if token != tokenizer.eos_token_id]
     if source.gguf_file:
@@ -246,7 +256,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(backend))
         writer.add_token_list(tokens)
-        writer.add_token_merges(merges)
+        writer.add_key_value(Keys.Tokenizer.MERGES, merges, GGUFValueType.ARRAY, sub_type=GGUFValueType.STRING)
     writer.add_token_types(types)
     for name in ("bos", "eos", "unk", "pad"):
         if (i := getattr(tokenizer, f"{name}_token_id")) is not None:

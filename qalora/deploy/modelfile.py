@@ -8,6 +8,8 @@ Ollama renders one exchange after the other:
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def write_modelfile(folder: Path, served: Served, *, adapter_of: str | None = No
             text += f"SYSTEM {quoted(exchange.default, whole=True)}\n"
     elif served.tokenizer.chat_template:
         text += "# The chat template has no form as a Go template here; llama.cpp reads it from the GGUF file.\n"
-    stops = [*served.tokenizer.convert_ids_to_tokens(list(served.ending.tokens)), *served.ending.texts]
+    stops = [*(served.tokenizer.decode([token]) for token in served.ending.tokens), *served.ending.texts]
     text += "".join(f"PARAMETER stop {quoted(stop)}\n" for stop in stops if stop)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
 
@@ -146,4 +148,5 @@ def quoted(text: str, *, whole: bool = False) -> str:
 
 
 def _literal(text: str) -> str:
-    return text.replace("{{", '{{ "{{" }}')
+    """Text of a Go template: two braces begin an action, one may be the first of two, and three quotes end a Modelfile's value."""
+    return re.sub(r'\{{2,}|\{\Z|"{3,}', lambda found: "{{ " + json.dumps(found[0]) + " }}", text)

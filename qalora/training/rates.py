@@ -16,7 +16,6 @@ from transformers.trainer_utils import SchedulerType
 from qalora.errors import InputError
 
 OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "verbose")
-BARE = ("constant", "constant_with_warmup")  # get_scheduler drops what these are given
 
 
 def warmup_of(total_steps: int, *, ratio: float | None, steps: int | float | None) -> int:
@@ -63,8 +62,6 @@ def check_schedule(name: str, settings: Mapping[str, Any], *, rate: float, warmu
 
 
 def _settings_of(name: str) -> list[str]:
-    if name in BARE:
-        return []
     kind: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name == "reduce_lr_on_plateau":
         kind = ReduceLROnPlateau

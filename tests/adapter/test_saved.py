@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qalora.adapter.saved import check_adapter, read_adapter, read_config
@@ -170,3 +170,15 @@ def test_another_kind_of_adapter_is_named(plain):
     file = plain / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "IA3"}))
     assert "peft_type is not LORA (it is IA3)" in message_of(plain)
+
+
+def test_a_state_dict_and_an_empty_file_are_no_adapters(plain):
+    """PEFT loads nothing of either, with a warning at most."""
+    file = plain / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}, file)
+    with pytest.raises(InputError, match=r"lora_A.default.weight has the name of the adapter in it \(default\)"):
+        read_adapter(plain)
+    save_file({}, file)
+    with pytest.raises(InputError, match="the file of its weights is empty"):
+        read_adapter(plain)

@@ -8,9 +8,10 @@ import pytest
 
 from qalora.base import gguf_reader
 from qalora.base.checkpoint import open_checkpoint
-from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_gguf
+from qalora.base.gguf_reader import GGUFReader, check_tokenizer, fast_gguf, open_gguf
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import resolve
+from qalora.errors import InputError
 
 LIBRARY = gguf.GGUFReader
 
@@ -81,3 +82,30 @@ def test_a_load_opens_its_file_once(monkeypatch):
     load_tokenizer(source)
     open_checkpoint(source)
     assert [str(path).rpartition("/")[2] for path in opened] == [source.gguf_file]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"m.gguf holds no tokenizer, for it lacks tokenizer.ggml.model"),
+        ({"model": "gpt2", "tokens": ["a"]}, r"holds a tokenizer \(gpt2\) that .* lacks tokenizer.ggml.merges"),
+        ({"model": "llama", "tokens": ["a"]}, r"holds a tokenizer \(llama\) that .* lacks tokenizer.ggml.scores"),
+        ({"model": "gpt2", "merges": ["a b"]}, r"lacks tokenizer.ggml.tokens"),
+        ({"model": "llama", "tokens": ["a"], "scores": [0.0]}, None),
+        ({"model": "llama", "tokens": ["a"], "merges": ["a b"]}, None),
+        ({"model": "gpt2", "tokens": ["a"], "merges": ["a b"]}, None),
+    ],
+)
+def test_a_file_without_a_whole_tokenizer_is_named_before_transformers_meets_it(tmp_path, fields, message):
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    for name, value in fields.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_array
+        add(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    if message is None:
+        check_tokenizer(tmp_path / "m.gguf", "m")
+        return
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(resolve(str(tmp_path / "m.gguf")))

@@ -188,6 +188,18 @@ def test_an_index_that_is_none_is_named(folder, text):
         open_checkpoint(resolve(str(folder)))
 
 
+def test_an_index_that_transformers_would_not_read_says_what_it_lacks(folder):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    names = load_file(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")})
+    )
+    with pytest.raises(KeyError, match="metadata"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(InputError, match=r'index.json: lacks "metadata"'):
+        open_checkpoint(resolve(str(folder)))
+
+
 def test_a_whole_model_with_an_adapter_beside_it_is_refused_before_anything_else(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds a whole model and an adapter \(adapter_config.json\).*--adapter"):

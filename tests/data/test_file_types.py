@@ -12,7 +12,9 @@ import re
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import ipc, parquet
@@ -34,6 +36,16 @@ def file(tmp_path):
         return str(path)
 
     return write
+
+
+def test_a_text_has_a_row_per_line_as_datasets_reads_it(file):
+    path = file("r.txt", 'erste Zeile\r\n\r\n  zweite,\u2028 "x"\n')
+    rows = read_rows(path)
+    reference = datasets.load_dataset(
+        "text", data_files=path, split="train", cache_dir=str(Path(path).parent / "cache")
+    )
+    assert list(rows) == [row for row in reference if row["text"]]
+    assert rows.places == [f"{path}, line 1", f"{path}, line 3"]
 
 
 def as_jsonl(path):
@@ -298,7 +310,8 @@ def test_a_table_with_a_name_twice_is_refused(tmp_path, form):
         (
             "r.json",
             '{"rows": []}',
-            ": a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines.",
+            ": a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, and "
+            "orient='records' in pandas' to_json.",
         ),
         ("r.csv", "a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, the header has 2."),
         ("r.csv", 'a,b\n1,"x"y\n', ", line 2: not valid CSV (',' expected after '\"')."),
@@ -309,9 +322,9 @@ def test_a_table_with_a_name_twice_is_refused(tmp_path, form):
         ),
         ("r.csv", b"a\n\xe4\n", ", line 2: not UTF-8 (byte 2); save the file as UTF-8, in a spreadsheet as CSV UTF-8"),
         (
-            "r.txt",
+            "r.xlsx",
             "x",
-            ": .txt ending; give a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, as it is or compressed",
+            ": .xlsx ending; give a .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or .txt file, as it is or compressed",
         ),
         ("rows", "x", ": no ending; give a .jsonl,"),
     ],

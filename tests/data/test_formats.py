@@ -6,6 +6,7 @@ import datetime
 import re
 
 import pytest
+import yaml
 
 from qalora.data.formats import ALPACA_WITH_INPUT, Turn, detect_format, to_example
 from qalora.errors import InputError
@@ -13,6 +14,9 @@ from qalora.errors import InputError
 
 def example(row, format="prompt-completion", **settings):
     return to_example(row, 7, format=format, source="rows.jsonl", **settings)
+
+
+AS_JSON = "write it with json.dumps, or the rows with DataFrame.to_json(orient='records', lines=True)"
 
 
 def refused(message: str, call, *arguments, **settings) -> None:
@@ -231,9 +235,9 @@ def test_a_value_without_a_label_is_no_text_to_learn():
             "no column 'output'; it has 'instruction'; map one with data.columns={COLUMN: output}.",
         ),
         ("text", {"body": "b"}, "no column 'text'; it has 'body'; map one with data.columns={COLUMN: text}."),
-        ("text", {"text": None}, "text is empty (null), not a text."),
-        ("text", {"text": ["a"]}, "text is list, not a text."),
-        ("prompt-completion", {"prompt": {"a": 1}, "completion": "a"}, "prompt is dict, not a text."),
+        ("text", {"text": None}, "text is empty (null), not a text; fill it or take the row out."),
+        ("text", {"text": ["a"]}, "text is list, not a text; make it a text."),
+        ("prompt-completion", {"prompt": {"a": 1}, "completion": "a"}, "prompt is dict, not a text; make it a text."),
         (
             "messages",
             {"chat": []},
@@ -241,7 +245,12 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         ),
         ("messages", {"messages": []}, "messages is not a list with at least one entry."),
         ("messages", {"messages": 5}, "messages is not a list with at least one entry."),
-        ("messages", {"messages": "hi"}, "messages is not valid JSON."),
+        (
+            "messages",
+            {"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"},  # of an array of numpy
+            f"messages is a text that is no list in JSON ({chr(34)}[{{'role': 'user'}}\\n {{'role': 'assistant'}}{chr(34)} …); {AS_JSON}.",
+        ),
+        ("messages", {"messages": "hi"}, f"messages is a text that is no list in JSON ('hi' …); {AS_JSON}."),
         (
             "messages",
             {"messages": ["hi"]},
@@ -326,9 +335,9 @@ def test_a_value_without_a_label_is_no_text_to_learn():
             "tools go into a chat template alone; set data.chat=true, or leave the column out with "
             "data.columns={tools: other_tools}.",
         ),
-        ("text", {"text": float("nan")}, "text is empty (null), not a text."),
-        ("text", {"text": b"bytes"}, "text is bytes that are no UTF-8, not a text."),
-        ("text", {"text": datetime.date(2024, 1, 1)}, "text is date, not a text."),
+        ("text", {"text": float("nan")}, "text is empty (null), not a text; fill it or take the row out."),
+        ("text", {"text": b"bytes"}, "text is bytes that are no UTF-8, not a text; make it a text."),
+        ("text", {"text": datetime.date(2024, 1, 1)}, "text is date, not a text; make it a text."),
         (
             "sharegpt",
             {"conversations": [{"from": "alien", "value": "x"}]},
@@ -339,7 +348,7 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "x"}], "tools": "[{"},
-            "tools is not valid JSON.",
+            f"tools is a text that is no list in JSON ('[{{' …); {AS_JSON}.",
         ),
         (
             "sharegpt",
@@ -524,11 +533,35 @@ def test_the_format_is_that_of_the_mapped_columns():
 def test_columns_of_no_format_are_named():
     refused(
         "rows.csv: no known format has the columns answer, question; set data.format (alpaca, sharegpt, messages, "
-        "prompt-completion, text) and map the columns with data.columns.",
+        "prompt-completion, text) and map the columns with data.columns, such as {question: prompt, answer: completion}.",
         detect_format,
         [{"question": 1, "answer": 2}],
         source="rows.csv",
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "advice"),
+    [
+        ({"query": "q", "response": "r"}, {}, ", such as {query: prompt, response: completion}."),
+        ({"instruction": "q", "context": "c", "response": "r"}, {}, ", such as {response: output}."),
+        ({"id": 1, "dialogue": [{"role": "user", "content": "q"}]}, {}, ", such as {dialogue: messages}."),
+        ({"premise": "p", "hypothesis": "h"}, {}, "."),
+    ],
+)
+def test_unknown_columns_get_a_mapping_that_works(row, columns, advice):
+    with pytest.raises(InputError, match=f"{re.escape('map the columns with data.columns' + advice)}$") as error:
+        detect_format([row], columns)
+    if found := re.search(r"such as (\{.*\})\.$", str(error.value)):
+        assert detect_format([row], yaml.safe_load(found[1])) in ("prompt-completion", "alpaca", "messages")
+
+
+def test_columns_that_are_mapped_the_wrong_way_round_are_told_so():
+    row = {"question": "q", "answer": "r"}
+    with pytest.raises(InputError, match="not the other way round: {question: prompt, answer: completion}") as error:
+        detect_format([row], {"prompt": "question", "completion": "answer"})
+    turned = yaml.safe_load(str(error.value).split("round: ")[1].rstrip("."))
+    assert detect_format([row], turned) == "prompt-completion"
 
 
 def test_a_text_has_no_use_for_labels():
@@ -542,3 +575,37 @@ def test_a_chat_has_no_use_for_templates_and_labels(setting):
     value = {"a": "b"} if setting == "labels" else "{prompt}"
     with pytest.raises(InputError, match=rf"rows of format messages have no use for data\.{setting}; leave it out"):
         to_example(row, 0, format="messages", **{setting: value})
+
+
+def test_a_list_of_messages_as_python_writes_it_is_read():
+    """What pandas' to_csv makes of a column of lists."""
+    said = [{"role": "user", "content": 'it\'s "so"\n'}, {"role": "assistant", "content": "é", "weight": None}]
+    assert example({"messages": str(said)}, "messages") == example({"messages": said}, "messages")
+    row = {"instruction": "i", "input": "", "output": "o"}
+    history = [["q", "a'b"]]
+    assert example(row | {"history": str(history)}, "alpaca") == example(row | {"history": history}, "alpaca")
+
+
+def test_functions_are_tools_by_their_older_name():
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found = example({"messages": said, "functions": [function]}, "messages")
+    assert (found.tools, found.unused) == ((function,), ())
+    both = example({"messages": said, "tools": [function], "functions": [{"name": "g"}]}, "messages")
+    assert (both.tools, both.unused) == ((function,), ("functions",))
+    for other in (["sin"], "sin and cos", []):
+        assert example({"messages": said, "functions": other}, "messages").unused == ("functions",)
+
+
+@pytest.mark.parametrize("name", ["FUNCTION RESPONSE", "Tool-Response", " tool_response "])
+def test_a_role_s_name_may_have_blanks_for_its_underscores(name):
+    said = [{"from": "human", "value": "q"}, {"from": name, "value": "r"}, {"from": "gpt", "value": "a"}]
+    assert [turn.role for turn in example({"conversations": said}, "sharegpt").turns] == ["user", "tool", "assistant"]
+
+
+def test_a_message_without_anything_is_not_to_be_mapped():
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]
+    message = (
+        "messages, message 1: no content or value, or it is null; it has nothing; fill it or take the message out."
+    )
+    refused(f"rows.jsonl, row 7, {message}", example, {"messages": said}, "messages")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -138,13 +139,28 @@ def compressed(folder: Path) -> str:
     return "R.JSONL.BZ2"
 
 
+def zipped(folder: Path) -> str:
+    with zipfile.ZipFile(folder / "R.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows/b.jsonl.gz", gzip.compress(LINES.partition("\n")[2].encode()))
+        archive.writestr("rows/a.jsonl", LINES.partition("\n")[0])
+        archive.writestr("rows/README.txt", "what this is")
+        archive.writestr("__MACOSX/rows/._a.jsonl", b"\0\5\26\7")
+    return "R.zip"
+
+
+def beside_a_note(folder: Path) -> str:
+    write(folder / "rows" / "r.jsonl")
+    (folder / "rows" / "LICENSE.txt").write_text("free")
+    return "rows"
+
+
 def reference() -> datasets.Dataset:
     return datasets.Dataset.from_list(ROWS)
 
 
 FORMS = [
     of_bytes, pattern, deep_pattern, several, commas, a_comma_in_its_name, plain_folder, folder_with_splits, folder_of_the_hub,
-    saved, saved_in_shards, saved_splits, saved_arrow, compressed,
+    saved, saved_in_shards, saved_splits, saved_arrow, compressed, zipped, beside_a_note,
     writer("r.jsonl", "to_json"), writer("r.json", "to_json", lines=False), writer("r.csv", "to_csv"),
     writer("r.tsv", "to_csv", sep="\t"), writer("r.parquet", "to_parquet"), writer("r.jsonl.gz", "to_json", compression="gzip"), writer("list.json", "to_json", lines=False, orient="records"),
 ]  # fmt: skip
@@ -303,7 +319,7 @@ def test_what_is_not_there_is_named(tmp_path):
     refused(f"{tmp_path}/*.jsonl: no file matches.", read_rows, f"{tmp_path}/*.jsonl")
     (tmp_path / "README.md").touch()
     refused(
-        f"{tmp_path}: a folder without a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow).",
+        f"{tmp_path}: a folder without a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt).",
         read_rows,
         str(tmp_path),
     )
@@ -324,6 +340,43 @@ def test_the_same_rows_in_two_forms_are_not_read_twice(tmp_path):
     Path(f"{path}.gz").write_bytes(gzip.compress(LINES.encode()))
     with pytest.raises(InputError, match=r"r\.jsonl and r\.jsonl\.gz are the same file twice"):
         read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.md": "x"}, ": a zip without a file of rows (.jsonl,"),
+        ({"a.jsonl": LINES, "a.csv": "a\n1\n"}, ": holds .csv and .jsonl files, which may be the same rows twice"),
+        ({"in/a.jsonl": '{"a": 1}\n{"a"'}, "/in/a.jsonl, line 2: not valid JSON"),
+        ({}, ": a zip without a file of rows"),
+    ],
+)
+def test_a_zip_that_cannot_be_read_is_named(tmp_path, files, message):
+    path = tmp_path / "r.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path) + message)}"):
+        read_rows(str(path))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        InputError, match=r"r\.zip: a zip that cannot be read \(File is not a zip file\); is it whole\?"
+    ):
+        read_rows(str(path))
+
+
+def test_sources_of_several_formats_are_each_read_by_their_own(tmp_path, tokenizer):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": chat}], [{"instruction": "i", "input": "", "output": "o"}] * 2, ROWS[:1]
+    files = [write(tmp_path / f"{i}.jsonl", list(part)) for i, part in enumerate(rows)]
+    alone = [load_dataset(file, tokenizer).items for file in files]
+    together = load_dataset(files, tokenizer).items
+    tokens = ("input_ids", "labels")
+    assert [[item[key] for key in tokens] for item in together] == [
+        [item[key] for key in tokens] for items in alone for item in items
+    ]
+    assert [item["row"] for item in together] == [0, 1, 2, 3]
 
 
 def test_a_saved_set_that_is_damaged_is_named(tmp_path):

@@ -161,6 +161,19 @@ def test_a_thought_is_learned_where_the_template_keeps_it(byte_tokenizer, questi
     assert render(example, byte_tokenizer(R1_KEEPS)) == [(prompt, False), (f"{thought}</think>{answer}</s>", True)]
 
 
+def test_answers_in_a_row_are_learned_as_the_template_writes_them(byte_tokenizer):
+    """Qwen3's writes an empty thought into the last answer alone, so what it asks after the first is not what it later has."""
+    tokenizer = byte_tokenizer(QWEN3)
+    end, thought = "<|im_end|>", "<think>\n\n</think>\n\n"
+    answers = said("user", "q"), said("assistant", "one"), said("assistant", "two")
+    assert learned(row(*answers), tokenizer) == [f"one{end}", f"{thought}two{end}"]
+    longer = row(*answers, said("assistant", "two"), said("user", "r"), said("assistant", "three"))
+    assert learned(longer, tokenizer) == [f"one{end}", f"two{end}", f"two{end}", f"{thought}three{end}"]
+    for example in (row(*answers), longer):
+        written = chat_template(tokenizer).apply([said(turn.role, turn.text) for turn in example.turns])
+        assert whole(example, tokenizer).rstrip() == written.rstrip()
+
+
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, ZEPHYR, TRIMS])
 def test_an_assistant_that_opens_the_chat_teaches_its_words_and_not_its_header(byte_tokenizer, template):
     tokenizer = byte_tokenizer(template)
@@ -506,3 +519,29 @@ def test_a_turn_is_not_found_in_an_earlier_one_of_the_same_words(byte_tokenizer,
     assert learned(conversation("1", "2", "3", "4"), byte_tokenizer(template)) == ["2<|im_end|>", "4<|im_end|>"]
     with pytest.raises(InputError, match=r"the chat template does not write all of turn 2 \(user\), 'ok'"):
         render(conversation(*texts), byte_tokenizer(template))
+
+
+@pytest.mark.parametrize(
+    ("template", "switches"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
+            "{% else %}{% set system = false %}{% set rest = messages %}{% endif %}"
+            "{% for m in rest %}{% if loop.first and system %}{{ system }}{% endif %}{{ m.content }}{% endfor %}",
+            (),
+        ),
+        (
+            "{% if not day is defined %}{% set day = 'Monday' %}{% endif %}{% set tone = tone | default('calm') %}"
+            "{% if shout is undefined %}{% set shout = false %}{% endif %}{% if think is defined and think %}!{% endif %}"
+            "{{ day ~ tone ~ shout }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            ("day", "shout", "think", "tone"),
+        ),
+    ],
+    ids=["set in branches", "set where they are not given"],
+)
+def test_switches_are_what_a_caller_can_change(byte_tokenizer, template, switches):
+    found = chat_template(byte_tokenizer(template))
+    assert found.switches == switches
+    said_once = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    for name in ("system", "rest", "day", "shout", "think", "tone"):
+        assert (found.apply(said_once, **{name: True}) != found.apply(said_once)) == (name in switches)

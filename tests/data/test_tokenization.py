@@ -362,10 +362,17 @@ def test_nothing_to_learn_is_an_error_that_names_max_seq_len(rows_file):
     source = rows_file(*[{"prompt": "yes" * 30, "completion": " no"}] * 3)
     message = (
         f"{source}: none of its 3 rows has a supervised token within data.max_seq_len=8 (3 were cut); raise "
-        "data.max_seq_len, or check data.format=prompt-completion and the completions."
+        "data.max_seq_len as far as the model has positions, shorten the prompts, or check data.format=prompt-completion and the "
+        "completions."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_dataset(source, bpe(), max_seq_len=8)
+    source = rows_file({"prompt": "Say", "completion": ""})
+    message = (
+        "none of its 1 rows has anything to learn: the completions are empty; check data.format=text and data.columns."
+    )
+    with pytest.raises(InputError, match=f"{re.escape(message)}$"):
+        load_dataset(source, TOKENIZERS["bpe"], format="text", columns={"completion": "text"})
 
 
 def test_a_bad_row_is_named_with_its_file(rows_file):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora.adapter.model import load_adapter
 from qalora.adapter.saved import read_adapter
@@ -358,3 +359,14 @@ def test_too_little_memory_is_noticed_before_the_first_byte(merge_to, adapter, t
     with pytest.raises(InputError, match="0.0 GB are available"):
         merge_to(adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_without_merges_is_read_from_gguf_as_it_was(folder, adapter, merge_to, tmp_path):
+    """The tiny one is of bytes alone."""
+    merge_to(adapter, tmp_path / "gguf", format="gguf", verify=False)
+    found = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
+    for text in ("Zürich 2024,  naïve", "日本語 🙂\n\n"):
+        assert found(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    base = resolve(str(tmp_path / "gguf" / "model.gguf"))  # which hands its tokenizer on
+    merge(base, adapter, tmp_path / "twice", quantization=None, format="gguf", verify=False)
+    assert GGUFReader(tmp_path / "twice" / "model.gguf").fields["tokenizer.ggml.merges"].contents() == []

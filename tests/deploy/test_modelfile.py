@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qalora.data.chat_template import CHATML
@@ -50,13 +51,15 @@ def tokenizer(template: str | None, bos: bool = True) -> PreTrainedTokenizerFast
     vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template)
 
 
 def modelfile(folder, served: Served) -> dict[str, list[str]]:
-    """Command → its values, of the file that is written."""
+    """Command → its values, of the file that is written. As Ollama reads it, a value is whole at the first end of a line where its
+    marks are closed."""
     write_modelfile(folder, served)
     text = (folder / "Modelfile").read_text()
     found: dict[str, list[str]] = {}
@@ -64,13 +67,17 @@ def modelfile(folder, served: Served) -> dict[str, list[str]]:
         r'^([A-Z]+) (?:"""(.*?)"""|([^"].*?|".*?"))$', text, re.MULTILINE | re.DOTALL
     ):
         found.setdefault(command, []).append(whole or short)
+    assert list(found) == [name for name in ("FROM", "TEMPLATE", "SYSTEM", "PARAMETER") if name in found], text
     return found
 
 
 def go(template: str, values: dict[str, str]) -> str:
-    """Go's text/template, as far as it is used: fields, {{ if .Field }} … {{ else }} … {{ end }}, and texts in quotes."""
+    """Go's text/template, as far as it is used: fields, {{ if .Field }} … {{ else }} … {{ end }}, and texts in quotes. An action begins
+    at the first two braces, whatever stands before or after them."""
     out, shown = "", [True]
-    for literal, action in re.findall(r"(.*?)(?:\{\{ (.*?) \}\}|\Z)", template, re.DOTALL):
+    for literal, action in re.findall(r"(.*?)(?:\{\{(.*?)\}\}|\Z)", template, re.DOTALL):
+        action = action.strip()
+        assert re.fullmatch(r'|if \.\w+|else|end|\.\w+|"(\\.|[^"\\])*"', action), action
         out += literal if all(shown) else ""
         if action.startswith("if "):
             shown.append(bool(values.get(action[4:])))
@@ -79,7 +86,7 @@ def go(template: str, values: dict[str, str]) -> str:
         elif action == "end":
             shown.pop()
         elif action and all(shown):
-            out += action[1:-1] if action[0] == '"' else values.get(action[1:], "")
+            out += json.loads(action) if action[0] == '"' else values.get(action[1:], "")
     return out
 
 
@@ -129,6 +136,10 @@ def test_a_template_that_no_exchange_can_be_cut_from_is_left_to_llama_cpp(tmp_pa
     assert "no form as a Go template" in text
 
 
+def in_between(prompt: str) -> dict[str, str]:
+    return {"format": "prompt-completion", "prompt_template": prompt, "completion_template": "{answer}"}
+
+
 ALPACA = [
     {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
     {"instruction": "Sum.", "input": "1, 2", "output": "3"},
@@ -149,8 +160,11 @@ ALPACA = [
             },
             "How?",
         ),
+        ([{"question": "How?", "answer": "5"}], in_between('{{{{"q": {question}}}}}\n'), "How?"),
+        ([{"question": "How?", "answer": "5"}], in_between('Text:\n"""\n{question}\n"""\nSum:\n"""\n'), "How?"),
+        ([{"question": "How?", "answer": "5"}], in_between('{{{{{{{question}}}}}}} """"{{"'), "How?"),
     ],
-    ids=["alpaca", "prompt and completion", "a template of the recipe"],
+    ids=["alpaca", "prompt and completion", "a template of the recipe", "braces", "three quotes", "both"],
 )
 def test_ollama_asks_with_the_prompt_that_was_trained(tmp_path, rows, settings, asked):
     examples = [to_example(row, i, **settings) for i, row in enumerate(rows)]
@@ -178,3 +192,12 @@ def test_ollama_asks_with_the_prompt_that_was_trained(tmp_path, rows, settings, 
 def test_rows_without_one_prompt_around_one_text_have_none(rows, settings):
     examples = [to_example(row, i, **settings) for i, row in enumerate(rows)]
     assert served_prompt(examples, settings.get("prompt_template")) is None
+
+
+def test_a_stop_token_is_written_as_its_text(tmp_path):
+    """Not as a byte-level vocabulary spells it: a base may end at a line break."""
+    own = tokenizer(None)
+    line_break = own.convert_tokens_to_ids("Ċ")
+    write_modelfile(tmp_path, Served(own, Ending((own.eos_token_id, line_break), ("\n###",))))
+    text = (tmp_path / "Modelfile").read_text()
+    assert [part.strip('"') for part in text.split("PARAMETER stop ")[1:]] == ['</s>"\n', '\n"""\n', '\n###"""\n']

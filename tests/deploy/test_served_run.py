@@ -10,7 +10,9 @@ from bitsandbytes.nn import Linear4bit
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qalora.adapter.its_base import other_base
 from qalora.base import loading
+from qalora.base.fingerprint import fingerprint
 from qalora.base.registry import resolve
 from qalora.data.chat_template import CHATML
 from qalora.data.formats import to_example
@@ -105,6 +107,13 @@ def test_an_alpaca_runs_modelfile_asks_with_alpacas_prompt(run, base, tmp_path):
     before, _, after = to_example(ALPACA[5], 5, format="alpaca").prompt[0].text.partition("Add 5 and 1.")
     assert f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}' in modelfile
     assert "tokenizer.chat_template" not in fields
+
+
+def test_adapter_and_checkpoints_know_the_weights_that_they_were_trained_on(chat_run, base):
+    for folder in ("adapter", "checkpoint-1", "checkpoint-2"):
+        known = json.loads((chat_run / folder / "qalora.json").read_text())
+        assert (known["base"], known["stored_as"]) == (fingerprint(resolve(str(base))), "F32")
+    assert other_base(chat_run / "adapter", resolve(str(base))) is None
 
 
 # --------------------------------------------------------------------------------------------- a merged folder as --model

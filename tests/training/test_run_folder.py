@@ -236,6 +236,9 @@ def test_a_base_is_its_weights_wherever_they_lie(save_tiny_llama, tmp_path):
     names = sorted(tensors)
     for shard in (0, 1):
         save_file({name: tensors[name] for name in names[shard::2]}, copied / f"model-{shard}.safetensors")
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file({"other": tensors[names[0]]}, copied / "consolidated.safetensors")  # which nobody reads
     assert fingerprint(resolve(str(copied))) == known
     tensors[names[3]].view(-1)[-1] += 1e-3
     save_file({name: tensors[name] for name in names[1::2]}, copied / "model-1.safetensors")
