@@ -69,7 +69,19 @@ TORCH_FREE = [
     "training.run_folder",
     "training.resume",
 ]
-COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "models", "doctor", "cli", "__main__"]
+COMMAND_NAMES = [
+    "finetune",
+    "plan",
+    "preview",
+    "score",
+    "merge",
+    "evaluate",
+    "generate",
+    "models",
+    "doctor",
+    "cli",
+    "__main__",
+]
 
 
 def short(module: str) -> str:
