@@ -80,7 +80,11 @@ def version_of(package: str) -> str | None:
 
 def loaded(package: str, module: str) -> dict[str, str | None]:
     """Its version, and the error of its import in one line."""
-    return {"version": version_of(package), "error": import_error(module)}
+    error = import_error(module)
+    version = version_of(package)
+    if package == "torch" and error is None:
+        version = str(import_module(module).__version__)  # says for which CUDA it is built, too
+    return {"version": version, "error": error}
 
 
 def import_error(module: str) -> str | None:
