@@ -22,6 +22,8 @@ FOUNDATION = {
     "spellings": 0,
     "files": 0,
     "locking": 0,
+    "quiet": 0,
+    "progress": 0,
     "yaml_file": 0,
     "text_scores": 0,
     "recipe": 1,
@@ -58,6 +60,8 @@ TORCH_FREE = [
     "text_scores",
     "environment",
     "paths",
+    "progress",
+    "quiet",
     "spellings",
     "adapter.targets",
     "adapter.given",
@@ -65,7 +69,19 @@ TORCH_FREE = [
     "training.run_folder",
     "training.resume",
 ]
-COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
+COMMAND_NAMES = [
+    "finetune",
+    "plan",
+    "preview",
+    "score",
+    "merge",
+    "evaluate",
+    "generate",
+    "models",
+    "doctor",
+    "cli",
+    "__main__",
+]
 
 
 def short(module: str) -> str:

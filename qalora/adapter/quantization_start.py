@@ -25,6 +25,7 @@ from qalora.adapter.model import gated_layers
 from qalora.base.checkpoint import Checkpoint
 from qalora.base.quantized import dequantize
 from qalora.errors import InputError
+from qalora.progress import track
 
 TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
 FEWEST_ROWS = 4  # that these tokens are from: those of one text are alike
@@ -48,7 +49,7 @@ def start_at_quantization_error(
     for layer in layers.values():
         layer.B.data.zero_()  # of an attempt that broke off: inputs are those of the base alone
     inputs = sampled_inputs(model, some_rows(batch, generator), generator)
-    for name, layer in layers.items():
+    for name, layer in track(layers.items(), "start"):
         error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A
