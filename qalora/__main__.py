@@ -18,6 +18,8 @@ COMMANDS = {
     "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
     "generate": "one prompt, one instruction, or a chat",
+    "models": "the models that have a name, and the memory of a run on each",
+    "doctor": "this machine: versions, devices, what would fail or be slow, and what to do",
     "recipes": "list the recipes; `recipes show NAME` prints one",
 }
 USAGE = (

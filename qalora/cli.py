@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import UnsupportedOperation
@@ -15,6 +13,7 @@ from typing import Any
 
 from qalora.errors import AnswerNo, InputError
 from qalora.paths import with_expanded_flags
+from qalora.quiet import hide_noise
 
 DONE, NO, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 UNREAD = 141  # as shells say of a program that SIGPIPE ended
@@ -22,7 +21,7 @@ UNREAD = 141  # as shells say of a program that SIGPIPE ended
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted, 141 its reader left."""
-    _quieten_libraries()
+    hide_noise(verbose="--verbose" in (sys.argv[1:] if argv is None else argv))
     print_in_any_encoding()
     try:
         return _ended(main, argv)
@@ -106,20 +105,15 @@ def print_in_any_encoding() -> None:
             sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
 
 
-def _quieten_libraries() -> None:
-    """Deprecations between libraries, and bitsandbytes' word on kernels that it does not need, tell a user nothing."""
-    for library in ("transformers", "peft", "torch"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a flag is not abbreviated, and not given twice with two values, of which argparse takes the last."""
+    """argparse's, but a flag is not abbreviated, and not given twice with two values, of which argparse takes the last. Every command
+    takes --verbose, which `run` looks for."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
+        self.add_argument("--verbose", action="store_true", help="show the libraries' own notes and deprecations too")
 
 
 class _Once(argparse.Action):

@@ -112,7 +112,9 @@ def main(argv: list[str]) -> int:
     from qalora.data.tokenization import load_dataset
     from qalora.kernels.install import install
     from qalora.metrics import check, predict, several_references, with_room
+    from qalora.progress import show
 
+    show(not args.quiet)
     source = resolve(recipe.model)
     notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
     loading = recipe.quantization.loading()

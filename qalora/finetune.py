@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.data.reading import paths_of
     from qalora.plan import keep_to_positions, keep_to_stored, settle_adapter
+    from qalora.progress import show
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
 
     args, rest = parser().parse_known_args(argv)
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
     overrides = [(key, value) for key, value in flags.items() if value is not None]
     check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
+    show(not recipe.logging.quiet)
     source = resolve(recipe.model)
     for note in filter(None, (keep_to_positions(recipe), keep_to_stored(recipe))):
         say(recipe, note)

@@ -21,6 +21,7 @@ from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
 from qalora.kernels.loss import row_losses
 from qalora.kernels.prefixes import causal_lm
+from qalora.progress import track
 from qalora.text_scores import Normalize, compared, exact_match, rouge_l, said
 
 Figures = dict[str, float]
@@ -74,7 +75,7 @@ def predict(
     rows = [examples[item["row"]] for item in dataset.items]
     prompts = [tokenize_prompt(example, tokenizer) for example in rows]
     found: list[dict[str, Any]] = [_described(row, ids, tokenizer) for row, ids in zip(rows, prompts, strict=True)]
-    track = _progress_bar if progress else _no_progress_bar
+    tracked = track if progress else _untracked
     tokens = [predicted_tokens(item["labels"]) for item in dataset.items]
     result: Figures = {"rows": len(rows), "supervised_tokens": sum(tokens)}
     with inference(model):
@@ -83,7 +84,7 @@ def predict(
         # A row's reference is one of its choices, so most of `own` is among them.
         distinct = {_key(item): item for item in [*own, *choices_of]}
         losses = dict(
-            zip(distinct, item_losses(model, tokenizer, list(distinct.values()), batch_size, track), strict=True)
+            zip(distinct, item_losses(model, tokenizer, list(distinct.values()), batch_size, tracked), strict=True)
         )
         if "loss" in metrics:
             result["loss"] = math.fsum(losses[_key(item)] for item in own) / result["supervised_tokens"]
@@ -104,7 +105,7 @@ def predict(
                 batch_size=batch_size,
                 taught=taught,
                 kept=["\n".join([*row.references, "</think>"]) for row in rows],
-                track=track,
+                track=tracked,
             )
             ends = ends_of(generation_config(model, tokenizer, taught), tokenizer)
             for line, row, answer in zip(found, rows, answers, strict=True):
@@ -239,7 +240,7 @@ def item_losses(
 
     losses = [0.0] * len(items)
     with inference(model):
-        for batch in (track or _no_progress_bar)(batches, "loss"):
+        for batch in (track or _untracked)(batches, "loss"):
             for i, loss in zip(batch, _in_halves(summed, batch), strict=True):
                 losses[i] = loss
     return losses
@@ -314,12 +315,5 @@ def predicted_tokens(labels: Sequence[int]) -> int:
     return sum(label != IGNORE for label in labels[1:])
 
 
-def _no_progress_bar(batches: list[Any], what: str) -> Iterable[Any]:
+def _untracked(batches: list[Any], what: str) -> Iterable[Any]:
     return batches
-
-
-def _progress_bar(batches: list[Any], what: str) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, description=what, console=Console(stderr=True), transient=True)

@@ -110,12 +110,16 @@ def keep_to_stored(recipe: Recipe) -> str | None:
     )
 
 
-def planner(recipe: Recipe, device: str = "cuda") -> Plan:
-    """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows."""
+def planner(recipe: Recipe, device: str = "cuda", *, shape: ModelShape | None = None) -> Plan:
+    """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows.
+
+    Args:
+        shape: of another model than the recipe's.
+    """
     from qalora.base.registry import resolve, shape_of
     from qalora.memory import plan_memory
 
-    shape = shape_of(resolve(recipe.model))
+    shape = shape or shape_of(resolve(recipe.model))
     dtype = recipe.quantization.bnb_4bit_compute_dtype
     return partial(
         plan_memory,
@@ -196,7 +200,7 @@ def print_plan(plan: MemoryPlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("term", title="memory of one training step on CUDA, planned")
+    table = Table("term", caption="memory of one training step\non CUDA, planned")
     table.add_column("MiB", justify="right")
     for term, size in plan.terms.items():
         table.add_row(term, f"{size / 2**20:,.1f}")

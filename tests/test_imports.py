@@ -22,6 +22,8 @@ FOUNDATION = {
     "spellings": 0,
     "files": 0,
     "locking": 0,
+    "quiet": 0,
+    "progress": 0,
     "yaml_file": 0,
     "text_scores": 0,
     "recipe": 1,
@@ -36,7 +38,17 @@ FOUNDATION = {
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
-LAYERS = {"base": 2, "data": 2, "kernels": 3, "adapter": 4, "answers": 5, "metrics": 5, "training": 6, "deploy": 6, "report": 6}
+LAYERS = {
+    "base": 2,
+    "data": 2,
+    "kernels": 3,
+    "adapter": 4,
+    "answers": 5,
+    "metrics": 5,
+    "training": 6,
+    "deploy": 6,
+    "report": 6,
+}
 COMMANDS = 7
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
@@ -60,6 +72,8 @@ TORCH_FREE = [
     "text_scores",
     "environment",
     "paths",
+    "progress",
+    "quiet",
     "spellings",
     "adapter.targets",
     "adapter.given",
@@ -67,7 +81,19 @@ TORCH_FREE = [
     "training.run_folder",
     "training.resume",
 ]
-COMMAND_NAMES = ["finetune", "plan", "preview", "score", "merge", "evaluate", "generate", "cli", "__main__"]
+COMMAND_NAMES = [
+    "finetune",
+    "plan",
+    "preview",
+    "score",
+    "merge",
+    "evaluate",
+    "generate",
+    "models",
+    "doctor",
+    "cli",
+    "__main__",
+]
 
 
 def short(module: str) -> str:

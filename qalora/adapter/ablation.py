@@ -29,6 +29,7 @@ from qalora.adapter.model import gated_layers
 from qalora.base.quantized import linear_maps
 from qalora.kernels.loss import label_only_loss, row_losses
 from qalora.kernels.low_rank import frozen_forward
+from qalora.progress import Bar, track
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
@@ -73,9 +74,9 @@ def ablate(
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
     tokens = supervised_tokens(batch)
-    with _in_dtype_of_input(model):
-        adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory)
-        base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory)
+    with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
+        adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
+        base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
     blocks = len(_decoder(model).layers)
     suffixes = sum((blocks - _block_of(name)) / blocks for name, _ in ranks)
     return Ablation(
@@ -95,6 +96,7 @@ def _losses(
     probed: float,
     dtype: torch.dtype | None,
     memory: int,
+    bar: Bar,
 ) -> tuple[float, dict[Rank, float]]:
     """Summed loss with every gate at `others` (0 or 1), and with one rank's gate at `probed` instead, for each rank."""
     layers, decoder = gated_layers(model), _decoder(model)
@@ -119,6 +121,7 @@ def _losses(
                     losses = _row_losses(model, out, labels).double().view(len(variants), -1).sum(1)
                     for rank, loss in zip(variants, losses.tolist(), strict=True):
                         sums[rank] += loss
+                    bar.advance(len(variants))
     return total, sums
 
 
@@ -254,7 +257,7 @@ def gate_gradients(
     layers = gated_layers(model)
     gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
     total, counts = 0.0, []
-    for micro in batch:
+    for micro in track(batch, "scoring"):
         shape = (len(micro["labels"]), 1) if by_row else ()
         gates = {
             name: torch.full((*shape, len(layer.A)), value, device=layer.A.device, requires_grad=True)

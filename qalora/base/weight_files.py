@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora.base.registry import ModelSource, read_fields, shards_of
+from qalora.base.registry import ModelSource, hub_hint, read_fields, shards_of
 from qalora.errors import InputError
 
 # A whole model in one file, and the index of one in several, in the order in which they are looked for.
@@ -114,8 +114,7 @@ def base_folder(source: ModelSource) -> Path:
         raise
     except Exception as error:  # offline, gated and unknown models each raise a class of their own
         raise InputError(
-            f"--model {source.name}: {source.location} cannot be loaded; check the name, HF_TOKEN for gated models, and "
-            f"HF_HUB_OFFLINE if it should be downloaded. ({short(error)})"
+            f"--model {source.name}: {source.location} cannot be loaded; {hub_hint(source)}. ({short(error)})"
         ) from None
     refuse_adapter_beside(folder, source.name)
     return folder

@@ -24,6 +24,7 @@ from qalora.base.gguf_reader import open_gguf
 from qalora.base.registry import ModelSource
 from qalora.data.ending import Ending
 from qalora.errors import InputError
+from qalora.progress import track
 
 # The regular expression in tokenizer.json that splits text before BPE → llama.cpp's name for it.
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
@@ -90,7 +91,7 @@ def write_model(
     writer.write_ti_data_to_file()
     if frequencies is not None:
         writer.write_tensor_data(frequencies)
-    for name, shape in shapes.items():
+    for name, shape in track(shapes.items(), "merging"):
         writer.write_tensor_data(_encoded(name, shape, pieces(name), kinds[name], config))
     writer.close()
 

@@ -40,6 +40,7 @@ from qalora.deploy.settings import served_after, write_settings
 from qalora.deploy.verification import TOLERANCE, Rounding, Update, as_read, as_trained, compare, fault
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
+from qalora.progress import Bar
 
 Format = Literal["hf", "gguf"]
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -220,7 +221,7 @@ def write_safetensors(
 ) -> None:
     """Writes safetensors shards with their index, piece by piece; the library's own writer wants a shard in memory.
 
-    https://github.com/huggingface/safetensors#format: header size (8 bytes), JSON header, the tensors' bytes.
+    https://github.com/huggingface/safetensors#format
 
     Raises:
         InputError: a value beyond the range of `dtype`.
@@ -230,24 +231,33 @@ def write_safetensors(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    for file, names in layout.filename_to_tensors.items():
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            start, end = end, end + torch.Size(shapes[name]).numel() * dtype.itemsize
-            header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as handle:
-            handle.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                for piece in pieces(name):
-                    handle.write(rounded(name, piece, dtype).view(torch.uint8).numpy().data)
-            if handle.tell() != 8 + len(text) + end:
-                raise RuntimeError(f"{file}: {handle.tell()} bytes written of {8 + len(text) + end}")
+    with Bar("merging", len(shapes)) as bar:
+        for file, names in layout.filename_to_tensors.items():
+            _write_shard(folder / file, {name: shapes[name] for name in names}, pieces, dtype, bar)
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, bar: Bar
+) -> None:
+    """A safetensors file: header size (8 bytes), JSON header, the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            for piece in pieces(name):
+                handle.write(rounded(name, piece, dtype).view(torch.uint8).numpy().data)
+            bar.advance()
+        if handle.tell() != 8 + len(text) + end:
+            raise RuntimeError(f"{file.name}: {handle.tell()} bytes written of {8 + len(text) + end}")
 
 
 def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from qalora.base.checkpoint import Quantization, open_checkpoint
 from qalora.base.loading import load_model
 from qalora.base.parts import Part, from_checkpoint
 from qalora.base.quantized import dequantize, is_4bit
 from qalora.base.registry import ModelSource, resolve
+from qalora.progress import Bar, in_place_of_transformers
+from qalora.quiet import without
 
 Update = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), scaling
 Parts = Callable[[Part], PreTrainedModel]  # loads a part of a model
@@ -100,8 +101,9 @@ def compare(
     # Padded on the right: under a causal mask nothing before it sees the padding.
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    with _quiet():
+    with _quiet(), Bar("verifying") as bar:
         left, right = streamed(reference, updates, rounding, n), streamed(result)
+        _count_blocks(bar, left, right)
         rotation = rotation_difference(left, right)
         groups = _logits(left, ids.repeat(3, 1))
         adapter, bare, rounded = (groups[k * n : (k + 1) * n][real] for k in range(3))
@@ -176,15 +178,17 @@ def streamed(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers draws a bar for each part that it loads, and wonders at parts without linear layers."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    wondering = "You are loading your model using eetq but no linear modules were found"
+    with in_place_of_transformers(None), without("transformers.integrations.bitsandbytes", wondering):
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+
+
+def _count_blocks(bar: Bar, *models: Any) -> None:
+    """The bar goes a step on with each block of the models that has been computed."""
+    blocks = [block for model in models for block in model.model.layers]
+    bar.expect(len(blocks))
+    for block in blocks:
+        block.register_forward_hook(lambda module, inputs, outputs: bar.advance())
 
 
 @torch.no_grad()

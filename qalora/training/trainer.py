@@ -45,11 +45,11 @@ from qalora.files import written_beside
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.metrics import item_losses
+from qalora.progress import console
 from qalora.recipe import Recipe
-from qalora.terminal import console
+from qalora.training.callbacks import InterruptCallback, LastValidation, ProgressLine
 from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_good, write_manifest
 from qalora.training.ladder import Ladder
-from qalora.training.progress import InterruptCallback, LastValidation, ProgressLine
 from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
 

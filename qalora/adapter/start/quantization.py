@@ -24,6 +24,7 @@ from qalora.adapter.start.gradient import START_NORM
 from qalora.adapter.start.inputs import token_mask, visit_inputs
 from qalora.base.checkpoint import Weights
 from qalora.base.quantized import dequantize
+from qalora.progress import track
 
 TOKENS = 256  # whose inputs are kept; all of 16 rows of E2E, four times as many, gave the same loss (bench/results)
 FEWEST_ROWS = 4  # that these tokens are from: those of one text are alike
@@ -45,7 +46,7 @@ def start_at_quantization_error(
     for layer in layers.values():
         layer.B.data.zero_()  # of an attempt that broke off: inputs are those of the base alone
     inputs = sampled_inputs(model, some_rows(batch, generator), generator)
-    for name, layer in layers.items():
+    for name, layer in track(layers.items(), "start"):
         error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A

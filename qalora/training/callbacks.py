@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.callback import AllocationCallback
-from qalora.terminal import console
+from qalora.progress import Bar, console
 
 
 class LastValidation(TrainerCallback):
@@ -54,24 +54,8 @@ class ProgressLine(TrainerCallback):
     """A progress bar, and one line for every log entry, validation and round."""
 
     def __init__(self, allocator: AllocationCallback):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.allocator = allocator
+        self.bar: Bar | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,15 +66,15 @@ class ProgressLine(TrainerCallback):
                     f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
                     f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
                 )
-        self.bar.start()
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.bar = Bar("training", total=state.max_steps, done=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        if self.bar is not None:
+            self.bar.reach(state.global_step)
         history = self.allocator.history
         if history and history[-1]["step"] == state.global_step:
             pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
-            self.bar.console.print(
+            console.print(
                 f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
                 f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
                 f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
@@ -108,13 +92,14 @@ class ProgressLine(TrainerCallback):
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "eval_loss" in logs:
-            self.bar.console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
+            console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            self.bar.console.print(
+            console.print(
                 f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
                 f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
             )
 
     def close(self) -> None:
         """Takes the bar away and shows the cursor again, however the training ended."""
-        self.bar.stop()
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,53 @@
+"""`qalora models`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from qalora.base.registry import MODELS, ModelShape
+from qalora.models import main, parameters
+from qalora.plan import main as plan
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("config", "model"), [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)])
+def test_parameters_are_those_of_the_model(config, model, tied):
+    small = config(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    shape = ModelShape.from_config(small.to_dict())
+    assert parameters(shape) == sum(parameter.numel() for parameter in model(small).parameters())
+
+
+def test_it_lists_every_registered_model_with_the_memory_that_plan_has(capsys):
+    assert main(["--json", "--gpu-memory", "8GiB"]) == 0
+    found = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
+    assert found.keys() == MODELS.keys()
+    assert found["llama-7b"]["parameters"] == 6_738_415_616  # as Meta published it
+    for name in ("llama-7b", "llama3-8b", "qwen2.5-0.5b"):
+        code = plan(["--model", name, "--gpu-memory", "8GiB", "--json"])
+        said = json.loads(capsys.readouterr().out)
+        assert (found[name]["planned"], found[name]["fits"]) == (said["total"], code == 0)
+    assert not found["llama-30b"]["fits"] and found["llama2-7b"]["gated"] and not found["llama-7b"]["gated"]
+
+
+def test_settings_and_profiles_are_followed(capsys):
+    main(["--json"])
+    usual = json.loads(capsys.readouterr().out)
+    main(["--json", "training.micro_batch_size=1", "data.max_seq_len=128"])
+    less = json.loads(capsys.readouterr().out)
+    assert all(small["planned"] < large["planned"] for small, large in zip(less, usual, strict=True))
+    main(["--profile", "t4", "--gpu-memory", "15GiB"])
+    out = capsys.readouterr().out
+    assert "llama-30b" in out and "does not fit" in out and out.count("fits") >= 10
+
+
+def test_a_folder_of_that_name_changes_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama-7b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert "huggyllama/llama-7b" in capsys.readouterr().out
