@@ -18,6 +18,8 @@ COMMANDS = {
     "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
     "generate": "one prompt, one instruction, or a chat",
+    "report": "one page of a run: losses, ranks round by round, speed, memory, answers",
+    "push": "an adapter or a merged folder, with its card, to the Hub",
     "recipes": "list the recipes; `recipes show NAME` prints one",
 }
 USAGE = (
