@@ -1,5 +1,5 @@
 """Imports run one way: recipe, base.memory, adapter.allocation (no torch) ← base, data, adapter ← training, deploy,
-report ← commands. Only commands and training/trainer.py see a Recipe."""
+results, pictures ← commands. Only commands and training/trainer.py see a Recipe."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ FOUNDATION = {
     "locking": 0,
     "quiet": 0,
     "progress": 0,
+    "card_files": 1,
+    "rank_grid": 0,
     "yaml_file": 0,
     "text_scores": 0,
     "recipe": 1,
@@ -36,7 +38,17 @@ FOUNDATION = {
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
-LAYERS = {"base": 2, "data": 2, "adapter": 2, "answers": 3, "metrics": 3, "training": 3, "deploy": 3, "report": 3}
+LAYERS = {
+    "base": 2,
+    "data": 2,
+    "adapter": 2,
+    "answers": 3,
+    "metrics": 3,
+    "training": 3,
+    "deploy": 3,
+    "pictures": 3,
+    "results": 3,
+}
 COMMANDS = 4
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
@@ -68,6 +80,14 @@ TORCH_FREE = [
     "base.fingerprint",
     "training.run_folder",
     "training.resume",
+    "card_files",
+    "rank_grid",
+    "results.facts",
+    "results.card",
+    "results.card_sections",
+    "results.hub",
+    "results.page",
+    "results.finish",
 ]
 COMMAND_NAMES = [
     "finetune",
@@ -77,6 +97,8 @@ COMMAND_NAMES = [
     "merge",
     "evaluate",
     "generate",
+    "report",
+    "push",
     "models",
     "doctor",
     "cli",
