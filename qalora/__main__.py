@@ -20,6 +20,8 @@ COMMANDS = {
     "generate": "one prompt, one instruction, or a chat",
     "models": "the models that have a name, and the memory of a run on each",
     "doctor": "this machine: versions, devices, what would fail or be slow, and what to do",
+    "report": "one page of a run: losses, ranks round by round, speed, memory, answers",
+    "push": "an adapter or a merged folder, with its card, to the Hub",
     "recipes": "list the recipes; `recipes show NAME` prints one",
 }
 USAGE = (

@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and the memory plan, and exit"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        "--push_to_hub",
+        metavar="REPO",
+        help="push the adapter to this repository (OWNER/NAME) at the end",
+    )
     parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
     return parser
@@ -64,11 +70,14 @@ def main(argv: list[str]) -> int:
     from qalora.plan import keep_to_positions, keep_to_stored, settle_adapter
     from qalora.progress import show
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
+    from qalora.results.hub import check_access
 
     args, rest = parser().parse_known_args(argv)
     flags = {
         "model": args.model,
         "output_dir": args.output_dir,
+        "hub_model_id": args.push_to_hub,
+        "push_to_hub": True if args.push_to_hub else None,
         "quantization.load_in_4bit": False if args.no_quantize else None,
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
@@ -86,6 +95,8 @@ def main(argv: list[str]) -> int:
         settle_adapter(recipe)
         dry_run(recipe)
         return 0
+    if repo := recipe.repository():
+        check_access(repo)
     output_dir = Path(recipe.output_dir).expanduser()
     check_folder(output_dir, f"output_dir={output_dir}", replaced=False)
     with locked(lock_of(output_dir), f"output_dir={output_dir}", say=cli.say):
@@ -109,7 +120,7 @@ def main(argv: list[str]) -> int:
             recipe, tokenizer, None if continued is None or continued.identity is None else continued.identity.rows
         )
         with full_disk_named(output_dir):
-            return finetune(recipe, data, tokenizer, output_dir, continued)
+            return finetune(recipe, data, tokenizer, output_dir, continued, command=argv)
 
 
 @contextmanager
@@ -229,11 +240,14 @@ def finetune(
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
     continued: Continued | None = None,
+    *,
+    command: Sequence[str] | None = None,
 ) -> int:
     """Loads the base, trains, evaluates before and after, saves. Returns the command's exit code.
 
     Args:
         output_dir: cleared of an earlier run once the base is there, unless a checkpoint is continued.
+        command: the words of the command line, for the run's recipe.yaml and its model card.
 
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
@@ -249,6 +263,8 @@ def finetune(
     from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve
     from qalora.metrics import predict
+    from qalora.results.facts import with_command
+    from qalora.results.finish import finish, push_run
     from qalora.training.trainer import begin_ranks, build_trainer, check_rates, steps_of, training_items
 
     for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
@@ -316,7 +332,7 @@ def finetune(
     known = {} if begun is None else {"run": begun.run}
     rounds_at_most = recipe.allocation.rounds_in(total_steps)
     Identity(recipe.model, weights, total_steps, rounds_at_most, start, data.rows, **known).write(output_dir)
-    write_whole(output_dir / "recipe.yaml", recipe.to_yaml())
+    write_whole(output_dir / "recipe.yaml", with_command(recipe.to_yaml(), command))
 
     other_rows = begun is not None and begun.rows.train != data.rows.train
     other_validation = begun is not None and begun.rows.validation != data.rows.validation
@@ -390,17 +406,21 @@ def finetune(
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }
+    metrics["plan"] = planned(recipe, data.train.items)
     save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
         measure("after")
     write_json(output_dir / "metrics.json", metrics)
     draw(output_dir, trainer.state.log_history, start, ranks(model), allocator.history)
+    finish(output_dir, trainer.state.log_history, cli.say)
     if recipe.merge:
         merge_run(recipe, base, output_dir)
     say(
         recipe,
         f"{output_dir}/adapter: a plain PEFT LoRA, total rank {metrics['allocation']['total_rank']} of {sum(start.values())}",
     )
+    if repo := recipe.repository():
+        push_run(output_dir, repo, recipe.hub_private_repo, lambda text: say(recipe, text))
     return cli.DONE
 
 
@@ -600,6 +620,22 @@ def dry_run(recipe: Recipe) -> None:
     print_plan(planner(recipe)())
 
 
+def planned(recipe: Recipe, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The memory that the run was planned to need on this device, as `qalora plan --json` has it, in bytes.
+
+    Args:
+        items: tokenized training rows.
+    """
+    import torch
+
+    from qalora.plan import planner
+
+    longest = recipe.data.max_seq_len if recipe.data.packing else max(len(item["input_ids"]) for item in items)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = planner(recipe, device)(seq_len=longest)
+    return {"device": device, "seq_len": longest, "terms": plan.terms, "total": plan.total}
+
+
 def draw(
     output_dir: Path,
     log_history: list[dict[str, Any]],
@@ -607,7 +643,7 @@ def draw(
     final: dict[str, int],
     rounds: list[dict[str, Any]],
 ) -> None:
-    from qalora.report import draw_loss, draw_ranks
+    from qalora.pictures import draw_loss, draw_ranks
 
     with TemporaryDirectory(dir=output_dir, prefix=".drawing-") as drawn:
         draw_ranks({name: final.get(name, 0) for name in start}, start, Path(drawn) / "ranks.png")

@@ -411,6 +411,14 @@ class Recipe(Section):
     model: str = Field("", description="registry name, Hub id, folder or .gguf file")
     output_dir: str | None = Field(None, description="null: outputs/RECIPE-MODEL")
     merge: bool = Field(False, description="also write the merged 16-bit model to output_dir/merged")
+    push_to_hub: bool | None = Field(
+        None, description="push the adapter to the Hub at the end; null: where hub_model_id names a repository"
+    )
+    hub_model_id: str | None = Field(
+        None,
+        description="repository of the Hub, OWNER/NAME; null: the name of output_dir, in the namespace of the token",
+    )
+    hub_private_repo: bool = Field(False, description="a repository that the push makes is private")
     data: DataConfig = DataConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraSettings = LoraSettings()
@@ -492,6 +500,12 @@ class Recipe(Section):
                 f"change: make alpha a multiple of r, e.g. lora.alpha={2 * self.lora.r}"
             )
 
+    def repository(self) -> str | None:
+        """Where the adapter is pushed at the end; None: nowhere."""
+        if self.push_to_hub is None:
+            return self.hub_model_id
+        return (self.hub_model_id or Path(self.output_dir or "").resolve().name) if self.push_to_hub else None
+
     def chosen_init(self, *, sixteen_bit: bool) -> Init:
         """lora.init, settled where it was left open.
 
@@ -521,6 +535,8 @@ def _number(value: Any) -> Any:
 
 # Other tools' spellings (docs of axolotl, LLaMA-Factory, litgpt, torchtune, qlora.py) → ours.
 ALIASES = {
+    "push_to_hub_model_id": "hub_model_id",
+    "hub_repo_id": "hub_model_id",
     "base_model": "model",
     "model_name_or_path": "model",
     "dataset": "data.train",

@@ -7,6 +7,9 @@ config, axolotl's, LLaMA-Factory's, Unsloth's, torchtune's and litgpt's settings
 from __future__ import annotations
 
 NEAR = {
+    "hub_token": "HF_TOKEN in the environment, or `hf auth login`",
+    "hub_strategy": "push_to_hub, which sends the adapter once, at the end",
+    "save_to_hub": "push_to_hub",
     "batch_size": "training.micro_batch_size (rows a forward), training.gradient_accumulation_steps or evaluation.batch_size",
     "global_batch_size": "training.gradient_accumulation_steps (times training.micro_batch_size)",
     "bf16": "quantization.bnb_4bit_compute_dtype=bfloat16",

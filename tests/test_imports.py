@@ -1,5 +1,5 @@
 """Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-report ← commands. Only commands and training/trainer.py see a Recipe."""
+results, pictures ← commands. Only commands and training/trainer.py see a Recipe."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ FOUNDATION = {
     "locking": 0,
     "quiet": 0,
     "progress": 0,
+    "card_files": 1,
+    "rank_grid": 0,
     "yaml_file": 0,
     "text_scores": 0,
     "recipe": 1,
@@ -47,7 +49,8 @@ LAYERS = {
     "metrics": 5,
     "training": 6,
     "deploy": 6,
-    "report": 6,
+    "pictures": 6,
+    "results": 6,
 }
 COMMANDS = 7
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
@@ -80,6 +83,14 @@ TORCH_FREE = [
     "base.fingerprint",
     "training.run_folder",
     "training.resume",
+    "card_files",
+    "rank_grid",
+    "results.facts",
+    "results.card",
+    "results.card_sections",
+    "results.hub",
+    "results.page",
+    "results.finish",
 ]
 COMMAND_NAMES = [
     "finetune",
@@ -89,6 +100,8 @@ COMMAND_NAMES = [
     "merge",
     "evaluate",
     "generate",
+    "report",
+    "push",
     "models",
     "doctor",
     "cli",

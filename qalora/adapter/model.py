@@ -21,6 +21,7 @@ from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.targets import EVERY, targeted
 from qalora.base.quantized import guard_cpu_packing, linear_maps
+from qalora.card_files import keep_users_card
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.install import install
@@ -88,7 +89,8 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | None = None) -> None:
-    """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal.
+    """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal. A README.md that a
+    user wrote there stays.
 
     Args:
         provenance: written into the same folder.
@@ -108,6 +110,7 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
         raise AnswerNo("the adapter is untrained (every B is zero), and is not saved; train for more steps.")
     with written_beside(path) as partial:
         write_adapter(model, partial)
+        keep_users_card(Path(path), partial)
         if provenance is not None:
             provenance.write(partial)
 

@@ -27,11 +27,13 @@ from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import open_config
 from qalora.base.registry import ModelSource
 from qalora.base.tensor_files import expected_shapes
+from qalora.card_files import keep_users_card, write_card
 from qalora.deploy.merging import low_rank_updates, maps_of
 from qalora.deploy.output import REPORT, check_output, one_at_a_time
 from qalora.deploy.settings import served_after
 from qalora.deploy.verification import Update
 from qalora.files import written_beside
+from qalora.results.card import exported_card
 
 AdapterFormat = Literal["peft", "peft-uniform", "gguf-lora"]
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
@@ -91,6 +93,8 @@ def export_adapter(
             "relative_difference": difference,
         }
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not keep_users_card(output_dir, partial):
+            write_card(partial, exported_card(partial, adapter_dir, output_dir.resolve().name))
     return report
 
 

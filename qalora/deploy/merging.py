@@ -35,12 +35,14 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_names import is_permuted
 from qalora.base.registry import ModelSource
 from qalora.base.tensor_files import PIECE, expected_shapes
+from qalora.card_files import keep_users_card, write_card
 from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
 from qalora.deploy.settings import served_after, write_settings
 from qalora.deploy.verification import TOLERANCE, Rounding, Update, as_read, as_trained, compare, fault
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.progress import Bar
+from qalora.results.card import merged_card
 
 Format = Literal["hf", "gguf"]
 SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -63,7 +65,7 @@ def merge(
     """Merges any plain PEFT LoRA into its base and writes a Hugging Face model folder, or one with a GGUF file.
 
     The folder is written beside its place and moved there once it is whole and verified. A previous merge of the same
-    model and adapter is replaced; any other content is refused.
+    model and adapter is replaced, but for a README.md that a user wrote; any other content is refused.
 
     Args:
         quantization: how the training had the base; None: its 16- or 32-bit weights as they are stored.
@@ -134,6 +136,8 @@ def merge(
             )
             report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not keep_users_card(output_dir, partial):
+            write_card(partial, merged_card(partial, adapter_dir, output_dir.resolve().name))
         if verify and (wrong := fault(report, stored)):
             raise AnswerNo(f"{wrong}{f' ({caveat})' if caveat else ''}; nothing was kept. --no-verify keeps it.")
     return report

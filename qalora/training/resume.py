@@ -57,7 +57,10 @@ FIXED = (
     "training.optim", "training.seed", "training.group_by_length", "data.packing",
 )  # fmt: skip
 # Decided when the run began, or said elsewhere.
-UNSAID = ("output_dir", "model", "merge", "lora.init", "allocation.start", "training.fit", "training.mlp_tile")
+UNSAID = (
+    "output_dir", "model", "merge", "push_to_hub", "hub_model_id", "hub_private_repo", "lora.init", "allocation.start", "training.fit",
+    "training.mlp_tile",
+)  # fmt: skip
 
 
 def check_settings(now: Settings, begun: Settings, checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from qalora.card_files import CARD, clear_but_card
 from qalora.errors import InputError
 from qalora.files import check_folder, holds, put_back, write_whole, written_beside
 from qalora.locking import LOCK
@@ -18,7 +19,15 @@ from qalora.training.checkpoints import PREFIX, SECTIONS, best_beside, checkpoin
 # What a run has written of itself; a checkpoint holds copies, and can be continued wherever it lies.
 RUN_FILES = ("recipe.yaml", identity.FILE, "allocation.jsonl", "metrics.json")
 # What else it writes: files, and folders that hold one of these files or nothing.
-FILES = ("allocation.jsonl", "metrics.json", "ranks.png", "loss.png", "predictions*.jsonl", "report.html")
+FILES = (
+    "allocation.jsonl",
+    "metrics.json",
+    "ranks.png",
+    "loss.png",
+    "predictions*.jsonl",
+    "report.html",
+    "log_history.jsonl",
+)
 CHECKPOINT = ("adapter_config.json", "trainer_state.json", "recipe.yaml", "optimizer.pt")
 FOLDERS = {
     "checkpoint-*": CHECKPOINT,
@@ -55,7 +64,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / "adapter").exists()
+    return (folder / "adapter" / "adapter_config.json").exists()
 
 
 def own_entries(folder: Path) -> Iterator[Path]:
@@ -178,7 +187,8 @@ def _clear(output_dir: Path, say: Callable[[str], None]) -> None:
         return
     for path in list(own_entries(output_dir)):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            if clear_but_card(path):
+                say(f"{path / CARD}: written by somebody, and stays")
             continue
         path.unlink()
         for folder in path.parents:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from qalora.report import draw_loss, draw_ranks, grid, signed
+from qalora.pictures import draw_loss, draw_ranks, grid, signed
 
 MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MAPS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
