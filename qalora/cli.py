@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import UnsupportedOperation
+from types import ModuleType
 from typing import Any
 
 from qalora.errors import AnswerNo, InputError
@@ -39,7 +40,7 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     try:
         return main(_words(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        say(f"error: {error}")
+        say(f"error: {error.as_typed}")
         return BAD_INPUT
     except AnswerNo as error:
         say(f"error: {error}")
@@ -55,6 +56,20 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
             "rows, or fewer of them a forward (data.max_seq_len, training.micro_batch_size, evaluation.batch_size)."
         )
         return NO
+
+
+class _Callable(ModuleType):
+    """A command's module that is called like the function of the same name in the API: `qalora.merge(…)`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from qalora import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def make_callable(name: str) -> None:
+    """Importing a command's module puts it in the place of the function of the API that has its name."""
+    sys.modules[name].__class__ = _Callable
 
 
 def say(text: str) -> None:
@@ -81,6 +96,8 @@ def _words(argv: Sequence[str]) -> list[str]:
     """
     try:
         return with_expanded_flags([_decoded(word) for word in argv])
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{error}.") from None
 

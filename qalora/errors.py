@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import re
 
-class InputError(Exception):
-    """Bad input (exit code 2): one sentence that says which value, in which file, and what to do about it."""
+_QUOTED = re.compile(r"(`[^`]*`)")  # commands, which stay as they are typed
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+
+
+class InputError(ValueError):
+    """Bad input (exit code 2): one sentence that says which value, in which file, and what to do about it.
+
+    A command prints it with its flags (`as_typed`); in Python it names parameters (--max-rank 8 becomes max_rank 8).
+    """
+
+    def __str__(self) -> str:
+        parts = _QUOTED.split(self.as_typed)
+        return "".join(
+            part if part.startswith("`") else _FLAG.sub(lambda m: m[1].replace("-", "_"), part) for part in parts
+        )
+
+    @property
+    def as_typed(self) -> str:
+        """The sentence with the flags of a command."""
+        return super().__str__()
 
 
 class AnswerNo(Exception):

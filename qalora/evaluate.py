@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from qalora.cli import Parser
+from qalora.cli import Parser, make_callable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -172,6 +172,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+make_callable(__name__)
 if __name__ == "__main__":
     from qalora.cli import run
 

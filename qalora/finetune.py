@@ -65,12 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from qalora.base.registry import resolve
-    from qalora.data.reading import paths_of
-    from qalora.plan import keep_to_positions, keep_to_stored, settle_adapter
-    from qalora.progress import show
+    from qalora.plan import settle_adapter
     from qalora.recipe import load_recipe, parse_overrides, recipe_path
-    from qalora.results.hub import check_access
 
     args, rest = parser().parse_known_args(argv)
     flags = {
@@ -82,45 +78,88 @@ def main(argv: list[str]) -> int:
         "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
-    check_one_process()
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
-    show(not recipe.logging.quiet)
-    source = resolve(recipe.model)
-    for note in filter(None, (keep_to_positions(recipe), keep_to_stored(recipe))):
-        say(recipe, note)
     if recipe.output_dir is None:
         recipe.output_dir = f"outputs/{run_name(args.recipe, recipe.model)}"
-    check_targets(recipe, source)
     if args.dry_run:
+        settle(recipe)
         settle_adapter(recipe)
         dry_run(recipe)
-        return 0
+        return cli.DONE
+    return run_recipe(
+        recipe,
+        [recipe_path(args.recipe)],
+        overwrite=args.overwrite,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        command=argv,
+    )
+
+
+def run_recipe(
+    recipe: Recipe,
+    reads: Sequence[Path] = (),
+    *,
+    overwrite: bool = False,
+    resume_from_checkpoint: str | None = None,
+    command: Sequence[str] | None = None,
+) -> int:
+    """Runs a recipe that says where its files go, and returns the exit code: done, or interrupted.
+
+    Args:
+        reads: files that the run must not replace, besides those that the recipe names.
+        overwrite, resume_from_checkpoint: see `parser`.
+        command: the words that were typed.
+    """
+    from qalora.base.loading import load_tokenizer
+    from qalora.data.reading import paths_of
+    from qalora.plan import settle_adapter
+    from qalora.results.hub import check_access
+
+    source = settle(recipe)
     if repo := recipe.repository():
         check_access(repo)
-    output_dir = Path(recipe.output_dir).expanduser()
+    output_dir = Path(str(recipe.output_dir)).expanduser()
     check_folder(output_dir, f"output_dir={output_dir}", replaced=False)
     with locked(lock_of(output_dir), f"output_dir={output_dir}", say=cli.say):
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, anew=args.overwrite, say=cli.say)
+        checkpoint = find_checkpoint(output_dir, resume_from_checkpoint, anew=overwrite, say=cli.say)
         # `auto` is for loops that start a command again: an attempt that was killed before its first checkpoint is no result.
-        restarts = args.resume_from_checkpoint == "auto" and is_run(output_dir) and not is_finished(output_dir)
+        restarts = resume_from_checkpoint == "auto" and is_run(output_dir) and not is_finished(output_dir)
         folders = [Path(name).expanduser() for name in (recipe.model, recipe.lora.adapter) if name]
         data_files = [*paths_of(recipe.data.train), *paths_of(recipe.data.validation)]
-        reads = [recipe_path(args.recipe), *folders, *data_files]
-        check_output_dir(output_dir, reads, checkpoint=checkpoint, overwrite=args.overwrite or restarts)
+        check_output_dir(
+            output_dir, [*reads, *folders, *data_files], checkpoint=checkpoint, overwrite=overwrite or restarts
+        )
         continued = None if checkpoint is None else Continued.at(checkpoint)
         if continued is not None:
             as_it_began(recipe, continued)
         else:
             settle_adapter(recipe)
 
-        from qalora.base.loading import load_tokenizer
-
         tokenizer = load_tokenizer(source)
         data = load_data(
             recipe, tokenizer, None if continued is None or continued.identity is None else continued.identity.rows
         )
         with full_disk_named(output_dir):
-            return finetune(recipe, data, tokenizer, output_dir, continued, command=argv)
+            return train(recipe, data, tokenizer, output_dir, continued, command=command)
+
+
+def settle(recipe: Recipe) -> ModelSource:
+    """Finds the model, and holds the recipe to what it can take.
+
+    Raises:
+        InputError: several processes, no such model, or targets that it has not.
+    """
+    from qalora.base.registry import resolve
+    from qalora.plan import keep_to_positions, keep_to_stored
+    from qalora.progress import show
+
+    check_one_process()
+    show(not recipe.logging.quiet)
+    source = resolve(recipe.model)
+    for note in filter(None, (keep_to_positions(recipe), keep_to_stored(recipe))):
+        say(recipe, note)
+    check_targets(recipe, source)
+    return source
 
 
 @contextmanager
@@ -136,7 +175,9 @@ def full_disk_named(output_dir: Path) -> Iterator[None]:
         if cause is None or not disk_is_full(cause):
             raise
         what = (
-            str(error) if isinstance(error, InputError) else f"{output_dir}: cannot be written ({unwritable(cause)})."
+            error.as_typed
+            if isinstance(error, InputError)
+            else f"{output_dir}: cannot be written ({unwritable(cause)})."
         )
         raise InputError(
             f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and --resume-from-checkpoint auto."
@@ -234,7 +275,7 @@ def hold_back(
     return dataset.subset([i for i in range(len(rows)) if i not in kept]), dataset.subset(sorted(kept))
 
 
-def finetune(
+def train(
     recipe: Recipe,
     data: RunData,
     tokenizer: PreTrainedTokenizerBase,
@@ -782,5 +823,6 @@ def _line(result: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in result.items())
 
 
+cli.make_callable(__name__)
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -10,7 +10,7 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser, say
+from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -383,6 +383,7 @@ def positions(model: Any) -> int | None:
     return positions_of(model.config.to_dict())
 
 
+make_callable(__name__)
 if __name__ == "__main__":
     from qalora.cli import run
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser, say
+from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
 from qalora.plan import parse_size
 
@@ -294,6 +294,7 @@ def known_quantization(adapter: Path) -> dict[str, Any] | None:
     }
 
 
+make_callable(__name__)
 if __name__ == "__main__":
     from qalora.cli import run
 

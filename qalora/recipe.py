@@ -408,6 +408,8 @@ class LoggingConfig(Section):
 
 
 class Recipe(Section):
+    """All settings of a run (docs/settings.md); `load_recipe` makes one, and `to_yaml` writes it."""
+
     model: str = Field("", description="registry name, Hub id, folder or .gguf file")
     output_dir: str | None = Field(None, description="null: outputs/RECIPE-MODEL")
     merge: bool = Field(False, description="also write the merged 16-bit model to output_dir/merged")
@@ -665,13 +667,21 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), profile: str | None = None) -> Recipe:
-    """Reads a recipe by name or path, lays a profile over it, and then overrides, given as (dotted key, value), in order.
+def load_recipe(
+    name: str | Path, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = (), profile: str | None = None
+) -> Recipe:
+    """Reads a recipe, lays a profile over it, and then settings.
+
+    Args:
+        name: of a shipped recipe (alpaca, gsm8k …), or the path of a YAML file.
+        overrides: dotted name of a setting → value (`{"training.max_steps": 200}`), or pairs of them.
+        profile: settings for a kind of machine: 24gb, t4, cpu.
 
     Raises:
         InputError: every problem of the file and of the overrides, in one message.
     """
-    path = recipe_path(name)
+    path = recipe_path(str(name))
+    overrides = list(overrides.items()) if isinstance(overrides, Mapping) else overrides
     check_once(overrides)
     settings = with_preset(read_settings(path))
     if profile is not None:

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from qalora.base.quantized import is_4bit
+from qalora.errors import InputError
 from qalora.kernels.low_rank import LowRank, LowRankLinear, add_low_rank, frozen_forward
 
 
@@ -66,13 +67,13 @@ class GatedLinear(nn.Module, LoraLayer):
 
     def low_rank(self) -> LowRank:
         """What the layer computes now."""
-        if self.disable_adapters or self.closed:
+        if self.disable_adapters or self.closed or self.merged:
             return LowRank(self.base_layer)
         return LowRank(self.base_layer, self.s, self.A, self.B, self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, tokens, in) → (batch, tokens, out), in the dtype of x."""
-        if self.disable_adapters or self.closed:
+        if self.disable_adapters or self.closed or self.merged:
             return self._frozen(x)
         x_low = self.lora_dropout[self.active_adapters[0]](x) if self.drops else None
         if torch.is_grad_enabled():
@@ -81,6 +82,36 @@ class GatedLinear(nn.Module, LoraLayer):
         z = self._frozen(x)
         add_low_rank(z, x, self.low_rank())
         return z
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """(out, in) s · B A, fp32."""
+        return self.scaling[adapter] * (self.lora_B[adapter].weight @ self.lora_A[adapter].weight)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds s · B A to the weight, as PEFT's `merge_and_unload` asks for, where that is not in 4 bits.
+
+        Raises:
+            InputError: a 4-bit weight, whose rounding would take most of the adapter away; or a sum that is not finite, with
+                safe_merge.
+        """
+        base: Any = self.base_layer
+        if is_4bit(base):
+            raise InputError(
+                "merge_and_unload: the base is in 4 bits, which would round most of the adapter away; qalora.merge(model, adapter, "
+                "output_dir) merges into its dequantized weights, and verifies them."
+            )
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            total = base.weight.data + self.get_delta_weight(adapter).to(base.weight.dtype)
+            if safe_merge and not torch.isfinite(total).all():
+                raise InputError(f"merge_and_unload: with the adapter {adapter!r} a weight is not finite.")
+            base.weight.data = total
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Takes back what `merge` added, to rounding."""
+        base: Any = self.base_layer
+        while self.merged_adapters:
+            base.weight.data -= self.get_delta_weight(self.merged_adapters.pop()).to(base.weight.dtype)
 
     def _frozen(self, x: Tensor) -> Tensor:
         """W x, in the dtype of x: bitsandbytes' own forward would compute in the base's dtype also where x is fp32."""

@@ -39,10 +39,21 @@ def attach(
     layers_to_transform: Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """A rank-`r` adapter on every targeted linear layer: rows of A Kaiming-uniform as in PEFT, B zero.
+    """Puts an adapter of ours on every targeted linear layer, and the kernels of ours into the model, which `print(model)` shows.
+
+    A layer computes z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2): rows of A Kaiming-uniform as in PEFT, B zero, both fp32.
 
     Args:
-        target_modules, layers_to_transform: see `adapter.targets.targeted`.
+        model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is frozen.
+        r: ranks per module; the budget of a run is r times the modules.
+        alpha: the scaling is alpha / r, and stays so whatever the ranks become.
+        dropout: of the adapter's inputs while training.
+        target_modules: all-linear; names or their ends (["q_proj", "v_proj"]); or a regular expression that matches whole names.
+        layers_to_transform: blocks that get adapters, from 0; None: all.
+        seed: of A.
+
+    Returns:
+        A PeftModel, with whatever PEFT offers for one; `save_pretrained` writes a plain PEFT LoRA.
 
     Raises:
         InputError: a target or a block that the model has not.
@@ -62,9 +73,12 @@ def attach(
 def load_adapter(
     model: PreTrainedModel, path: str | Path, *, trainable: bool = False, dropout: float | None = None
 ) -> PeftModel:
-    """Puts a saved plain PEFT LoRA (ours or any other) on the base, with gates, weights in fp32.
+    """Puts a saved plain PEFT LoRA, ours or any other, on a base, with weights in fp32.
 
     Args:
+        model: its base, see `attach`.
+        path: its folder.
+        trainable: to train it further; else it is frozen.
         dropout: of the adapter's inputs while training; None: what its config says.
 
     Raises:
@@ -93,7 +107,9 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
     user wrote there stays.
 
     Args:
-        provenance: written into the same folder.
+        model: from `attach` or `load_adapter`.
+        path: a folder, which it takes the place of.
+        provenance: what a run knows of its base, written into the same folder as qalora.json.
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).
@@ -159,7 +175,11 @@ def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
 
 
 def ranks(model: PeftModel) -> dict[str, int]:
-    """Full module name → its present rank."""
+    """The present rank of every module that has any.
+
+    Returns:
+        Full module name, as PEFT's rank_pattern writes it → rank.
+    """
     return {name: len(layer.A) for name, layer in gated_layers(model).items()}
 
 

@@ -215,6 +215,8 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
 def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
     try:
         config = gguf_config(location, gguf_file) if gguf_file else AutoConfig.from_pretrained(location)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({short(error)}).") from None
     check_model_type(config.model_type, f"--model {name}")

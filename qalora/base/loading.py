@@ -33,7 +33,7 @@ from qalora.base.checkpoint import (
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, shape_of
+from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
 from qalora.errors import InputError
@@ -58,7 +58,7 @@ class LoadedBase:
 
 
 def load_base(
-    source: ModelSource,
+    source: ModelSource | str | Path,
     *,
     load_in_4bit: bool = True,
     quant_type: str = "nf4",
@@ -71,7 +71,7 @@ def load_base(
     compute dtype.
 
     Args:
-        source: what `registry.resolve` found.
+        source: a registered name, a folder, a GGUF file, a Hub id, or what `registry.resolve` found.
         load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
         quant_type: nf4 or fp4.
         double_quant: also quantize the quantization constants.
@@ -84,6 +84,8 @@ def load_base(
             processes.
     """
     check_one_process()
+    if not isinstance(source, ModelSource):
+        source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
     device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     compute_dtype = choose_compute_dtype(dtype, device)
@@ -314,6 +316,8 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     try:
         with fast_gguf():
             return load(source.location, **options)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         hint = {

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
+
+
+class Row(TypedDict):
+    """A row as it is batched.
+
+    Attributes:
+        labels: input_ids where the token is learned, else −100.
+        row: its number in its source, for messages.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    row: NotRequired[int]
 
 
 class Collator:

@@ -44,6 +44,7 @@ def read_rows(
     """The rows of a source, or of several, end to end.
 
     Args:
+        source: or rows, in memory.
         split: of a set that has splits; slices as `datasets` has them (train[:10%], train+test), of each source.
         name: of a configuration, for a set of the Hub, or a clone of one, that has several.
         limit: rows at most.
@@ -51,6 +52,9 @@ def read_rows(
     Raises:
         InputError: missing, empty, malformed (with file and line), or no such split.
     """
+    if in_memory(source):
+        rows = [(dict(row), f"row {number}") for number, row in enumerate(source)]  # type: ignore[arg-type]
+        return Rows(rows[:limit], [0])
     found: list[Row] = []
     begins: list[int] = []
     for each in sources(source):
@@ -80,7 +84,12 @@ def paths_of(source: str | Sequence[str] | None) -> list[Path]:
 
 def described(source: str | Sequence[str]) -> str:
     """The source, for messages."""
-    return ", ".join(sources(source))
+    return "rows" if in_memory(source) else ", ".join(sources(source))
+
+
+def in_memory(source: object) -> bool:
+    """Whether a source is rows themselves: a list of mappings, or a data set of `datasets`."""
+    return not isinstance(source, str) and isinstance(next(iter(source), None), Mapping)  # type: ignore[call-overload]
 
 
 def _path(source: str) -> Path:

@@ -47,8 +47,10 @@ def start(
             what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in another arrangement).
         original: the base's 16-bit weights, for init="quantization": `LoadedBase.original()`.
         share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss most.
-        batch_size: rows a forward.
-        min_rank, max_rank: ranks of a module, for share="scores".
+        max_rows: rows that are read.
+        batch_size: rows per forward.
+        min_rank: ranks that every module keeps, for share="scores".
+        max_rank: ranks that no module exceeds, for share="scores".
         budget: what share="scores" never exceeds, see `AllocationCallback`.
         seed: of everything drawn.
         attempt: how work on a batch is tried, where memory may run out.

