@@ -9,7 +9,7 @@ import json
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 from qalora.errors import AnswerNo, InputError
 
@@ -99,7 +99,7 @@ def score_ranks(
     from qalora.base.device import memory_to_score
     from qalora.data.batching import Collator, micro_batches, on_device
 
-    found = [rows] if isinstance(rows, Mapping) else list(rows)
+    found: list[Any] = [rows] if isinstance(rows, Mapping) else list(rows)
     importance = importance or ("path" if method == "path" else "sum")
     if (importance == "path") != (method == "path"):
         raise InputError(f"importance={importance!r}: method={method!r} does not give it; path goes with path alone.")
@@ -173,12 +173,6 @@ def evaluate(
     )
 
 
-@overload
-def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: str, **options: Any) -> str: ...
-@overload
-def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
-) -> list[str]: ...
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -149,9 +149,10 @@ def main(argv: list[str]) -> int:
     if line:
         say(line)
 
-    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
-    if line:
-        say(line)
+    in_4bit, told = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
+    loading["load_in_4bit"] = in_4bit
+    if told:
+        say(told)
     model = load_base(source, tokenizer=tokenizer, **loading).model
     install(model)
     result, predictions = predict(

@@ -102,8 +102,8 @@ def main(argv: list[str]) -> int:
         check_adapter(args.adapter, source)
         given = ["load_in_4bit"] if args.no_quantize else []
         loading, note = loading_as_trained(args.adapter, source, loading, given)
-        for line in filter(None, (said_of_base(args.adapter, source), note)):
-            say(line)
+        for told in filter(None, (said_of_base(args.adapter, source), note)):
+            say(told)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
     ids: list[int] = []

@@ -762,8 +762,8 @@ def resolve(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
         canonical, value = _canonical(key, value, known)
         if canonical is None:
             first = next((name for name in known if name.startswith(f"{key}.")), None)
-            section = f"{key}={value!r}: a section; write its settings by their own names, such as {first}"
-            problems.append(section if first else f"{key}: unknown setting{_advice(key, known)}")
+            told = f"{key}={value!r}: a section; write its settings by their own names, such as {first}"
+            problems.append(told if first else f"{key}: unknown setting{_advice(key, known)}")
             continue
         *parents, leaf = canonical.split(".")
         section = tree

@@ -106,8 +106,8 @@ def main(argv: list[str]) -> int:
     if args.prune and args.prune >= of_ranks:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
     loading, note = loading_as_trained(args.adapter, source, recipe.quantization.loading(), recipe.quantization.given())
-    for line in filter(None, (*notes, said_of_base(args.adapter, source), note)):
-        say(line)
+    for told in filter(None, (*notes, said_of_base(args.adapter, source), note)):
+        say(told)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
     if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:

@@ -22,7 +22,7 @@ from qalora.files import write_whole
 from qalora.progress import console
 
 T = TypeVar("T")
-Attempt = Callable[[Sequence[MicroBatch], Callable[[Sequence[MicroBatch]], T]], T]
+Attempt = Callable[[Sequence[Any], Callable[[Sequence[Any]], T]], T]  # (micro-batches, work on them) → its result
 HISTORY = "allocation.jsonl"
 
 
@@ -210,7 +210,7 @@ class AllocationCallback(TrainerCallback):
 
     def _row_tokens(self, train_dataloader: Any) -> float:
         """Tokens of a training row on average; of a scoring row, where the training rows do not say."""
-        dataset = getattr(train_dataloader, "dataset", ())
+        dataset: Any = getattr(train_dataloader, "dataset", ())
         try:
             named = getattr(dataset, "column_names", None)  # a column of datasets' is read at once, its rows one by one
             lengths = [len(ids) for ids in (dataset["input_ids"] if named else [row["input_ids"] for row in dataset])]

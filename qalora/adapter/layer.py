@@ -85,7 +85,8 @@ class GatedLinear(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """(out, in) s · B A, fp32."""
-        return self.scaling[adapter] * (self.lora_B[adapter].weight @ self.lora_A[adapter].weight)
+        A, B = (cast(Tensor, pair[adapter].weight) for pair in (self.lora_A, self.lora_B))
+        return self.scaling[adapter] * (B @ A)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds s · B A to the weight, as PEFT's `merge_and_unload` asks for, where that is not in 4 bits.

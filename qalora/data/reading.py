@@ -53,8 +53,8 @@ def read_rows(
         InputError: missing, empty, malformed (with file and line), or no such split.
     """
     if in_memory(source):
-        rows = [(dict(row), f"row {number}") for number, row in enumerate(source)]  # type: ignore[arg-type]
-        return Rows(rows[:limit], [0])
+        given: list[Row] = [(dict(row), f"row {number}") for number, row in enumerate(source)]  # type: ignore[arg-type]
+        return Rows(given[:limit], [0])
     found: list[Row] = []
     begins: list[int] = []
     for each in sources(source):

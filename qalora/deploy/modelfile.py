@@ -84,7 +84,7 @@ def write_modelfile(folder: Path, served: Served, *, adapter_of: str | None = No
     elif served.tokenizer.chat_template:
         text += "# The chat template has no form as a Go template here; llama.cpp reads it from the GGUF file.\n"
     stops = [*(served.tokenizer.decode([token]) for token in served.ending.tokens), *served.ending.texts]
-    text += "".join(f"PARAMETER stop {quoted(stop)}\n" for stop in stops if stop)
+    text += "".join(f"PARAMETER stop {quoted(str(stop))}\n" for stop in stops if stop)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
