@@ -86,8 +86,7 @@ def test_every_setting_that_is_named_exists(page):
     text = read(page)
     code = [*re.findall(r"`([^`\n]+)`", text), *(block for _, block in FENCE.findall(text))]
     named = {name for part in code for name in re.findall(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?![\w/])", part)}
-    files = {"data.jsonl"}
-    assert named - files <= set(SETTINGS)
+    assert {name for name in named if not name.endswith((".py", ".jsonl"))} <= set(SETTINGS)
 
 
 @by_name
@@ -133,11 +132,13 @@ def test_generated_pages_are_what_the_sources_say(name):
 
 @written
 def test_sentences_are_short(page):
-    """Of paragraphs and list items; tables, indented equations and the citations of the README are none."""
+    """Of paragraphs and list items; tables, equations, lists of links and the citations of the README have no sentences."""
     text = re.sub(FENCE, "", read(page)).partition("\n## Cite\n")[0]
     text = re.sub(r"^(\||#|    |<).*$", "", text, flags=re.M)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
     for paragraph in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text):
+        if " · " in paragraph:  # a list
+            continue
         for sentence in re.split(r"(?<=[.!?:;])\s", " ".join(paragraph.split())):
             words = [word for word in sentence.split() if re.search(r"\w", word)]
             assert len(words) <= 25, f"{page.name}: {sentence}"
@@ -152,7 +153,8 @@ def test_shell_blocks_that_need_nothing_run(tmp_path, monkeypatch, capsys):
         for command in [each for mark, block in blocks(page) if mark == "runs" for each in commands(block)]:
             words = arguments(command) if "<<" not in command else []
             if words[:1] == ["qalora"]:
-                assert run(_dispatch, words[1:]) == 0, f"{page.name}: {command}\n{capsys.readouterr().err}"
+                answers = (0, 1) if words[1] == "doctor" else (0,)  # its answer is about this machine
+                assert run(_dispatch, words[1:]) in answers, f"{page.name}: {command}\n{capsys.readouterr().err}"
                 ran += 1
             else:
                 subprocess.run(["bash", "-euc", command], check=True)
