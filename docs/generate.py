@@ -1,6 +1,6 @@
 """Writes settings.md and python-api.md from the recipe's field descriptions and the docstrings of the public API.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,10 @@ def choices(annotation: Any) -> str:
 
 def bounds(field: FieldInfo) -> str:
     return ", ".join(
-        f"{sign} {getattr(limit, name)}" for limit in field.metadata for kind, name, sign in BOUNDS if isinstance(limit, kind)
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for kind, name, sign in BOUNDS
+        if isinstance(limit, kind)
     )
 
 
@@ -124,8 +128,13 @@ def api_page() -> str:
         f"{HEAD}# What the Python API offers\n\n"
         "The names below are the supported API; `import qalora` loads nothing heavy before one is used.\n"
         "[TRL and the Trainer](trl-and-trainer.md) shows them at work.\n\n"
-        f"{names}\n" + "\n".join(entry(name, getattr(qalora, name)) for name in qalora.__all__)
+        f"{names}\n" + "\n".join(entry(name, public(name)) for name in qalora.__all__)
     )
+
+
+def public(name: str) -> Any:
+    """What stands behind a public name, also where a command's module of that name has been imported since."""
+    return getattr(import_module(qalora._HOMES[name]), name)
 
 
 def entry(name: str, thing: Any) -> str:
@@ -148,7 +157,11 @@ def signature(name: str, thing: Any) -> str:
     except (TypeError, ValueError):  # of classes in C, and exceptions
         return f"{kind}{name}"
     parameters = [address_free(str(parameter)) for parameter in _marked(found)]
-    returns = "" if kind or found.return_annotation is inspect.Signature.empty else f" -> {_annotation(found.return_annotation)}"
+    returns = (
+        ""
+        if kind or found.return_annotation is inspect.Signature.empty
+        else f" -> {_annotation(found.return_annotation)}"
+    )
     line = f"{kind}{name}({', '.join(parameters)}){returns}"
     if len(line) <= 100:
         return line

@@ -85,7 +85,9 @@ def test_the_readme_links_every_page_and_is_short():
 def test_every_setting_that_is_named_exists(page):
     text = read(page)
     code = [*re.findall(r"`([^`\n]+)`", text), *(block for _, block in FENCE.findall(text))]
-    named = {name for part in code for name in re.findall(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?![\w/])", part)}
+    named = {
+        name for part in code for name in re.findall(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?![\w/])", part)
+    }
     assert {name for name in named if not name.endswith((".py", ".jsonl"))} <= set(SETTINGS)
 
 
