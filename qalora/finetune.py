@@ -447,7 +447,7 @@ def train(
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }
-    metrics["plan"] = planned(recipe, data.train.items)
+    metrics["plan"] = planned(recipe, data.train.items, start)
     save_adapter(model, output_dir / "adapter", provenance)
     if settings.after:
         measure("after")
@@ -661,11 +661,12 @@ def dry_run(recipe: Recipe) -> None:
     print_plan(planner(recipe)())
 
 
-def planned(recipe: Recipe, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def planned(recipe: Recipe, items: Sequence[dict[str, Any]], ranks: dict[str, int]) -> dict[str, Any]:
     """The memory that the run was planned to need on this device, as `qalora plan --json` has it, in bytes.
 
     Args:
         items: tokenized training rows.
+        ranks: full module name → its ranks at the start.
     """
     import torch
 
@@ -673,7 +674,7 @@ def planned(recipe: Recipe, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     longest = recipe.data.max_seq_len if recipe.data.packing else max(len(item["input_ids"]) for item in items)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = planner(recipe, device)(seq_len=longest)
+    plan = planner(recipe, device, ranks=ranks)(seq_len=longest)
     return {"device": device, "seq_len": longest, "terms": plan.terms, "total": plan.total}
 
 

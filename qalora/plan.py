@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +111,14 @@ def keep_to_stored(recipe: Recipe) -> str | None:
     )
 
 
-def planner(recipe: Recipe, device: str = "cuda", *, shape: ModelShape | None = None) -> Plan:
+def planner(
+    recipe: Recipe, device: str = "cuda", *, shape: ModelShape | None = None, ranks: Mapping[str, int] | None = None
+) -> Plan:
     """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows.
 
     Args:
         shape: of another model than the recipe's.
+        ranks: full module name → rank; None: as the recipe begins.
     """
     from qalora.base.registry import resolve, shape_of
     from qalora.memory import plan_memory
@@ -124,7 +128,7 @@ def planner(recipe: Recipe, device: str = "cuda", *, shape: ModelShape | None = 
     return partial(
         plan_memory,
         shape,
-        ranks=first_ranks(recipe, shape),
+        ranks=first_ranks(recipe, shape) if ranks is None else ranks,
         micro_batch_size=recipe.training.micro_batch_size,
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         seq_len=recipe.data.max_seq_len,

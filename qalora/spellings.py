@@ -133,7 +133,6 @@ NONE = {
         _ENVIRONMENT,
     ),
     **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_name", "is_llama_derived_model"), _KNOWN),
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"), "a run uploads nothing"),
     "trust_remote_code": "no code of a model's is ever run",
     "load_in_8bit": "a base is in 4 bits, or whole with quantization.load_in_4bit=false",
     "fp8": "a base is in 4 bits, or whole with quantization.load_in_4bit=false",

@@ -78,7 +78,7 @@ def test_a_flag_with_two_values_is_refused_and_twice_the_same_is_not():
     assert parsed("--rows", "4", "--quiet", "--quiet", "-n", "4").rows == 4
     for words in (["--rows", "3", "--rows=4"], ["--rows", "3", "-n4"]):
         with pytest.raises(
-            InputError, match="^command line: two values for (--rows|-n), --rows 3 and (--rows|-n) 4; keep one.$"
+            InputError, match="^command line: two values for (rows|-n), rows 3 and (rows|-n) 4; keep one.$"
         ):
             parsed(*words)
 

@@ -54,17 +54,17 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--output .*: a folder; name a file in it"):
+    with pytest.raises(InputError, match=r"output .*: a folder; name a file in it"):
         check_writable(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"--output .*pipe: no file; name one"):
+    with pytest.raises(InputError, match=r"output .*pipe: no file; name one"):
         check_writable(tmp_path / "pipe")
     for place in ("pipe", "file"):
         with pytest.raises(InputError, match=rf"output_dir=x{place}: no folder; choose one"):
             check_folder(tmp_path / place, f"output_dir=x{place}")
     with pytest.raises(InputError, match="something is mounted there, and it cannot be replaced"):
         check_folder(Path("/proc"), "/proc")
-    with pytest.raises(InputError, match=r"--output .*file/out\.json: nothing can be written to"):
+    with pytest.raises(InputError, match=r"output .*file/out\.json: nothing can be written to"):
         check_writable(tmp_path / "file" / "out.json")
 
 
@@ -79,7 +79,7 @@ def test_what_is_no_path_and_links_to_nothing_are_named(tmp_path):
     ):
         with pytest.raises(InputError, match=rf"d: no path of this system \(.*{said}.*choose another place"):
             check_folder(path, "d", replaced=False)
-        with pytest.raises(InputError, match=rf"--output .*no path of this system \(.*{said}"):
+        with pytest.raises(InputError, match=rf"output .*no path of this system \(.*{said}"):
             check_writable(path)
     with pytest.raises(InputError, match=rf"d: a link to {tmp_path}/gone, which is not there; make that folder"):
         check_folder(tmp_path / "nowhere", "d")

@@ -620,7 +620,7 @@ def test_another_base_is_refused_and_a_copied_one_is_not(finetune, default_run, 
     tensors = load_file(copied / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 0.1
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"weights of --model .*copied .* are not those of .*tiny-llama.* made with"):
+    with pytest.raises(InputError, match=r"weights of model .*copied .* are not those of .*tiny-llama.* made with"):
         finetune("--model", str(copied), *checkpoint, output="other")
 
 
@@ -959,7 +959,7 @@ def test_a_start_out_of_memory_is_begun_anew(finetune, monkeypatch, start, break
         return [part for A, B in pairs for part in (A.T @ A, B @ A)]  # the order and the signs of ranks mean nothing
 
     whole = begun("whole")
-    module, name = breaks.split(".")
+    module, _, name = breaks.rpartition(".")
     work, batches = getattr(import_module(f"qalora.adapter.{module}"), name), []
 
     def failing(*args, **kwargs):
@@ -1317,7 +1317,7 @@ def test_a_full_disk_elsewhere_is_one_sentence(finetune, monkeypatch, name):
         monkeypatch.setattr(os, "fsync", full_disk if Path(file).name == name else fsync)
         write(file, text)
 
-    for module in ("files", "training.callback", "finetune"):
+    for module in ("files", "adapter.callback", "finetune"):
         monkeypatch.setattr(f"qalora.{module}.write_whole", failing)
     with pytest.raises(InputError, match=r"run: cannot be written \(No space left on device\)\. .* make room"):
         finetune()
@@ -1342,7 +1342,7 @@ def test_a_weight_that_is_not_finite_is_not_saved_and_the_last_good_checkpoint_n
 
 def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
     shutil.copytree(default_run, tmp_path / "run")
-    with pytest.raises(InputError, match="holds a run; continue it with --resume-from-checkpoint auto"):
+    with pytest.raises(InputError, match="holds a run; continue it with resume_from_checkpoint auto"):
         finetune()
     assert finetune("--overwrite")[0] == 0
     other = tmp_path / "photos"
@@ -1512,7 +1512,10 @@ def test_checkpoints_are_plain_peft_without_pickled_settings(default_run, model_
 
 def test_every_adapter_of_a_run_says_what_it_was_trained_on_and_taught(default_run, model_dir):
     for folder in (default_run / "adapter", default_run / "checkpoint-3", default_run / "checkpoint-12"):
-        assert json.loads((folder / "qalora.json").read_text()) == {
+        said = json.loads((folder / "qalora.json").read_text())
+        assert len(said.pop("base")) == 64  # see test_its_base
+        assert said == {
+            "stored_as": "F32",
             "model": str(model_dir),
             "quant_type": "nf4",
             "double_quant": True,

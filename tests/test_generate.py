@@ -171,7 +171,7 @@ def test_a_prompt_is_read_from_a_file_or_standard_input(tmp_path, monkeypatch, d
 )
 def test_a_prompt_file_that_cannot_be_answered_is_an_error(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)
-    with pytest.raises(InputError, match=f"--prompt-file {tmp_path}/file: {message}"):
+    with pytest.raises(InputError, match=f"prompt_file {tmp_path}/file: {message}"):
         generate.read_prompt(str(tmp_path / "file"))
 
 

@@ -212,7 +212,7 @@ def test_a_recipe_that_cannot_be_read_is_named(asked, tmp_path, text):
 def test_a_base_in_4_bits_has_no_original_weights(folder, adapter, tmp_path):
     load_base(resolve(str(folder)), dtype="bfloat16").model.save_pretrained(tmp_path / "4bit")
     load_tokenizer(resolve(str(folder))).save_pretrained(tmp_path / "4bit")
-    with pytest.raises(InputError, match="stored in 4 bits, and --base original asks for 16-bit weights"):
+    with pytest.raises(InputError, match="stored in 4 bits, and base original asks for 16-bit weights"):
         arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
         main([*arguments, "--base", "original"])
     assert not (tmp_path / "merged").exists()

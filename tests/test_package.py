@@ -56,7 +56,9 @@ def test_the_wheel_holds_the_package_the_recipes_and_the_marker_of_types(wheel):
         info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(info).decode())
         entry_points = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
-    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "qalora").rglob("*.py")}
+    ours = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "qalora").rglob("*") if path.suffix in (".py", ".css", ".js")
+    }
     recipes = {f"qalora/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     assert files == ours | recipes | {"qalora/py.typed"}
     assert metadata["Version"] == qalora.__version__

@@ -102,7 +102,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "24", "0GB", "-1GB", "24G", "GiB", "1e9", "24 GiB of it", "nan"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(InputError, match=f"^--gpu-memory {re.escape(text)}: give a size"):
+    with pytest.raises(InputError, match=f"^gpu_memory {re.escape(text)}: give a size"):
         parse_size(text)
 
 

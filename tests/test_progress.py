@@ -27,6 +27,7 @@ def terminal(monkeypatch):
         return stream
 
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "_wanted", True)  # a quiet run of another test may have said no
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     yield opened

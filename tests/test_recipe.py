@@ -119,7 +119,7 @@ VALUES = {
     "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,
     "training.max_steps": 5, "training.warmup_steps": 6, "training.lr_scheduler_type": "polynomial",
     "training.eval_strategy": "epoch", "training.max_grad_norm": 0.7, "training.label_smoothing_factor": 0.2,
-    "training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": "selective",
+    "training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": "selective", "hub_model_id": "me/x",
 }  # fmt: skip
 SPECIAL = {"mask_prompt": False, "bits": 16, "quantization_bit": 16}  # the value that means the one above
 
@@ -615,7 +615,7 @@ def test_recipes_by_name(tmp_path, monkeypatch):
         (tmp_path / f"{name}.yaml").write_text("model: m\ndata: {train: t}\n")
     monkeypatch.setattr(module, "recipes_dir", lambda: tmp_path)
     assert recipe_path("alpaca") == tmp_path / "alpaca.yaml"
-    with pytest.raises(InputError, match=r"--recipe alpacca: .*did you mean alpaca\?.*alpaca, quickstart"):
+    with pytest.raises(InputError, match=r"recipe alpacca: .*did you mean alpaca\?.*alpaca, quickstart"):
         recipe_path("alpacca")
 
 
@@ -687,7 +687,7 @@ def test_three_profiles_are_shipped_with_the_dtype_of_their_device():
         for name in module.profile_names()
     }
     assert dtypes == {"24gb": "bfloat16", "cpu": "auto", "t4": "float16"}
-    with pytest.raises(InputError, match=r"--profile t5: no such profile; there are 24gb, cpu, t4\."):
+    with pytest.raises(InputError, match=r"profile t5: no such profile; there are 24gb, cpu, t4\."):
         load_recipe("alpaca", settings, "t5")
 
 

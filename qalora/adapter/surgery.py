@@ -84,7 +84,7 @@ def restore(model: PeftModel, path: str | Path) -> None:
         remove_layer(model, name)
     for name, (A, B) in saved.pairs.items():
         layer = layers[name] if name in layers else add_layer(model, name)
-        layer.A.data, layer.B.data = A.to(layer.A), B.to(layer.B)
+        layer.A.data, layer.B.data = A.to(layer.A, copy=True), B.to(layer.B, copy=True)  # mapped memory is not aligned
         layer.A.grad = layer.B.grad = None
         _note_rank(layer, scaling_of(saved.config, name))
 

@@ -86,9 +86,7 @@ def test_another_base_is_refused_with_both_named(base, sibling, ours, tmp_path, 
         config["rope_parameters"]["rope_theta"] = 1e6
         (folder / "config.json").write_text(json.dumps(config))
     now, then = fingerprint(resolve(str(folder))), fingerprint(resolve(str(base)))
-    message = (
-        rf"was trained on models/mine \(weights {then[:12]}\), and --model {folder} has other weights \({now[:12]}"
-    )
+    message = rf"was trained on models/mine \(weights {then[:12]}\), and model {folder} has other weights \({now[:12]}"
     with pytest.raises(InputError, match=message):
         refuse_other_base(ours(), resolve(str(folder)))
 
@@ -124,14 +122,16 @@ def test_an_adapter_of_pefts_whose_base_lies_here_goes_by_its_weights(base, sibl
 
 def test_gguf_is_its_tensors_and_not_its_other_metadata(base, ours, tmp_path):
     """Tools that add a chat template move every byte."""
-    from gguf import GGUFReader, GGUFWriter
+    from gguf import GGUFReader
+
+    from qalora.deploy.gguf import Writer
 
     arguments = ["--model", base, "--adapter", ours(), "--output", tmp_path / "g", "--format", "gguf", "--no-verify"]
     assert merge([*map(str, arguments)]) == 0
     file, known = tmp_path / "g" / "model.gguf", fingerprint(resolve(str(tmp_path / "g" / "model.gguf")))
 
     def rewritten(name, change=0):
-        reader, writer = GGUFReader(file), GGUFWriter(str(tmp_path / name), "llama")
+        reader, writer = GGUFReader(file), Writer(str(tmp_path / name), "llama")
         for key, field in reader.fields.items():
             if not key.startswith("GGUF") and key != "general.architecture":
                 kinds = field.types
@@ -188,7 +188,7 @@ def test_an_adapter_is_not_merged_twice(base, pefts, ours, tmp_path):
         "--no-verify",
     ]
     assert merge([*map(str, arguments)]) == 0
-    with pytest.raises(InputError, match=r"pefts.*: is in --model .*/merged already"):
+    with pytest.raises(InputError, match=r"pefts.*: is in model .*/merged already"):
         refuse_other_base(pefts, resolve(str(tmp_path / "merged")))
     assert "already" not in refuse_other_base(ours(), resolve(str(tmp_path / "merged")))  # another adapter, in bf16
 

@@ -56,7 +56,7 @@ def logits(model) -> torch.Tensor:
 
 def test_rows_that_are_no_multiple_of_64_are_refused_on_a_cpu(saved):
     path, _ = saved(intermediate_size=96)
-    with pytest.raises(InputError, match=r"mlp\.down_proj has 96 inputs.*--no-quantize"):
+    with pytest.raises(InputError, match=r"mlp\.down_proj has 96 inputs.*no_quantize"):
         load(path)
     assert load(path, load_in_4bit=False).quantized is False
 
@@ -188,7 +188,7 @@ def test_a_model_that_is_no_llama_is_named(tmp_path):
     config.save_pretrained(tmp_path)  # and no weights: they are not looked for
     word_tokenizer(unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
     message = (
-        f"--model {tmp_path}: the model is of type gpt2; only LLaMA-class decoders are known (llama, mistral, qwen2)."
+        f"model {tmp_path}: the model is of type gpt2; only LLaMA-class decoders are known (llama, mistral, qwen2)."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load(tmp_path)
@@ -227,16 +227,14 @@ def test_a_damaged_folder_is_an_input_error_that_names_it(saved, damage):
 
 
 def test_a_hub_model_that_is_not_there_is_named_with_what_to_check():
-    message = r"^--model nobody/nothing: nobody/nothing cannot be loaded; check the name, HF_TOKEN .* HF_HUB_OFFLINE"
+    message = r"^model nobody/nothing: nobody/nothing cannot be loaded; check the name, HF_TOKEN .* HF_HUB_OFFLINE"
     with pytest.raises(InputError, match=message):
         load("nobody/nothing")
 
 
 def test_what_is_no_gguf_file_is_named(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"text" * 99)
-    with pytest.raises(
-        InputError, match=r"cannot be loaded; only LLaMA-class GGUF files with their tokenizer can be read"
-    ):
+    with pytest.raises(InputError, match=r"m\.gguf: not a GGUF file of a LLaMA-class model"):
         load(tmp_path / "m.gguf")
 
 
@@ -293,13 +291,13 @@ def test_the_compute_dtype_of_a_card(card, capability, requested, dtype):
 
 def test_bfloat16_before_ampere_is_refused(card):
     card(7, 5)
-    message = "--dtype bfloat16: Card sm75 has no bf16 arithmetic (it came with Ampere); use float16 or auto."
+    message = "dtype bfloat16: Card sm75 has no bf16 arithmetic (it came with Ampere); use float16 or auto."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         choose_compute_dtype("bfloat16", "cuda")
 
 
 def test_float16_on_a_cpu_is_refused():
-    message = "--dtype float16: a CPU computes fp16 about 100 times slower; use bfloat16, float32 or auto."
+    message = "dtype float16: a CPU computes fp16 about 100 times slower; use bfloat16, float32 or auto."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         choose_compute_dtype("float16", "cpu")
 

@@ -217,7 +217,7 @@ def test_smollm2_is_the_packaged_file_or_the_hub(monkeypatch):
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name, hint):
-    message = f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}"
+    message = f"model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}"
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         resolve(name)
 
@@ -260,7 +260,7 @@ def test_a_broken_config_is_named(folder, content):
 
 
 def test_a_hub_model_that_is_not_there_is_named():
-    with pytest.raises(InputError, match=r"^--model nobody/nothing: no config\.json to be had \("):
+    with pytest.raises(InputError, match=r"^model nobody/nothing: no config\.json to be had \("):
         shape_of(resolve("nobody/nothing"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from qalora.base.checkpoint import open_checkpoint
 from qalora.base.gguf_reader import GGUFReader
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve, shape_of
+from qalora.deploy.gguf import Writer
 from qalora.deploy.merging import merge
 from qalora.errors import InputError
 
@@ -202,7 +202,7 @@ def test_an_index_that_transformers_would_not_read_says_what_it_lacks(folder):
 
 def test_a_whole_model_with_an_adapter_beside_it_is_refused_before_anything_else(folder):
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"holds a whole model and an adapter \(adapter_config.json\).*--adapter"):
+    with pytest.raises(InputError, match=r"holds a whole model and an adapter \(adapter_config.json\).*adapter"):
         resolve(str(folder))
 
 
@@ -233,7 +233,7 @@ def whole(request, save_tiny_llama, tmp_path_factory):
 def split(file, folder, reverse):
     """The same model in shards of four tensors, as llama.cpp's own writer splits it."""
     reader = GGUFReader(str(file))
-    writer = gguf.GGUFWriter(str(folder / "m.gguf"), "llama", split_max_tensors=4)
+    writer = Writer(str(folder / "m.gguf"), "llama", split_max_tensors=4)
     for key, field in reader.fields.items():
         if not key.startswith(("GGUF.", "general.architecture")):
             kinds = field.types
@@ -281,7 +281,7 @@ def test_a_shard_of_a_gguf_that_is_not_there_or_has_another_name_is_named(whole,
 
 def test_a_tensor_that_has_no_place_is_not_left_out_in_silence(whole, tmp_path):
     reader = GGUFReader(str(whole[1]))
-    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer = Writer(str(tmp_path / "m.gguf"), "llama")
     for key, field in reader.fields.items():
         if not key.startswith(("GGUF.", "general.architecture")):
             kinds = field.types

@@ -290,7 +290,7 @@ def test_another_content_is_refused_and_kept(merge_to, adapter, tmp_path):
     path = tmp_path / "merged"
     path.mkdir()
     (path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite"):
         merge_to(adapter, path)
     assert [file.name for file in path.iterdir()] == ["thesis.tex"]
     merge_to(adapter, path, overwrite=True)

@@ -85,7 +85,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, name, ho
     with pytest.raises(InputError, match=name.replace(".", r"\.") + "|no recipe.yaml"):
         find_checkpoint(tmp_path, str(newest))
     shutil.rmtree(older)
-    with pytest.raises(InputError, match=r"every checkpoint of .* is damaged \(checkpoint-12: .*--overwrite"):
+    with pytest.raises(InputError, match=r"every checkpoint of .* is damaged \(checkpoint-12: .*overwrite"):
         find_checkpoint(tmp_path, "auto")
     assert find_checkpoint(tmp_path, "auto", anew=True) is None
 
