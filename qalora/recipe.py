@@ -28,7 +28,7 @@ from pydantic import (
 
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.adapter.targets import EVERY, check_expression
-from qalora.base.registry import BLOCK_MAPS
+from qalora.base.families import BLOCK_MAPS
 from qalora.errors import InputError
 from qalora.memory import Checkpointing
 from qalora.paths import expanded

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qalora.adapter.targets import targeted
+from qalora.base.families import BLOCK_MAPS
 from qalora.base.fingerprint import tensor_header
-from qalora.base.registry import BLOCK_MAPS, read_fields
+from qalora.base.registry import read_fields
 from qalora.errors import InputError
 
 PREFIX = "base_model.model."

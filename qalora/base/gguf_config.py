@@ -26,7 +26,8 @@ from gguf import RopeScalingType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qalora.base.gguf_names import ARCHITECTURES, architecture
+from qalora.base.families import FAMILIES
+from qalora.base.gguf_names import architecture
 from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_shards
 from qalora.errors import InputError
 
@@ -48,7 +49,7 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     readers = open_shards(file)
     with fast_gguf():
         config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
-    if config.model_type in ARCHITECTURES:  # the others are refused by whoever asked
+    if config.model_type in FAMILIES:  # the others are refused by whoever asked
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in tensors
         if architecture(config) == "llama":

@@ -11,22 +11,26 @@ from typing import Any
 
 from torch import Tensor
 
+from qalora.base.families import FAMILIES, Family
 from qalora.errors import InputError
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type → general.architecture
 
-
-def architecture(config: Any) -> str:
-    """GGUF's name for the architecture.
+def family(config: Any) -> Family:
+    """The family of a model.
 
     Raises:
         InputError: not one that is written and read here.
     """
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in FAMILIES:
         raise InputError(
-            f"model_type={config.model_type}: GGUF is written and read for {', '.join(ARCHITECTURES)} models only."
+            f"model_type={config.model_type}: GGUF is written and read for {', '.join(FAMILIES)} models only."
         )
-    return ARCHITECTURES[config.model_type]
+    return FAMILIES[config.model_type]
+
+
+def architecture(config: Any) -> str:
+    """GGUF's name for the architecture."""
+    return family(config).gguf
 
 
 def gguf_name(name: str, config: Any) -> str:
@@ -37,7 +41,7 @@ def gguf_name(name: str, config: Any) -> str:
 
 def is_permuted(name: str, config: Any) -> bool:
     """Whether the rows of this weight or bias (or of the B of its adapter) have another order in GGUF."""
-    return architecture(config) == "llama" and _projection(name) in ("q_proj", "k_proj")
+    return family(config).gguf_pairs and _projection(name) in ("q_proj", "k_proj")
 
 
 def permuted(name: str, tensor: Tensor, config: Any) -> Tensor:

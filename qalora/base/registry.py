@@ -11,15 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from qalora.base.families import BLOCK_MAPS, FAMILIES
 from qalora.errors import InputError
-
-# Decoders of LlamaForCausalLM's arithmetic; Gemma's norms, for one, are others.
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-
-# The linear maps of a block.
-BLOCK_MAPS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,12 +45,12 @@ class ModelShape:
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
-        heads = config["num_attention_heads"]
+        heads, model_type = config["num_attention_heads"], config.get("model_type")
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
             "tie_word_embeddings": False,
-            "attention_bias": config.get("model_type") == "qwen2",
+            "attention_bias": model_type in FAMILIES and FAMILIES[model_type].attention_bias,
             "positions": positions_of(config),
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
@@ -276,9 +269,9 @@ def check_model_type(model_type: str | None, where: str) -> None:
     Raises:
         InputError: another architecture than LLaMA's; `where` is what says so.
     """
-    if model_type is not None and model_type not in MODEL_TYPES:
+    if model_type is not None and model_type not in FAMILIES:
         raise InputError(
-            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(MODEL_TYPES)})."
+            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(FAMILIES)})."
         )
 
 

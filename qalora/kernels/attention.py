@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from qalora.base.families import FAMILIES
 from qalora.kernels.low_rank import (
     Frozen,
     can_fuse,
@@ -26,8 +27,7 @@ from qalora.kernels.low_rank import (
 )
 from qalora.kernels.recompute import kept
 
-# Attentions of transformers that rotate halves of whole heads, with nothing between the maps and the rotation.
-KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+KNOWN = {family.attention for family in FAMILIES.values()}
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
