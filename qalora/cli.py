@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from io import UnsupportedOperation
 from types import ModuleType
 from typing import Any
 
+import qalora
 from qalora.errors import AnswerNo, InputError
 from qalora.paths import with_expanded_flags
 from qalora.quiet import hide_noise
@@ -62,9 +64,8 @@ class _Callable(ModuleType):
     """A command's module that is called like the function of the same name in the API: `qalora.merge(…)`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from qalora import api
-
-        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(qalora._HOMES[name]), name)(*args, **kwargs)
 
 
 def make_callable(name: str) -> None:
