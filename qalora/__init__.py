@@ -65,12 +65,16 @@ _HOMES = {
     "start": "qalora.adapter.start.begin",
 }
 __all__ = sorted(_HOMES)
+# Names of commands too, whose modules are called like the functions (cli.make_callable): whatever is imported first, a name is one thing.
+_COMMANDS = ("evaluate", "finetune", "generate", "merge")
 
 
 def __getattr__(name: str) -> Any:
     """Loads a public name on first use, so that `import qalora` stays instant."""
     if name not in _HOMES:
         raise AttributeError(f"module 'qalora' has no attribute {name!r}")
+    if name in _COMMANDS:
+        return import_module(f"qalora.{name}")
     return getattr(import_module(_HOMES[name]), name)
 
 

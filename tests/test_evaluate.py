@@ -157,5 +157,5 @@ def test_bad_input_is_named_before_any_weights_load(folder, rows, monkeypatch, f
 
     monkeypatch.setattr(qalora.base.loading, "load_base", never)
     flags = [{"ROWS": str(rows), "FOLDER": str(folder)}.get(flag, flag) for flag in flags]
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=str(InputError(message))):
         main(["--model", str(folder), *flags])

@@ -130,7 +130,7 @@ def run_folder(there: Path, plain: Path, finished: bool) -> Path:
 def message_of(path: Path) -> str:
     with pytest.raises(InputError) as found:
         read_config(path)
-    return str(found.value)
+    return found.value.as_typed
 
 
 def test_the_folder_of_a_run_names_its_adapter(plain, tmp_path):
