@@ -94,8 +94,8 @@ def score_ranks(
     from torch import Tensor
 
     from qalora.adapter.callback import tokenized
-    from qalora.adapter.model import gated_layers
     from qalora.adapter.scoring import score_ranks as score
+    from qalora.adapter.start.begin import device_of
     from qalora.base.device import memory_to_score
     from qalora.data.batching import Collator, micro_batches, on_device
 
@@ -105,10 +105,9 @@ def score_ranks(
         raise InputError(f"importance={importance!r}: method={method!r} does not give it; path goes with path alone.")
     if not found or not isinstance(found[0].get("input_ids"), Tensor) or found[0]["input_ids"].ndim != 2:
         found = micro_batches(tokenized(found, "rows"), batch_size, Collator(0))
-    device = next(iter(gated_layers(model).values())).A.device
     return score(
         model,
-        on_device(found, device),
+        on_device(found, device_of(model)),
         method,
         importance=importance,
         prune=prune,

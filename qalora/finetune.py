@@ -438,12 +438,12 @@ def train(
     seconds = sum(
         record["seconds"] for record in allocator.history if checkpoint is None or record["step"] > first_step
     )
-    train = trainer.throughput.summary(trainer.state.global_step)
-    metrics["train"] = finished.get("train", train)
+    summary = trainer.throughput.summary(trainer.state.global_step)
+    metrics["train"] = finished.get("train", summary)
     metrics["allocation"] = finished.get("allocation") or {
         "rounds": allocator.done(),
         "seconds": seconds,
-        "share": seconds / train["seconds"],
+        "share": seconds / summary["seconds"],
         "budget": sum(start.values()),
         "total_rank": sum(ranks(model).values()),
     }

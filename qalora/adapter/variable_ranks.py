@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.adapter.callback import HISTORY
-from qalora.adapter.model import write_adapter
+from qalora.adapter.model import verify_saved
 from qalora.adapter.surgery import restore
 
 
@@ -27,7 +27,7 @@ class VariableRanks:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         folder = Path(str(output_dir or self.args.output_dir))
-        write_adapter(self.model, folder)
+        verify_saved(self.model, folder)
         if (history := Path(str(self.args.output_dir)) / HISTORY).is_file() and history.parent != folder:
             shutil.copy(history, folder)
 

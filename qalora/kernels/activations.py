@@ -24,10 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalora.errors import InputError
+from qalora.kernels import swiglu
 from qalora.kernels.recompute import both_runs
 from qalora.memory import Checkpointing
-
-TILED = "fused SwiGLU"  # the kernel (install.py) that can work on some tokens at a time
 
 
 def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
@@ -55,7 +54,7 @@ def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
         InputError: an MLP of another kind than LLaMA's.
     """
     for block in blocks_of(model):
-        if getattr(block.mlp, "kernel", None) == TILED:
+        if getattr(block.mlp, "kernel", None) == swiglu.NAME:  # which alone can go by tiles
             block.mlp.mlp_tile = tokens
         elif tokens is not None:
             raise InputError(f"training.mlp_tile={tokens}: {type(block.mlp).__name__} cannot be tiled; leave it out.")

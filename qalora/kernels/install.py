@@ -24,7 +24,7 @@ Choose = Callable[[nn.Module], Iterator[nn.Module]]
 # Name → (the modules of a model that it goes to, its forward).
 KERNELS: dict[str, tuple[Choose, Callable[..., Any]]] = {
     "RMSNorm": (norm.replaceable, norm.forward),
-    "fused SwiGLU": (swiglu.replaceable, swiglu.forward),
+    swiglu.NAME: (swiglu.replaceable, swiglu.forward),
     "fused q, k, v": (attention.replaceable, attention.forward),
 }
 SHARED_PREFIXES = "shared prefixes"

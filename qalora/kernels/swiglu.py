@@ -33,6 +33,7 @@ from qalora.kernels.stretches import stretches
 BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = ("SiLU", "SiLUActivation")
+NAME = "fused SwiGLU"
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:

@@ -8,7 +8,6 @@ A batch: the collator pads rows or packs them → `training_step` → the decode
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
-from qalora.adapter.start.begin import start
+from qalora.adapter.start.begin import start, starting_rows
 from qalora.adapter.surgery import restore
 from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
@@ -337,7 +336,7 @@ def build_trainer(
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     ladder = Ladder(model, say=console.print)
-    growth = starting_rows(recipe, rows) if recipe.lora.init == "gradient" else ()
+    growth = starting_rows(rows, recipe.lora.init_rows, training.seed) if recipe.lora.init == "gradient" else ()
     allocator = AllocationCallback(
         scoring,
         schedule=rounds,
@@ -407,11 +406,6 @@ def begin_ranks(
     )
     if shared_out is not None:
         allocator.record_start(*shared_out)
-
-
-def starting_rows(recipe: Recipe, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The training rows that decide where ranks point when they are born."""
-    return random.Random(recipe.training.seed).sample(rows, min(recipe.lora.init_rows, len(rows)))
 
 
 def training_items(recipe: Recipe, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from qalora.base.checkpoint import Weights
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.errors import InputError
 
+T = TypeVar("T")
 Record = tuple[dict[str, Any], dict[str, Any]]  # a line of allocation.jsonl, and the scores beside it
 
 
@@ -71,7 +72,7 @@ def start(
         raise InputError(f"share='scores' chooses among corrections of init='quantization', and init is {init!r}.")
     if init == "kaiming":
         return None
-    chosen = random.Random(seed).sample(found, min(max_rows, len(found)))
+    chosen = starting_rows(found, max_rows, seed)
     batch = on_device(micro_batches(chosen, batch_size, Collator(0)), device_of(model))
     even = ranks(model)
 
@@ -100,6 +101,11 @@ def start(
         return None
 
     return attempt(batch, begin)
+
+
+def starting_rows(rows: Sequence[T], most: int, seed: int) -> list[T]:
+    """The training rows that decide where ranks point when they are born."""
+    return random.Random(seed).sample(rows, min(most, len(rows)))
 
 
 def device_of(model: PeftModel) -> torch.device:
