@@ -38,6 +38,7 @@ FOUNDATION = {
     "base.precision": 1,
     "base.families": 0,
     "base.registry": 0,
+    "base.structure": 0,
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }

@@ -11,16 +11,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora.base.families import BLOCK_MAPS, FAMILIES
+from qalora.base.families import BLOCK_MAPS, FAMILIES, Family, family_of, refusal
 from qalora.errors import InputError
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaMA-class decoder, under the names that config.json uses.
+    """The shape of a decoder, under the names that config.json uses.
 
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
+        linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
+        tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
+        rest: elements of all else, such as norms and biases, where these are not LLaMA's.
     """
 
     hidden_size: int
@@ -33,36 +36,67 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     positions: int | None = None
+    model_type: str = "llama"
+    linear: tuple[tuple[str, int, int], ...] | None = None
+    tables: int | None = None
+    rest: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads the shape out of a config.json.
 
         Raises:
-            InputError: not the config of a LLaMA-class model.
+            InputError: not the config of a model that can be trained.
         """
-        check_model_type(config.get("model_type"), "config.json")
+        check_family(config, "config.json")
+        if config.get("model_type") is not None and not family_of(config["model_type"]).like_llama:
+            from qalora.base.structure import sizes_of
+
+            return cls(**sizes_of(config), positions=positions_of(config))
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-            raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
-        heads, model_type = config["num_attention_heads"], config.get("model_type")
+            raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
+        heads, family = config["num_attention_heads"], family_of(config.get("model_type") or "llama")
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
-            "tie_word_embeddings": False,
-            "attention_bias": model_type in FAMILIES and FAMILIES[model_type].attention_bias,
+            "tie_word_embeddings": family.tied,
+            "attention_bias": family.attention_bias,
             "positions": positions_of(config),
+            "model_type": "llama",
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
-        return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
+        return cls(**{name: defaults.get(name) if value is None else value for name, value in values.items()})
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
 
     def linear_maps(self) -> dict[str, tuple[int, int]]:
-        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features); 7 a block."""
+        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features)."""
+        if self.linear is not None:
+            return {name: (fan_in, fan_out) for name, fan_in, fan_out in self.linear}
         d, ff = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
         block = dict(zip(BLOCK_MAPS, sizes, strict=True))
         return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+
+    def embeddings_and_head(self) -> int:
+        """Elements of both, or of the one that is both."""
+        if self.tables is not None:
+            return self.tables
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+
+    def norms_and_biases(self) -> int:
+        """Elements of all that is neither a linear layer's weight nor embeddings or head."""
+        if self.rest is not None:
+            return self.rest
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        hidden, inner = self.family.norms
+        block = hidden * self.hidden_size + {"": 0, "head": 2 * self.head_dim, "width": q + kv}[inner]
+        biases = q + 2 * kv if self.attention_bias else 0
+        return self.num_hidden_layers * (block + biases) + self.hidden_size
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -264,15 +298,39 @@ def offline_snapshot(hub_id: str) -> Path | None:
     return next(iter(snapshots.values()))
 
 
-def check_model_type(model_type: str | None, where: str) -> None:
+def check_family(config: Mapping[str, Any], where: str) -> None:
     """
+    Args:
+        config: the fields of config.json.
+        where: what errors call it.
+
     Raises:
-        InputError: another architecture than LLaMA's; `where` is what says so.
+        InputError: a model that cannot be trained; with what it would need.
     """
-    if model_type is not None and model_type not in FAMILIES:
+    model_type = config.get("model_type")
+    if model_type is None:
+        return
+    if found := refusal(config):
+        raise InputError(f"{where}: the model is of type {model_type}, {found[0]}; it would need {found[1]}.")
+    if model_type not in FAMILIES:
+        from qalora.base.structure import check_plain
+
+        check_plain(config, where)
+
+
+def gguf_model_type(architecture: str, where: str) -> str:
+    """The model_type of the models that a GGUF architecture is written of.
+
+    Raises:
+        InputError: none that is read from GGUF here.
+    """
+    known = [model_type for model_type, family in FAMILIES.items() if family.gguf == architecture]
+    if not known:
+        readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         raise InputError(
-            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(FAMILIES)})."
+            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the model's folder."
         )
+    return known[0]
 
 
 def hub_hint(source: ModelSource) -> str:
@@ -370,6 +428,6 @@ def _gguf_shape(file: Path) -> ModelShape:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
     return ModelShape.from_config(
         config
-        | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+        | {"tie_word_embeddings": "output.weight" not in names, "model_type": gguf_model_type(architecture, str(file))}
         | {"max_position_embeddings": positions, "rope_scaling": scaling}
     )
