@@ -318,6 +318,17 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
         check_plain(config, where)
 
 
+def check_packing(model_type: str | None) -> None:
+    """
+    Raises:
+        InputError: rows in one sequence would meet each other otherwise than by attention.
+    """
+    if (why := family_of(model_type).across_rows) is not None:
+        raise InputError(
+            f"data.packing=true: {model_type} models have {why}, and rows in one sequence would mix; leave it out."
+        )
+
+
 def gguf_model_type(architecture: str, where: str) -> str:
     """The model_type of the models that a GGUF architecture is written of.
 

@@ -131,8 +131,13 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it
         with torch.device("meta"):
             served["architectures"] = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
+    if "rope_theta" not in rope:  # no rotation, or one for each kind of layer, which has no form that both read
+        return served
     served.setdefault("rope_theta", rope["rope_theta"])
+    published_for_4 = "rope_parameters" not in served and "original_max_position_embeddings" in served
+    if published_for_4:
+        return served
     if (
         rope.get("rope_type") == "longrope"
     ):  # version 4 knows its length at the top alone, and takes another factor from it
@@ -140,6 +145,8 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
         rope["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
     if "rope_parameters" in served or rope.get("rope_type") == "longrope":
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if (share := rope.get("partial_rotary_factor")) is not None:
+            served["partial_rotary_factor"] = share
         served |= {
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
