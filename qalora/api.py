@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qalora.adapter.scores import Importance, Method, RankScores
-    from qalora.data.batching import Row
+    from qalora.data.rows import Row
     from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -25,19 +26,9 @@ def parser() -> argparse.ArgumentParser:
         description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the lines of "
         "standard input (--chat).",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="registry name, Hub id, folder or .gguf file",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="to compute in (default: by device)",
-    )
+    add(parser, "--model", required=True)
+    add(parser, "--adapter", "--no-quantize")
+    add(parser, "--dtype", default="auto", otherwise="by device")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; through the chat template when the model has one")
     what.add_argument(

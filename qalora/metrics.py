@@ -17,6 +17,7 @@ from qalora.answers import ends_of, generate_answers, generation_config, inferen
 from qalora.base.device import free_unused
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
+from qalora.data.rows import IGNORE, supervised_tokens
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
 from qalora.kernels.loss import row_losses
@@ -27,7 +28,6 @@ from qalora.text_scores import Normalize, compared, exact_match, rouge_l, said
 Figures = dict[str, float]
 METRICS = ("loss", "exact_match", "accuracy", "rougeL")
 MOST_CHOICES = 10
-IGNORE = -100
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: TokenizedDataset, **asked: Any) -> Figures:
@@ -76,7 +76,7 @@ def predict(
     prompts = [tokenize_prompt(example, tokenizer) for example in rows]
     found: list[dict[str, Any]] = [_described(row, ids, tokenizer) for row, ids in zip(rows, prompts, strict=True)]
     tracked = track if progress else _untracked
-    tokens = [predicted_tokens(item["labels"]) for item in dataset.items]
+    tokens = [supervised_tokens([item["labels"]]) for item in dataset.items]
     result: Figures = {"rows": len(rows), "supervised_tokens": sum(tokens)}
     with inference(model):
         own: Sequence[Mapping[str, Any]] = dataset.items if "loss" in metrics else []
@@ -308,11 +308,6 @@ def _by_prompt(items: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _key(item: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(item["input_ids"]), tuple(item["labels"])
-
-
-def predicted_tokens(labels: Sequence[int]) -> int:
-    """Supervised tokens that a position before them predicts; the first token of a row has none."""
-    return sum(label != IGNORE for label in labels[1:])
 
 
 def _untracked(batches: list[Any], what: str) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,26 +30,20 @@ def parser() -> argparse.ArgumentParser:
         description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ elsewhere.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.train_on_inputs=true.",
     )
-    parser.add_argument("--model", help="registry name, Hub id, folder or .gguf file (default: the recipe's)")
-    parser.add_argument("--recipe", help="name or path: its data settings, such as a run's recipe.yaml")
-    parser.add_argument(
-        "--data", metavar="FILE", help="file, pattern, folder or Hub id, or several with commas (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--data-format",
-        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
-    )
-    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, train)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    add(parser, "--model", otherwise="the recipe's")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its data settings")
+    add(parser, "--data", otherwise="the recipe's")
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--split", otherwise="the recipe's, train")
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     parser.add_argument("--rows", type=int, default=3, help="rows that are printed (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    add(parser, "--json", more="print all of it as JSON")
     return parser
 
 
 def main(argv: list[str]) -> int:
     from qalora.errors import InputError
-    from qalora.recipe import check_once, load_recipe, parse_overrides
-    from qalora.recipe import resolve as resolve_recipe
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
 
     args, rest = parser().parse_known_args(argv)
     if args.rows < 0:
@@ -63,7 +58,7 @@ def main(argv: list[str]) -> int:
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora preview")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora preview")
 
     from qalora.base.loading import load_tokenizer
     from qalora.base.registry import resolve

@@ -16,9 +16,9 @@ from qalora.recipe import (
     ALIASES,
     Recipe,
     load_recipe,
+    make_recipe,
     parse_overrides,
     recipe_path,
-    resolve,
     setting_types,
     with_preset,
 )
@@ -27,7 +27,7 @@ MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return resolve([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def get(recipe, key):
@@ -415,7 +415,7 @@ def test_all_problems_at_once():
 
 def test_all_disagreements_at_once():
     with pytest.raises(InputError) as error:
-        resolve([("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)], origin="test")
+        make_recipe([("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)], origin="test")
     for part in ("model is missing", "data.train is missing", "training.warmup_steps=30"):
         assert part in str(error.value)
 

@@ -27,16 +27,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import linear_maps
+from qalora.data.rows import supervised_tokens, targets
 from qalora.kernels.loss import label_only_loss, row_losses
 from qalora.kernels.low_rank import frozen_forward
 from qalora.progress import Bar, track
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
-
-
-def supervised_tokens(batch: Sequence[MicroBatch]) -> int:
-    return sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def ablate(
             not fit are kept in host memory, and a forward has at least one variant.
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
-    tokens = supervised_tokens(batch)
+    tokens = supervised_tokens(micro["labels"] for micro in batch)
     with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
         adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
         base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
@@ -268,7 +265,7 @@ def gate_gradients(
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
         total += float(loss.detach().double())
-        counts.append((micro["labels"][:, 1:] != -100).sum(1).cpu())
+        counts.append(targets(micro["labels"]).sum(1).cpu())
     tokens = torch.cat(counts)
     return total / int(tokens.sum()), {name: torch.cat(parts) for name, parts in gradients.items()}, tokens
 

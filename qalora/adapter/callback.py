@@ -16,7 +16,8 @@ from qalora.adapter.allocation_round import RoundSettings, Scorer, Scoring, allo
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scores import Importance, RankScores
 from qalora.base.quantized import linear_maps
-from qalora.data.batching import IGNORE, Collator, micro_batches, on_device
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.rows import IGNORE
 from qalora.errors import AnswerNo, InputError
 from qalora.files import write_whole
 from qalora.progress import console

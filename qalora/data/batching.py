@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-
-
-class Row(TypedDict):
-    """A row as it is batched.
-
-    Attributes:
-        labels: input_ids where the token is learned, else −100.
-        row: its number in its source, for messages.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    row: NotRequired[int]
+from qalora.data.rows import IGNORE
 
 
 class Collator:

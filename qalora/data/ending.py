@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.chat_template import chat_template
-from qalora.data.tokenization import IGNORE, TokenizedDataset
+from qalora.data.rows import IGNORE
+from qalora.data.tokenization import TokenizedDataset
 
 T = TypeVar("T")
 ANSWER = "an answer of a few words"

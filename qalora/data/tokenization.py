@@ -16,9 +16,8 @@ from qalora.data.formats import Example, detect_format
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
+from qalora.data.rows import IGNORE, supervised_tokens
 from qalora.errors import InputError
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def load_dataset(
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))
         unused |= dict.fromkeys([*example.unused, *_unused_fields(example, template)])
-        if any(label != IGNORE for label in item["labels"][1:]):
+        if supervised_tokens([item["labels"]]):
             items.append(item)
             examples.append(example)
         elif not (train_on_inputs or any(turn.supervised for turn in example.turns)):
@@ -157,7 +156,7 @@ def load_dataset(
         truncated=truncated,
         dropped=len(rows) - len(items),
         tokens=sum(len(item["input_ids"]) for item in items),
-        supervised_tokens=sum(label != IGNORE for item in items for label in item["labels"]),
+        supervised_tokens=supervised_tokens(item["labels"] for item in items),
         max_seq_len=max_seq_len,
         longest=longest,
         masked=masked,

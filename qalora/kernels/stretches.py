@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-FP32_BYTES = 128 * 2**20  # of one fp32 temporary
+from qalora.sizes import FP32_TEMPORARY
 
 
 def stretches(x: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
-    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_BYTES hold at that width."""
+    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_TEMPORARY hold at that width."""
     tokens, rows = x.shape[-2], x[..., 0, 0].numel()
-    step = max(1, FP32_BYTES // (4 * width * rows))
+    step = max(1, FP32_TEMPORARY // (4 * width * rows))
     for start in range(0, tokens, step):
         yield ..., slice(start, start + step), slice(None)

@@ -39,6 +39,7 @@ from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
 from qalora.base.device import peak_memory
 from qalora.data.batching import Collator, PackingCollator, pack
+from qalora.data.rows import supervised_tokens
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
@@ -155,7 +156,7 @@ class QaloraTrainer(VariableRanks, Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
         losses = item_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
-        tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
+        tokens = supervised_tokens(item["labels"] for item in self.validation)
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
