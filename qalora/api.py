@@ -5,6 +5,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +63,7 @@ def load_rows(
 
 
 def score_ranks(
-    model: Any,
+    model: PeftModel,
     rows: Iterable[Mapping[str, Any]],
     method: Method = "first-order",
     *,
@@ -330,7 +336,7 @@ def export_adapter(
 
 def finetune(
     recipe: Recipe | str | Path,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     *,
     profile: str | None = None,
     overwrite: bool = False,

@@ -661,7 +661,7 @@ def dry_run(recipe: Recipe) -> None:
     print_plan(planner(recipe)())
 
 
-def planned(recipe: Recipe, items: Sequence[dict[str, Any]], ranks: dict[str, int]) -> dict[str, Any]:
+def planned(recipe: Recipe, items: Sequence[Any], ranks: dict[str, int]) -> dict[str, Any]:
     """The memory that the run was planned to need on this device, as `qalora plan --json` has it, in bytes.
 
     Args:
@@ -683,7 +683,7 @@ def draw(
     log_history: list[dict[str, Any]],
     start: dict[str, int],
     final: dict[str, int],
-    rounds: list[dict[str, Any]],
+    rounds: Sequence[Any],
 ) -> None:
     from qalora.pictures import draw_loss, draw_ranks
 

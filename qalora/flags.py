@@ -27,7 +27,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def add(
-    parser: argparse.ArgumentParser, *flags: str, more: str = "", otherwise: str | None = None, **settings: Any
+    parser: argparse.ArgumentParser, *flags: str, more: str = "", otherwise: str | None = None, **settings: object
 ) -> None:
     """Gives a command some of the shared flags.
 

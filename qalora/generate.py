@@ -15,7 +15,8 @@ from qalora.errors import InputError
 from qalora.flags import add
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbers
 
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ what the flags say
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace) -> dict[str, object]:
     """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for none.
 
     Raises:
@@ -342,7 +343,7 @@ def answer(
 
 
 def chat(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: Iterable[str],
     config: GenerationConfig,
@@ -367,7 +368,7 @@ def chat(
     return history
 
 
-def positions(model: Any) -> int | None:
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
     """Tokens of a prompt and its answer at most; None where it is not known."""
     from qalora.base.registry import positions_of
 

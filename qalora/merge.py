@@ -238,7 +238,7 @@ def not_as_trained(adapter: str, known: dict[str, Any], source: Any) -> str | No
     return f"--base original: {adapter} was trained on {trained}, and is merged into the weights as they are stored, as asked for"
 
 
-def refuse_other_codes(model: str, stored: dict[str, Any], flags: dict[str, Any]) -> None:
+def refuse_other_codes(model: str, stored: dict[str, object], flags: dict[str, object]) -> None:
     """
     Raises:
         InputError: the base is stored in 4 bits, of another form than the flags say.
@@ -254,7 +254,7 @@ def refuse_other_codes(model: str, stored: dict[str, Any], flags: dict[str, Any]
             raise InputError(f"{given}: --model {model} is stored in 4 bits already, {what}; leave the flag out.")
 
 
-def known_quantization(adapter: Path) -> dict[str, Any] | None:
+def known_quantization(adapter: Path) -> dict[str, object] | None:
     """quant_type, double_quant and compute_dtype, by a file that lies with the adapter; None where there is none.
 
     Raises:

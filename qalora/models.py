@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, Any]:
+def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, object]:
     """A registered model, and the memory of a step of the recipe on it, in bytes.
 
     Args:

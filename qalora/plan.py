@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
@@ -191,7 +191,7 @@ def fit_recipe(recipe: Recipe, memory: int, *, seq_len: int | None = None, devic
     return found is not None
 
 
-def fitted(recipe: Recipe) -> dict[str, Any]:
+def fitted(recipe: Recipe) -> dict[str, object]:
     """The settings of a step that a fit decides."""
     names = "micro_batch_size gradient_accumulation_steps gradient_checkpointing mlp_tile"
     return {name: getattr(recipe.training, name) for name in names.split()}

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
+from qalora.data.rows import Row, Tokenized
 from qalora.flags import add
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def preview_of(item: Tokenized, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What there is to say of a tokenized row: row, tokens, share_learned, cut, and its text in segments."""
     segments = [{"text": text, "learned": learned} for text, learned in decoded(item, tokenizer)]
     return {
@@ -100,12 +101,12 @@ def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def learned_tokens(item: Mapping[str, Any]) -> int:
+def learned_tokens(item: Row) -> int:
     """Tokens that carry loss."""
     return sum(label >= 0 for label in item["labels"])
 
 
-def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def decoded(item: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """(text, learned) of the stretches of tokens, as the tokens say it, the special ones too.
 
     A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins with.
@@ -118,7 +119,7 @@ def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iter
         before = text
 
 
-def summary(dataset: TokenizedDataset) -> dict[str, Any]:
+def summary(dataset: TokenizedDataset) -> dict[str, object]:
     """The report of the data set, with the share that is learned."""
     report = asdict(dataset.report)
     return {**report, "share_learned": dataset.report.supervised_tokens / dataset.report.tokens}
