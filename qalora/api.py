@@ -5,6 +5,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qalora.adapter.scores import Importance, Method, RankScores
-    from qalora.data.batching import Row
+    from qalora.data.rows import Row
     from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
 
@@ -56,7 +62,7 @@ def load_rows(
 
 
 def score_ranks(
-    model: Any,
+    model: PeftModel,
     rows: Iterable[Mapping[str, Any]],
     method: Method = "first-order",
     *,
@@ -325,7 +331,7 @@ def export_adapter(
 
 def finetune(
     recipe: Recipe | str | Path,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     *,
     profile: str | None = None,
     overwrite: bool = False,

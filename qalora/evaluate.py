@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qalora.base.registry import ModelSource
     from qalora.data.tokenization import TokenizedDataset
     from qalora.recipe import Recipe
+from qalora.flags import add
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,26 +28,14 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
         "answer}.",
     )
-    parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
-    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="to compute in (default: by device)",
-    )
-    parser.add_argument("--recipe", help="name or path: its data and evaluation settings, such as a run's recipe.yaml")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="file, pattern, folder or Hub id, or several with commas (default: the recipe's validation rows)",
-    )
-    parser.add_argument(
-        "--data-format",
-        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
-    )
-    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, validation)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    add(parser, "--model", required=True)
+    add(parser, "--adapter", "--no-quantize")
+    add(parser, "--dtype", otherwise="by device")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its data and evaluation settings")
+    add(parser, "--data", otherwise="the recipe's validation rows")
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--split", otherwise="the recipe's, validation")
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     parser.add_argument("--rows", type=int, help="use the first N rows (default: all)")
     parser.add_argument("--metrics", help="any of loss,exact_match,accuracy,rougeL (default: loss)")
     parser.add_argument(
@@ -54,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated completions that accuracy chooses from (default: those of the data)",
     )
     parser.add_argument("--answer-pattern", help="regular expression; its first group is what exact_match compares")
-    parser.add_argument("--batch-size", type=int, help="rows a forward pass")
+    add(parser, "--batch-size", otherwise="the recipe's, else 8")
     parser.add_argument("--max-new-tokens", type=int, help="length of the answers for exact_match and rougeL")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
     parser.add_argument(
@@ -62,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write each row there, as a line of JSON: prompt, answer, reference and its own scores",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add(parser, "--quiet")
     return parser
 
 
@@ -119,13 +108,13 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     """
     from qalora.data.reading import paths_of
     from qalora.files import check_writable
-    from qalora.recipe import build_recipe, check_once, load_recipe, parse_overrides
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else build_recipe(asked, origin="qalora evaluate")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
     read = [*([args.recipe] if args.recipe else []), *paths_of(recipe.data.validation)]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbers
 
@@ -25,19 +27,9 @@ def parser() -> argparse.ArgumentParser:
         description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the lines of "
         "standard input (--chat).",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="registry name, Hub id, folder or .gguf file",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="to compute in (default: by device)",
-    )
+    add(parser, "--model", required=True)
+    add(parser, "--adapter", "--no-quantize")
+    add(parser, "--dtype", default="auto", otherwise="by device")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; through the chat template when the model has one")
     what.add_argument(
@@ -117,7 +109,7 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ what the flags say
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace) -> dict[str, object]:
     """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for none.
 
     Raises:
@@ -351,7 +343,7 @@ def answer(
 
 
 def chat(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: Iterable[str],
     config: GenerationConfig,
@@ -376,7 +368,7 @@ def chat(
     return history
 
 
-def positions(model: Any) -> int | None:
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
     """Tokens of a prompt and its answer at most; None where it is not known."""
     from qalora.base.registry import positions_of
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
-from qalora.plan import parse_size
+from qalora.flags import DTYPES, add
+from qalora.sizes import parse_size
 
 if TYPE_CHECKING:
     from qalora.base.checkpoint import Quantization
@@ -24,14 +25,10 @@ def parser() -> argparse.ArgumentParser:
         prog="qalora merge",
         description="Adds an adapter to the weights it was trained on, and checks the result against base + adapter.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="registry name, Hub id, folder or .gguf file that the adapter was trained on",
-    )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
+    add(parser, "--model", required=True, more="that the adapter was trained on")
+    add(parser, "--adapter", required=True)
     parser.add_argument("--output", required=True, metavar="DIR", help="new, empty, or a previous merge of the same")
-    parser.add_argument("--overwrite", action="store_true", help="replace whatever the output folder holds")
+    add(parser, "--overwrite")
     parser.add_argument(
         "--format",
         choices=("hf", "gguf", *ADAPTER_FORMATS),
@@ -45,12 +42,8 @@ def parser() -> argparse.ArgumentParser:
         help="add to the weights of a 4-bit base, as QLoRA trains on, or to the 16-bit ones as they are stored (default: what the "
         "adapter was trained on, where its qalora.json or recipe.yaml says so)",
     )
-    parser.add_argument("--no-quantize", action="store_true", help="the same as --base original")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the weights of format hf (default: bfloat16)",
-    )
+    add(parser, "--no-quantize", more="the same as --base original")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights of format hf (default: bfloat16)")
     parser.add_argument(
         "--gguf-type",
         choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
@@ -67,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--bnb-4bit-quant-type", choices=("nf4", "fp4"))
     trained.add_argument("--no-double-quant", action="store_true")
-    trained.add_argument("--bnb-4bit-compute-dtype", choices=("bfloat16", "float16", "float32"))
+    trained.add_argument("--bnb-4bit-compute-dtype", choices=DTYPES)
     return parser
 
 
@@ -229,7 +222,7 @@ def trained_quantization(
     return Quantization(
         quant_type=quant_type,
         double_quant=bool(given.get("double_quant", (known or {}).get("double_quant", True))),
-        compute_dtype=getattr(torch, dtype),
+        compute_dtype=getattr(torch, str(dtype)),
     )
 
 
@@ -284,7 +277,7 @@ def refuse_other_codes(model: str, stored: Mapping[str, Any], flags: Mapping[str
             raise InputError(f"{given}: --model {model} is stored in 4 bits already, {what}; leave the flag out.")
 
 
-def known_quantization(adapter: Path) -> dict[str, Any] | None:
+def known_quantization(adapter: Path) -> dict[str, object] | None:
     """quant_type, double_quant and compute_dtype, by a file that lies with the adapter; None where there is none.
 
     Raises:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.base.registry import MODELS, ModelShape
 from qalora.cli import Parser
+from qalora.flags import add
+from qalora.sizes import parse_size
 
 if TYPE_CHECKING:
     from qalora.recipe import Recipe
@@ -23,15 +25,14 @@ def parser() -> argparse.ArgumentParser:
         "model too: a Hub id, a folder or a .gguf file.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
-    parser.add_argument("--recipe", default="alpaca", help="name or path of what is planned (default: %(default)s)")
-    parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB: also which runs fit it")
-    parser.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
+    add(parser, "--recipe", default="alpaca", more="that is planned")
+    add(parser, "--profile")
+    add(parser, "--gpu-memory", more="also which runs fit it")
+    add(parser, "--json", more="print it as JSON, sizes in bytes")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    from qalora.plan import parse_size
     from qalora.recipe import load_recipe, parse_overrides
 
     args, rest = parser().parse_known_args(argv)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, Any]:
+def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, object]:
     """A registered model, and the memory of a step of the recipe on it, in bytes.
 
     Args:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from typing import TYPE_CHECKING
 
 from qalora.cli import Parser, say
-from qalora.errors import InputError
-from qalora.fitting import HEADROOM, MLP_TILE
+from qalora.fitting import HEADROOM
+from qalora.flags import add
+from qalora.sizes import MLP_TILE, parse_size
 
 if TYPE_CHECKING:
     from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,13 +23,12 @@ def parser() -> argparse.ArgumentParser:
         description="Memory of a fine-tuning run by term, for the longest rows that the recipe allows.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
-    parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
-    parser.add_argument("--recipe", default="alpaca", help="name or path (default: %(default)s)")
-    parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB; exit code 1 when the run does not fit")
-    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
-    parser.add_argument("--json", action="store_true", help="print the terms as JSON, in bytes")
+    add(parser, "--model", required=True)
+    add(parser, "--recipe", default="alpaca")
+    add(parser, "--profile")
+    add(parser, "--gpu-memory", more="exit code 1 when the run does not fit")
+    add(parser, "--no-quantize", "--dtype", otherwise="the recipe's")
+    add(parser, "--json", more="print the terms as JSON, in bytes")
     return parser
 
 
@@ -111,19 +108,6 @@ def print_plan(plan: MemoryPlan) -> None:
     table.add_section()
     table.add_row("total", f"{plan.total / 2**20:,.1f}")
     Console().print(table)
-
-
-def parse_size(text: str, flag: str = "--gpu-memory") -> int:
-    """ "24GiB", "15.9 GB" or a number of bytes → bytes.
-
-    Raises:
-        InputError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
-    size = 0 if match is None else int(float(match[1]) * UNITS[match[2] or ""])
-    if size < UNITS["KB"]:  # a bare 24 would be bytes
-        raise InputError(f"{flag} {text}: give a size such as 24GiB, 15.9GB or a number of bytes.")
-    return size
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, say
+from qalora.data.rows import Row, Tokenized
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,19 +33,14 @@ def parser() -> argparse.ArgumentParser:
         description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ elsewhere.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.train_on_inputs=true.",
     )
-    parser.add_argument("--model", help="registry name, Hub id, folder or .gguf file (default: the recipe's)")
-    parser.add_argument("--recipe", help="name or path: its data settings, such as a run's recipe.yaml")
-    parser.add_argument(
-        "--data", metavar="FILE", help="file, pattern, folder or Hub id, or several with commas (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--data-format",
-        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
-    )
-    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, train)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    add(parser, "--model", otherwise="the recipe's")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its data settings")
+    add(parser, "--data", otherwise="the recipe's")
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--split", otherwise="the recipe's, train")
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     parser.add_argument("--rows", type=int, default=3, help="rows that are printed (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    add(parser, "--json", more="print all of it as JSON")
     return parser
 
 
@@ -75,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     """The recipe that the flags make, or the one that they change."""
-    from qalora.recipe import build_recipe, check_once, load_recipe, parse_overrides
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
 
     flags = {
         "model": args.model,
@@ -87,7 +84,7 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
     check_once(asked)
-    return load_recipe(args.recipe, asked) if args.recipe else build_recipe(asked, origin="qalora preview")
+    return load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora preview")
 
 
 def print_rows(shown: Sequence[Mapping[str, Any]], max_seq_len: int) -> None:
@@ -102,7 +99,7 @@ def print_rows(shown: Sequence[Mapping[str, Any]], max_seq_len: int) -> None:
         write(marked(row, LEARNED if color else marks(sys.stdout.encoding)) + "\n")
 
 
-def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def preview_of(item: Tokenized, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What there is to say of a tokenized row: row, tokens, share_learned, cut, and its text in segments."""
     segments = [{"text": text, "learned": learned} for text, learned in decoded(item, tokenizer)]
     return {
@@ -114,12 +111,12 @@ def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def learned_tokens(item: Mapping[str, Any]) -> int:
+def learned_tokens(item: Row) -> int:
     """Tokens that carry loss."""
     return sum(label >= 0 for label in item["labels"])
 
 
-def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def decoded(item: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """(text, learned) of the stretches of tokens, as the tokens say it, the special ones too.
 
     A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins with.
@@ -132,7 +129,7 @@ def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iter
         before = text
 
 
-def summary(dataset: TokenizedDataset) -> dict[str, Any]:
+def summary(dataset: TokenizedDataset) -> dict[str, object]:
     """The report of the data set, with the share that is learned."""
     report = asdict(dataset.report)
     return {**report, "share_learned": dataset.report.supervised_tokens / dataset.report.tokens}

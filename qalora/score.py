@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qalora.adapter.scores import Importance, RankScores
     from qalora.base.registry import ModelSource
     from qalora.recipe import Recipe
+from qalora.flags import add
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,15 +24,9 @@ def parser() -> argparse.ArgumentParser:
         description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: answer}.",
     )
-    parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help="file, pattern, folder or Hub id, or several with commas"
-    )
-    parser.add_argument("--data-format", help="alpaca, sharegpt, messages, prompt-completion or text (default: found)")
-    parser.add_argument(
-        "--recipe", help="name or path, such as a run's recipe.yaml: its columns, templates and labels read the rows"
-    )
+    add(parser, "--model", "--adapter", "--data", required=True)
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
     parser.add_argument(
         "--method",
         choices=("exact", "first-order", "certified", "path"),
@@ -47,16 +42,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
     )
-    parser.add_argument(
-        "--split", default="validation", help="of a set that has splits, or a slice (default: %(default)s)"
-    )
+    add(parser, "--split", default="validation")
     parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row (default: the recipe's, else 2048)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
-    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="to compute in (default: by device)"
-    )
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
+    add(parser, "--batch-size", default=8)
+    add(parser, "--no-quantize")
+    add(parser, "--dtype", otherwise="by device")
     parser.add_argument("--output", required=True, metavar="FILE", help="where the JSON goes")
     return parser
 
@@ -80,12 +71,12 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.cli import say
     from qalora.files import check_writable, write_json
-    from qalora.recipe import build_recipe, check_once, load_recipe, parse_overrides
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
     from qalora.training.settling import settled
 
     asked = [*settings(args), *parse_overrides(rest, ("data",))]
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else build_recipe(asked, origin="qalora score")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")

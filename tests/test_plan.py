@@ -10,11 +10,11 @@ import pytest
 
 from qalora.base.registry import MODELS, resolve
 from qalora.cli import run
-from qalora.errors import InputError
-from qalora.fitting import HEADROOM, MLP_TILE
+from qalora.fitting import HEADROOM
 from qalora.memory import plan_memory
-from qalora.plan import main, parse_size
-from qalora.recipe import build_recipe, load_recipe, parse_overrides
+from qalora.plan import main
+from qalora.recipe import load_recipe, make_recipe, parse_overrides
+from qalora.sizes import MLP_TILE
 from qalora.training.planning import planner
 from qalora.training.settling import as_stored
 
@@ -86,28 +86,6 @@ def test_rows_are_planned_no_longer_than_the_models_positions(capsys):
     assert captured.err == "data.max_seq_len=2049: llama-7b has 2048 positions; longer rows are cut there\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("24GiB", 24 * 2**30),
-        ("24 gib", 24 * 2**30),
-        ("15.9GB", 15_900_000_000),
-        ("512MiB", 2**29),
-        ("8MB", 8_000_000),
-        ("1KiB", 1024),
-        ("12345", 12345),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "24", "0GB", "-1GB", "24G", "GiB", "1e9", "24 GiB of it", "nan"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(InputError, match=f"^gpu_memory {re.escape(text)}: give a size"):
-        parse_size(text)
-
-
 def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
     answer = planned(capsys, "--profile", "24gb", "--gpu-memory", "24GiB", "data.max_seq_len=2048")
     chosen = answer["training"]
@@ -152,7 +130,7 @@ def test_a_base_that_is_stored_in_4_bits_keeps_its_form(save_tiny_llama, tmp_pat
     config = json.loads((folder / "config.json").read_text())
     stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
-    recipe = build_recipe([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
+    recipe = make_recipe([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
     recipe, notes = as_stored(recipe, resolve(recipe.model))
     settings = recipe.quantization
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("fp4", False)

@@ -85,7 +85,7 @@ def refuse_other_base(adapter: str | Path, source: ModelSource) -> str | None:
 
 
 def loading_as_trained(
-    adapter: str | Path, source: ModelSource, loading: Mapping[str, Any], given: Collection[str] = ()
+    adapter: str | Path, source: ModelSource, loading: Mapping[str, object], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], str | None]:
     """Keyword arguments of `load_base`, with the base quantized as it was when the adapter was trained, and a line where that is not
     the default, or where another was asked for.

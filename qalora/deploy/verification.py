@@ -84,7 +84,7 @@ def compare(
     rounding: Rounding,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] = TEXTS,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Distances of the merged model from base + adapter over every position of the texts, in fp32 on the CPU.
 
     Returns:
@@ -138,7 +138,7 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
     return None
 
 
-def rotation_difference(left: Any, right: Any) -> float:
+def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
@@ -208,7 +208,7 @@ class _Block(nn.Module):
         self.load = lambda: parts(Part((index,), ends=False)).model.layers._modules[str(index)]
         self.name, self.wrapped = f"model.layers.{index}", wrapped
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> object:
         block: Any = self.load()
         for name, module in list(block.named_modules()):
             if next(module.parameters(recurse=False), None) is not None:

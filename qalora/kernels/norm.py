@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qalora.kernels.context import Context
 from qalora.kernels.stretches import stretches
 
 
@@ -19,7 +20,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         for part in stretches(x, x.shape[-1]):
@@ -30,7 +31,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad_out: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         grad = torch.empty_like(x)
         for part in stretches(x, x.shape[-1]):

@@ -188,14 +188,14 @@ def _rows_a_step(settings: Settings) -> int:
     return int(micro) * int(accumulate)
 
 
-def _another(key: str, new: Any, old: Any, checkpoint: Path) -> InputError:
+def _another(key: str, new: object, old: object, checkpoint: Path) -> InputError:
     return InputError(
         f"--resume-from-checkpoint: {key} is {_short(new)}, and {checkpoint} was made with {_short(old)}; a run that is continued "
         f"keeps it: set {key}={_short(old)}, or start anew (lora.adapter={checkpoint} from its adapter)."
     )
 
 
-def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and prefix == "":
             yield from _flat(value, f"{key}.")
@@ -203,7 +203,7 @@ def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "null" if value is None else str(value)[:80]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
@@ -21,6 +20,7 @@ from qalora.base.fingerprint import fingerprint
 from qalora.base.precision import loaded_in_4bit
 from qalora.base.registry import ModelSource, shape_of
 from qalora.base.tensor_files import expected_shapes
+from qalora.data.rows import Packed, Row
 from qalora.deploy.merging import check_room
 from qalora.errors import InputError
 from qalora.recipe import Recipe
@@ -54,7 +54,7 @@ class Run:
     weights: str | None
     tokenizer: PreTrainedTokenizerBase
     data: RunData
-    items: list[dict[str, Any]]
+    items: Sequence[Row | Packed]
     output_dir: Path
     continued: Continued | None
     total_steps: int
