@@ -52,7 +52,7 @@ class ModelShape:
         if config.get("model_type") is not None and not family_of(config["model_type"]).like_llama:
             from qalora.base.structure import sizes_of
 
-            return cls(**sizes_of(config), positions=positions_of(config))
+            return cls(positions=positions_of(config), **sizes_of(config))
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
@@ -66,7 +66,8 @@ class ModelShape:
             "model_type": "llama",
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
-        return cls(**{name: defaults.get(name) if value is None else value for name, value in values.items()})
+        found: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+        return cls(**found)
 
     @property
     def family(self) -> Family:
@@ -316,6 +317,13 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
         from qalora.base.structure import check_plain
 
         check_plain(config, where)
+
+
+def said_of_family(model_type: str) -> str | None:
+    """A line on a model that has no record of its own; None: it has one."""
+    if model_type in FAMILIES:
+        return None
+    return f"{model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an estimate, not measured"
 
 
 def check_packing(model_type: str | None) -> None:
