@@ -251,7 +251,7 @@ def _write_shard(
         handle.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             for piece in pieces(name):
-                handle.write(rounded(name, piece, dtype).view(torch.uint8).numpy().data)
+                handle.write(rounded(name, piece, dtype).reshape(-1).view(torch.uint8).numpy().data)
             bar.advance()
         if handle.tell() != 8 + len(text) + end:
             raise RuntimeError(f"{file.name}: {handle.tell()} bytes written of {8 + len(text) + end}")
