@@ -4,7 +4,7 @@ on the same 4-bit base. What a family cannot have is refused by name, and that i
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from qalora.adapter.model import attach, gated_layers, save_adapter
 from qalora.adapter.surgery import apply_plan, restore
 from qalora.base.checkpoint import Quantization
 from qalora.base.families import FAMILIES, family_of
-from qalora.base.loading import load_base
+from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import linear_maps
 from qalora.base.registry import check_packing, resolve, shape_of
 from qalora.data.batching import PackingCollator, pack
@@ -50,8 +50,8 @@ QUIRKS: dict[str, dict] = {
     "mistral": dict(sliding_window=6),
     "ministral": MIXED,
     "ministral3": dict(rope_parameters=YARN_SCALED),
-    "qwen2": TIED,
-    "qwen3": TIED | dict(num_key_value_heads=1),
+    "qwen2": TIED | dict(head_dim=16),
+    "qwen3": TIED | dict(num_key_value_heads=1, head_dim=128),  # the one head_dim that transformers gives a GGUF file of it
     "qwen3_5_text": dict(
         num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
         linear_key_head_dim=16, linear_value_head_dim=16,
@@ -290,6 +290,32 @@ def test_merges_are_the_live_model_as_transformers_reads_them(case, tmp_path):
         read = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
         with torch.no_grad():
             torch.testing.assert_close(read(**inputs).logits[real], live(**inputs).logits[real], rtol=2e-4, atol=2e-4)
+
+
+def test_gguf_is_read_back_or_refused_by_name(case, tmp_path):
+    model = case.ours().eval()
+    save_adapter(model, tmp_path / "adapter")
+    source, inputs = resolve(str(case.folder)), {"input_ids": case.batch["input_ids"][:, :6]}
+    given = dict(
+        quantization=NF4, format="gguf", gguf_type="f32", verify=case.name != "mistral"
+    )  # GGUF has no windows of it
+    if case.record.gguf is None:
+        for export in (partial(merge, **given), partial(export_adapter, format="gguf-lora")):
+            args = {"source": source} if export.func is export_adapter else {}
+            with pytest.raises(
+                InputError, match=f"model_type={case.name}: GGUF is written and read for .* models only"
+            ):
+                export(*([] if args else [source]), tmp_path / "adapter", tmp_path / "out", **args)
+        return
+    merge(source, tmp_path / "adapter", tmp_path / "out", **given)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
+    own = load_tokenizer(source)  # a GGUF file has a token of nothing for each embedding that has none
+    based = load_base(tmp_path / "out" / "model.gguf", load_in_4bit=False, dtype="float32", tokenizer=own).model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for found in (read, based):
+            torch.testing.assert_close(found(**inputs).logits, logits, rtol=2e-4, atol=2e-4)
+    export_adapter(tmp_path / "adapter", tmp_path / "lora", "gguf-lora", source=source)
 
 
 def test_weights_are_planned_exactly(case):

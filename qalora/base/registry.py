@@ -22,6 +22,8 @@ class ModelShape:
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
         linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
+        sliding_window: tokens that a windowed block attends to; None: there is none.
+        windowed: blocks with a window.
         tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
         rest: elements of all else, such as norms and biases, where these are not LLaMA's.
     """
@@ -37,6 +39,8 @@ class ModelShape:
     attention_bias: bool = False
     positions: int | None = None
     model_type: str = "llama"
+    sliding_window: int | None = None
+    windowed: int = 0
     linear: tuple[tuple[str, int, int], ...] | None = None
     tables: int | None = None
     rest: int | None = None
@@ -52,7 +56,7 @@ class ModelShape:
         if config.get("model_type") is not None and not family_of(config["model_type"]).like_llama:
             from qalora.base.structure import sizes_of
 
-            return cls(positions=positions_of(config), **sizes_of(config))
+            return cls(positions=positions_of(config), windowed=windowed_blocks(config), **sizes_of(config))
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
@@ -64,6 +68,7 @@ class ModelShape:
             "attention_bias": family.attention_bias,
             "positions": positions_of(config),
             "model_type": "llama",
+            "windowed": windowed_blocks(config),
         }
         values = {f.name: config.get(f.name) for f in fields(cls)}
         found: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
@@ -98,6 +103,16 @@ class ModelShape:
         block = hidden * self.hidden_size + {"": 0, "head": 2 * self.head_dim, "width": q + kv}[inner]
         biases = q + 2 * kv if self.attention_bias else 0
         return self.num_hidden_layers * (block + biases) + self.hidden_size
+
+
+def windowed_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks attend to a window alone, by what a config says of it."""
+    blocks, pattern = config.get("num_hidden_layers") or 0, config.get("sliding_window_pattern")
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return 0
+    if config.get("layer_types"):
+        return int(config["layer_types"].count("sliding_attention"))
+    return blocks - blocks // pattern if isinstance(pattern, int) and pattern > 1 else blocks
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -320,10 +335,11 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def said_of_family(model_type: str) -> str | None:
-    """A line on a model that has no record of its own; None: it has one."""
-    if model_type in FAMILIES:
-        return None
-    return f"{model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an estimate, not measured"
+    """A line on a model that has no record of its own, or of which plans have not been tried; None: there is nothing to say."""
+    guess = "the plan of its memory is an estimate, not measured"
+    if model_type not in FAMILIES:
+        return f"{model_type} models have no record here: transformers' own forward runs, and {guess}"
+    return None if family_of(model_type).measured else f"{model_type} models: {guess}"
 
 
 def check_packing(model_type: str | None) -> None:
