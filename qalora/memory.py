@@ -160,7 +160,7 @@ def _activations(
 
     # Beside them the gradient of their product, and a dequantized weight, or the product and its copy in fp32.
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
-    down = inner + (1 if family.mlp else 2) * tile * f * size + hidden + max(weight, product)
+    down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
     # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
@@ -189,7 +189,7 @@ def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, 
     """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
     pairs = rows * seq_len**2
     if shape.family.eager:
-        return 2 * pairs * size, pairs * shape.num_attention_heads * (3 * size + 4)
+        return 2 * pairs * size, 8 * pairs * shape.num_attention_heads  # capped scores, and what softmax makes of them in fp32
     if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
         return 0, 0
     return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add

@@ -79,7 +79,7 @@ FAMILIES = {
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
     "granite": Family("GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")),
     "phi3": Family("Phi3RMSNorm", like_llama=False, copies_qk=True),
-    "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), measured=False, eager=True, tied=True),
+    "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
     "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
     "gemma4_text": Family("Gemma4RMSNorm", "before", like_llama=False, norms=(4, "head"), measured=False, tied=True),
     "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
