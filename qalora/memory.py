@@ -189,7 +189,10 @@ def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, 
     """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
     pairs = rows * seq_len**2
     if shape.family.eager:
-        return 2 * pairs * size, 8 * pairs * shape.num_attention_heads  # capped scores, and what softmax makes of them in fp32
+        return (
+            2 * pairs * size,
+            8 * pairs * shape.num_attention_heads,
+        )  # capped scores, and what softmax makes of them in fp32
     if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
         return 0, 0
     return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add
