@@ -409,3 +409,10 @@ def test_a_model_without_a_record_that_scales_its_logits_is_refused(save_tiny, t
     folder = save_tiny(tmp_path, "hyperclovax", **COMMON | dict(logits_scaling=3.0))
     with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
         attach(load_base(folder, dtype="float32").model, r=4, alpha=8)
+
+
+def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):
+    quirks = COMMON | dict(attention_dropout=0.0, residual_dropout=0.1)
+    model = attach(load_base(save_tiny(tmp_path, "seed_oss", **quirks), dtype="float32").model, r=4, alpha=8).train()
+    assert not prefixes.can_share(model.get_base_model(), 6)
+    assert prefixes.can_share(model.eval().get_base_model(), 6)
