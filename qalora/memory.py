@@ -74,10 +74,6 @@ def plan_memory(
     rank_of = ranks if isinstance(ranks, Mapping) else dict.fromkeys(maps, ranks)
     matrices = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
     adapters = [rows * columns for rows, columns in matrices]
-    tables = 1 if shape.tie_word_embeddings else 2
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
-    biases = (q + 2 * kv) * shape.num_hidden_layers if shape.attention_bias else 0
 
     tile = seq_len if dropout or mlp_tile is None else mlp_tile
     # A mask of what is dropped: on CUDA of bytes, on a CPU in the dtype of what it multiplies.
@@ -95,8 +91,8 @@ def plan_memory(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
         ),
         "quantization constants": sum(_constants(i * o, double_quant) for i, o in maps.values()) if load_in_4bit else 0,
-        "embeddings and head": tables * shape.vocab_size * shape.hidden_size * size,
-        "norms and biases": ((2 * shape.num_hidden_layers + 1) * shape.hidden_size + biases) * size,
+        "embeddings and head": shape.in_tables * size,
+        "norms and biases": shape.in_norms * size,
         "adapter": 4 * sum(adapters),
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
@@ -142,10 +138,10 @@ def _activations(
     transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
-        index, part, which = name.split(".layers.")[1].split(".")
+        index, _, own = name.split(".layers.")[1].partition(".")
         low[index] = low.get(index, 0) + rank
         read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
-        low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
+        low_kept += 0 if own == "mlp.down_proj" or (own.startswith("mlp.") and tile != tokens) else rank
 
     hidden = tokens * d * size
     # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.

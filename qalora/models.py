@@ -78,15 +78,8 @@ def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, A
 
 def parameters(shape: ModelShape) -> int:
     """Weights, biases and embeddings of a model."""
-    q, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    tables = 1 if shape.tie_word_embeddings else 2
-    block = 2 * shape.hidden_size + (q + 2 * kv if shape.attention_bias else 0)
-    return (
-        sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
-        + shape.num_hidden_layers * block
-        + shape.hidden_size
-        + tables * shape.vocab_size * shape.hidden_size
-    )
+    linear = sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
+    return linear + shape.in_norms + shape.in_tables
 
 
 def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Namespace) -> None:

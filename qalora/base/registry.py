@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora.base.families import BLOCK_MAPS, FAMILIES
+from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder_block
+from qalora.base.families import FAMILIES
+from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
+
+
+# The fields of a config that have no default of LLaMA's.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaMA-class decoder, under the names that config.json uses.
+    """The shape of a decoder, under the names that config.json uses.
 
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
+        blocks: one for each layer, where they are not LLaMA's.
+        beside: parameters that are in no block and neither embeddings, last norm nor head.
     """
 
     hidden_size: int
@@ -33,6 +42,8 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     positions: int | None = None
+    blocks: tuple[Block, ...] = ()
+    beside: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -42,27 +53,73 @@ class ModelShape:
             InputError: not the config of a LLaMA-class model.
         """
         check_model_type(config.get("model_type"), "config.json")
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+        config = _completed(config)
+        if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
-        heads, model_type = config["num_attention_heads"], config.get("model_type")
+        return cls.from_fields(config)
+
+    @classmethod
+    def from_fields(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The same of a config that is known to be of a decoder."""
+        heads, model_type = config["num_attention_heads"], config.get("model_type") or "llama"
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
             "tie_word_embeddings": False,
             "attention_bias": model_type in FAMILIES and FAMILIES[model_type].attention_bias,
             "positions": positions_of(config),
+            "blocks": (),
+            "beside": 0,
         }
-        values = {f.name: config.get(f.name) for f in fields(cls)}
-        return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
+        values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
+        shape = cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
+        if model_type in LAYOUTS:
+            known = {**config, **vars(shape), "model_type": model_type}
+            blocks, beside = blocks_of(known), beside_blocks(known)
+        else:
+            from qalora.base.measured import measured_blocks
+
+            blocks, beside = measured_blocks(config)
+        if all(block == shape.llama_block() for block in blocks):
+            blocks = ()
+        return dataclasses.replace(shape, blocks=blocks, beside=beside)
+
+    def llama_block(self) -> Block:
+        """A block as LLaMA has it, with biases of q, k and v where there are any."""
+        return decoder_block({"model_type": "qwen2", **vars(self)})
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        """The blocks, one for each layer."""
+        return self.blocks or (self.llama_block(),) * self.num_hidden_layers
+
+    @property
+    def in_tables(self) -> int:
+        """Parameters of embeddings and head."""
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size + self.beside
+
+    @property
+    def in_norms(self) -> int:
+        """Parameters of norms and biases, and of what else is small in a block."""
+        return sum(block.other for block in self.layers) + self.hidden_size
 
     def linear_maps(self) -> dict[str, tuple[int, int]]:
-        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features); 7 a block."""
-        d, ff = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
-        block = dict(zip(BLOCK_MAPS, sizes, strict=True))
-        return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features)."""
+        return {
+            f"model.layers.{i}.{name}": (fan_in, fan_out)
+            for i, block in enumerate(self.layers)
+            for name, fan_in, fan_out in block.linear
+        }
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a config.json, with what transformers has for those that it leaves out."""
+    model_type = config.get("model_type")
+    if model_type in (None, "llama", "mistral", "qwen2"):  # whose defaults `from_fields` has
+        return config
+    from transformers import CONFIG_MAPPING
+
+    return {**CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict(), **config}
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -101,57 +158,8 @@ class ModelSource:
     shape: ModelShape | None = None
 
 
-def _llama(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any
-) -> ModelShape:
-    settings = dict(head_dim=hidden // heads, vocab_size=32000) | more
-    return ModelShape(hidden, intermediate, layers, heads, kv_heads or heads, **settings)
-
-
 MODELS: dict[str, tuple[str, ModelShape]] = {
-    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32, positions=2048)),
-    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40, positions=2048)),
-    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52, positions=2048)),
-    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32, positions=4096)),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40, positions=4096)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=8192)),
-    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=131072)),
-    "llama3.2-1b": (
-        "meta-llama/Llama-3.2-1B",
-        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "llama3.2-3b": (
-        "meta-llama/Llama-3.2-3B",
-        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4, positions=2048)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8, positions=32768)),
-    "qwen2.5-0.5b": (
-        "Qwen/Qwen2.5-0.5B",
-        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=32768),
-    ),
-    "qwen2.5-1.5b": (
-        "Qwen/Qwen2.5-1.5B",
-        _llama(
-            1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=131072
-        ),
-    ),
-    "qwen2.5-7b": (
-        "Qwen/Qwen2.5-7B",
-        _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True, positions=131072),
-    ),
-    "smollm2-135m": (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-360m": (
-        "HuggingFaceTB/SmolLM2-360M-Instruct",
-        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-1.7b": (
-        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
+    name: (hub_id, ModelShape.from_fields(fields)) for name, (hub_id, fields) in PUBLISHED.items()
 }
 
 
