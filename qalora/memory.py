@@ -138,10 +138,10 @@ def _activations(
     transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
-        index, _, own = name.split(".layers.")[1].partition(".")
+        index, _, layer = name.split(".layers.")[1].partition(".")
         low[index] = low.get(index, 0) + rank
         read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
-        low_kept += 0 if own == "mlp.down_proj" or (own.startswith("mlp.") and tile != tokens) else rank
+        low_kept += 0 if layer == "mlp.down_proj" or (layer.startswith("mlp.") and tile != tokens) else rank
 
     hidden = tokens * d * size
     # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.

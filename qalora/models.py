@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from qalora.fitting import Plan
     from qalora.recipe import Recipe
 
-GATED = "meta-llama/"  # owners whose licence has to be accepted on the Hub
+GATED = (
+    "meta-llama/",
+    "google/gemma-3",
+    "mistralai/Ministral-8B",
+)  # what the Hub gives to those alone who accepted a licence
+CARDS = ("16GiB", "24GiB", "80GiB")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", default="alpaca", help="name or path of what is planned (default: %(default)s)")
     parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB: also which runs fit it")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help=f"e.g. 24GiB: which runs fit it, in place of the cards {', '.join(CARDS)}"
+    )
     parser.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
     return parser
 
@@ -38,8 +46,9 @@ def main(argv: list[str]) -> int:
 
     args, rest = parser().parse_known_args(argv)
     card = parse_size(args.gpu_memory) if args.gpu_memory else None
+    cards = {} if card else {name: parse_size(name) for name in CARDS}
     recipe = load_recipe(args.recipe, [("model", next(iter(MODELS))), *parse_overrides(rest)], args.profile)
-    found = [described(name, recipe, card) for name in MODELS]
+    found = [described(name, recipe, card, cards) for name in MODELS]
     if args.json:
         print(json.dumps(found, indent=2))
     else:
@@ -47,24 +56,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, Any]:
+def described(
+    name: str, recipe: Recipe, card: int | None = None, cards: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """A registered model, and the memory of a step of the recipe on it, in bytes.
 
     Args:
         card: bytes of a GPU, for `fits`; with training.fit the step is fitted to it first.
+        cards: name → bytes of GPUs, for what a step that is fitted to each of them takes; None where none fits.
     """
-    from qalora.fitting import HEADROOM, fit
+    from qalora.fitting import HEADROOM
     from qalora.plan import planner
 
     hub_id, shape = MODELS[name]
-    positions = shape.positions or recipe.data.max_seq_len
-    training, seq_len = recipe.training, min(recipe.data.max_seq_len, positions)
+    seq_len = min(recipe.data.max_seq_len, shape.positions or recipe.data.max_seq_len)
     plan: Plan = partial(planner(recipe, shape=shape), seq_len=seq_len)
-    if training.fit and card is not None:
-        rows = training.micro_batch_size * training.gradient_accumulation_steps
-        if fitted := fit(plan, card, batch_size=rows, seq_len=seq_len):
-            plan = partial(plan, **fitted.settings())
-    total = plan().total
+    fitted = _fitted(plan, recipe, card, seq_len) if recipe.training.fit and card is not None else None
+    total = fitted or plan().total
     return {
         "name": name,
         "hub_id": hub_id,
@@ -73,7 +81,17 @@ def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, A
         "gated": hub_id.startswith(GATED),
         "planned": total,
         "fits": None if card is None else total <= HEADROOM * card,
+        "cards": {card: _fitted(plan, recipe, size, seq_len) for card, size in (cards or {}).items()},
     }
+
+
+def _fitted(plan: Plan, recipe: Recipe, card: int, seq_len: int) -> int | None:
+    """The memory of a step that is fitted to a card, with the rows of an optimizer step as the recipe has them; None: none fits."""
+    from qalora.fitting import fit
+
+    rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
+    found = fit(plan, card, batch_size=rows, seq_len=seq_len)
+    return plan(**found.settings()).total if found else None
 
 
 def parameters(shape: ModelShape) -> int:
@@ -83,30 +101,37 @@ def parameters(shape: ModelShape) -> int:
 
 
 def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Namespace) -> None:
-    rows = [("name", "on the Hub", "parameters", "positions", "planned", f"in {args.gpu_memory}")]
+    verdicts = [f"in {args.gpu_memory}"] if args.gpu_memory else [f"in {card}" for card in found[0]["cards"]]
+    rows = [("name", "on the Hub", "parameters", "positions", "planned", *verdicts)]
     for model in found:
+        fits = "fits" if model["fits"] else "does not fit"
         rows.append(
             (
                 model["name"],
                 model["hub_id"] + (" *" if model["gated"] else ""),
                 f"{model['parameters'] / 1e9:.2f} B",
                 f"{model['positions']:,}",
-                f"{model['planned'] / 2**30:.1f} GiB",
-                "fits" if model["fits"] else "does not fit",
+                _gib(model["planned"]),
+                *([fits] if args.gpu_memory else map(_gib, model["cards"].values())),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, hub_id, *figures in rows:
         cells = [name.ljust(widths[0]), hub_id.ljust(widths[1])]
-        cells += [text.rjust(width) for text, width in zip(figures, widths[2:], strict=True)]
-        print("  ".join(cells[: None if args.gpu_memory else -1]))
+        print("  ".join([*cells, *(text.rjust(width) for text, width in zip(figures, widths[2:], strict=True))]))
     training = recipe.training
     rows_a_forward = "as many" if training.fit and args.gpu_memory else str(training.micro_batch_size)
     print(
         f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to {recipe.data.max_seq_len} tokens a "
         f"forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora plan` has it by term."
-        "\n*: gated; accept its licence on the Hub and set HF_TOKEN."
     )
+    if not args.gpu_memory:
+        print("in a card: the same step, fitted to it as training.fit=auto does; –: it does not fit.")
+    print("*: gated; accept its licence on the Hub and set HF_TOKEN.")
+
+
+def _gib(size: int | None) -> str:
+    return "–" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

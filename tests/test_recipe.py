@@ -665,9 +665,9 @@ def test_every_setting_of_the_data_reaches_the_reader():
     assert module.DataConfig().reading().keys() == taken
 
 
-def test_nine_recipes_are_shipped():
+def test_twelve_recipes_are_shipped():
     assert module.recipe_names() == [
-        "alpaca", "alpaca-clean", "boolq", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "sst2",
+        "alpaca", "alpaca-clean", "boolq", "chat", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "reasoning", "sst2", "tools",
     ]  # fmt: skip
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 Fields = dict[str, Any]
+Sizes = tuple[int, ...]  # hidden, intermediate, layers, heads, heads of keys and values
 
 
-def _fields(
-    model_type: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any
-) -> Fields:
-    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocab)
-    return {"model_type": model_type, **sizes, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
+def _fields(model_type: str, sizes: Sizes, vocab: int, **more: Any) -> Fields:
+    hidden, intermediate, layers, heads, kv_heads = sizes
+    blocks = dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    widths = dict(hidden_size=hidden, intermediate_size=intermediate, vocab_size=vocab)
+    return {"model_type": model_type, **widths, **blocks, **more}
 
 
 def _llama(*sizes: int, positions: int, vocab: int = 32000, **more: Any) -> Fields:
-    return _fields("llama", *sizes, vocab, max_position_embeddings=positions, **more)
+    return _fields("llama", sizes, vocab, max_position_embeddings=positions, **more)
 
 
 def _llama3(*sizes: int, positions: int = 131072, **more: Any) -> Fields:
@@ -27,43 +28,43 @@ def _llama3(*sizes: int, positions: int = 131072, **more: Any) -> Fields:
 
 
 def _mistral(*sizes: int, vocab: int, **more: Any) -> Fields:
-    return _fields("mistral", *sizes, vocab, head_dim=128, max_position_embeddings=32768, **more)
+    return _fields("mistral", sizes, vocab, head_dim=128, max_position_embeddings=32768, **more)
 
 
 def _qwen2(*sizes: int, positions: int, vocab: int = 151936, tied: bool = False) -> Fields:
-    return _fields("qwen2", *sizes, vocab, tie_word_embeddings=tied, max_position_embeddings=positions)
+    return _fields("qwen2", sizes, vocab, tie_word_embeddings=tied, max_position_embeddings=positions)
 
 
 def _qwen3(*sizes: int, positions: int = 40960, tied: bool = False) -> Fields:
     more = dict(head_dim=128, tie_word_embeddings=tied, max_position_embeddings=positions)
-    return _fields("qwen3", *sizes, 151936, **more)
+    return _fields("qwen3", sizes, 151936, **more)
 
 
 def _qwen3_5(*sizes: int, value_heads: int, tied: bool = False) -> Fields:
     delta_net = dict(linear_num_key_heads=16, linear_num_value_heads=value_heads, linear_conv_kernel_dim=4)
     delta_net |= dict(linear_key_head_dim=128, linear_value_head_dim=128)
     more = dict(head_dim=256, tie_word_embeddings=tied, max_position_embeddings=262144)
-    return _fields("qwen3_5_text", *sizes, 248320, **more, **delta_net)
+    return _fields("qwen3_5_text", sizes, 248320, **more, **delta_net)
 
 
 def _gemma3(*sizes: int, vocab: int = 262208, head_dim: int = 256, positions: int = 131072) -> Fields:
     more = dict(head_dim=head_dim, tie_word_embeddings=True, max_position_embeddings=positions)
-    return _fields("gemma3_text", *sizes, vocab, **more)
+    return _fields("gemma3_text", sizes, vocab, **more)
 
 
 def _gemma4(*sizes: int, every: int = 6, positions: int = 131072, **more: Any) -> Fields:
     layers = sizes[2]
     kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     own = dict(head_dim=256, global_head_dim=512, tie_word_embeddings=True, max_position_embeddings=positions)
-    return _fields("gemma4_text", *sizes, 262144, **own, layer_types=kinds, vocab_size_per_layer_input=262144, **more)
+    return _fields("gemma4_text", sizes, 262144, **own, layer_types=kinds, vocab_size_per_layer_input=262144, **more)
 
 
 def _granite(*sizes: int, vocab: int) -> Fields:
-    return _fields("granite", *sizes, vocab, tie_word_embeddings=True, max_position_embeddings=131072)
+    return _fields("granite", sizes, vocab, tie_word_embeddings=True, max_position_embeddings=131072)
 
 
 def _olmo2(*sizes: int) -> Fields:
-    return _fields("olmo2", *sizes, 100352, max_position_embeddings=4096)
+    return _fields("olmo2", sizes, 100352, max_position_embeddings=4096)
 
 
 LLAMA_7B, LLAMA_13B = (4096, 11008, 32, 32, 32), (5120, 13824, 40, 40, 40)
@@ -72,7 +73,9 @@ LLAMA3_8B = (4096, 14336, 32, 32, 8)
 LLAMA3_1B, LLAMA3_3B = (2048, 8192, 16, 32, 8), (3072, 8192, 28, 24, 8)
 MISTRAL_24B = (5120, 32768, 40, 32, 8)
 
-QWEN2_5 = {  # size → sizes, more, positions of the pretrained one; those that chat have 32,768
+QWEN2_5: dict[
+    str, tuple[Sizes, Fields, int]
+] = {  # size → sizes, more, positions of the pretrained one; those that chat have 32,768
     "0.5B": ((896, 4864, 24, 14, 2), dict(tied=True), 32768),
     "1.5B": ((1536, 8960, 28, 12, 2), dict(tied=True), 131072),
     "3B": ((2048, 11008, 36, 16, 2), dict(tied=True), 32768),
@@ -80,7 +83,7 @@ QWEN2_5 = {  # size → sizes, more, positions of the pretrained one; those that
     "14B": ((5120, 13824, 48, 40, 8), dict(vocab=152064), 131072),
     "32B": ((5120, 27648, 64, 40, 8), dict(vocab=152064), 131072),
 }
-QWEN3 = {
+QWEN3: dict[str, tuple[Sizes, Fields]] = {
     "0.6B": ((1024, 3072, 28, 16, 8), dict(tied=True)),
     "1.7B": ((2048, 6144, 28, 16, 8), dict(tied=True)),
     "4B": ((2560, 9728, 36, 32, 8), dict(tied=True)),
@@ -175,10 +178,10 @@ PUBLISHED: dict[str, tuple[str, Fields]] = {
     "ministral-8b": ("mistralai/Ministral-8B-Instruct-2410", _mistral(4096, 12288, 36, 32, 8, vocab=131072)),
     "mistral-small-24b": ("mistralai/Mistral-Small-24B-Base-2501", _mistral(*MISTRAL_24B, vocab=131072)),
     "mistral-small-24b-instruct": ("mistralai/Mistral-Small-24B-Instruct-2501", _mistral(*MISTRAL_24B, vocab=131072)),
-    "phi-4": ("microsoft/phi-4", _fields("phi3", 5120, 17920, 40, 40, 10, 100352, max_position_embeddings=16384)),
+    "phi-4": ("microsoft/phi-4", _fields("phi3", (5120, 17920, 40, 40, 10), 100352, max_position_embeddings=16384)),
     "phi-4-mini": (
         "microsoft/Phi-4-mini-instruct",
-        _fields("phi3", 3072, 8192, 32, 24, 8, 200064, tie_word_embeddings=True, max_position_embeddings=131072),
+        _fields("phi3", (3072, 8192, 32, 24, 8), 200064, tie_word_embeddings=True, max_position_embeddings=131072),
     ),
     "smollm2-135m": (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -194,11 +197,11 @@ PUBLISHED: dict[str, tuple[str, Fields]] = {
     ),
     "smollm3-3b": (
         "HuggingFaceTB/SmolLM3-3B",
-        _fields("smollm3", 2048, 11008, 36, 16, 4, 128256, tie_word_embeddings=True, max_position_embeddings=65536),
+        _fields("smollm3", (2048, 11008, 36, 16, 4), 128256, tie_word_embeddings=True, max_position_embeddings=65536),
     ),
     "smollm3-3b-base": (
         "HuggingFaceTB/SmolLM3-3B-Base",
-        _fields("smollm3", 2048, 11008, 36, 16, 4, 128256, tie_word_embeddings=True, max_position_embeddings=65536),
+        _fields("smollm3", (2048, 11008, 36, 16, 4), 128256, tie_word_embeddings=True, max_position_embeddings=65536),
     ),
     "olmo2-7b": ("allenai/OLMo-2-1124-7B", _olmo2(*LLAMA_7B)),
     "olmo2-7b-instruct": ("allenai/OLMo-2-1124-7B-Instruct", _olmo2(*LLAMA_7B)),

@@ -17,7 +17,6 @@ from qalora.base.families import FAMILIES
 from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
 
-
 # The fields of a config that have no default of LLaMA's.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 

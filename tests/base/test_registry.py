@@ -101,7 +101,12 @@ def test_parameters_add_up_to_the_published_counts(name, published):
 
 @pytest.mark.parametrize(
     ("name", "twin"),
-    [("llama2-7b", "llama-7b"), ("llama2-13b", "llama-13b"), ("llama3.1-8b", "llama3-8b"), ("qwen3-8b-base", "qwen3-8b")],
+    [
+        ("llama2-7b", "llama-7b"),
+        ("llama2-13b", "llama-13b"),
+        ("llama3.1-8b", "llama3-8b"),
+        ("qwen3-8b-base", "qwen3-8b"),
+    ],
 )
 def test_models_of_one_shape(name, twin):
     positions = {"llama2-7b": 4096, "llama2-13b": 4096, "llama3.1-8b": 131072, "qwen3-8b-base": 32768}
