@@ -91,8 +91,8 @@ def plan_memory(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
         ),
         "quantization constants": sum(_constants(i * o, double_quant) for i, o in maps.values()) if load_in_4bit else 0,
-        "embeddings and head": shape.in_tables * size,
-        "norms and biases": shape.in_norms * size,
+        "embeddings and head": shape.embeddings_and_head() * size,
+        "norms and biases": shape.norms_and_biases() * size,
         "adapter": 4 * sum(adapters),
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),

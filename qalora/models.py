@@ -97,7 +97,7 @@ def _fitted(plan: Plan, recipe: Recipe, card: int, seq_len: int) -> int | None:
 def parameters(shape: ModelShape) -> int:
     """Weights, biases and embeddings of a model."""
     linear = sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
-    return linear + shape.in_norms + shape.in_tables
+    return linear + shape.norms_and_biases() + shape.embeddings_and_head()
 
 
 def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Namespace) -> None:

@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from qalora.adapter.model import attach, gated_layers
 from qalora.base.quantized import quantize_
@@ -73,12 +79,7 @@ def save_tiny_llama():
 
     def save(path: Path, **config) -> Path:
         torch.manual_seed(0)
-        vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer = byte_tokenizer()
         settings = dict(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -93,6 +94,38 @@ def save_tiny_llama():
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def save_tiny():
+    """save(path, model_type, **config) → path: a tiny random model of any family in fp32 on disk, with a tokenizer of bytes."""
+
+    def save(path: Path, model_type: str, **config) -> Path:
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        settings = dict(vocab_size=len(tokenizer) + 2, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings | config))
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # norms of ones, and conv weights of nothing, would hide errors
+            if parameter.ndim == 1 and not name.endswith("A_log"):
+                parameter.data.add_(0.2 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
 
 
 @pytest.fixture

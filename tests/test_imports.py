@@ -41,6 +41,7 @@ FOUNDATION = {
     "base.published": 0,
     "base.measured": 0,
     "base.registry": 0,
+    "base.structure": 0,
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }

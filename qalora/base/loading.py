@@ -30,10 +30,12 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
+from qalora.base.families import family_of
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
+from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
+from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
 from qalora.errors import InputError
@@ -67,7 +69,7 @@ def load_base(
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
-    """Loads a base for training: every parameter frozen, the linear maps of its blocks in 4 bits, all else in one
+    """Loads a base for training: every parameter frozen, the linear layers of its blocks in 4 bits, all else in one
     compute dtype.
 
     Args:
@@ -80,7 +82,7 @@ def load_base(
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
-        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; or there are several
+        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device; or there are several
             processes.
     """
     check_one_process()
@@ -129,11 +131,11 @@ def load_model(
 def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     """
     Raises:
-        InputError: no such model, no LLaMA-class decoder, a file of it is missing, or it is stored in another precision.
+        InputError: no such model, none that can be trained, a file of it is missing, or it is stored in another precision.
     """
     folder = base_folder(source)
     published = {} if source.gguf_file else read_fields(folder / "config.json")
-    check_model_type(published.get("model_type"), f"--model {source.name}")
+    check_family(published, f"--model {source.name}")
     weight_files(folder, source.gguf_file, name=source.name)
     if source.gguf_file:
         return
@@ -249,14 +251,16 @@ def _from_pretrained(
     source: ModelSource, quantization: Quantization, device: str, part: Part | None, attention: str
 ) -> PreTrainedModel:
     """Each weight is quantized as it is read: the 16-bit model never exists as a whole."""
-    options: dict[str, Any] = {
-        "dtype": quantization.compute_dtype, "attn_implementation": attention, "device_map": {"": device}
-    }  # fmt: skip
     folder = replace(source, location=str(base_folder(source)))
     loader: Any = AutoModelForCausalLM
     config = open_config(folder)
+    options: dict[str, Any] = {
+        "dtype": quantization.compute_dtype,
+        "attn_implementation": "eager" if family_of(config.model_type).eager else attention,
+        "device_map": {"": device},
+    }
     if quantization.quant_type and not getattr(config, "quantization_config", None):
-        options["quantization_config"] = _quantization_config(quantization)
+        options["quantization_config"] = _quantization_config(quantization, config)
     if part is not None:
         options["config"], loader = config, part.of(config)
     with in_place_of_transformers(_word(quantization) if part is None else None):
@@ -300,7 +304,7 @@ def _from_gguf(
     model.to(device)
     model.hf_device_map = {"": device}  # which accelerate compares with the device that is trained on
     if quantization.quant_type:
-        _declare_quantized(model, _quantization_config(quantization))
+        _declare_quantized(model, _quantization_config(quantization, config))
     return model  # type: ignore[no-any-return]
 
 
@@ -375,13 +379,13 @@ def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str
             )
 
 
-def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
+def _quantization_config(quantization: Quantization, config: PreTrainedConfig) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=quantization.compute_dtype,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=list(structure_of(config).others),
     )
 
 

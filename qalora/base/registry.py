@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder_block
-from qalora.base.families import FAMILIES
+from qalora.base.families import FAMILIES, Family, family_of, refusal
 from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
 
+BLOCKS = "model.layers."  # what the names of blocks begin with
 # The fields of a config that have no default of LLaMA's.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OF_LLAMA = (None, "llama", "mistral", "qwen2")  # model_types whose configs leave out nothing else that matters here
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class ModelShape:
 
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
-        blocks: one for each layer, where they are not LLaMA's.
-        beside: parameters that are in no block and neither embeddings, last norm nor head.
+        linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
+        tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
+        rest: elements of all else, such as norms and biases, where these are not LLaMA's.
     """
 
     hidden_size: int
@@ -41,84 +44,86 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     positions: int | None = None
-    blocks: tuple[Block, ...] = ()
-    beside: int = 0
+    model_type: str = "llama"
+    linear: tuple[tuple[str, int, int], ...] | None = None
+    tables: int | None = None
+    rest: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads the shape out of a config.json.
 
         Raises:
-            InputError: not the config of a LLaMA-class model.
+            InputError: not the config of a model that can be trained.
         """
-        check_model_type(config.get("model_type"), "config.json")
-        config = _completed(config)
+        check_family(config, "config.json")
+        model_type = config.get("model_type")
+        if model_type not in OF_LLAMA:
+            from qalora.base.structure import completed, sizes_of
+
+            if model_type not in LAYOUTS:
+                return cls(**sizes_of(config), positions=positions_of(config))
+            config = completed(config)
         if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
-            raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
+            raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
         return cls.from_fields(config)
 
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The same of a config that is known to be of a decoder."""
+        """The same of a config that is known to be of a decoder, and to leave out nothing but LLaMA's defaults."""
         heads, model_type = config["num_attention_heads"], config.get("model_type") or "llama"
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
-            "tie_word_embeddings": False,
-            "attention_bias": model_type in FAMILIES and FAMILIES[model_type].attention_bias,
+            "tie_word_embeddings": family_of(model_type).tied,
+            "attention_bias": family_of(model_type).attention_bias,
             "positions": positions_of(config),
-            "blocks": (),
-            "beside": 0,
+            "model_type": model_type,
         }
         values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
-        shape = cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
-        if model_type in LAYOUTS:
-            known = {**config, **vars(shape), "model_type": model_type}
-            blocks, beside = blocks_of(known), beside_blocks(known)
-        else:
-            from qalora.base.measured import measured_blocks
-
-            blocks, beside = measured_blocks(config)
+        given: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+        shape = cls(**given)
+        known = {**config, **vars(shape)}
+        blocks = blocks_of(known)
         if all(block == shape.llama_block() for block in blocks):
-            blocks = ()
-        return dataclasses.replace(shape, blocks=blocks, beside=beside)
+            return shape
+        return dataclasses.replace(
+            shape,
+            linear=tuple(
+                (f"{BLOCKS}{i}.{name}", fan_in, fan_out)
+                for i, block in enumerate(blocks)
+                for name, fan_in, fan_out in block.linear
+            ),
+            tables=shape.embeddings_and_head() + beside_blocks(known),
+            rest=sum(block.other for block in blocks) + shape.hidden_size,
+        )
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
 
     def llama_block(self) -> Block:
         """A block as LLaMA has it, with biases of q, k and v where there are any."""
-        return decoder_block({"model_type": "qwen2", **vars(self)})
-
-    @property
-    def layers(self) -> tuple[Block, ...]:
-        """The blocks, one for each layer."""
-        return self.blocks or (self.llama_block(),) * self.num_hidden_layers
-
-    @property
-    def in_tables(self) -> int:
-        """Parameters of embeddings and head."""
-        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size + self.beside
-
-    @property
-    def in_norms(self) -> int:
-        """Parameters of norms and biases, and of what else is small in a block."""
-        return sum(block.other for block in self.layers) + self.hidden_size
+        return decoder_block({**vars(self), "model_type": "qwen2"})
 
     def linear_maps(self) -> dict[str, tuple[int, int]]:
         """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features)."""
-        return {
-            f"model.layers.{i}.{name}": (fan_in, fan_out)
-            for i, block in enumerate(self.layers)
-            for name, fan_in, fan_out in block.linear
-        }
+        if self.linear is not None:
+            return {name: (fan_in, fan_out) for name, fan_in, fan_out in self.linear}
+        block = self.llama_block().linear
+        return {f"{BLOCKS}{i}.{name}": (a, b) for i in range(self.num_hidden_layers) for name, a, b in block}
 
+    def embeddings_and_head(self) -> int:
+        """Elements of both, or of the one that is both."""
+        if self.tables is not None:
+            return self.tables
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
 
-def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a config.json, with what transformers has for those that it leaves out."""
-    model_type = config.get("model_type")
-    if model_type in (None, "llama", "mistral", "qwen2"):  # whose defaults `from_fields` has
-        return config
-    from transformers import CONFIG_MAPPING
-
-    return {**CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict(), **config}
+    def norms_and_biases(self) -> int:
+        """Elements of all that is neither a linear layer's weight nor embeddings or head."""
+        if self.rest is not None:
+            return self.rest
+        return self.num_hidden_layers * self.llama_block().other + self.hidden_size
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -271,15 +276,39 @@ def offline_snapshot(hub_id: str) -> Path | None:
     return next(iter(snapshots.values()))
 
 
-def check_model_type(model_type: str | None, where: str) -> None:
+def check_family(config: Mapping[str, Any], where: str) -> None:
     """
+    Args:
+        config: the fields of config.json.
+        where: what errors call it.
+
     Raises:
-        InputError: another architecture than LLaMA's; `where` is what says so.
+        InputError: a model that cannot be trained; with what it would need.
     """
-    if model_type is not None and model_type not in FAMILIES:
+    model_type = config.get("model_type")
+    if model_type is None:
+        return
+    if found := refusal(config):
+        raise InputError(f"{where}: the model is of type {model_type}, {found[0]}; it would need {found[1]}.")
+    if model_type not in FAMILIES:
+        from qalora.base.structure import check_plain
+
+        check_plain(config, where)
+
+
+def gguf_model_type(architecture: str, where: str) -> str:
+    """The model_type of the models that a GGUF architecture is written of.
+
+    Raises:
+        InputError: none that is read from GGUF here.
+    """
+    known = [model_type for model_type, family in FAMILIES.items() if family.gguf == architecture]
+    if not known:
+        readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         raise InputError(
-            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(FAMILIES)})."
+            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the model's folder."
         )
+    return known[0]
 
 
 def hub_hint(source: ModelSource) -> str:
@@ -377,6 +406,6 @@ def _gguf_shape(file: Path) -> ModelShape:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
     return ModelShape.from_config(
         config
-        | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+        | {"tie_word_embeddings": "output.weight" not in names, "model_type": gguf_model_type(architecture, str(file))}
         | {"max_position_embeddings": positions, "rope_scaling": scaling}
     )

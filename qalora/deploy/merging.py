@@ -28,13 +28,13 @@ from qalora.base.checkpoint import (
     Pieces,
     Quantization,
     as_stored,
-    is_linear_layer,
     open_checkpoint,
     trained_pieces,
 )
 from qalora.base.gguf_names import is_permuted
 from qalora.base.registry import ModelSource
-from qalora.base.tensor_files import PIECE, expected_shapes
+from qalora.base.structure import Structure
+from qalora.base.tensor_files import PIECE
 from qalora.card_files import keep_users_card, write_card
 from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
 from qalora.deploy.settings import served_after, write_settings
@@ -85,7 +85,7 @@ def merge(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
-    adapter.check_fit(maps_of(checkpoint.shapes))
+    adapter.check_fit(checkpoint.structure.linear)
     if quantization is not None:
         quantization = as_stored(checkpoint, quantization)
     elif checkpoint.packed:
@@ -96,9 +96,9 @@ def merge(
     updates = low_rank_updates(adapter)
     served = served_after(source, config, adapter_dir)
     pieces = merged_pieces(checkpoint, updates, quantization)
-    shapes = expected_shapes(config)
+    shapes = checkpoint.structure.shapes
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
-    check_room(output_dir, shapes, stored, config)
+    check_room(output_dir, checkpoint.structure, stored, config)
 
     caveat = None
     with written_beside(output_dir) as partial:
@@ -169,13 +169,6 @@ def merged_pieces(checkpoint: Checkpoint, updates: Mapping[str, Update], quantiz
     return pieces
 
 
-def maps_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Name → shape of a model's tensors → full module name → (in, out) of every linear map of its blocks."""
-    return {
-        name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_linear_layer(name)
-    }
-
-
 def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
     """Full module name → (A (r, in), B (out, r), scaling), in fp32."""
     return {name: (A.float(), B.float(), scaling_of(adapter.config, name)) for name, (A, B) in adapter.pairs.items()}
@@ -184,13 +177,13 @@ def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
 # ------------------------------------------------------------------------------------------------ before anything is written
 
 
-def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:
+def check_room(output_dir: Path, structure: Structure, stored: str, config: PreTrainedConfig) -> None:
     """
     Raises:
         InputError: too little disk or memory for the merge, with the figures.
     """
     bits = {"float32": 32, "f32": 32, "q8_0": 8.5, "q5_0": 5.5, "q5_1": 6, "q4_0": 4.5, "q4_1": 5}.get(stored, 16)
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    sizes = {name: torch.Size(shape).numel() for name, shape in structure.shapes.items()}
     disk, free = int(sum(sizes.values()) * bits / 8), free_disk(output_dir)
     if free < disk:
         raise InputError(f"{output_dir}: the merge takes {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free.")
@@ -199,7 +192,7 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
     in_gguf = not hasattr(torch, stored)
     largest = max(
         int(
-            (size * 0.6 if is_linear_layer(name) else 0)
+            (size * 0.6 if structure.is_linear(name) else 0)
             + (size * bits / 8 if in_gguf else 0)
             + (size * 8 if in_gguf and is_permuted(name, config) else 0)
         )

@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qalora.base.families import family_of
+
 ATTENTION = "sdpa_over_rows"  # transformers' name for attention that can gather rows
 OWN = "sdpa"  # the attention whose place it takes
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
@@ -103,10 +105,12 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
 
 
 def can_share(model: Any, width: int) -> bool:
-    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention reaches back
-    to a row's first token."""
-    config = model.config
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone carries
+    them on, and reaches back to a row's first token."""
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
+    if family_of(config.model_type).across_rows is not None:
+        return False
     if config._attn_implementation != ATTENTION or (window is not None and width > window):
         return False
     return not any(_differs_by_row(module) for module in model.modules())

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qalora.base.families import FAMILIES
 from qalora.kernels.low_rank import (
     Frozen,
     LowRank,
@@ -29,23 +30,18 @@ from qalora.kernels.low_rank import (
 from qalora.kernels.recompute import kept, output_unused
 from qalora.kernels.stretches import stretches
 
-# What a block is made of whose MLP's output is added to the residual and read by nothing else.
-BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Class of an MLP → whether something in its block reads what it puts out.
+KNOWN = {family.mlp: family.mlp_normed for family in FAMILIES.values() if family.mlp}
 SILU = ("SiLU", "SiLUActivation")
 NAME = "fused SwiGLU"
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
-    """The MLPs of LLaMA's blocks; a block that is built otherwise may read an MLP's output twice."""
-    block: Any
-    for block in model.modules():
-        if _children(block) == BLOCK and _children(block.mlp) == MLP and type(block.mlp.act_fn).__name__ in SILU:
-            yield block.mlp
-
-
-def _children(module: Any) -> set[str]:
-    return {name for name, _ in module.named_children()}
+    """The MLPs of a known kind."""
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ in KNOWN and type(module.act_fn).__name__ in SILU:
+            yield module
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
@@ -57,7 +53,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
             return _one_by_one(layers, x)
         return torch.cat([_one_by_one(layers, part) for part in x.split(tile, dim=1)], dim=1)
     frozen, trained = taken_apart(layers)
-    return _GatedSwiGLU.apply(x, frozen, tile, *trained)
+    return _GatedSwiGLU.apply(x, frozen, tile, KNOWN[type(self).__name__], *trained)
 
 
 def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -74,13 +70,14 @@ class _GatedSwiGLU(torch.autograd.Function):
         x: Tensor,
         frozen: Frozen,
         tile: int | None,
+        read: bool,
         *trained: Tensor | None,
     ) -> Tensor:
         maps = put_together(frozen, trained)
         ctx.frozen, ctx.tile = frozen, tile
         inner = kept(lambda: _inner(x, maps)) if tile is None else (None,) * 4
         ctx.save_for_backward(x, *inner, *trained)
-        if output_unused():
+        if output_unused() and not read:
             return x.new_zeros(()).expand_as(x)
         if tile is None:
             return _down(inner, maps)
@@ -93,11 +90,11 @@ class _GatedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         inner, trained = saved[:4], saved[4:]
-        need_x, _, _, *needs = ctx.needs_input_grad
+        need_x, _, _, _, *needs = ctx.needs_input_grad
         maps = put_together(ctx.frozen, trained)
         if ctx.tile is None:
             grad_x, *grads = _backward(grad_z, x, inner, maps, need_x, needs)
-            return grad_x, None, None, *grads
+            return grad_x, None, None, None, *grads
         grad_x = torch.empty_like(x) if need_x else None
         grads = [None] * len(trained)
         for part in _tiles(x, ctx.tile):
@@ -105,7 +102,7 @@ class _GatedSwiGLU(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[part] = own
             grads = [b if a is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
-        return grad_x, None, None, *grads
+        return grad_x, None, None, None, *grads
 
 
 def _tiles(x: Tensor, tile: int) -> list[Part]:

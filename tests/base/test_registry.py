@@ -193,7 +193,7 @@ def test_a_config_gives_its_shape_and_what_it_leaves_out_its_defaults():
 
 
 def test_a_config_of_another_kind_names_what_is_missing():
-    message = "config.json: hidden_size, vocab_size missing; only LLaMA-class decoders are known."
+    message = "config.json: hidden_size, vocab_size missing; it is no decoder's."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         ModelShape.from_config({**TINY, "hidden_size": None, "vocab_size": "many"})
 
