@@ -618,11 +618,11 @@ def check_room_to_merge(source: ModelSource, output_dir: Path) -> None:
         InputError: too little disk or memory for `merge=true`, with the figures.
     """
     from qalora.base.checkpoint import open_config
-    from qalora.base.tensor_files import expected_shapes
+    from qalora.base.structure import structure_of
     from qalora.deploy.merging import check_room
 
     config = open_config(source)
-    check_room(output_dir / "merged", expected_shapes(config), "bfloat16", config)
+    check_room(output_dir / "merged", structure_of(config), "bfloat16", config)
 
 
 def merge_run(recipe: Recipe, base: LoadedBase, output_dir: Path) -> None:

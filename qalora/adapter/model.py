@@ -20,6 +20,7 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.targets import EVERY, targeted
+from qalora.base.families import TEXT
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.card_files import keep_users_card
 from qalora.errors import AnswerNo, InputError
@@ -63,7 +64,9 @@ def attach(
     # The ends of names where they say it all, for that is the form which every reader of adapters knows.
     ends = {name.rpartition(".")[2] for name in chosen}
     all_of_them = [name for name in names if name.rpartition(".")[2] in ends]
-    targets = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    targets: Any = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    if targets is not chosen and any(f".{TEXT}." in name for name in chosen):  # vision has layers of the same names
+        targets = rf".*\.{TEXT}\..*\.({'|'.join(targets)})"
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

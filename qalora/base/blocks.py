@@ -114,6 +114,10 @@ def _gemma4(fields: Fields, layer: int) -> Block:
     key_is_value = whole and bool(fields.get("attention_k_eq_v"))
     head_dim = fields.get("global_head_dim", 512) if whole else fields["head_dim"]
     kv_heads = (fields.get("num_global_key_value_heads") if key_is_value else None) or fields["num_key_value_heads"]
+    own = (fields.get("per_layer_config") or {}).get(
+        str(layer), {}
+    )  # as transformers saves what it read of these fields
+    head_dim, kv_heads = own.get("head_dim", head_dim), own.get("num_key_value_heads", kv_heads)
     attention, norms = _attention(
         fields, q=fields["num_attention_heads"] * head_dim, kv=kv_heads * head_dim, head_dim=head_dim
     )

@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qalora.base.families import in_decoder
 from qalora.base.gguf_config import gguf_config
 from qalora.base.registry import ModelSource, check_family
-from qalora.base.structure import EMBEDDINGS, HEAD, structure_of
+from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
 from qalora.base.tensor_files import Checkpoint, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
@@ -216,6 +217,7 @@ def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({short(error)}).") from None
+    config = text_part(config)
     check_family(config.to_dict(), f"--model {name}")
     check_positions(config, f"--model {name}")
     return config
@@ -251,4 +253,4 @@ def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
             f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
             "that it was made from, or another lora.init."
         )
-    return lambda name: checkpoint.tensor(f"{name}.weight")
+    return lambda name: checkpoint.tensor(f"{in_decoder(name)}.weight")

@@ -7,10 +7,12 @@ layers (structure.py looks). docs/adding-a-model-family.md says what a new one n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+WRAPPED = "wrapped_in"  # a field of a text part's config: the model_type of the vision model around it
 # The linear layers of a block of LLaMA's make.
 BLOCK_MAPS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -89,6 +91,42 @@ FAMILIES = {
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention"),
 }  # fmt: skip
 PLAIN = Family()
+
+# ------------------------------------------------------------------------------------------- vision models with a decoder inside
+
+# model_type of a vision model → whether its head is the embeddings where config.json does not say.
+WRAPPERS = {"gemma3": True, "gemma4": True, "mistral3": True, "qwen3_5": False}
+TEXT = "language_model"  # what all of them call the decoder
+
+
+def is_wrapper(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a vision model, of which the text part is trained."""
+    return fields.get("model_type") in WRAPPERS and isinstance(fields.get("text_config"), Mapping)
+
+
+def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a decoder: of a vision model, of its text part, whose head is tied as the whole says."""
+    if not is_wrapper(fields):
+        return fields
+    tied = fields.get("tie_word_embeddings")
+    tied = WRAPPERS[fields["model_type"]] if tied is None else tied
+    return {**fields["text_config"], "tie_word_embeddings": tied, WRAPPED: fields["model_type"]}
+
+
+def in_wrapper(name: str) -> str:
+    """The name of a module or tensor of a decoder, as the vision model around it has it: model.norm → model.language_model.norm"""
+    return f"model.{TEXT}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
+# What names of a decoder begin with in a vision model and in its files, which older versions wrote otherwise → in the decoder's own.
+NAMES = {rf"^(model\.{TEXT}|{TEXT}\.model)\.": "model.", rf"^{TEXT}\.lm_head\.": "lm_head."}
+
+
+def in_decoder(name: str) -> str:
+    """The inverse of `in_wrapper`, of names in files too. What is of no decoder stays as it is."""
+    for pattern, own in NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
 
 
 def family_of(model_type: str | None) -> Family:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qalora.base.families import text_fields
 from qalora.base.registry import ModelSource, read_fields
 from qalora.base.weight_files import WeightFiles, weight_files
 from qalora.errors import InputError
@@ -123,7 +124,7 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
             if key.partition(".")[0] not in ("general", "tokenizer", "split", "GGUF", "quantize")
         }
         return json.dumps(kept, sort_keys=True, default=str).encode()
-    config = read_fields(folder / "config.json")
+    config = text_fields(read_fields(folder / "config.json"))
     heads = config.get("num_attention_heads")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0

@@ -30,13 +30,14 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
-from qalora.base.families import family_of
+from qalora.base.families import NAMES, WRAPPED, family_of
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
 from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
+from qalora.base.wrapper import name_as_in_wrapper
 from qalora.environment import check_one_process
 from qalora.errors import InputError
 from qalora.progress import in_place_of_transformers
@@ -96,6 +97,7 @@ def load_base(
     model: Any = load_model(
         source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
     )
+    name_as_in_wrapper(model)
     _refuse_ragged_rows(source, model, device)
     model.config.use_cache = False
     # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
@@ -261,8 +263,10 @@ def _from_pretrained(
     }
     if quantization.quant_type and not getattr(config, "quantization_config", None):
         options["quantization_config"] = _quantization_config(quantization, config)
-    if part is not None:
-        options["config"], loader = config, part.of(config)
+    wrapped = hasattr(config, WRAPPED)
+    if wrapped or part is not None:  # a class that leaves the rest of the files unread without a word
+        options |= {"config": config, "key_mapping": NAMES if wrapped else None}
+        loader = (part or whole(config)).of(config)
     with in_place_of_transformers(_word(quantization) if part is None else None):
         model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers makes them up at random

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder_block
-from qalora.base.families import FAMILIES, Family, family_of, refusal
+from qalora.base.families import FAMILIES, Family, family_of, in_wrapper, refusal, text_fields
 from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
 
@@ -32,6 +32,7 @@ class ModelShape:
         linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
         tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
         rest: elements of all else, such as norms and biases, where these are not LLaMA's.
+        wrapped_in: the model_type of the vision model whose text part it is.
     """
 
     hidden_size: int
@@ -48,6 +49,7 @@ class ModelShape:
     linear: tuple[tuple[str, int, int], ...] | None = None
     tables: int | None = None
     rest: int | None = None
+    wrapped_in: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -57,6 +59,7 @@ class ModelShape:
             InputError: not the config of a model that can be trained.
         """
         check_family(config, "config.json")
+        config = text_fields(config)
         model_type = config.get("model_type")
         if model_type not in OF_LLAMA:
             from qalora.base.structure import completed, sizes_of
@@ -90,7 +93,7 @@ class ModelShape:
         return dataclasses.replace(
             shape,
             linear=tuple(
-                (f"{BLOCKS}{i}.{name}", fan_in, fan_out)
+                (f"{shape.names}{i}.{name}", fan_in, fan_out)
                 for i, block in enumerate(blocks)
                 for name, fan_in, fan_out in block.linear
             ),
@@ -102,6 +105,11 @@ class ModelShape:
     def family(self) -> Family:
         return family_of(self.model_type)
 
+    @property
+    def names(self) -> str:
+        """What the full names of blocks begin with, as PEFT has them."""
+        return in_wrapper(BLOCKS) if self.wrapped_in else BLOCKS
+
     def llama_block(self) -> Block:
         """A block as LLaMA has it, with biases of q, k and v where there are any."""
         return decoder_block({**vars(self), "model_type": "qwen2"})
@@ -111,7 +119,7 @@ class ModelShape:
         if self.linear is not None:
             return {name: (fan_in, fan_out) for name, fan_in, fan_out in self.linear}
         block = self.llama_block().linear
-        return {f"{BLOCKS}{i}.{name}": (a, b) for i in range(self.num_hidden_layers) for name, a, b in block}
+        return {f"{self.names}{i}.{name}": (a, b) for i in range(self.num_hidden_layers) for name, a, b in block}
 
     def embeddings_and_head(self) -> int:
         """Elements of both, or of the one that is both."""
@@ -285,6 +293,7 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
     Raises:
         InputError: a model that cannot be trained; with what it would need.
     """
+    config = text_fields(config)
     model_type = config.get("model_type")
     if model_type is None:
         return

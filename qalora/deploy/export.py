@@ -62,7 +62,7 @@ def export_adapter(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     model_config = open_config(source)
-    adapter.check_fit(structure_of(model_config).linear)
+    adapter.check_fit(structure_of(model_config).adapted)
     updates = low_rank_updates(adapter)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.adapter.provenance import read_provenance
+from qalora.base.families import is_wrapper, text_fields
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import ModelSource, read_fields
 from qalora.data.ending import Ending, ending_of
@@ -26,7 +27,7 @@ from qalora.files import write_json, write_whole
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "chat_template.*", "additional_chat_templates/*",
+    "chat_template.*", "additional_chat_templates/*", "*processor_config.json",
 )  # fmt: skip
 
 
@@ -126,6 +127,12 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
     """
     served = {name: value for name, value in fields.items() if name not in ("quantization_config", "dtype")}
     served["torch_dtype"] = served["dtype"] = str(dtype).removeprefix("torch.")
+    if is_wrapper(fields):  # as either version wrote it: the config of a vision model is its own, and no decoder's
+        text = {name: value for name, value in fields["text_config"].items() if name != "quantization_config"}
+        kept = {name: served["dtype"] for name in ("dtype", "torch_dtype") if name in text}
+        if text_fields(fields)["tie_word_embeddings"] != config.tie_word_embeddings:
+            served["tie_word_embeddings"] = config.tie_word_embeddings
+        return served | {"text_config": text | kept}
     if served.get("tie_word_embeddings", False) != config.tie_word_embeddings:
         served["tie_word_embeddings"] = config.tie_word_embeddings
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it

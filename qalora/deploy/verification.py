@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Quantization, open_checkpoint
+from qalora.base.families import NAMES, WRAPPED
 from qalora.base.loading import load_model
 from qalora.base.parts import Part, from_checkpoint
 from qalora.base.quantized import dequantize, is_4bit
 from qalora.base.registry import ModelSource, resolve
+from qalora.base.structure import text_part
 from qalora.progress import Bar, in_place_of_transformers
 from qalora.quiet import without
 
@@ -65,11 +67,14 @@ def as_read(folder: Path, gguf_file: str | None = None) -> Parts:
         return lambda part: from_checkpoint(
             checkpoint, copy.deepcopy(config), part, dtype=torch.float32, device="cpu", attention="sdpa"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = text_part(AutoConfig.from_pretrained(folder))
+    names = NAMES if hasattr(config, WRAPPED) else None
 
     def load(part: Part) -> PreTrainedModel:
         loader: Any = part.of(config)
-        model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype="auto", key_mapping=names, output_loading_info=True
+        )
         if report["missing_keys"]:  # transformers makes them up at random
             raise RuntimeError(f"{folder}: lacks {sorted(report['missing_keys'])[:3]}")
         return model  # type: ignore[no-any-return]
