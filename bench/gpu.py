@@ -37,10 +37,11 @@ from qalora.adapter.allocation_round import RoundSettings, allocation_round
 from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.scoring import score_ranks
 from qalora.base.registry import MODELS, ModelShape
-from qalora.fitting import MLP_TILE, fit, largest
+from qalora.fitting import fit, largest
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
+from qalora.sizes import MLP_TILE
 
 GIB, GB = 2**30, 10**9
 TINY = ModelShape(64, 192, 4, 4, 2, 16, 128)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from qalora.base.registry import positions_of
 from qalora.data.ending import ending_of
 from qalora.errors import InputError
 from qalora.kernels.prefixes import causal_lm
+from qalora.progress import Track
 
 BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
@@ -65,7 +66,7 @@ def generate_answers(
     batch_size: int = 8,
     taught: Sequence[str] = (),
     kept: Sequence[str] | None = None,
-    track: Callable[[list[Any], str], Iterable[Any]] | None = None,
+    track: Track | None = None,
 ) -> list[str]:
     """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's positions.
 

@@ -63,7 +63,7 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
 class _Callable(ModuleType):
     """A command's module that is called like the function of the same name in the API: `qalora.merge(…)`."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         name = self.__name__.rpartition(".")[2]
         return getattr(import_module(qalora._HOMES[name]), name)(*args, **kwargs)
 
@@ -138,7 +138,7 @@ class _Once(argparse.Action):
     _given: tuple[str, Any] | None = None
 
     def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self, parser: object, namespace: argparse.Namespace, values: object, option_string: str | None = None
     ) -> None:
         flag, value = self._given or (option_string, values)
         if value != values and values == values:  # not a number is no other than itself

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from qalora.cli import DONE, NO, Parser
 from qalora.environment import check_one_process, leave_to_the_recipe
 from qalora.errors import InputError
+from qalora.flags import add
 
 GIB = 2**30
 LEAST_DISK = 1 * GIB  # checkpoints, adapters and figures of a small run
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         description="Says what this machine has for a run, what would fail or be slow on it, and what to do. Exit code 1 when something "
         "would fail.",
     )
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for a bug report; no tokens are in it")
+    add(parser, "--json", more="print all of it as JSON, for a bug report; no tokens are in it")
     return parser
 
 

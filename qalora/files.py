@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 
@@ -107,11 +106,11 @@ def write_whole(file: str | Path, text: str) -> None:
     sync(path.parent)
 
 
-def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
+def write_json(file: str | Path, value: object, *, indent: int = 2) -> None:
     write_whole(file, json.dumps(value, indent=indent) + "\n")
 
 
-def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
     write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

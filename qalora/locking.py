@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 
@@ -76,7 +75,7 @@ def _opened(file: Path, what: str) -> int:
         os.close(handle)  # its owner removed it between the two calls
 
 
-def _owner(handle: int) -> dict[str, Any] | None:
+def _owner(handle: int) -> dict[str, object] | None:
     try:
         found = json.loads(os.pread(handle, 4096, 0))
     except (OSError, ValueError):

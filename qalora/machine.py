@@ -39,7 +39,7 @@ SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|CREDENTIAL")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def examine(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
     """The facts, as they go into a bug report: no token, and no value of a variable that may hold one."""
     packages = {name: loaded(name, module) for name, module in REQUIRED.items()}
     computing = not packages["torch"]["error"]
@@ -143,7 +143,7 @@ def one_line(text: object, length: int = 200) -> str:
 # ------------------------------------------------------------------------------------------------------------ hardware
 
 
-def platform_facts() -> dict[str, Any]:
+def platform_facts() -> dict[str, object]:
     return {
         "system": platform.platform(),
         "machine": platform.machine(),
@@ -173,7 +173,7 @@ def _cpuinfo(key: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def devices() -> list[dict[str, Any]]:
+def devices() -> list[dict[str, object]]:
     """GPUs that torch sees, with memory in bytes; of one that cannot be asked, the error."""
     import torch
 

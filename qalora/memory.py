@@ -13,18 +13,15 @@ from math import ceil
 from typing import Literal
 
 from qalora.base.registry import ModelShape
+from qalora.sizes import FP32_TEMPORARY, LOGITS_CHUNK, OVERSAMPLING, QUANT_BLOCK
 
 # What a step keeps of its blocks: all; block inputs and what maps put out; block inputs; those, in host memory.
 Checkpointing = bool | Literal["selective", "offload"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-QUANT_BLOCK = 64  # weights that share one absmax in NF4
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
 MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
-LOGITS_CHUNK = 64 * 2**20  # of fp32 logits
-FP32_TEMPORARY = 128 * 2**20  # of the adapters' and norms' fp32 arithmetic on 16-bit activations
 CUDA_CONTEXT = 500 * 2**20
-OVERSAMPLING = 4  # ranks of the gradient's sketch beyond the directions asked for
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,18 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qalora.base.registry import MODELS, ModelShape
 from qalora.cli import Parser
+from qalora.flags import add
+from qalora.sizes import parse_size
 
 if TYPE_CHECKING:
-    from qalora.fitting import Plan
     from qalora.recipe import Recipe
 
-GATED = (
-    "meta-llama/",
-    "google/gemma-3",
-    "mistralai/Ministral-8B",
-)  # what the Hub gives to those alone who accepted a licence
+# What the Hub gives to those alone who accepted a licence.
+GATED = ("meta-llama/", "google/gemma-3", "mistralai/Ministral-8B")
 CARDS = ("16GiB", "24GiB", "80GiB")
 
 
@@ -31,17 +28,14 @@ def parser() -> argparse.ArgumentParser:
         "model too: a Hub id, a folder or a .gguf file.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
-    parser.add_argument("--recipe", default="alpaca", help="name or path of what is planned (default: %(default)s)")
-    parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
-    parser.add_argument(
-        "--gpu-memory", metavar="SIZE", help=f"e.g. 24GiB: which runs fit it, in place of the cards {', '.join(CARDS)}"
-    )
-    parser.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
+    add(parser, "--recipe", default="alpaca", more="that is planned")
+    add(parser, "--profile")
+    add(parser, "--gpu-memory", more=f"which runs fit it, in place of the cards {', '.join(CARDS)}")
+    add(parser, "--json", more="print it as JSON, sizes in bytes")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    from qalora.plan import parse_size
     from qalora.recipe import load_recipe, parse_overrides
 
     args, rest = parser().parse_known_args(argv)
@@ -58,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 def described(
     name: str, recipe: Recipe, card: int | None = None, cards: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """A registered model, and the memory of a step of the recipe on it, in bytes.
 
     Args:
@@ -66,13 +60,17 @@ def described(
         cards: name → bytes of GPUs, for what a step that is fitted to each of them takes; None where none fits.
     """
     from qalora.fitting import HEADROOM
-    from qalora.plan import planner
+    from qalora.training.planning import fitted, planner
 
     hub_id, shape = MODELS[name]
     seq_len = min(recipe.data.max_seq_len, shape.positions or recipe.data.max_seq_len)
-    plan: Plan = partial(planner(recipe, shape=shape), seq_len=seq_len)
-    fitted = _fitted(plan, recipe, card, seq_len) if recipe.training.fit and card is not None else None
-    total = fitted or plan().total
+
+    def fitted_to(card: int) -> int | None:
+        chosen, fits = fitted(recipe, shape, card, seq_len=seq_len)
+        return planner(chosen, shape)(seq_len=seq_len).total if fits else None
+
+    at_best = fitted_to(card) if recipe.training.fit and card is not None else None
+    total = at_best or planner(recipe, shape)(seq_len=seq_len).total
     return {
         "name": name,
         "hub_id": hub_id,
@@ -81,23 +79,17 @@ def described(
         "gated": hub_id.startswith(GATED),
         "planned": total,
         "fits": None if card is None else total <= HEADROOM * card,
-        "cards": {card: _fitted(plan, recipe, size, seq_len) for card, size in (cards or {}).items()},
+        "cards": {name: fitted_to(size) for name, size in (cards or {}).items()},
     }
-
-
-def _fitted(plan: Plan, recipe: Recipe, card: int, seq_len: int) -> int | None:
-    """The memory of a step that is fitted to a card, with the rows of an optimizer step as the recipe has them; None: none fits."""
-    from qalora.fitting import fit
-
-    rows = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
-    found = fit(plan, card, batch_size=rows, seq_len=seq_len)
-    return plan(**found.settings()).total if found else None
 
 
 def parameters(shape: ModelShape) -> int:
     """Weights, biases and embeddings of a model."""
-    linear = sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
-    return linear + shape.norms_and_biases() + shape.embeddings_and_head()
+    return (
+        sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
+        + shape.norms_and_biases()
+        + shape.embeddings_and_head()
+    )
 
 
 def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Namespace) -> None:

@@ -203,7 +203,7 @@ def make_batch():
 @pytest.fixture(params=[1, 128 * 2**20], ids=["token by token", "at once"])
 def stretch(request, monkeypatch):
     """fp32 temporaries of a single token, and of all of them: loops over stretches take many turns, and one."""
-    monkeypatch.setattr("qalora.kernels.stretches.FP32_BYTES", request.param)
+    monkeypatch.setattr("qalora.kernels.stretches.FP32_TEMPORARY", request.param)
 
 
 @pytest.fixture

@@ -30,10 +30,11 @@ from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
 from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import load_data, main
+from qalora.finetune import main
 from qalora.recipe import load_recipe
 from qalora.training import trainer
 from qalora.training.checkpoints import find_checkpoint
+from qalora.training.rows import load_data
 from qalora.training.run_folder import check_output_dir, run_name
 
 WORDS = [
@@ -1358,7 +1359,7 @@ def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
     [
         ("data.train=nothing.jsonl", "no such file"),
         ("training.report_to=wandb", "report_to=wandb"),
-        ("lora.target_modules=q_prj", "q_prj is no linear map of a block"),
+        ("lora.target_modules=q_prj", "q_prj: the model has no such linear layer"),
     ],
 )
 def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatch, wrong, message):

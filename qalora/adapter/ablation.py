@@ -14,11 +14,11 @@ the model starts at its own block, from an input that one forward kept; variants
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -28,16 +28,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.structure import final_norm
+from qalora.data.rows import supervised_tokens, targets
 from qalora.kernels.loss import Head, label_only_loss, row_losses
 from qalora.kernels.low_rank import frozen_forward
+from qalora.kernels.prefixes import causal_lm
 from qalora.progress import Bar, track
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
-
-
-def supervised_tokens(batch: Sequence[MicroBatch]) -> int:
-    return sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def ablate(
             not fit are kept in host memory, and a forward has at least one variant.
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
-    tokens = supervised_tokens(batch)
+    tokens = supervised_tokens(micro["labels"] for micro in batch)
     with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
         adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
         base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
@@ -159,7 +157,7 @@ class _Kept:
 
 
 def _run_and_keep(
-    decoder: Any, micro: MicroBatch, wanted: Mapping[int, Any], dtype: torch.dtype | None, memory: int
+    decoder: Decoder, micro: MicroBatch, wanted: Container[int], dtype: torch.dtype | None, memory: int
 ) -> tuple[_Kept, Tensor]:
     """One forward of the decoder; (what it kept, final hidden states before the last norm).
 
@@ -168,8 +166,8 @@ def _run_and_keep(
     kept = _Kept({}, [])
     last: list[Tensor] = []
 
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             hidden, *others = args
             if index in wanted:
                 fits = kept.bytes_on_device + hidden.nbytes <= memory
@@ -195,7 +193,7 @@ def _run_and_keep(
     return kept, last[0]
 
 
-def _resume(decoder: Any, kept: _Kept, block: int, copies: int) -> Tensor:
+def _resume(decoder: Decoder, kept: _Kept, block: int, copies: int) -> Tensor:
     """The final hidden states of `copies` variants, from the kept input of a block on."""
     rows, device = len(kept.inputs[block]), decoder.get_input_embeddings().weight.device
     hidden = kept.inputs[block].to(device).repeat(copies, 1, 1)
@@ -258,8 +256,20 @@ def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
     )
 
 
-def _decoder(model: PeftModel) -> Any:
-    return model.get_base_model().base_model
+class Decoder(Protocol):
+    """The decoder of a causal LM of transformers."""
+
+    layers: nn.ModuleList
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def __call__(self, **inputs: object) -> object: ...
+
+
+def _decoder(model: PeftModel) -> Decoder:
+    return cast(Decoder, causal_lm(model).base_model)
 
 
 def _block_of(name: str) -> int:
@@ -295,7 +305,7 @@ def gate_gradients(
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
         total += float(loss.detach().double())
-        counts.append((micro["labels"][:, 1:] != -100).sum(1).cpu())
+        counts.append(targets(micro["labels"]).sum(1).cpu())
     tokens = torch.cat(counts)
     return total / int(tokens.sum()), {name: torch.cat(parts) for name, parts in gradients.items()}, tokens
 

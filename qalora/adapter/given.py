@@ -34,7 +34,7 @@ class GivenAdapter:
     alpha: float
     target_modules: Literal["all-linear"] | list[str]
 
-    def check_settings(self, given: Mapping[str, Any]) -> None:
+    def check_settings(self, given: Mapping[str, object]) -> None:
         """
         Args:
             given: those settings of the section `lora` that somebody gave.
@@ -103,9 +103,9 @@ def _weights(folder: Path, path: str | Path) -> Path:
     raise InputError(f"lora.adapter={path}: there is no adapter_model.safetensors; {hint}.")
 
 
-def _comparable(value: Any) -> Any:
+def _comparable(value: object) -> object:
     return sorted(value) if isinstance(value, list) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -32,11 +32,11 @@ from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
 from qalora.base.tensor_files import Checkpoint, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
+from qalora.sizes import QUANT_BLOCK
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
 Weights = Callable[[str], Tensor]  # name of a linear layer → its (out, in) weight before quantization
 
-BLOCK = 64  # weights that share one absmax
 STRETCH = 1 << 22  # weights that are quantized or dequantized at a time; whole blocks
 
 
@@ -93,7 +93,7 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
 
 
 def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
-    device, block = "cuda" if torch.cuda.is_available() else "cpu", BLOCK
+    device, block = "cuda" if torch.cuda.is_available() else "cpu", QUANT_BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
@@ -119,7 +119,7 @@ def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantiz
 
 def _from_storage(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
     """Flat parts of whole blocks, in the dtype that the weight was loaded in before it was quantized."""
-    whole_blocks = checkpoint.shapes[name][1] % BLOCK == 0
+    whole_blocks = checkpoint.shapes[name][1] % QUANT_BLOCK == 0
     for piece in checkpoint.pieces(name) if whole_blocks else [checkpoint.tensor(name)]:
         piece = piece.to(storage_dtype(quantization, is_gguf=checkpoint.is_gguf))
         yield from piece.reshape(-1).split(STRETCH)
@@ -137,7 +137,7 @@ def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str)
         # As one row: bitsandbytes on a CPU lays blocks along rows, but quantizes the flattened matrix.
         data, state = quantize_4bit(
             part.to(device, quantization.compute_dtype).view(1, -1),
-            blocksize=BLOCK, compress_statistics=False, quant_type=quantization.quant_type,
+            blocksize=QUANT_BLOCK, compress_statistics=False, quant_type=quantization.quant_type,
         )  # fmt: skip
         codes.append(data.view(-1))
         absmax.append(state.absmax.view(-1))

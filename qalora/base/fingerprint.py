@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qalora.base.families import text_fields
 from qalora.base.registry import ModelSource, read_fields
@@ -15,6 +15,12 @@ from qalora.errors import InputError
 
 WHOLE = 1 << 20  # bytes of a tensor, or a file, up to which all of it counts
 SAMPLES, SAMPLE = 16, 1 << 16  # what counts of a larger one: so many stretches of so many bytes
+
+
+class Digest(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 def fingerprint(source: ModelSource) -> str | None:
@@ -139,7 +145,7 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
     return json.dumps(kept).encode()
 
 
-def _add_file(digest: Any, file: Path) -> None:
+def _add_file(digest: Digest, file: Path) -> None:
     size = file.stat().st_size
     digest.update(f"{size};".encode())
     # A pickle has no tensor that stands for itself, so it is sampled as densely as the tensors of a model would be.
@@ -149,7 +155,7 @@ def _add_file(digest: Any, file: Path) -> None:
         _add(digest, file, start, end - start)
 
 
-def _add(digest: Any, file: Path, start: int, size: int) -> None:
+def _add(digest: Digest, file: Path, start: int, size: int) -> None:
     with file.open("rb") as handle:
         if size <= WHOLE:
             handle.seek(start)

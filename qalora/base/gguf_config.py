@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import RopeScalingType
+from gguf import GGUFWriter, RopeScalingType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qalora.base.families import FAMILIES
+from qalora.base.families import family_of
 from qalora.base.gguf_names import architecture
 from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_shards
 from qalora.errors import InputError
@@ -49,7 +49,7 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     readers = open_shards(file)
     with fast_gguf():
         config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
-    if config.model_type in FAMILIES:  # the others are refused by whoever asked
+    if family_of(config.model_type).gguf is not None:  # the others are refused by whoever asked
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in tensors
         if architecture(config) == "llama":
@@ -64,12 +64,12 @@ def yarn_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Of older configs, which do not say it, the share of the hidden size."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_divisors(config: Any) -> Any:
+def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
     """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers' rope type llama3),
     or divisors as they were read from a file; None of another type."""
     rope = config.rope_parameters
@@ -81,7 +81,7 @@ def rope_divisors(config: Any) -> Any:
     return (plain / scaled).float().numpy()
 
 
-def add_positions(writer: Any, config: Any) -> None:
+def add_positions(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama 3.1's
     scaling the tensor is written by whoever writes tensors (`rope_divisors`).
 
@@ -102,7 +102,7 @@ def add_positions(writer: Any, config: Any) -> None:
         _add_yarn(writer, config)
 
 
-def _add_yarn(writer: Any, config: Any) -> None:
+def _add_yarn(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     rope, original = config.rope_parameters, config.rope_parameters["original_max_position_embeddings"]
     factor = rope["factor"] or config.max_position_embeddings / original
     frequencies, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
@@ -161,18 +161,18 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     return found | ({} if attention is None else {"attention_factor": attention * own})
 
 
-def _is_divided(rope: dict[str, Any]) -> bool:
+def _is_divided(rope: dict[str, object]) -> bool:
     """Whether frequencies are divided by constants, whatever the length of the text, and nothing else is scaled."""
     if rope.get("rope_type") == "longrope":
         return rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0
     return rope.get("rope_type") == "llama3"
 
 
-def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, Any]:
+def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, object]:
     """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is longrope."""
     guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
     scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
-    if np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
+    if (known := rope_divisors(scaled)) is not None and np.allclose(known, divisors, rtol=1e-3):
         return guess
     return {
         "rope_type": "longrope",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -21,31 +21,33 @@ from qalora.base.registry import shards_of
 from qalora.errors import InputError
 from qalora.progress import Bar
 
+Mode = Literal["r", "r+", "c"]
+
 
 class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
     """The library's reader over the same mapped bytes, as a plain array."""
 
-    def __init__(self, path: Any, *options: Any):
+    def __init__(self, path: str | Path, mode: Mode = "r"):
         self.path = Path(path)
-        super().__init__(path, *options)
+        super().__init__(path, mode)
 
-    @property
-    def data(self) -> Any:
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
         return self._data
 
     @data.setter
-    def data(self, mapped: Any) -> None:
+    def data(self, mapped: np.ndarray) -> None:
         self._data = np.asarray(mapped)
 
 
-def open_gguf(path: Any, mode: str = "r") -> GGUFReader:
+def open_gguf(path: str | Path, mode: Mode = "r") -> GGUFReader:
     """The reader of a file, read once for as long as the file stays as it is."""
     file = os.stat(path)
     return _read(str(path), mode, (file.st_ino, file.st_size, file.st_mtime_ns))
 
 
 @lru_cache(maxsize=2)
-def _read(path: str, mode: str, identity: tuple[int, ...]) -> GGUFReader:
+def _read(path: str, mode: Mode, identity: tuple[int, ...]) -> GGUFReader:
     with Bar(f"reading {Path(path).name}"):
         return GGUFReader(path, mode)
 

@@ -305,6 +305,24 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
         check_plain(config, where)
 
 
+def said_of_family(model_type: str) -> str | None:
+    """A line on a model that has no record of its own; None: it has one."""
+    if model_type in FAMILIES:
+        return None
+    return f"{model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an estimate, not measured"
+
+
+def check_packing(model_type: str | None) -> None:
+    """
+    Raises:
+        InputError: rows in one sequence would meet each other otherwise than by attention.
+    """
+    if (why := family_of(model_type).across_rows) is not None:
+        raise InputError(
+            f"data.packing=true: {model_type} models have {why}, and rows in one sequence would mix; leave it out."
+        )
+
+
 def gguf_model_type(architecture: str, where: str) -> str:
     """The model_type of the models that a GGUF architecture is written of.
 

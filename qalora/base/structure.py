@@ -84,7 +84,7 @@ def config_of(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
     Raises:
         InputError: transformers knows no such model_type, or not with such fields.
     """
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         remote = " and its code lies beside its weights (auto_map), which is not run" if "auto_map" in fields else ""
         raise InputError(

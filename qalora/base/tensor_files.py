@@ -102,6 +102,9 @@ class Safetensors:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         shape, start = self.shapes[name], 0
+        if not shape:  # a number
+            yield self.tensor(name)
+            return
         while start < shape[0]:
             with self._opened(name) as opened:
                 rows = opened.get_slice(self.stored[name])
@@ -145,7 +148,7 @@ class TorchTensors:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         tensor = self.tensor(name)
-        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes))
+        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes)) if tensor.ndim else [tensor]
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[self.stored[name]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qalora.base.registry import ModelSource, hub_hint, read_fields, shards_of
 from qalora.errors import InputError
@@ -132,7 +132,7 @@ def refuse_adapter_beside(folder: Path, name: str) -> None:
         )
 
 
-def short(error: Any) -> str:
+def short(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 

@@ -87,7 +87,7 @@ def label_of(text: str, labels: Mapping[str, str]) -> str | None:
     return alike.pop() if len(alike) == 1 else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return "empty (null)"
     return "bytes that are no UTF-8" if isinstance(value, bytes) else type(value).__name__

@@ -34,7 +34,7 @@ OPENED = re.compile(r"(<(\w+)>)\s*$")  # a generation prompt that begins the ans
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None = None, switches: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, switches: Mapping[str, object] | None = None
 ) -> None:
     """Gives the tokenizer a chat template, so that it goes wherever the tokenizer goes.
 
@@ -167,7 +167,7 @@ class ChatTemplate:
         ends = [self.end[:edge] for edge in sorted({len(self.end), *edges}, reverse=True)]
         return next((end for end in ends if after.startswith(end)), "")
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, object]:
         role, fields = turn.role, dict(turn.fields)
         if turn.thought:  # templates differ in what they call it
             fields |= dict.fromkeys(REASONING, turn.thought)
@@ -184,7 +184,7 @@ class ChatTemplate:
         asked = [_said("user", "a")]
         return self._writes(asked, [tool]), self._writes(asked, [{"type": "function", "function": tool}])
 
-    def tools(self, tools: Sequence[Any]) -> list[Any]:
+    def tools(self, tools: Sequence[Any]) -> list[object]:
         """The signatures in the form that the template reads."""
         flat, nested = self.writes_tools
         if nested and not flat:
@@ -216,7 +216,7 @@ class ChatTemplate:
             return self.apply([_said("user", "a"), call])
         return None
 
-    def _writes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
+    def _writes(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] = ()) -> bool:
         with suppress(Exception):  # jinja's own errors, raise_exception() of the template, or of the tokenizer
             return SENTINEL in self.apply(messages, tools)
         return False
@@ -242,11 +242,11 @@ def _set_anyway(tree: nodes.Template) -> set[str]:
 CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
 
 
-def _said(role: str, text: str) -> dict[str, Any]:
+def _said(role: str, text: str) -> dict[str, object]:
     return {"role": role, "content": text}
 
 
-def _call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, object]:
     """The call as OpenAI has it, with its arguments as JSON, or as the object that the JSON says."""
     flat = {key: value for key, value in call.items() if key in ("name", "arguments")}
     rest = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
@@ -278,6 +278,6 @@ def _template_text(template: str) -> str:
         ) from None
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """A value as Jinja writes it."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.instruct import template_ends, unsplit
-from qalora.data.tokenization import IGNORE, TokenizedDataset
+from qalora.data.rows import IGNORE, Tokenized
+from qalora.data.tokenization import TokenizedDataset
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def _distinct(*values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(itertools.chain(*values)))
 
 
-def _learned(item: Mapping[str, Any]) -> Iterator[tuple[list[int], bool]]:
+def _learned(item: Tokenized) -> Iterator[tuple[list[int], bool]]:
     """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been cut."""
     stretch: list[int] = []
     for token, label in zip(item["input_ids"], item["labels"], strict=True):

@@ -132,7 +132,7 @@ def _decoded(data: bytes, path: Path) -> str:
     return text
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Non-finite numbers → null, UTF-8 in bytes → text; other bytes stay what they are, and no text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -214,11 +214,11 @@ def _lines(text: str, path: Path) -> Iterator[Row]:
             yield _object(value, place), place
 
 
-def _loads(text: str, where: str) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
+def _loads(text: str, where: str) -> tuple[object, list[tuple[dict[str, object], str]]]:
     """(value, the objects in it that have a key twice, each with a message)."""
     twice: list[tuple[dict[str, Any], str]] = []
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         row = dict(pairs)
         if len(row) < len(pairs):
             names = [name for name, _ in pairs]
@@ -235,18 +235,18 @@ def _loads(text: str, where: str) -> tuple[Any, list[tuple[dict[str, Any], str]]
         raise InputError(f"{where}: JSON that cannot be read ({_short(error)}).") from None
 
 
-def _excerpt(value: Any) -> str:
+def _excerpt(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
-def _holds(tree: Any, part: dict[str, Any]) -> bool:
+def _holds(tree: object, part: dict[str, object]) -> bool:
     """Whether the very object is in the tree."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return tree is part or any(_holds(child, part) for child in children)
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: object, where: str) -> dict[str, object]:
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):  # a conversation
         return {"messages": value}
     if not isinstance(value, dict):
@@ -313,12 +313,12 @@ def _arrow(data: bytes, path: Path) -> Iterator[Row]:
     yield from table_rows(table, str(path))
 
 
-def _values(column: pyarrow.ChunkedArray) -> list[Any]:
+def _values(column: pyarrow.ChunkedArray) -> list[object]:
     cells = column.to_pylist()
     return [_from_json(cell, column.type) for cell in cells] if "arrow.json" in str(column.type) else cells
 
 
-def _from_json(value: Any, type: pyarrow.DataType) -> Any:
+def _from_json(value: Any, type: pyarrow.DataType) -> object:
     """`datasets` stores values of mixed types as JSON, anywhere in a column."""
     from pyarrow import types
 

@@ -113,7 +113,7 @@ class _Chat:
         """The rendered chat."""
         return self._written(self.messages)
 
-    def _written(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _written(self, messages: Sequence[Mapping[str, object]]) -> str:
         """The rendered messages; a last answer follows the generation prompt, whatever thought that opens."""
         text = self.text(messages)
         if self.turns[-1].role != "assistant" or len(messages) == 1:
@@ -122,7 +122,7 @@ class _Chat:
         following = _following(prompt, text)
         return following if following.startswith(prompt) else self._asked(prompt, messages, text)
 
-    def _asked(self, prompt: str, messages: Sequence[Mapping[str, Any]], text: str) -> str:
+    def _asked(self, prompt: str, messages: Sequence[Mapping[str, object]], text: str) -> str:
         """The last answer after the prompt that a server makes, of a template that writes what stands before it in another way once
         the answer is there: Mistral's puts a system text before the last question, if that is the last turn."""
         mark = f"{SENTINEL}last"

@@ -17,9 +17,9 @@ from qalora.data.instruct import rendered, taught_to_chat
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
+from qalora.data.rows import IGNORE, Tokenized, supervised_tokens
 from qalora.errors import InputError
 
-IGNORE = -100
 CHAT_BY_DEFAULT = "the model was taught to chat, so prompt and completion go through its chat template (data.chat=false takes them as they stand)"
 
 
@@ -66,14 +66,14 @@ class Report:
 class TokenizedDataset:
     """Rows ready for batching: `items[i]` (input_ids, labels, row) is the tokens of `examples[i]`."""
 
-    items: list[dict[str, Any]]
+    items: list[Tokenized]
     examples: list[Example]
     report: Report
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Tokenized:
         return self.items[index]
 
     def subset(self, indices: Sequence[int]) -> TokenizedDataset:
@@ -146,7 +146,7 @@ def load_dataset(
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))
         unused |= dict.fromkeys([*example.unused, *_unused_fields(example, template)])
-        if any(label != IGNORE for label in item["labels"][1:]):
+        if supervised_tokens([item["labels"]]):
             items.append(item)
             examples.append(example)
         elif not (train_on_inputs or any(turn.supervised for turn in example.turns)):
@@ -172,7 +172,7 @@ def load_dataset(
         truncated=truncated,
         dropped=len(rows) - len(items),
         tokens=sum(len(item["input_ids"]) for item in items),
-        supervised_tokens=sum(label != IGNORE for item in items for label in item["labels"]),
+        supervised_tokens=supervised_tokens(item["labels"] for item in items),
         max_seq_len=max_seq_len,
         longest=longest,
         masked=masked,
@@ -220,7 +220,7 @@ def same_rows(train: TokenizedDataset, other: TokenizedDataset) -> int:
 
 def tokenize(
     example: Example, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, train_on_inputs: bool = False
-) -> dict[str, Any]:
+) -> Tokenized:
     """Token ids and labels of an example.
 
     A token is supervised when it starts inside a supervised segment of the text. What ends an assistant's turn is

@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def export_adapter(
     *,
     source: ModelSource,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Writes the adapter in another form, reads it back, and compares every module's s · B A.
 
     Returns:

@@ -6,7 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys, names and numbe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def write_model(
     writer.close()
 
 
-def narrower(config: Any) -> str | None:
+def narrower(config: PreTrainedConfig) -> str | None:
     """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None: nothing."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -188,7 +188,7 @@ def _encoded(
 # ------------------------------------------------------------------------------------------------------------------ metadata
 
 
-def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
+def _add_shape(writer: GGUFWriter, config: PreTrainedConfig, gguf_type: str) -> None:
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act={config.hidden_act}: there is no GGUF form of it here; use --format hf.")
     writer.add_type("model")
@@ -221,7 +221,7 @@ def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
     return [int(fields[key].contents()) for key in TURN_ENDS if key in fields]
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """From tokenizer.json: byte-level BPE (gpt2 in GGUF), or SentencePiece's BPE with byte fallback (llama)."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
@@ -266,7 +266,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
 
 
-def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+def _scores(tokens: list[str], merges: Sequence[str | Sequence[str]]) -> list[float]:
     """SentencePiece merges what scores highest first, a merge list what comes first: score = −rank of the merge."""
     made: dict[str, float] = {}
     for rank, merge in enumerate(merges):

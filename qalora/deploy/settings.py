@@ -110,12 +110,12 @@ def published_folder(source: ModelSource) -> Path | None:
 # ------------------------------------------------------------------------------------------------------------------ config
 
 
-def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, Any]:
+def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, object]:
     """config.json as published; of a GGUF file, as it would be."""
     return dict(json.loads(config.to_json_string())) if published is None else read_fields(published / "config.json")
 
 
-def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, object]:
     """The fields of a config.json, such that transformers 4 and 5 read the same model.
 
     Version 5 keeps everything about positions in rope_parameters, which version 4 does not know: it reads rope_theta, or takes 10,000,
@@ -128,7 +128,8 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
     served = {name: value for name, value in fields.items() if name not in ("quantization_config", "dtype")}
     served["torch_dtype"] = served["dtype"] = str(dtype).removeprefix("torch.")
     if is_wrapper(fields):  # as either version wrote it: the config of a vision model is its own, and no decoder's
-        text = {name: value for name, value in fields["text_config"].items() if name != "quantization_config"}
+        text: dict[str, Any] = {**fields["text_config"]}  # type: ignore[dict-item]
+        text.pop("quantization_config", None)
         kept = {name: served["dtype"] for name in ("dtype", "torch_dtype") if name in text}
         if text_fields(fields)["tie_word_embeddings"] != config.tie_word_embeddings:
             served["tie_word_embeddings"] = config.tie_word_embeddings
@@ -138,8 +139,13 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it
         with torch.device("meta"):
             served["architectures"] = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
+    if "rope_theta" not in rope:  # no rotation, or one for each kind of layer, which has no form that both read
+        return served
     served.setdefault("rope_theta", rope["rope_theta"])
+    published_for_4 = "rope_parameters" not in served and "original_max_position_embeddings" in served
+    if published_for_4:
+        return served
     if (
         rope.get("rope_type") == "longrope"
     ):  # version 4 knows its length at the top alone, and takes another factor from it
@@ -147,6 +153,8 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
         rope["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
     if "rope_parameters" in served or rope.get("rope_type") == "longrope":
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if (share := rope.get("partial_rotary_factor")) is not None:
+            served["partial_rotary_factor"] = share
         served |= {
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
@@ -165,7 +173,7 @@ def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, 
     return _implied_generation(_config_fields(published, config)) if own is None else own
 
 
-def _write_generation(folder: Path, published: Path | None, config: Mapping[str, Any], ending: Ending) -> None:
+def _write_generation(folder: Path, published: Path | None, config: Mapping[str, object], ending: Ending) -> None:
     """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its config's.
 
     As it stands: saving it through transformers would refuse what it loads, such as a temperature without do_sample.
@@ -179,12 +187,12 @@ def _write_generation(folder: Path, published: Path | None, config: Mapping[str,
         shutil.copyfile(published / "generation_config.json", folder / "generation_config.json")
 
 
-def _published_generation(published: Path | None) -> dict[str, Any] | None:
+def _published_generation(published: Path | None) -> dict[str, object] | None:
     file = published / "generation_config.json" if published else None
     return read_fields(file) if file is not None and file.is_file() else None
 
 
-def _implied_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+def _implied_generation(config: Mapping[str, object]) -> dict[str, object]:
     """What transformers makes of config.json where there is no file: token ids, and older configs' sampling."""
     fields = GenerationConfig.from_model_config(dict(config)).to_diff_dict()
     internal = ("_from_model_config", "transformers_version", "use_cache", "output_attentions", "output_hidden_states")

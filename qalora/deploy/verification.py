@@ -89,7 +89,7 @@ def compare(
     rounding: Rounding,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] = TEXTS,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Distances of the merged model from base + adapter over every position of the texts, in fp32 on the CPU.
 
     Returns:
@@ -143,7 +143,7 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
     return None
 
 
-def rotation_difference(left: Any, right: Any) -> float:
+def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
@@ -222,7 +222,7 @@ class _Block(nn.Module):
         self.load = lambda: parts(Part((index,), ends=False)).model.layers._modules[str(index)]
         self.name, self.wrapped = f"model.layers.{index}", wrapped
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> object:
         block: Any = self.load()
         _wrap_all(block, self.name, self.wrapped)
         for buffer in block.buffers():
@@ -366,23 +366,22 @@ class _Composed(_Groups):
             parameter.data = parameter.data.cpu().float()
         self.last = copy.copy(module)
         self.last._parameters, self.last._modules = dict(module._parameters), dict(module._modules)
-        for kind, parameter in module._parameters.items():
-            if parameter is not None:
-                self.last._parameters[kind] = nn.Parameter(self.rounded(kind, parameter.data), requires_grad=False)
-        for child, inner in module._modules.items():
-            if inner is not None and _read_by_parent(inner):
-                self.last._modules[child] = copy.deepcopy(inner)
-                for kind, parameter in self.last._modules[child].named_parameters():
-                    parameter.data = self.rounded(f"{child}.{kind}", parameter.data)
+        for kind, value in module.named_parameters(recurse=False):
+            self.last._parameters[kind] = nn.Parameter(self.rounded(kind, value.data), requires_grad=False)
+        for child, inner in module.named_children():
+            if _read_by_parent(inner):
+                self.last._modules[child] = again = copy.deepcopy(inner)
+                for kind, value in again.named_parameters():
+                    value.data = self.rounded(f"{child}.{kind}", value.data)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         if self.n is None:
             return self.exact(*args, **options)
         out = []
-        for which, own in (("exact", self.exact), ("rounded", self.last)):
+        for last, own in ((False, self.exact), (True, self.last)):
             for module in self.inside:
-                module.only = which
-            chosen = partial(self._chosen, which == "rounded")
+                module.only = "rounded" if last else "exact"
+            chosen = partial(self._chosen, last)
             out.append(own(*map(chosen, args), **{name: chosen(value) for name, value in options.items()}))
         return torch.cat(out)
 

@@ -15,8 +15,9 @@ host          └→ input  └→ input      └→ input                  └ 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from qalora.errors import InputError
 from qalora.kernels import swiglu, tiles
 from qalora.kernels.recompute import both_runs
 from qalora.memory import Checkpointing
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the forward, and of its repetition
 
 
 def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
@@ -56,21 +59,31 @@ def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
     for block in blocks_of(model):
         mlp = tiles.mlp_of(block)
         if getattr(mlp, "kernel", None) in (swiglu.NAME, tiles.NAME):
-            mlp.mlp_tile = tokens
+            cast(swiglu.TiledMLP, mlp).mlp_tile = tokens
         elif tokens is not None:
             kind = type(block if mlp is None else mlp).__name__
             raise InputError(f"training.mlp_tile={tokens}: {kind} cannot be tiled; leave it out.")
 
 
-def blocks_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+class Block(Protocol):
+    """A decoder block of transformers, with what is set on it here."""
+
+    kept: Checkpointing
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor] | None
+    mlp: nn.Module
 
 
-def _recomputed(contexts: Callable[[], Any], block: Callable[..., Any], *inputs: Any) -> Any:
+def blocks_of(model: nn.Module) -> list[Block]:
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return cast(list[Block], blocks)
+
+
+def _recomputed(contexts: Callable[[], Contexts], block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _offloaded(store: _HostStore, block: Callable[..., Any], *inputs: Any) -> Any:
+def _offloaded(store: _HostStore, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     # The hooks see what checkpoint saves, which is the inputs: inside the block it sets hooks of its own.
     with torch.autograd.graph.saved_tensors_hooks(store.keep, store.fetched):
         return _recomputed(partial(both_runs, keep=False), block, *inputs)
@@ -118,20 +131,20 @@ class _HostStore:
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.last: _Kept | None = None
 
-    def keep(self, tensor: Tensor) -> Any:
+    def keep(self, tensor: Tensor) -> Tensor | _Kept:
         if self.stream is None or not tensor.is_cuda:
             return tensor
         self.last = _Kept(tensor, self.stream, below=self.last)
         return self.last
 
-    def fetched(self, kept: Any) -> Tensor:
+    def fetched(self, kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         self.last = None  # the next forward begins a chain of its own
         kept.fetch()
         current = torch.cuda.current_stream()
         current.wait_stream(kept.stream)
-        tensor, kept.back = kept.back, None
+        tensor, kept.back = cast(Tensor, kept.back), None
         tensor.record_stream(current)
         if kept.below is not None:
             kept.below.fetch()

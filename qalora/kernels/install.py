@@ -81,7 +81,7 @@ def install(model: nn.Module) -> Installed:
     return installed
 
 
-def _replace(module: Any, name: str, forward: Callable[..., Any]) -> None:
+def _replace(module: Any, name: str, forward: Callable[..., object]) -> None:
     shown = module.extra_repr()
     module.kernel = name
     module.forward = MethodType(forward, module)

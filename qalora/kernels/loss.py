@@ -10,16 +10,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora.base.families import family_of
+from qalora.data.rows import targets as supervised
+from qalora.kernels.context import Context
 from qalora.kernels.prefixes import causal_lm, final_hidden
+from qalora.sizes import LOGITS_CHUNK
 
-CHUNK_BYTES = 64 * 2**20
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
 
 
@@ -37,7 +38,7 @@ class Head:
     cap: float | None = None
 
     @staticmethod
-    def of(model: Any) -> Head:
+    def of(model: nn.Module) -> Head:
         """Of a causal LM of transformers, or of a PeftModel around one."""
         base = causal_lm(model)
         config, linear = base.config.get_text_config(), base.get_output_embeddings()
@@ -67,7 +68,7 @@ class Head:
         return Head(self.weight[rows].to(dtype), bias, self.scale, self.cap)
 
 
-def row_losses(model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy of each row of a batch, with or without an adapter on the model.
 
     Args:
@@ -83,7 +84,7 @@ def row_losses(model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.
 
 
 def summed_loss(
-    model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, fused: Fused | None = None
+    model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, fused: Fused | None = None
 ) -> Tensor:
     """The sum of `row_losses`, (), in nats: what a training step needs, and `fused` computes where it is given."""
     hidden, labels, head = _before_the_head(model, batch)
@@ -92,7 +93,7 @@ def summed_loss(
     return fused_loss(hidden, labels, head, fused)
 
 
-def _before_the_head(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Head]:
+def _before_the_head(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Head]:
     """(final hidden states (rows, tokens, d), labels (rows, tokens), the head)."""
     base = causal_lm(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -128,7 +129,7 @@ def fused_loss(hidden: Tensor, labels: Tensor, head: Head | Tensor, fused: Fused
 
 def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n,) rows, (n, d) states and (n,) targets of the supervised tokens."""
-    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    rows, positions = supervised(labels).nonzero(as_tuple=True)
     return rows, hidden[rows, positions], labels[rows, positions + 1]
 
 
@@ -149,11 +150,11 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, smoothing: float) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, targets: Tensor, head: Head, smoothing: float) -> Tensor:
         weight = head.weight
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
+        chunk = max(1, LOGITS_CHUNK // (4 * len(weight)))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
@@ -184,7 +185,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_losses[:, None].to(grad.dtype), None, None, None
 
@@ -194,7 +195,7 @@ def _cross_entropy_by_vocabulary(hidden: Tensor, targets: Tensor, head: Head) ->
     tokens, width = head.weight.shape
     log_sum = torch.full((len(hidden),), -torch.inf, dtype=hidden.dtype, device=hidden.device)
     chosen = torch.empty_like(log_sum)
-    step = max(1, CHUNK_BYTES // (4 * max(width, len(hidden))))
+    step = max(1, LOGITS_CHUNK // (4 * max(width, len(hidden))))
     for start in range(0, tokens, step):
         logits = head.part(slice(start, start + step), hidden.dtype).logits(hidden)
         log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))

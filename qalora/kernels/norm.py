@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from qalora.base.families import FAMILIES, Weighing
+from qalora.kernels.context import Context
 from qalora.kernels.stretches import stretches
 
 KNOWN: dict[str, Weighing] = {family.norm: family.weighing for family in FAMILIES.values() if family.norm}
+
+
+class _Kept(Context):
+    weighing: Weighing
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -22,7 +27,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, weighing: Weighing) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, weight: Tensor, eps: float, weighing: Weighing) -> Tensor:
         out = torch.empty_like(x)
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         for part in stretches(x, x.shape[-1]):
@@ -38,7 +43,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Kept, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         factor = _factor(weight, ctx.weighing)
         grad = torch.empty_like(x)

@@ -14,12 +14,13 @@ Gradients of the rows add up in what they share, as they do in a padded batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -45,13 +46,13 @@ class Shared:
     places: Tensor
 
 
-def causal_lm(model: Any) -> Any:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside of a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def final_hidden(
-    model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    model: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: object
 ) -> Tensor:
     """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
 
@@ -104,7 +105,7 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
     return Shared(tokens, numbers.gather(0, first).masked_fill(~alive, 0))
 
 
-def can_share(model: Any, width: int) -> bool:
+def can_share(model: PreTrainedModel, width: int) -> bool:
     """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone carries
     them on, and reaches back to a row's first token."""
     config = model.config.get_text_config()
@@ -116,7 +117,7 @@ def can_share(model: Any, width: int) -> bool:
     return not any(_differs_by_row(module) for module in model.modules())
 
 
-def _differs_by_row(module: Any) -> bool:
+def _differs_by_row(module: nn.Module) -> bool:
     if getattr(module, "differs_by_row", False):
         return True
     dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)

@@ -18,7 +18,7 @@ NAME = "MLP by tiles"
 PLACES = ("mlp", "feed_forward")  # what blocks call it
 
 
-def mlp_of(block: nn.Module) -> Any:
+def mlp_of(block: object) -> Any:
     """The MLP of a block; None: it has none by these names."""
     return next((getattr(block, name) for name in PLACES if hasattr(block, name)), None)
 

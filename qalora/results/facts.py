@@ -131,7 +131,7 @@ def run_of(adapter: str | Path) -> RunFacts | None:
         return None
 
 
-def write_log(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+def write_log(folder: Path, history: Sequence[Mapping[str, object]]) -> None:
     """The Trainer's log history, a record per line."""
     write_json_lines(folder / LOG, history)
 
@@ -209,7 +209,7 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[dict[str, object]]:
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

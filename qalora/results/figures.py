@@ -109,7 +109,7 @@ def memory(run: RunFacts) -> go.Figure | None:
     return _laid_out(figure, 170)
 
 
-def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, Any]]] | None:
+def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, object]]] | None:
     """(the map of the first state, for each state its label, its total, and its ranks): a column per block, a row per kind."""
     states = run.states
     if not states:
@@ -149,7 +149,7 @@ def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, Any]]] | None:
 
 def _cells(
     ranks: Mapping[str, int], first: Mapping[str, int], place: Mapping[str, tuple[int, int]], rows: int, columns: int
-) -> dict[str, list[list[Any]]]:
+) -> dict[str, list[list[object]]]:
     found: dict[str, list[list[Any]]] = {
         name: [[None] * columns for _ in range(rows)] for name in ("ranks", "changes", "texts")
     }

@@ -178,7 +178,7 @@ def _answers(run: RunFacts) -> str:
     return _section("Answers before and after", f"The first {len(lines)} validation rows.", shown)
 
 
-def _answer(line: Mapping[str, Any], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+def _answer(line: Mapping[str, object], before: Mapping[str, object] | None, after: Mapping[str, object] | None) -> str:
     cells = [
         _cell(when, found) for when, found in (("before", before), ("after", after)) if found and "answer" in found
     ]
@@ -187,7 +187,7 @@ def _answer(line: Mapping[str, Any], before: Mapping[str, Any] | None, after: Ma
     return f'<div class="answer"><p class="text prompt">{prompt}</p><div class="pair">{"".join(cells)}</div></div>'
 
 
-def _cell(when: str, found: Mapping[str, Any]) -> str:
+def _cell(when: str, found: Mapping[str, object]) -> str:
     score = next(((label, found[name]) for name, label in SCORES.items() if name in found), None)
     right = score is not None and score[1] == 100.0
     said = "" if score is None else f" · {score[0]} {score[1]:.0f} %"
@@ -207,7 +207,7 @@ def _settings(run: RunFacts) -> str:
     return f'<section><details open><summary>Settings</summary>{command}<div class="settings">{tables}</div></details></section>'
 
 
-def _settings_table(name: str, settings: Mapping[str, Any]) -> str:
+def _settings_table(name: str, settings: Mapping[str, object]) -> str:
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(_shown(value))}</td></tr>" for key, value in settings.items()
     )
@@ -223,7 +223,7 @@ def _pair(left: str, right: str) -> str:
     return f'<div class="two">{left}{right}</div>' if left and right else left + right
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -245,7 +245,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _embedded(data: Any) -> str:
+def _embedded(data: object) -> str:
     """JSON that may stand in a script element, whatever texts are in it."""
     return json.dumps(data).replace("<", "\\u003c")
 

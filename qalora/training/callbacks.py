@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +15,9 @@ from qalora.progress import Bar, console
 class LastValidation(TrainerCallback):
     """Validates after the last step, else the last weights could not be the best."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
@@ -27,12 +30,14 @@ class InterruptCallback(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
             # With a limit of 1 the Trainer ends by removing all checkpoints but the best one.
@@ -43,7 +48,7 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # the second one means now
             raise KeyboardInterrupt
         self.signal = number
@@ -58,7 +63,7 @@ class ProgressLine(TrainerCallback):
         self.bar: Bar | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         for record in self.allocator.history[:1]:
             if record["step"] == state.global_step == 0:
@@ -68,7 +73,9 @@ class ProgressLine(TrainerCallback):
                 )
         self.bar = Bar("training", total=state.max_steps, done=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar is not None:
             self.bar.reach(state.global_step)
         history = self.allocator.history
@@ -87,7 +94,7 @@ class ProgressLine(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"

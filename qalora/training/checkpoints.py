@@ -173,7 +173,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _entry(file: Path) -> list[Any]:
+def _entry(file: Path) -> list[object]:
     with file.open("rb") as handle:
         return [file.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
 

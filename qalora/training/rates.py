@@ -27,7 +27,7 @@ def warmup_of(total_steps: int, *, ratio: float | None, steps: int | float | Non
     return min(math.ceil((share or 0) * total_steps), total_steps - 1)
 
 
-def check_schedule(name: str, settings: Mapping[str, Any], *, rate: float, warmup: int, total_steps: int) -> None:
+def check_schedule(name: str, settings: Mapping[str, object], *, rate: float, warmup: int, total_steps: int) -> None:
     """
     Args:
         name, settings: the recipe's lr_scheduler_type and lr_scheduler_kwargs.

@@ -26,22 +26,20 @@ Settings = Mapping[str, Any]
 class Continued:
     """
     Attributes:
-        settings: the recipe of the checkpoint.
+        step: the optimizer steps behind it.
+        settings: its recipe.
         identity: what its run is made of; None: of an earlier version, which did not say.
     """
 
     checkpoint: Path
+    step: int
     settings: Settings
     identity: Identity | None
 
     @staticmethod
     def at(checkpoint: Path) -> Continued:
         settings = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-        return Continued(checkpoint, settings, read_identity(checkpoint))
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
+        return Continued(checkpoint, step_of(checkpoint), settings, read_identity(checkpoint))
 
     def rounds_done(self) -> list[int]:
         """The steps of the rounds before the checkpoint."""
@@ -190,14 +188,14 @@ def _rows_a_step(settings: Settings) -> int:
     return int(micro) * int(accumulate)
 
 
-def _another(key: str, new: Any, old: Any, checkpoint: Path) -> InputError:
+def _another(key: str, new: object, old: object, checkpoint: Path) -> InputError:
     return InputError(
         f"--resume-from-checkpoint: {key} is {_short(new)}, and {checkpoint} was made with {_short(old)}; a run that is continued "
         f"keeps it: set {key}={_short(old)}, or start anew (lora.adapter={checkpoint} from its adapter)."
     )
 
 
-def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and prefix == "":
             yield from _flat(value, f"{key}.")
@@ -205,7 +203,7 @@ def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "null" if value is None else str(value)[:80]

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Share
-from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
 from qalora.adapter.callback import Attempt, once, tokenized
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
@@ -21,7 +21,7 @@ from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.errors import InputError
 
 T = TypeVar("T")
-Record = tuple[dict[str, Any], dict[str, Any]]  # a line of allocation.jsonl, and the scores beside it
+Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
 
 
 def start(
@@ -37,8 +37,8 @@ def start(
     max_rank: int | None = None,
     budget: Literal["ranks", "parameters"] = "parameters",
     seed: int = 42,
-    attempt: Attempt[Any] = once,
-) -> Record | None:
+    attempt: Attempt[Start | None] = once,
+) -> Start | None:
     """Points the ranks of an untrained adapter, in place.
 
     Args:
@@ -76,7 +76,7 @@ def start(
     batch = on_device(micro_batches(chosen, batch_size, Collator(0)), device_of(model))
     even = ranks(model)
 
-    def begin(batch: Sequence[MicroBatch]) -> Record | None:
+    def begin(batch: Sequence[MicroBatch]) -> Start | None:
         generator = torch.Generator().manual_seed(seed)
         if original is None or init == "gradient":
             start_along_gradient(model, batch, generator=generator)

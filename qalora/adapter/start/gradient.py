@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
+from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import add_layer, gated_layers, ranks, remove_layer
 from qalora.adapter.start.inputs import visit_inputs
+from qalora.data.rows import supervised_tokens
 from qalora.kernels.loss import row_losses
 from qalora.kernels.stretches import stretches
-from qalora.memory import OVERSAMPLING
+from qalora.sizes import OVERSAMPLING
 
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
 START_NORM = 1 / math.sqrt(3)
@@ -151,7 +152,7 @@ def _gradients(
     B: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of the mean loss for what further ranks lack: given their A, of their B, which is zero; or the other way round."""
-    tokens = supervised_tokens(batch)
+    tokens = supervised_tokens(micro["labels"] for micro in batch)
     with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
         trained: dict[str, Tensor] = {
             name: (layer.A if A is None else layer.B).requires_grad_() for name, layer in layers.items()

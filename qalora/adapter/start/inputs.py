@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
-from qalora.kernels.prefixes import final_hidden
+from qalora.kernels.prefixes import causal_lm, final_hidden
 
 
 def visit_inputs(
@@ -42,7 +42,7 @@ def visit_inputs(
         with scoring_mode(model), torch.no_grad():
             for micro in batch:
                 mask, last, read = token_mask(micro), None, dict.fromkeys(layers, 0)
-                final_hidden(model.get_base_model(), micro["input_ids"], mask)
+                final_hidden(causal_lm(model), micro["input_ids"], mask)
     finally:
         for hook in hooks:
             hook.remove()

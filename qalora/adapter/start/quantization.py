@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.model import gated_layers
@@ -47,7 +48,11 @@ def start_at_quantization_error(
         layer.B.data.zero_()  # of an attempt that broke off: inputs are those of the base alone
     inputs = sampled_inputs(model, some_rows(batch, generator), generator)
     for name, layer in track(layers.items(), "start"):
-        error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
+        error = (
+            original(name)
+            .to(layer.A.device, torch.float32, copy=True)
+            .sub_(dequantize(cast(nn.Linear, layer.base_layer)))
+        )
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A
         layer.B.data[:, : len(A)] = B / layer.s

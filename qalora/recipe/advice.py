@@ -1,6 +1,6 @@
 """What settings of other tools are called here, and why some are not there. Torch-free.
 
-Names whose meaning is equal are aliases (recipe.py); these mean something near, or nothing: transformers' and TRL's arguments, PEFT's
+Names whose meaning is equal are aliases (spellings.py). These mean something near, or nothing: transformers' and TRL's arguments, PEFT's
 config, axolotl's, LLaMA-Factory's, Unsloth's, torchtune's and litgpt's settings.
 """
 
