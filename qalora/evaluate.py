@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora evaluate",
         description="Evaluates a base, with an adapter or without, or a merged model.",
-        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
+        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. "
+        "data.columns={output: "
         "answer}.",
     )
     add(parser, "--model", required=True)

@@ -65,12 +65,12 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"training.{name}={value}" for name, value in fitted(recipe).items()))
     if card is not None:
         print(
-            f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of {HEADROOM * card / 2**30:.2f} GiB "
-            f"({1 - HEADROOM:.0%} are left to the allocator)"
+            f"{'fits' if fits else 'does not fit'} {args.gpu_memory}: {plan.total / 2**30:.2f} of "
+            f"{HEADROOM * card / 2**30:.2f} GiB ({1 - HEADROOM:.0%} are left to the allocator)"
         )
         print(
-            f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one row "
-            f"of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
+            f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; "
+            f"one row of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
         )
     return 0 if fits else 1
 
@@ -87,8 +87,8 @@ def keep_to_positions(recipe: Recipe) -> str | None:
 
 
 def keep_to_stored(recipe: Recipe) -> str | None:
-    """Sets the form of the 4-bit weights to that of a base which is stored so, for nothing else can be made of it, and returns a line
-    where the recipe says another."""
+    """Sets the form of the 4-bit weights to that of a base which is stored so, for nothing else can be made of it, and
+    returns a line where the recipe says another."""
     from qalora.base.registry import MODELS, published_fields, resolve
 
     settings = recipe.quantization
@@ -177,8 +177,8 @@ def limits(planned: Plan, memory: int) -> dict[str, int]:
 
 
 def fit_recipe(recipe: Recipe, memory: int, *, seq_len: int | None = None, device: str = "cuda") -> bool:
-    """Sets micro-batch, accumulation, checkpointing and tiling of the recipe to what fits the memory, in bytes; where nothing
-    does, to what needs least, and returns False.
+    """Sets micro-batch, accumulation, checkpointing and tiling of the recipe to what fits the memory, in bytes; where
+    nothing does, to what needs least, and returns False.
 
     Args:
         seq_len: tokens of the longest row (default: data.max_seq_len).

@@ -1,5 +1,5 @@
-"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-results, pictures ← commands. Only commands and training/trainer.py see a Recipe."""
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ←
+training, deploy, results, pictures ← commands. Only commands and training/trainer.py see a Recipe."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def level(module: str) -> int:
 
 
 def imports(path: Path, *, at_import_only: bool) -> set[str]:
-    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or
+    TYPE_CHECKING)."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
