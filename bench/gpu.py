@@ -3,7 +3,7 @@ planned bytes against the measured ones. Random weights in real shapes, made a b
 
     python bench/gpu.py                               # about 9 minutes on an H100; bench/results/gpu.json and gpu.md
     python bench/gpu.py --only 7b 33b                 # some of the cases, by the beginnings of their names
-    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; its figures mean nothing, none is kept
+    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; its figures mean nothing, and go
 
 In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own; one that fails
 leaves its error in the results. Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less

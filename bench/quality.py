@@ -4,7 +4,7 @@
     python bench/quality.py --data data --grid long     # what rounds of allocation give in runs of hundreds of steps
     python bench/quality.py --data data --grid budgets  # a quarter of the ranks, and twice as many
     python bench/quality.py --data data --grid full     # everything, for a GPU
-    python bench/quality.py --data data --only e2e/lora '*/eva'# some of it, by patterns of names
+    python bench/quality.py --data data --only e2e/lora '*/eva'  # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2        # on a CPU: so many runs at a time, a thread each
     python bench/quality.py --data data --smoke         # minutes: every method for two steps; nothing is kept
     python bench/quality.py --report                    # table and plot of what is there, at the core grid's rates

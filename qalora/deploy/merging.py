@@ -1,6 +1,6 @@
 """Adapter + frozen base → one model for deployment, a tensor at a time.
 
-    W_merged = round( W + s · B A )    per linear layer: W as the training computed with it, the sum in fp32, one rounding
+    W_merged = round( W + s · B A )  per linear layer: W as the training computed with it, the sum in fp32, one rounding
 
     checkpoint ─ trained_pieces ─ + s·B A ─ round ─┐
                └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file
