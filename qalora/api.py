@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 import json
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -291,16 +290,12 @@ def merge(
 
     source = resolve(str(model))
     refuse_other_base(str(adapter), source)
-    asked = Namespace(
-        model=str(model), adapter=str(adapter), base=base, no_quantize=False, bnb_4bit_quant_type=None,
-        no_double_quant=False, bnb_4bit_compute_dtype=None,
-    )  # fmt: skip
     stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
     return merged(
         source,
         adapter,
         output_dir,
-        quantization=trained_quantization(asked, source),
+        quantization=trained_quantization(str(adapter), source, base, {}),
         format=format,
         overwrite=overwrite,
         verify=verify,
@@ -363,18 +358,22 @@ def finetune(
         KeyboardInterrupt: interrupted, after a checkpoint.
     """
     from qalora.cli import DONE
-    from qalora.finetune import run_name, run_recipe
+    from qalora.finetune import run_recipe
     from qalora.recipe import Recipe, load_recipe, recipe_path
+    from qalora.recipe.rules import disagreements
+    from qalora.training.run_folder import run_name
 
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        recipe = recipe.model_copy(deep=True)
+        if problems := "; ".join(disagreements(recipe)):
+            raise InputError(f"recipe: {problems}.")
     else:
         name = str(recipe)
         recipe = load_recipe(name, overrides or {}, profile)
-        recipe.output_dir = recipe.output_dir or f"outputs/{run_name(name, recipe.model)}"
+        own = recipe.output_dir or f"outputs/{run_name(name, recipe.model)}"
+        recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
     resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)

@@ -81,36 +81,21 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
-    from qalora.adapter.its_base import loading_as_trained, said_of_base
+    from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter
-    from qalora.adapter.saved import check_adapter
     from qalora.answers import generation_config, prepare_tokenizer, room
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve, shape_of
 
     source = resolve(args.model)
     loading: dict[str, Any] = {"load_in_4bit": not args.no_quantize, "dtype": args.dtype}
-    if args.adapter:
-        check_adapter(args.adapter, source)
-        given = ["load_in_4bit"] if args.no_quantize else []
-        loading, note = loading_as_trained(args.adapter, source, loading, given)
-        for told in filter(None, (said_of_base(args.adapter, source), note)):
-            say(told)
+    loading, notes = how_to_load(source, args.adapter, loading, ["load_in_4bit"] if args.no_quantize else [])
+    for note in notes:
+        say(note)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
-    ids: list[int] = []
-    if args.instruction is not None:
-        ids = instruction_ids(args.instruction, args.input, tokenizer)
-    elif not args.chat:
-        ids = prompt_ids([prompt], tokenizer, raw=args.raw, system=args.system)
-    elif args.system is not None:
-        prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
-
+    ids = first_ids(args, prompt, tokenizer)
     room(len(ids), args.max_new_tokens, shape_of(source).positions)  # refused before the weights load
-    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
-    if line:
-        say(line)
     base = load_base(source, tokenizer=tokenizer, **loading).model
     model: Any = load_adapter(base, args.adapter) if args.adapter else base
     config = generation_config(model, tokenizer, [*args.stop, *taught], **options)
@@ -295,6 +280,21 @@ def prompt_ids(
     if not found:
         raise InputError("the prompt: the tokenizer makes no token of it; write something else.")
     return found
+
+
+def first_ids(args: argparse.Namespace, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the flags ask; none of a chat, whose questions come later.
+
+    Raises:
+        InputError: a system message that the template leaves out, or a prompt without a token.
+    """
+    if args.instruction is not None:
+        return instruction_ids(args.instruction, args.input, tokenizer)
+    if not args.chat:
+        return prompt_ids([prompt], tokenizer, raw=args.raw, system=args.system)
+    if args.system is not None:
+        prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
+    return []
 
 
 def instruction_ids(instruction: str, input: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qalora.base.registry import MODELS, ModelShape
@@ -14,7 +13,6 @@ from qalora.flags import add
 from qalora.sizes import parse_size
 
 if TYPE_CHECKING:
-    from qalora.fitting import Plan
     from qalora.recipe import Recipe
 
 GATED = "meta-llama/"  # owners whose licence has to be accepted on the Hub
@@ -54,18 +52,15 @@ def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, o
     Args:
         card: bytes of a GPU, for `fits`; with training.fit the step is fitted to it first.
     """
-    from qalora.fitting import HEADROOM, fit
-    from qalora.plan import planner
+    from qalora.fitting import HEADROOM
+    from qalora.training.planning import fitted, planner
 
     hub_id, shape = MODELS[name]
-    positions = shape.positions or recipe.data.max_seq_len
-    training, seq_len = recipe.training, min(recipe.data.max_seq_len, positions)
-    plan: Plan = partial(planner(recipe, shape=shape), seq_len=seq_len)
-    if training.fit and card is not None:
-        rows = training.micro_batch_size * training.gradient_accumulation_steps
-        if fitted := fit(plan, card, batch_size=rows, seq_len=seq_len):
-            plan = partial(plan, **fitted.settings())
-    total = plan().total
+    seq_len = min(recipe.data.max_seq_len, shape.positions or recipe.data.max_seq_len)
+    if recipe.training.fit and card is not None:
+        chosen, fits = fitted(recipe, shape, card, seq_len=seq_len)
+        recipe = chosen if fits else recipe
+    total = planner(recipe, shape)(seq_len=seq_len).total
     return {
         "name": name,
         "hub_id": hub_id,

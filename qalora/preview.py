@@ -6,19 +6,21 @@ import argparse
 import json
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser
+from qalora.cli import Parser, say
 from qalora.data.rows import Row, Tokenized
+from qalora.errors import InputError
 from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qalora.data.tokenization import TokenizedDataset
+    from qalora.recipe import Recipe
 
 MARKS = "⟦", "⟧"
 ASCII_MARKS = "[[", "]]"
@@ -45,12 +47,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from qalora.errors import InputError
-    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.base.loading import load_tokenizer
+    from qalora.base.registry import resolve
+    from qalora.data.tokenization import load_dataset
+    from qalora.training.settling import within_positions
 
     args, rest = parser().parse_known_args(argv)
     if args.rows < 0:
         raise InputError(f"--rows {args.rows}: must be 0 or more.")
+    recipe = recipe_of(args, rest)
+    source = resolve(recipe.model)
+    recipe, notes = within_positions(recipe, source)
+    for note in notes:
+        say(note)
+    tokenizer, data = load_tokenizer(source), recipe.data
+    dataset = load_dataset(data.train, tokenizer, split=data.split, limit=data.max_rows, **data.reading())
+    shown = [preview_of(item, tokenizer) for item in dataset.items[: args.rows]]
+    if args.json:
+        # Escaped, so that any encoding of standard output holds it.
+        print(json.dumps({"rows": shown, "data": summary(dataset)}, indent=2))
+    else:
+        print_rows(shown, data.max_seq_len)
+        write("── " + described(summary(dataset), data.max_seq_len))
+    return 0
+
+
+def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
+    """The recipe that the flags make, or the one that they change."""
+    from qalora.recipe import build_recipe, check_once, load_recipe, parse_overrides
+
     flags = {
         "model": args.model,
         "data.train": args.data,
@@ -61,34 +86,19 @@ def main(argv: list[str]) -> int:
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora preview")
+    return load_recipe(args.recipe, asked) if args.recipe else build_recipe(asked, origin="qalora preview")
 
-    from qalora.base.loading import load_tokenizer
-    from qalora.base.registry import resolve
-    from qalora.data.tokenization import load_dataset
-    from qalora.plan import keep_to_positions
 
-    if note := keep_to_positions(recipe):
-        print(note, file=sys.stderr)
-    tokenizer = load_tokenizer(resolve(recipe.model))
-    dataset = load_dataset(
-        recipe.data.train, tokenizer, split=recipe.data.split, limit=recipe.data.max_rows, **recipe.data.reading()
-    )
-    shown = [preview_of(item, tokenizer) for item in dataset.items[: args.rows]]
-    if args.json:
-        # Escaped, so that any encoding of standard output holds it.
-        print(json.dumps({"rows": shown, "data": summary(dataset)}, indent=2))
-        return 0
+def print_rows(shown: Sequence[Mapping[str, Any]], max_seq_len: int) -> None:
+    """Each row's text under a line that says how much of it there is."""
     from rich.console import Console
 
     console = Console()
     color = console.is_terminal and not console.no_color
     for row in shown:
-        cut = f", cut at data.max_seq_len={recipe.data.max_seq_len}" if row["cut"] else ""
+        cut = f", cut at data.max_seq_len={max_seq_len}" if row["cut"] else ""
         write(f"── row {row['row']}: {row['tokens']} tokens, {row['share_learned']:.0%} learned{cut}\n")
         write(marked(row, LEARNED if color else marks(sys.stdout.encoding)) + "\n")
-    write("── " + described(summary(dataset), recipe.data.max_seq_len))
-    return 0
 
 
 def preview_of(item: Tokenized, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -6,10 +6,16 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
+from qalora.errors import InputError
 from qalora.flags import add
+
+if TYPE_CHECKING:
+    from qalora.adapter.scores import Importance, RankScores
+    from qalora.base.registry import ModelSource
+    from qalora.recipe import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,62 +72,78 @@ def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
     from qalora.base.registry import resolve
-    from qalora.errors import InputError
+    from qalora.cli import say
     from qalora.files import check_writable, write_json
-    from qalora.plan import keep_to_positions, keep_to_stored
-    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.recipe import build_recipe, check_once, load_recipe, parse_overrides
+    from qalora.training.settling import settled
 
     asked = [*settings(args), *parse_overrides(rest, ("data",))]
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora score")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else build_recipe(asked, origin="qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")
     if args.method == "path" and args.importance:
         raise InputError(f"--importance {args.importance}: --method path has a measure of its own; leave it out.")
     check_writable(args.output)
+    recipe, notes = settled(recipe, source)
+    for note in notes:
+        say(note)
+    result = scored(recipe, source, args)
+    write_json(args.output, result, indent=1)
+    print(
+        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; {_summary(result)}"
+    )
+    return 0
 
-    from qalora.adapter.allocation import least_important
-    from qalora.adapter.its_base import loading_as_trained, said_of_base
+
+def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dict[str, Any]:
+    """What the JSON holds: the scores of an adapter's ranks on some rows, and which are least important.
+
+    Raises:
+        InputError: an adapter that does not fit, rows that cannot be read, or --prune of every rank.
+    """
+    from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter, ranks
     from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
     from qalora.base.device import memory_to_score
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.precision import loaded_in_4bit
     from qalora.cli import say
     from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
     from qalora.kernels.activations import set_checkpointing
 
-    notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
     of_ranks = check_adapter(args.adapter, source).total_rank
     if args.prune and args.prune >= of_ranks:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
-    loading, note = loading_as_trained(args.adapter, source, recipe.quantization.loading(), recipe.quantization.given())
-    for told in filter(None, (*notes, said_of_base(args.adapter, source), note)):
-        say(told)
+    settings = recipe.quantization
+    loading, notes = how_to_load(source, args.adapter, settings.loading(), settings.given())
+    for note in notes:
+        say(note)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
-    if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:
-        say(line)
     base = load_base(source, tokenizer=tokenizer, **loading)
     model = load_adapter(base.model, args.adapter, trainable=True)
     set_checkpointing(base.model, True)
     batch = on_device(micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id)), base.model.device)
+    importance: Importance = "path" if args.method == "path" else args.importance or "sum"
     prune = args.prune or len(ranks(model))
     start = time.perf_counter()
-    scores = score_ranks(
-        model,
-        batch,
-        args.method,
-        importance="path" if args.method == "path" else args.importance or "sum",
-        prune=prune,
-        memory=memory_to_score(),
-    )
-    seconds = time.perf_counter() - start
-    pruned = least_important(scores.importance, prune)
+    scores = score_ranks(model, batch, args.method, importance=importance, prune=prune, memory=memory_to_score())
+    return as_json(scores, prune, time.perf_counter() - start)
+
+
+def as_json(scores: RankScores, prune: int, seconds: float) -> dict[str, Any]:
+    """
+    Args:
+        prune: ranks to name as least important.
+        seconds: that the scoring took.
+    """
+    from qalora.adapter.allocation import least_important
+
     stderr = scores.stderr
+    pruned = least_important(scores.importance, prune)
     result: dict[str, Any] = {
         "method": scores.method,
         "rows": scores.rows,
@@ -150,13 +172,9 @@ def main(argv: list[str]) -> int:
         ],
     }
     if scores.method == "path":
-        total = sum(score["importance"] for score in result["scores"])
-        result["quadrature_error"] = (
-            abs(total / (scores.base_loss - scores.loss) - 1) if scores.base_loss != scores.loss else None
-        )
-    write_json(args.output, result, indent=1)
-    print(f"{args.output}: {len(result['scores'])} ranks on {scores.rows} rows, {seconds:.1f} s; {_summary(result)}")
-    return 0
+        achieved, total = scores.base_loss - scores.loss, sum(score["importance"] for score in result["scores"])
+        result["quadrature_error"] = abs(total / achieved - 1) if achieved else None
+    return result
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -30,10 +30,11 @@ from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
 from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import load_data, main
+from qalora.finetune import main
 from qalora.recipe import load_recipe
 from qalora.training import trainer
 from qalora.training.checkpoints import find_checkpoint
+from qalora.training.rows import load_data
 from qalora.training.run_folder import check_output_dir, run_name
 
 WORDS = [

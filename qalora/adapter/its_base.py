@@ -1,5 +1,5 @@
-"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter
-has one, else by names. Torch-free."""
+"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter has one, else by
+names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora.adapter.provenance import read_provenance
+from qalora.adapter.saved import check_adapter
 from qalora.base.fingerprint import fingerprint, stored_as
-from qalora.base.precision import MERGED, is_merged
+from qalora.base.precision import MERGED, is_merged, loaded_in_4bit
 from qalora.base.registry import ModelSource, published_fields, read_fields, resolve
 from qalora.base.weight_files import base_folder
 from qalora.errors import InputError
@@ -111,6 +112,29 @@ def loading_as_trained(
         if result[name] != trained[name]:
             return result, f"{adapter}: was trained with {name}={trained[name]}, and this base has {result[name]}"
     return result, None
+
+
+def how_to_load(
+    source: ModelSource, adapter: str | Path | None, loading: Mapping[str, Any], given: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments of `load_base` for a base that an adapter, or nothing, is put on, and lines for the user.
+
+    Args:
+        adapter: its folder; None: the base alone.
+        loading: what the settings say.
+        given: names of those that the user gave, which stay.
+
+    Raises:
+        InputError: no plain LoRA, or one that does not fit the base.
+    """
+    loading, notes = dict(loading), list[str | None]()
+    if adapter is not None:
+        check_adapter(adapter, source)
+        notes.append(said_of_base(adapter, source))
+        loading, note = loading_as_trained(adapter, source, loading, given)
+        notes.append(note)
+    in_4bit, note = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=adapter is not None)
+    return {**loading, "load_in_4bit": in_4bit}, [line for line in (*notes, note) if line]
 
 
 def _merged_already(adapter: Path, source: ModelSource) -> bool:

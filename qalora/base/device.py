@@ -10,6 +10,11 @@ import psutil
 import torch
 
 
+def device_kind() -> str:
+    """cuda where there is one, else cpu: what a run trains on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def available_memory() -> int:
     """Bytes of CUDA memory that this process may still allocate, or of the machine's available memory on a CPU."""
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from qalora.results.facts import read_run, write_log
 from qalora.results.page import render
 
 
-def finish(output_dir: Path, log_history: Sequence[Mapping[str, object]], say: Callable[[str], None]) -> None:
+def write_results(output_dir: Path, log_history: Sequence[Mapping[str, object]], say: Callable[[str], None]) -> None:
     """Writes log_history.jsonl, adapter/README.md and report.html, once metrics.json and adapter/ are written.
 
     Args:

@@ -26,22 +26,20 @@ Settings = Mapping[str, Any]
 class Continued:
     """
     Attributes:
-        settings: the recipe of the checkpoint.
+        step: the optimizer steps behind it.
+        settings: its recipe.
         identity: what its run is made of; None: of an earlier version, which did not say.
     """
 
     checkpoint: Path
+    step: int
     settings: Settings
     identity: Identity | None
 
     @staticmethod
     def at(checkpoint: Path) -> Continued:
         settings = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-        return Continued(checkpoint, settings, read_identity(checkpoint))
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
+        return Continued(checkpoint, step_of(checkpoint), settings, read_identity(checkpoint))
 
     def rounds_done(self) -> list[int]:
         """The steps of the rounds before the checkpoint."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
 from qalora.card_files import CARD, clear_but_card
 from qalora.errors import InputError
-from qalora.files import check_folder, holds, put_back, write_whole, written_beside
+from qalora.files import check_folder, disk_is_full, holds, put_back, unwritable, write_whole, written_beside
 from qalora.locking import LOCK
 from qalora.training import identity
 from qalora.training.checkpoints import PREFIX, SECTIONS, best_beside, checkpoints_in, problem_with, step_of
@@ -201,3 +201,25 @@ def _clear(output_dir: Path, say: Callable[[str], None]) -> None:
 
 def lock_of(output_dir: Path) -> Path:
     return output_dir / LOCK
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """
+    Raises:
+        InputError: whatever was written in the block found no room; what had been written whole is still there.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error if disk_is_full(error) else error.__cause__
+        if cause is None or not disk_is_full(cause):
+            raise
+        what = (
+            error.as_typed
+            if isinstance(error, InputError)
+            else f"{output_dir}: cannot be written ({unwritable(cause)})."
+        )
+        raise InputError(
+            f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and --resume-from-checkpoint auto."
+        ) from error

@@ -143,7 +143,7 @@ def test_a_run_is_pushed_at_its_end_and_a_failed_push_loses_nothing(finetune, hu
 
 
 def test_a_push_that_cannot_be_is_refused_before_anything_is_read(finetune, monkeypatch, capsys):
-    monkeypatch.setattr("qalora.finetune.load_data", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr("qalora.training.rows.load_data", lambda *args, **options: pytest.fail("read"))
     code, run = finetune("--push-to-hub=me/tales", output="refused")
     assert code == 2 and "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert not run.exists()
