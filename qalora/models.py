@@ -21,8 +21,8 @@ GATED = "meta-llama/"  # owners whose licence has to be accepted on the Hub
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora models",
-        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any other LLaMA-class "
-        "model too: a Hub id, a folder or a .gguf file.",
+        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any "
+        "other LLaMA-class model too: a Hub id, a folder or a .gguf file.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
     add(parser, "--recipe", default="alpaca", more="that is planned")
@@ -106,8 +106,9 @@ def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Nam
     training = recipe.training
     rows_a_forward = "as many" if training.fit and args.gpu_memory else str(training.micro_batch_size)
     print(
-        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to {recipe.data.max_seq_len} tokens a "
-        f"forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora plan` has it by term."
+        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to "
+        f"{recipe.data.max_seq_len} tokens a forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora "
+        "plan` has it by term."
         "\n*: gated; accept its licence on the Hub and set HF_TOKEN."
     )
 

@@ -1,4 +1,5 @@
-"""The supported API from a script's point of view: each line of the README's example, under the trainers that people have."""
+"""The supported API from a script's point of view: each line of the README's example, under the trainers that people
+have."""
 
 from __future__ import annotations
 
@@ -148,7 +149,8 @@ def test_a_run_is_resumed_across_a_round_as_if_it_had_not_stopped(folder, rows, 
             rounds_and_stop = [rounds]
         trainer = VariableTrainer(
             model=model, args=TrainingArguments(**arguments(place, **settings)), train_dataset=rows,
-            data_collator=lambda items: {k: v for k, v in Collator(0)(items).items() if k != "rows"}, callbacks=rounds_and_stop,
+            data_collator=lambda items: {k: v for k, v in Collator(0)(items).items() if k != "rows"},
+            callbacks=rounds_and_stop,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return model
@@ -258,9 +260,10 @@ def test_a_plan_by_name_or_folder(folder):
 def test_a_whole_run_merged_and_exported(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = {
-        "model": str(folder), "data.train": str(tmp_path / "rows.jsonl"), "data.val_set_size": 4, "output_dir": str(tmp_path / "run"),
-        "training.max_steps": 4, "quantization.bnb_4bit_compute_dtype": "float32", "allocation.rounds": 0, "logging.quiet": True,
-        "evaluation.metrics": ["loss"], "data.format": "prompt-completion",
+        "model": str(folder), "data.train": str(tmp_path / "rows.jsonl"), "data.val_set_size": 4,
+        "output_dir": str(tmp_path / "run"), "training.max_steps": 4, "quantization.bnb_4bit_compute_dtype": "float32",
+        "allocation.rounds": 0, "logging.quiet": True, "evaluation.metrics": ["loss"],
+        "data.format": "prompt-completion",
     }  # fmt: skip
     recipe = qalora.load_recipe("alpaca", settings)
     result = qalora.finetune(recipe)

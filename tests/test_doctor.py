@@ -23,8 +23,8 @@ GOOD = {
     "broken": {},
     "unsatisfied": [],
     "qalora_error": None,
-    "platform": {"system": "Linux-6", "machine": "x86_64", "wsl": False, "cores": 8, "cpu": "a CPU", "cpu_flags": ["avx2"]},
-    "devices": [CUDA],
+    "platform": {"system": "Linux-6", "machine": "x86_64", "wsl": False, "cores": 8, "cpu": "a CPU",
+    "cpu_flags": ["avx2"]}, "devices": [CUDA],
     "driver_without_torch": None,
     "compute": {"device": "cuda", "dtype": "bfloat16", "error": None},
     "memory": {"total": 64 * GIB, "available": 60 * GIB},
@@ -56,8 +56,10 @@ def test_a_good_machine_has_no_findings():
     ("changed", "level", "text"),
     [
         ({"broken": {"peft": "ImportError: no x"}}, "fails", "peft 0.21.2 cannot be imported: ImportError: no x"),
-        ({"broken": {"bitsandbytes": "ModuleNotFoundError"}}, "fails", "bitsandbytes is not installed → pip install bits"),
-        ({"unsatisfied": ["peft>=0.21 (0.17.0 is installed)"]}, "fails", 'needs peft>=0.21 (0.17.0 is installed) → pip install "peft>=0.21"'),
+        ({"broken": {"bitsandbytes": "ModuleNotFoundError"}}, "fails", "bitsandbytes is not installed → pip install "
+            "bits"),
+        ({"unsatisfied": ["peft>=0.21 (0.17.0 is installed)"]}, "fails", 'needs peft>=0.21 (0.17.0 is installed) → pip '
+            'install "peft>=0.21"'),
         ({"qalora_error": "ImportError: cannot import name"}, "fails", "qalora cannot be loaded with these packages"),
         ({"compute__error": "no library"}, "fails", "4 bits do not work on cuda: no library"),
         ({"devices": [{"device": "cuda:0", "kind": "CUDA", "error": "busy"}]}, "fails", "cuda:0 cannot be used: busy"),
@@ -67,16 +69,19 @@ def test_a_good_machine_has_no_findings():
         (NO_GPU, "slow", "there is no fast 4-bit path"),
         (NO_GPU, "slow", "no AVX-512"),
         (NO_GPU, "slow", "no bf16 arithmetic (AVX512_BF16, AMX)"),
-        ({**NO_GPU, "driver_without_torch": "torch 2.13.0+cpu is built for the CPU alone"}, "slow", "built for the CPU alone"),
+        ({**NO_GPU, "driver_without_torch": "torch 2.13.0+cpu is built for the CPU alone"}, "slow", "built for the CPU "
+            "alone"),
         ({"disk__working folder": {**PLACE, "free": GIB // 2}}, "fails", "0.5 GiB free for working folder"),
         ({"disk__working folder": {**PLACE, "writable": False}}, "fails", "cannot be written to"),
         ({"disk__Hugging Face cache": {**PLACE, "free": 5 * GIB}}, "note", "set HF_HOME to a larger disk"),
         ({"disk__Hugging Face cache": {**PLACE, "writable": False}}, "fails", "the Hugging Face cache"),
         ({"hub__offline": True}, "note", "nothing is downloaded"),
         ({"memory__available": GIB}, "slow", "1.0 GiB of memory"),
-        ({"platform__wsl": True, "disk__working folder": {**PLACE, "path": "/mnt/c/work"}}, "slow", "a Windows disk under WSL"),
+        ({"platform__wsl": True, "disk__working folder": {**PLACE, "path": "/mnt/c/work"}}, "slow", "a Windows disk "
+            "under WSL"),
         ({"environment": {"WORLD_SIZE": "2"}}, "fails", "WORLD_SIZE=2"),
-        ({"environment": {"ACCELERATE_MIXED_PRECISION": "fp8"}}, "note", "ACCELERATE_MIXED_PRECISION=fp8 is not followed"),
+        ({"environment": {"ACCELERATE_MIXED_PRECISION": "fp8"}}, "note", "ACCELERATE_MIXED_PRECISION=fp8 is not "
+            "followed"),
         ({"environment": {"CUDA_VISIBLE_DEVICES": ""}, **NO_GPU}, "note", "hides every GPU"),
         ({"environment": {"OMP_NUM_THREADS": "1"}, **NO_GPU}, "slow", "OMP_NUM_THREADS=1, of 8 cores"),
     ],

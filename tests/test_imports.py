@@ -135,7 +135,8 @@ def level(module: str) -> int:
 
 
 def imports(path: Path, *, at_import_only: bool) -> set[str]:
-    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or
+    TYPE_CHECKING)."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:

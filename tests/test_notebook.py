@@ -1,4 +1,5 @@
-"""The Colab notebook, its own cells from top to bottom, with the small model and a few steps in the place of its parameters."""
+"""The Colab notebook, its own cells from top to bottom, with the small model and a few steps in the place of its
+parameters."""
 
 from __future__ import annotations
 

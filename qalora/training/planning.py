@@ -9,7 +9,8 @@ from typing import Any
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
 from qalora.base.registry import ModelShape
-from qalora.fitting import MLP_TILE, Plan, fit, largest, least
+from qalora.fitting import Plan, fit, largest, least
+from qalora.sizes import MLP_TILE
 from qalora.memory import plan_memory
 from qalora.recipe import Recipe
 

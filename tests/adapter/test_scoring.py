@@ -257,8 +257,8 @@ def test_importance_is_drop_plus_alone_or_either(tiny_adapter, make_batch, metho
 
 
 def test_cost_in_forwards(tiny_adapter, make_batch):
-    """14 modules of 2 ranks in 2 blocks: 2 forwards to keep inputs, then 14 ranks through two blocks and 14 through one,
-    twice; or two passes of a forward and a backward. Counted in blocks."""
+    """14 modules of 2 ranks in 2 blocks: 2 forwards to keep inputs, then 14 ranks through two blocks and 14 through
+    one, twice; or two passes of a forward and a backward. Counted in blocks."""
     model, batch, blocks = tiny_adapter(r=2), make_batch(), []
     for block in model.base_model.model.model.layers:
         block.register_forward_hook(lambda *_: blocks.append(1))
@@ -373,7 +373,8 @@ def test_path_goes_with_path(tiny_adapter, make_batch):
     ids=["planted", "planted-bf16", "heavy"],
 )
 def test_certificates_hold_against_ranks_that_first_order_misjudges(tiny_adapter, kind, dtype, make_batch):
-    """A rank 150 times as large as the others, or sizes without a mean: whatever is certified is what exhaustive ablation prunes."""
+    """A rank 150 times as large as the others, or sizes without a mean: whatever is certified is what exhaustive
+    ablation prunes."""
     certified = 0
     for seed in range(8):
         model = tiny_adapter(r=4, dtype=dtype, seed=seed)
@@ -452,7 +453,7 @@ def test_scores_that_are_not_finite_are_no_answer(tiny_adapter, make_batch, meth
         score_ranks(model, [make_batch()], method, importance="path" if method == "path" else "sum")
 
 
-# ------------------------------------------------------------------------------------------- the model is left as it was
+# ------------------------------------------------------------------------------------------ the model is left as it was
 
 
 def state(model):

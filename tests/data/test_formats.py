@@ -248,7 +248,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"},  # of an array of numpy
-            f"messages is a text that is no list in JSON ({chr(34)}[{{'role': 'user'}}\\n {{'role': 'assistant'}}{chr(34)} …); {AS_JSON}.",
+            f"messages is a text that is no list in JSON ({chr(34)}[{{'role': 'user'}}\\n "
+            f"{{'role': 'assistant'}}{chr(34)} …); {AS_JSON}.",
         ),
         ("messages", {"messages": "hi"}, f"messages is a text that is no list in JSON ('hi' …); {AS_JSON}."),
         (
@@ -259,7 +260,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": [{"role": "user", "content": None, "id": 1}]},
-            "messages, message 0: no content or value, or it is null; it has 'id'; map one with data.columns={FIELD: content}.",
+            "messages, message 0: no content or value, or it is null; it has 'id'; map one with data.columns={FIELD: "
+            "content}.",
         ),
         (
             "messages",
@@ -279,7 +281,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": [{"content": "x"}]},
-            "messages, message 0: no role or from, or it is null; it has 'content'; map one with data.columns={FIELD: role}.",
+            "messages, message 0: no role or from, or it is null; it has 'content'; map one with data.columns={FIELD: "
+            "role}.",
         ),
         (
             "sharegpt",
@@ -341,9 +344,9 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "sharegpt",
             {"conversations": [{"from": "alien", "value": "x"}]},
-            "conversations, message 0: unknown role 'alien'; known are system, developer, user, human, prompter, assistant, "
-            "gpt, chatgpt, model, bot, ai, function_call, tool_call, tool, observation, function, function_response, "
-            "tool_response, ipython, and those that the chat template names.",
+            "conversations, message 0: unknown role 'alien'; known are system, developer, user, human, prompter, "
+            "assistant, gpt, chatgpt, model, bot, ai, function_call, tool_call, tool, observation, function, "
+            "function_response, tool_response, ipython, and those that the chat template names.",
         ),
         (
             "sharegpt",
@@ -488,8 +491,8 @@ def test_columns_that_are_not_used_are_named_by_their_own_names():
 
 def test_two_columns_of_one_name_are_an_error():
     refused(
-        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them another "
-        "name there.",
+        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them "
+        "another name there.",
         example,
         {"prompt": "q", "completion": "a", "answer": "b"},
         columns={"answer": "completion"},
@@ -533,7 +536,8 @@ def test_the_format_is_that_of_the_mapped_columns():
 def test_columns_of_no_format_are_named():
     refused(
         "rows.csv: no known format has the columns answer, question; set data.format (alpaca, sharegpt, messages, "
-        "prompt-completion, text) and map the columns with data.columns, such as {question: prompt, answer: completion}.",
+        "prompt-completion, text) and map the columns with data.columns, such as {question: prompt, answer: "
+        "completion}.",
         detect_format,
         [{"question": 1, "answer": 2}],
         source="rows.csv",

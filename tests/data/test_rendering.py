@@ -38,7 +38,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 ZEPHYR = LOOP + (
-    "{% if m.role in ['user', 'system', 'assistant'] %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{{ '\n' }}{% endif %}"
+    "{% if m.role in ['user', 'system', 'assistant'] %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{{ '\n' "
+    "}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 TRIMS = CHATML.replace("m.content", "m.content | trim")
@@ -48,7 +49,8 @@ R1 = (
     + LOOP
     + (
         "{% if m.role == 'user' %}{{ '<User>' + m.content }}{% elif m.role == 'assistant' %}"
-        "{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'system' %}{{ m.content }}{% endif %}"
+        "{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'system' %}{{ m.content "
+        "}}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
     )
 )
@@ -70,7 +72,8 @@ TOOLS = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\n' }}{% endif %}"
     + LOOP
     + "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson + '</call>' }}{% endfor %}"
+    "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson + "
+    "'</call>' }}{% endfor %}"
     "{% if m.tool_call_id %}{{ ' #' + m.tool_call_id }}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -111,10 +114,12 @@ ENDED = {
     "mistral": (MISTRAL, lambda text, last: f" {text.strip()}</s>"),
     "zephyr": (ZEPHYR, lambda text, last: f"{text}</s>"),
     "trims": (TRIMS, lambda text, last: f"{text.strip()}<|im_end|>"),
-    "cuts thoughts": (QWEN3, lambda text, last: f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>"),
+    "cuts thoughts": (QWEN3, lambda text,
+    last: f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>"),
     "begins a thought": (
         QWEN3_THINKING,
-        lambda text, last: f"\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>",
+        lambda text,
+        last: f"\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>",
     ),
 }  # fmt: skip
 
@@ -162,7 +167,8 @@ def test_a_thought_is_learned_where_the_template_keeps_it(byte_tokenizer, questi
 
 
 def test_answers_in_a_row_are_learned_as_the_template_writes_them(byte_tokenizer):
-    """Qwen3's writes an empty thought into the last answer alone, so what it asks after the first is not what it later has."""
+    """Qwen3's writes an empty thought into the last answer alone, so what it asks after the first is not what it later
+    has."""
     tokenizer = byte_tokenizer(QWEN3)
     end, thought = "<|im_end|>", "<think>\n\n</think>\n\n"
     answers = said("user", "q"), said("assistant", "one"), said("assistant", "two")
@@ -377,7 +383,7 @@ def test_a_template_without_tools_is_an_error(byte_tokenizer, messages, columns,
         render(row(*messages, **columns), byte_tokenizer(CHATML))
 
 
-# ------------------------------------------------------------------------------------------- the template of a tokenizer
+# ------------------------------------------------------------------------------------------ the template of a tokenizer
 
 
 def test_a_template_of_the_recipe_takes_the_place_of_the_tokenizers(byte_tokenizer, tmp_path):
@@ -427,7 +433,7 @@ def test_without_a_template_the_served_prompt_is_the_trained_one(byte_tokenizer,
     assert ids.count(tokenizer.bos_token_id) == int(add_bos)
 
 
-# ----------------------------------------------------------------------------------------------- without a chat template
+# ---------------------------------------------------------------------------------------------- without a chat template
 
 
 def test_system_and_history_of_alpaca_rows_are_paragraphs_before_the_prompt(byte_tokenizer):
@@ -532,7 +538,8 @@ def test_a_turn_is_not_found_in_an_earlier_one_of_the_same_words(byte_tokenizer,
         ),
         (
             "{% if not day is defined %}{% set day = 'Monday' %}{% endif %}{% set tone = tone | default('calm') %}"
-            "{% if shout is undefined %}{% set shout = false %}{% endif %}{% if think is defined and think %}!{% endif %}"
+            "{% if shout is undefined %}{% set shout = false %}{% endif %}{% if think is defined and think %}!{% endif "
+            "%}"
             "{{ day ~ tone ~ shout }}{% for m in messages %}{{ m.content }}{% endfor %}",
             ("day", "shout", "think", "tone"),
         ),

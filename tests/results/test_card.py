@@ -80,9 +80,10 @@ def test_a_merged_card_says_how_far_it_was_verified(run, tmp_path):
     folder = tmp_path / "merged"
     folder.mkdir()
     report = {
-        "model": "llama-7b", "adapter": str(run / "adapter"), "base": "dequantized", "format": "hf", "dtype": "bfloat16",
-        "modules": 5, "caveat": None, "bytes": 13 * 10**9, "max_logit_difference": 0.0123, "mean_logit_difference": 0.001,
-        "mean_adapter_effect": 0.5, "kl": 1e-6, "greedy_agreement": 0.998, "relative_difference": 0.002, "tolerance": 0.01,
+        "model": "llama-7b", "adapter": str(run / "adapter"), "base": "dequantized", "format": "hf",
+        "dtype": "bfloat16", "modules": 5, "caveat": None, "bytes": 13 * 10**9, "max_logit_difference": 0.0123,
+        "mean_logit_difference": 0.001, "mean_adapter_effect": 0.5, "kl": 1e-6, "greedy_agreement": 0.998,
+        "relative_difference": 0.002, "tolerance": 0.01,
     }  # fmt: skip
     (folder / "merge.json").write_text(json.dumps(report))
     (folder / "config.json").write_text("{}")
@@ -182,8 +183,10 @@ def test_places_of_this_machine_are_named_by_their_last_name(text, is_left):
 
 def test_the_command_is_kept_without_what_concerns_one_attempt():
     words = [
-        "--model", "llama-7b", "--recipe", "alpaca", "--output-dir", "out", "--overwrite", "--resume-from-checkpoint=auto",
-        "--output_dir=x", "--push-to-hub", "me/x", "hub_model_id=me/y", "--hub-private-repo", "--hub_private_repo", "true", "training.max_steps=3", "data.prompt_template=a 'b'",
+        "--model", "llama-7b", "--recipe", "alpaca", "--output-dir", "out", "--overwrite",
+        "--resume-from-checkpoint=auto",
+        "--output_dir=x", "--push-to-hub", "me/x", "hub_model_id=me/y", "--hub-private-repo", "--hub_private_repo",
+        "true", "training.max_steps=3", "data.prompt_template=a 'b'",
     ]  # fmt: skip
     left = ["--model", "llama-7b", "--recipe", "alpaca", "training.max_steps=3", "data.prompt_template=a 'b'"]
     assert lasting(words) == left

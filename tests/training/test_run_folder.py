@@ -38,8 +38,8 @@ from qalora.training.resume import Continued, changes, check_settings, kept_apar
 from qalora.training.run_folder import begin_folder, check_output_dir, is_run, own_entries
 
 FILES = (
-    "trainer_state.json", "recipe.yaml", "run.json", "allocation.jsonl", "adapter_config.json", "adapter_model.safetensors",
-    "optimizer.pt", "scheduler.pt", "rng_state.pth",
+    "trainer_state.json", "recipe.yaml", "run.json", "allocation.jsonl", "adapter_config.json",
+    "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
 )  # fmt: skip
 IDENTITY = Identity("m", "f", 12, 2, {"a": 2}, Rows((b"12345678",), (b"abcdefgh",), "v"), run="one")
 
@@ -136,12 +136,13 @@ def test_only_what_a_run_writes_is_its_own(tmp_path):
     checkpoint(tmp_path, 3)
     IDENTITY.write(tmp_path)
     mine = {
-        "adapter/adapter_config.json", "merged/merge.json", "ranks.png", "scores/step-4.json", "predictions-after.jsonl",
-        "runs/Nov28/events.out.tfevents.1", ".checkpoint-6.partial/optimizer.pt", ".metrics.json.partial",
+        "adapter/adapter_config.json", "merged/merge.json", "ranks.png", "scores/step-4.json",
+        "predictions-after.jsonl", "runs/Nov28/events.out.tfevents.1", ".checkpoint-6.partial/optimizer.pt",
+        ".metrics.json.partial",
     }  # fmt: skip
     others = {
-        "notes.txt", "src/merged/main.py", "scores/season.csv", "runs/yolo/weights.pt", ".git/HEAD", "checkpoint-x/adapter_config.json", "data/rows.jsonl",
-        ".env", "checkpoint-7/of-another-tool.txt", "plot.png",
+        "notes.txt", "src/merged/main.py", "scores/season.csv", "runs/yolo/weights.pt", ".git/HEAD",
+        "checkpoint-x/adapter_config.json", "data/rows.jsonl", ".env", "checkpoint-7/of-another-tool.txt", "plot.png",
     }  # fmt: skip
     for name in mine | others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,10 @@ def test_a_recipe_and_the_metrics_of_another_tool_are_no_run(tmp_path):
 
 def test_a_second_writer_is_refused_and_a_killed_one_is_no_obstacle(tmp_path):
     lock = tmp_path / "new" / "folder" / ".lock"
-    code = "import sys, time; from pathlib import Path; from qalora.locking import locked\nwith locked(Path(sys.argv[1]), 'x'):\n  print('in', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from pathlib import Path; from qalora.locking import locked\nwith "
+        "locked(Path(sys.argv[1]), 'x'):\n  print('in', flush=True); time.sleep(60)"
+    )
     root = str(Path(__file__).resolve().parents[2])
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
@@ -222,7 +226,7 @@ def test_a_lock_file_that_its_owner_removed_meanwhile_is_none(tmp_path, monkeypa
         pass
 
 
-# ------------------------------------------------------------------------------------------------------- what it continues
+# ---------------------------------------------------------------------------------------------------- what it continues
 
 
 def test_a_base_is_its_weights_wherever_they_lie(save_tiny_llama, tmp_path):
