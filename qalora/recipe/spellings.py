@@ -1,4 +1,5 @@
-"""How settings are spelled: other tools' names and values for ours, and what to write for a name that is none. Torch-free."""
+"""How settings are spelled: other tools' names and values for ours, and what to write for a name that is none.
+Torch-free."""
 
 from __future__ import annotations
 
