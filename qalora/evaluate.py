@@ -129,7 +129,8 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
 def evaluated(
     recipe: Recipe, source: ModelSource, adapter: str | None, *, progress: bool
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(the figures, a record per row) of a base, with an adapter or without, as `data` and `evaluation` of the recipe say.
+    """(the figures, a record per row) of a base, with an adapter or without, as `data` and `evaluation` of the recipe
+    say.
 
     Raises:
         InputError: an adapter that does not fit, rows that cannot be read, or a metric that they cannot answer.

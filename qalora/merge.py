@@ -176,8 +176,8 @@ def export(args: argparse.Namespace, source: ModelSource) -> None:
 def trained_quantization(
     adapter: str, source: ModelSource, base: str | None, asked: Mapping[str, Any]
 ) -> Quantization | None:
-    """How the training had the frozen weights: by what is asked for, by the adapter's qalora.json, by the recipe of the run that it
-    lies in, or by the base where that is stored in 4 bits. Never by this machine.
+    """How the training had the frozen weights: by what is asked for, by the adapter's qalora.json, by the recipe of the
+    run that it lies in, or by the base where that is stored in 4 bits. Never by this machine.
 
     Args:
         base: dequantized or original; None: as trained.
@@ -204,9 +204,9 @@ def trained_quantization(
     refuse_other_codes(source.name, stored, given)
     if not (known or stored or given or base):
         raise InputError(
-            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that was 4 bits "
-            "(QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in adapter_config.json), or --base "
-            "original if it was 16 or 32."
+            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that "
+            "was 4 bits (QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in "
+            "adapter_config.json), or --base original if it was 16 or 32."
         )
     quant_type = _quant_type(known, stored, given)
     if known is not None:
@@ -217,8 +217,8 @@ def trained_quantization(
         dtype = "bfloat16"
         if quant_type:
             say(
-                f"{adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what nearly all are; "
-                "--bnb-4bit-compute-dtype says another"
+                f"{adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what "
+                "nearly all are; --bnb-4bit-compute-dtype says another"
             )
     return Quantization(
         quant_type=quant_type,

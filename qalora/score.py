@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
     result = scored(recipe, source, args)
     write_json(args.output, result, indent=1)
     print(
-        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; {_summary(result)}"
+        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; "
+        f"{_summary(result)}"
     )
     return 0
 

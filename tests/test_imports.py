@@ -1,5 +1,5 @@
-"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-results, pictures ← commands. Only commands and training/ see a Recipe."""
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ←
+training, deploy, results, pictures ← commands. Only commands and training/ see a Recipe."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter has one, else by
-names."""
+"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter
+has one, else by names."""
 
 from __future__ import annotations
 

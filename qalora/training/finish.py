@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qalora.adapter.allocation_round import Record
 from qalora.adapter.model import ranks, save_adapter
 from qalora.base.checkpoint import Quantization
 from qalora.base.device import device_kind
@@ -35,8 +36,8 @@ def train(run: Run, session: Session, say: Say) -> bool:
         return False
     if run.rounds.steps and not session.allocator.done():
         raise AnswerNo(
-            f"the run ended after step {step}, before its first round of allocation (step {run.rounds.steps[0]}); lower "
-            "allocation.warmup or raise training.early_stopping_patience."
+            f"the run ended after step {step}, before its first round of allocation (step {run.rounds.steps[0]}); "
+            "lower allocation.warmup or raise training.early_stopping_patience."
         )
     return True
 
@@ -115,7 +116,7 @@ def draw(
     log_history: list[dict[str, Any]],
     start: dict[str, int],
     final: dict[str, int],
-    rounds: Sequence[dict[str, Any]],
+    rounds: Sequence[Record],
 ) -> None:
     """ranks.png and loss.png, whole or not at all."""
     with TemporaryDirectory(dir=output_dir, prefix=".drawing-") as drawn:

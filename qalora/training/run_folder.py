@@ -221,5 +221,6 @@ def full_disk_named(output_dir: Path) -> Iterator[None]:
             else f"{output_dir}: cannot be written ({unwritable(cause)})."
         )
         raise InputError(
-            f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and --resume-from-checkpoint auto."
+            f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and "
+            "--resume-from-checkpoint auto."
         ) from error
