@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qalora import cli
 from qalora.environment import check_one_process, leave_to_the_recipe
 from qalora.files import check_folder
+from qalora.flags import add
 from qalora.locking import locked
 from qalora.training.checkpoints import find_checkpoint
 from qalora.training.resume import Continued
@@ -36,25 +37,22 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any setting of the recipe can follow, as key=value or --key value, e.g. training.max_steps=200; "
         "`qalora recipes show NAME` prints a recipe.",
     )
-    parser.add_argument("--model", help="registry name (llama-7b, smollm2-135m …), Hub id, folder or .gguf file")
-    parser.add_argument("--recipe", required=True, help="name of a shipped recipe, or path of a YAML file")
-    parser.add_argument("--profile", help="settings for a kind of machine, over the recipe's: 24gb, t4, cpu")
+    add(parser, "--model", otherwise="the recipe's")
+    add(parser, "--recipe", required=True)
+    add(parser, "--profile")
     parser.add_argument("--output-dir", metavar="DIR", help="default: outputs/RECIPE-MODEL")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    add(parser, "--overwrite")
     parser.add_argument(
         "--resume-from-checkpoint", metavar="PATH|auto", help="continue exactly; auto: the newest checkpoint"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and the memory plan, and exit"
-    )
+    add(parser, "--dry-run", more="print the resolved recipe and the memory plan, and exit")
     parser.add_argument(
         "--push-to-hub",
         "--push_to_hub",
         metavar="REPO",
         help="push the adapter to this repository (OWNER/NAME) at the end",
     )
-    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="compute dtype")
+    add(parser, "--no-quantize", "--dtype", otherwise="the recipe's")
     return parser
 
 

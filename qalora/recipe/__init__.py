@@ -5,9 +5,9 @@ Torch-free.
 """
 
 from qalora.recipe.reading import (
-    build_recipe,
     check_once,
     load_recipe,
+    make_recipe,
     parse_overrides,
     profile_names,
     recipe_names,
@@ -19,9 +19,9 @@ from qalora.recipe.settings import QuantizationConfig, Recipe, setting_types
 __all__ = [
     "QuantizationConfig",
     "Recipe",
-    "build_recipe",
     "check_once",
     "load_recipe",
+    "make_recipe",
     "parse_overrides",
     "profile_names",
     "recipe_names",

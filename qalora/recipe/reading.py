@@ -88,7 +88,7 @@ def load_recipe(
             raise InputError(f"--profile {profile}: no such profile; there are {', '.join(profile_names())}.")
         settings = _laid_over(settings, read_settings(recipes_dir() / "profiles" / f"{profile}.yaml"))
     origin = f"{path} and the command line" if overrides else str(path)
-    return build_recipe(_laid_over(settings, with_preset(overrides)), origin=origin)
+    return make_recipe(_laid_over(settings, with_preset(overrides)), origin=origin)
 
 
 def _laid_over(below: Sequence[tuple[str, Any]], above: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -152,7 +152,7 @@ def check_once(
             raise InputError(f"{where}: two values for {canonical}, {earlier} and {later}; keep one.")
 
 
-def build_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
+def make_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     """Builds a Recipe from (dotted key, value) settings, later ones winning; `origin` names them in errors."""
     known = dict(setting_types())
     problems: list[str] = []

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from qalora.errors import InputError
-from qalora.recipe import advice, build_recipe, setting_types
+from qalora.recipe import advice, make_recipe, setting_types
 from qalora.recipe.reading import with_preset
 from qalora.recipe.spellings import ALIASES
 
@@ -13,7 +13,7 @@ MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return build_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def refusal(*settings):

@@ -9,7 +9,7 @@ import yaml
 
 from qalora.data.formats import ALPACA_WITH_INPUT, to_example
 from qalora.errors import InputError
-from qalora.recipe import build_recipe, load_recipe, parse_overrides, recipe_path
+from qalora.recipe import load_recipe, make_recipe, parse_overrides, recipe_path
 from qalora.recipe import reading as module
 from qalora.recipe.reading import with_preset
 from qalora.recipe.spellings import ALIASES
@@ -18,7 +18,7 @@ MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return build_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def get(recipe, key):

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from qalora.errors import InputError
-from qalora.recipe import build_recipe
+from qalora.recipe import make_recipe
 from qalora.recipe.reading import with_preset
 
 MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return build_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def refusal(*settings):
@@ -21,7 +21,7 @@ def refusal(*settings):
 
 def test_all_disagreements_at_once():
     with pytest.raises(InputError) as error:
-        build_recipe([("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)], origin="test")
+        make_recipe([("training.warmup_steps", 30), ("training.warmup_ratio", 0.1)], origin="test")
     for part in ("model is missing", "data.train is missing", "training.warmup_steps=30"):
         assert part in str(error.value)
 

@@ -7,7 +7,7 @@ import yaml
 
 from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
-from qalora.recipe import Recipe, build_recipe, load_recipe
+from qalora.recipe import Recipe, load_recipe, make_recipe
 from qalora.recipe.reading import with_preset
 from qalora.recipe.settings import DataConfig
 
@@ -15,7 +15,7 @@ MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return build_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def refusal(*settings):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qalora.errors import InputError
-from qalora.recipe import build_recipe, setting_types
+from qalora.recipe import make_recipe, setting_types
 from qalora.recipe.reading import with_preset
 from qalora.recipe.spellings import ALIASES
 
@@ -11,7 +11,7 @@ MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
 
 def build(*settings, **more):
-    return build_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
+    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
 
 
 def get(recipe, key):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qalora.recipe import build_recipe
+from qalora.recipe import make_recipe
 
 TINY_ROWS = 24
 
@@ -32,6 +32,6 @@ def recipe_over(saved_base, tmp_path):
             "data.val_set_size": 8,
             "output_dir": str(tmp_path / "run"),
         }
-        return build_recipe([*(own | settings).items()], origin="a test")
+        return make_recipe([*(own | settings).items()], origin="a test")
 
     return make
