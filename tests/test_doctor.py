@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 
-from qalora import machine
 from qalora.__main__ import main
 from qalora.doctor import GIB, of_devices, of_environment, of_packages, of_room
 
@@ -128,43 +127,6 @@ def test_this_machine(doctor, monkeypatch):
     assert "hf_secret_of_mine" not in out and "password" not in out
     _, text = doctor()
     assert f"torch {torch.__version__}" in text and "4 bits      work on" in text and "hf_secret_of_mine" not in text
-
-
-def test_a_package_that_does_not_load_is_a_line(doctor, monkeypatch, tmp_path):
-    (tmp_path / "breaks.py").write_text("raise OSError('libcudart.so.13: cannot open\\nshared object file')")
-    (tmp_path / "complains.py").write_text(
-        "import logging\nprint('hello')\nlogging.getLogger('complains').error('library load error: none for CUDA 13')"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        machine, "REQUIRED", {**machine.REQUIRED, "bitsandbytes": "complains", "peft": "breaks", "nowhere": "no_such"}
-    )
-    code, out = doctor()
-    assert code == 1 and "Traceback" not in out and "hello" not in out
-    failing = [line for line in out.splitlines() if line.startswith("fails:")]
-    assert len(failing) == 3
-    assert "peft" in failing[0] and "OSError: libcudart.so.13: cannot open shared object file" in failing[0]
-    assert "bitsandbytes" in failing[1] and "library load error: none for CUDA 13" in failing[1]
-    assert failing[2] == "fails: nowhere is not installed"
-    assert "pip install nowhere" in out
-
-
-def test_four_bits_that_compute_something_else_are_found(monkeypatch):
-    monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", lambda packed, state: torch.zeros(state.shape))
-    assert "NF4 errs by 1 of a random matrix" in machine.compute()["error"]
-
-    def broken(*args, **options):
-        raise RuntimeError("Configured CUDA binary not found")
-
-    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", broken)
-    assert machine.compute()["error"] == "RuntimeError: Configured CUDA binary not found"
-
-
-def test_a_token_in_a_file_is_found_and_an_unset_one_is_not(tmp_path):
-    assert not machine.has_token({"HF_HOME": str(tmp_path)})
-    (tmp_path / "token").write_text("hf_x\n")
-    assert machine.has_token({"HF_HOME": str(tmp_path)})
-    assert machine.hub_cache({"HF_HOME": str(tmp_path)}) == tmp_path / "hub"
 
 
 def test_it_runs_without_any_package(run_python, tmp_path):

@@ -186,6 +186,13 @@ def test_no_arrow_points_back(module):
     assert not back, f"{module} imports {sorted(back)}, which stand above it"
 
 
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+def test_every_module_has_its_file_of_tests(module):
+    *folders, name = short(module).split(".")
+    file = Path(__file__).parent.joinpath(*folders, f"test_{name}.py")
+    assert file.is_file(), f"{module}: there is no {file.relative_to(Path(__file__).parents[1])}"
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if short(name)])
 def test_only_commands_and_runs_see_a_recipe(module):
     if level(module) == COMMANDS or short(module).split(".")[0] in ("recipe", "training"):

@@ -13,7 +13,7 @@ from qalora.cli import run
 from qalora.fitting import HEADROOM
 from qalora.memory import plan_memory
 from qalora.plan import main
-from qalora.recipe import build_recipe, load_recipe, parse_overrides
+from qalora.recipe import load_recipe, make_recipe, parse_overrides
 from qalora.sizes import MLP_TILE
 from qalora.training.planning import planner
 from qalora.training.settling import as_stored
@@ -130,7 +130,7 @@ def test_a_base_that_is_stored_in_4_bits_keeps_its_form(save_tiny_llama, tmp_pat
     config = json.loads((folder / "config.json").read_text())
     stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
-    recipe = build_recipe([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
+    recipe = make_recipe([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
     recipe, notes = as_stored(recipe, resolve(recipe.model))
     settings = recipe.quantization
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("fp4", False)

@@ -33,8 +33,11 @@ Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay", "constant", "constant_with_warmup", "reduce_lr_on_plateau", "greedy",
+    "inverse_sqrt", "warmup_stable_decay", "constant", "constant_with_warmup", "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
+Tracker = Literal[
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
 ]  # fmt: skip
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor",
@@ -168,15 +171,15 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     adapter: str | None = Field(
         None,
-        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and "
-        "target_modules are its own, its ranks are the budget; null: a new adapter",
+        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and target_modules "
+        "are its own, its ranks are the budget; null: a new adapter",
     )
     init: Literal["auto"] | Init = Field(
         "auto",
         description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the "
         "leading directions of dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks "
-        "of a map give back what 4 bits took from it on these rows, which needs the 16-bit weights; auto: "
-        "quantization where it can be, else gradient, and kaiming with allocation.rounds=0",
+        "of a map give back what 4 bits took from it on these rows, which needs the 16-bit weights; auto: quantization "
+        "where it can be, else gradient, and kaiming with allocation.rounds=0",
     )
     init_rows: int = Field(
         16, ge=1, description="training rows that init=gradient reads, and of which init=quantization draws its tokens"
@@ -240,8 +243,8 @@ class AllocationConfig(Section):
         None,
         ge=0,
         description="N_A, rounds of pruning and growing at most; null: the paper's 8 in runs of 1,000 steps or more, "
-        "and none in shorter ones, for in runs of 20 to 300 steps they gave nothing (bench/results); 0: ranks stay "
-        "as they start",
+        "and none in shorter ones, for in runs of 20 to 300 steps they gave nothing (bench/results); 0: ranks stay as "
+        "they start",
     )
     prune_per_round: int | None = Field(
         None, ge=1, description="n_A, ranks; null: one per module, and at most half of all"
@@ -256,9 +259,8 @@ class AllocationConfig(Section):
     )
     importance: Literal["sum", "drop", "alone", "path"] | None = Field(
         None,
-        description=(
-            "sum is eq. 6: drop + alone; path: integrated from base to adapter; null: path for scoring path, else sum"
-        ),
+        description="sum is eq. 6: drop + alone; path: integrated from base to adapter; null: path for scoring path, "
+        "else sum",
     )
     min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
     max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
@@ -290,8 +292,8 @@ class TrainingConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler_type: Schedule = Field(
         "linear",
-        description="transformers' schedules; constant, reduce_lr_on_plateau and greedy have no warm-up, and the "
-        "last two follow the validation loss",
+        description="transformers' schedules; constant, reduce_lr_on_plateau and greedy have no warm-up, and the last "
+        "two follow the validation loss",
     )
     lr_scheduler_kwargs: dict[str, Any] = Field(
         {}, description="what the schedule takes besides, e.g. min_lr_rate: 0.1 of cosine_with_min_lr"
@@ -332,10 +334,8 @@ class TrainingConfig(Section):
     )
     save_strategy: Literal["steps", "epoch", "best", "no"] = Field(
         "steps",
-        description=(
-            "when a checkpoint is written, besides that of the best validation loss; no: never, and the last "
-            "weights are the result"
-        ),
+        description="when a checkpoint is written, besides that of the best validation loss; no: never, and the last "
+        "weights are the result",
     )
     save_steps: int | float = Field(
         200, gt=0, description="optimizer steps between checkpoints; below 1: that share of the run"
@@ -343,7 +343,9 @@ class TrainingConfig(Section):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")
     early_stopping_patience: int | None = Field(10, ge=1, description="validations without a better loss; null: never")
     seed: int = Field(42, ge=0, lt=2**32)
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Tracker] = Field(
+        [], description="experiment trackers that transformers writes to; each needs its package"
+    )
 
     @field_validator("max_steps", mode="before")
     @classmethod

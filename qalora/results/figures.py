@@ -20,8 +20,10 @@ RANKS = ("#2166ac", "#8bbbdd", "#f1f3f6", "#f2a284", "#b2182b")
 DARK = {
     INK: "#e8ebf1", MUTED: "#98a2b3", GRID: "#2c3442", PANEL: "#171d27",
     BLUE: "#6fa8ff", ORANGE: "#ff8f5e",
-    **dict(zip(SERIES, ("#5a97ee", "#86bdf0", "#3dbdac", "#9ccc65", "#f2c14e", "#ff8f5e", "#c97fc0", "#a9b0be"),
-    strict=True)), **dict(zip(RANKS, ("#5aa2ec", "#33608f", "#232b38", "#9c4a2e", "#ff7a4d"), strict=True)),
+    **dict(zip(
+        SERIES, ("#5a97ee", "#86bdf0", "#3dbdac", "#9ccc65", "#f2c14e", "#ff8f5e", "#c97fc0", "#a9b0be"), strict=True,
+    )),
+    **dict(zip(RANKS, ("#5aa2ec", "#33608f", "#232b38", "#9c4a2e", "#ff7a4d"), strict=True)),
 }  # fmt: skip
 MIB = 2**20
 

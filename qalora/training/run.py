@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import get_reporting_integration_callbacks
 
 from qalora.adapter.allocation import Schedule, most_pruned
 from qalora.adapter.its_base import said_of_base
@@ -22,7 +21,7 @@ from qalora.base.fingerprint import fingerprint
 from qalora.base.precision import loaded_in_4bit
 from qalora.base.registry import ModelSource, shape_of
 from qalora.base.tensor_files import expected_shapes
-from qalora.data.rows import Packed, Row
+from qalora.data.rows import Item
 from qalora.deploy.merging import check_room
 from qalora.errors import InputError
 from qalora.recipe import Recipe
@@ -30,6 +29,7 @@ from qalora.training.planning import first_ranks
 from qalora.training.resume import Continued, changes, check_base, check_rows, rounds_left
 from qalora.training.rows import RunData
 from qalora.training.settling import fitted_to_device, with_dtype
+from qalora.training.trackers import check_reporting
 from qalora.training.trainer import check_rates, schedule_of, steps_of, training_items
 
 
@@ -56,7 +56,7 @@ class Run:
     weights: str | None
     tokenizer: PreTrainedTokenizerBase
     data: RunData
-    items: Sequence[Row | Packed]
+    items: Sequence[Item]
     output_dir: Path
     continued: Continued | None
     total_steps: int
@@ -133,8 +133,7 @@ def resolve_run(
         check_base(weights, recipe.model, continued.identity, continued.checkpoint)
     return Run(
         recipe, source, weights, tokenizer, data, items, output_dir, continued, total_steps, per_epoch, rounds,
-        original, command,
-        tuple(warnings), tuple(notes),
+        original, command, tuple(warnings), tuple(notes),
     )  # fmt: skip
 
 
@@ -187,8 +186,8 @@ def what_changed(recipe: Recipe, data: RunData, continued: Continued) -> list[st
     if before.train != after.train:
         new = len(set(after.train) - set(before.train))
         lines.append(
-            f"other training rows than before ({len(after.train)}, before {len(before.train)}; {new} of them are "
-            "new): the epoch begins anew with them"
+            f"other training rows than before ({len(after.train)}, before {len(before.train)}; {new} of them are new): "
+            "the epoch begins anew with them"
         )
     if before.validation != after.validation:
         lines.append(
@@ -244,15 +243,3 @@ def check_pruning(recipe: Recipe, source: ModelSource) -> str | None:
         f"allocation.prune_per_round={asked}: a round prunes {most} at most, one per module that has ranks and "
         "half of all"
     )
-
-
-def check_reporting(names: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: training.report_to names what transformers cannot report to, or what is not installed.
-    """
-    try:
-        for callback in get_reporting_integration_callbacks(list(names)):
-            callback()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"training.report_to={','.join(names)}: {' '.join(str(error).split())}") from None

@@ -267,29 +267,6 @@ def test_a_turn_that_the_template_leaves_out_is_an_error(byte_tokenizer, text):
         render(conversation("hi", "hi", system=text), byte_tokenizer(deaf))
 
 
-@pytest.mark.parametrize(
-    ("role", "written"),
-    [
-        ("human", "user"),
-        ("Human", "user"),
-        ("gpt", "assistant"),
-        ("model", "assistant"),
-        ("Assistant", "assistant"),
-        (" BOT ", "assistant"),
-    ],
-)
-def test_roles_are_those_of_the_template(byte_tokenizer, role, written):
-    other = "assistant" if written == "user" else "user"
-    text = whole(row(said(role, "one"), said(other, "two")), byte_tokenizer(ZEPHYR))
-    assert text == f"<|{written}|>\none</s>\n<|{other}|>\ntwo</s>\n"
-
-
-def test_a_developer_is_one_where_the_template_writes_it_and_the_system_elsewhere(byte_tokenizer):
-    example = row(said("developer", "brief"), said("user", "a"), said("assistant", "b"))
-    assert whole(example, byte_tokenizer(CHATML)).startswith("<|im_start|>developer\nbrief<|im_end|>")
-    assert whole(example, byte_tokenizer(ZEPHYR)).startswith("<|system|>\nbrief</s>")
-
-
 def test_a_role_that_the_template_alone_knows_reaches_it(byte_tokenizer, tmp_path):
     template = ZEPHYR.replace("['user',", "['user', 'context',")
     rows = tmp_path / "rows.jsonl"
@@ -335,21 +312,6 @@ def test_openais_tool_rows_are_learned(byte_tokenizer, content, arguments):
     assert "<tools>" in whole(example, tokenizer) and "sun #call_1" in whole(example, tokenizer)
 
 
-def test_a_template_that_joins_arguments_as_text_gets_text(byte_tokenizer):
-    template = TOOLS.replace("call.function.arguments | tojson", "call.function.arguments")
-    example = row(*weather({"city": "Köln"}, None), tools=[WEATHER])
-    assert learned(example, byte_tokenizer(template))[0] == '<call>weather {"city": "Köln"}</call><|im_end|>'
-
-
-@pytest.mark.parametrize("given", [WEATHER, WEATHER["function"]], ids=["OpenAI's", "by themselves"])
-@pytest.mark.parametrize("read", ["tool.function.name", "tool.name", "(tool | tojson)"])
-def test_signatures_reach_the_template_in_the_form_that_it_reads(byte_tokenizer, given, read):
-    template = "{% for tool in tools or [] %}{{ '<' + " + read + " + '>' }}{% endfor %}" + CHATML
-    text = whole(row(said("user", "a"), said("assistant", "b"), tools=[given]), byte_tokenizer(template))
-    expected = json.dumps(given) if "tojson" in read else "weather"
-    assert text.startswith(f"<{expected}><|im_start|>user")
-
-
 def test_openais_older_function_call_is_a_tool_call(byte_tokenizer):
     messages = [
         said("user", "Rain?"),
@@ -384,43 +346,6 @@ def test_a_template_without_tools_is_an_error(byte_tokenizer, messages, columns,
 
 
 # ------------------------------------------------------------------------------------------ the template of a tokenizer
-
-
-def test_a_template_of_the_recipe_takes_the_place_of_the_tokenizers(byte_tokenizer, tmp_path):
-    file = tmp_path / "chat.jinja"
-    file.write_text(ZEPHYR)
-    for template in (str(file), ZEPHYR):
-        tokenizer = byte_tokenizer(CHATML)
-        set_chat_template(tokenizer, template)
-        assert tokenizer.chat_template == ZEPHYR
-        assert learned(conversation("a", "b"), tokenizer) == ["b</s>"]
-
-
-def test_a_template_or_switch_that_is_not_there_is_an_error(byte_tokenizer):
-    with pytest.raises(
-        InputError, match=r"^data.chat_template=/no/chat.jinja: cannot be read \(No such file or directory\)"
-    ):
-        set_chat_template(byte_tokenizer(CHATML), "/no/chat.jinja")
-    with pytest.raises(
-        InputError,
-        match=r"^data.chat_template_kwargs=think: the chat template has no such switch; it has keep_thinking",
-    ):
-        set_chat_template(byte_tokenizer(QWEN3), None, {"think": True})
-
-
-@pytest.mark.parametrize("value", [True, False, None, 3, "a 'b' \"c\" ß\n"])
-def test_a_switch_is_the_templates_default_and_a_caller_may_set_it(byte_tokenizer, value):
-    tokenizer = byte_tokenizer("{{ thing | tojson }}{{ messages[0].content }}")
-    set_chat_template(tokenizer, None, {"thing": value})
-    messages = [said("user", "!")]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == json.dumps(value, ensure_ascii=False) + "!"
-    assert tokenizer.apply_chat_template(messages, tokenize=False, thing=7) == "7!"
-
-
-def test_of_several_templates_the_one_for_tools_gets_the_tools(byte_tokenizer):
-    tokenizer = byte_tokenizer({"default": CHATML, "tool_use": TOOLS})
-    assert "<tools>" in whole(row(*weather("{}", None), tools=[WEATHER]), tokenizer)
-    assert "<tools>" not in whole(row(said("user", "a"), said("assistant", "b")), tokenizer)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -525,30 +450,3 @@ def test_a_turn_is_not_found_in_an_earlier_one_of_the_same_words(byte_tokenizer,
     assert learned(conversation("1", "2", "3", "4"), byte_tokenizer(template)) == ["2<|im_end|>", "4<|im_end|>"]
     with pytest.raises(InputError, match=r"the chat template does not write all of turn 2 \(user\), 'ok'"):
         render(conversation(*texts), byte_tokenizer(template))
-
-
-@pytest.mark.parametrize(
-    ("template", "switches"),
-    [
-        (
-            "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
-            "{% else %}{% set system = false %}{% set rest = messages %}{% endif %}"
-            "{% for m in rest %}{% if loop.first and system %}{{ system }}{% endif %}{{ m.content }}{% endfor %}",
-            (),
-        ),
-        (
-            "{% if not day is defined %}{% set day = 'Monday' %}{% endif %}{% set tone = tone | default('calm') %}"
-            "{% if shout is undefined %}{% set shout = false %}{% endif %}{% if think is defined and think %}!{% endif "
-            "%}"
-            "{{ day ~ tone ~ shout }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            ("day", "shout", "think", "tone"),
-        ),
-    ],
-    ids=["set in branches", "set where they are not given"],
-)
-def test_switches_are_what_a_caller_can_change(byte_tokenizer, template, switches):
-    found = chat_template(byte_tokenizer(template))
-    assert found.switches == switches
-    said_once = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    for name in ("system", "rest", "day", "shout", "think", "tone"):
-        assert (found.apply(said_once, **{name: True}) != found.apply(said_once)) == (name in switches)

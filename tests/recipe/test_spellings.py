@@ -135,7 +135,12 @@ def test_values_as_other_tools_have_them(setting, given, found):
     ("key", "nearest"),
     [
         ("training.learnin_rate", "training.learning_rate"),
-        ("lora.rank", "lora_rank"),
+        ("lora.rank", "lora.r"),
+        ("eval_step", "training.eval_steps"),
+        ("logging_step", "logging.steps"),
+        ("warmup_step", "training.warmup_steps"),
+        ("max_step", "training.max_steps"),
+        ("num_epoch", "training.num_epochs"),
         ("allocation.round", "allocation.rounds"),
         ("load_in_4bit", "quantization.load_in_4bit"),
         ("trainig.learning_rate", "training.learning_rate"),

@@ -44,8 +44,10 @@ METRICS = {
     "train": {
         "steps": 12, "seconds": 90.0, "rows": 96, "tokens": 1234, "tokens_per_second": 13.7, "peak_memory_bytes": 2**30,
     },
-    "plan": {"device": "cpu", "seq_len": 64, "terms": {"4-bit weights": 3 * 2**20, "adapter": 2**20},
-    "total": 4 * 2**20}, "allocation": {"rounds": 2, "seconds": 1.0, "share": 0.01, "budget": 12, "total_rank": 12},
+    "plan": {
+        "device": "cpu", "seq_len": 64, "terms": {"4-bit weights": 3 * 2**20, "adapter": 2**20}, "total": 4 * 2**20,
+    },
+    "allocation": {"rounds": 2, "seconds": 1.0, "share": 0.01, "budget": 12, "total_rank": 12},
 }  # fmt: skip
 
 
@@ -60,8 +62,8 @@ def write_adapter(folder: Path, ranks: dict[str, int], base: str = "huggyllama/l
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": max(live.values()),
         "lora_alpha": 2 * max(live.values()), "rank_pattern": live,
-        "target_modules": [kind.split(".")[1] for kind in KINDS], "alpha_pattern": {name: 2 * rank for name,
-        rank in live.items()},
+        "target_modules": [kind.split(".")[1] for kind in KINDS],
+        "alpha_pattern": {name: 2 * rank for name, rank in live.items()},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
