@@ -24,8 +24,8 @@ CARDS = ("16GiB", "24GiB", "80GiB")
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora models",
-        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any other LLaMA-class "
-        "model too: a Hub id, a folder or a .gguf file.",
+        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any "
+        "other LLaMA-class model too: a Hub id, a folder or a .gguf file.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
     add(parser, "--recipe", default="alpaca", more="that is planned")

@@ -1,5 +1,5 @@
-"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-results, pictures ← commands. Only commands and training/ see a Recipe."""
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ←
+training, deploy, results, pictures ← commands. Only commands and training/ see a Recipe."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def level(module: str) -> int:
 
 
 def imports(path: Path, *, at_import_only: bool) -> set[str]:
-    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or
+    TYPE_CHECKING)."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -189,6 +190,13 @@ def test_no_arrow_points_back(module):
     ours = {name for name in imports(MODULES[module], at_import_only=False) if name.startswith("qalora.")}
     back = {name for name in ours if level(name) > level(module)}
     assert not back, f"{module} imports {sorted(back)}, which stand above it"
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+def test_every_module_has_its_file_of_tests(module):
+    *folders, name = short(module).split(".")
+    file = Path(__file__).parent.joinpath(*folders, f"test_{name}.py")
+    assert file.is_file(), f"{module}: there is no {file.relative_to(Path(__file__).parents[1])}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if short(name)])

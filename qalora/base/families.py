@@ -15,7 +15,8 @@ from typing import Any, Literal
 WRAPPED = "wrapped_in"  # a field of a text part's config: the model_type of the vision model around it
 # The linear layers of a block of LLaMA's make.
 BLOCK_MAPS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj",
 )  # fmt: skip
 
 # How an RMSNorm weighs what it has normed, n, in 16 bits:

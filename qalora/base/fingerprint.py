@@ -1,4 +1,5 @@
-"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same. Torch-free."""
+"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Digest(Protocol):
 
 
 def fingerprint(source: ModelSource) -> str | None:
-    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its config says of
-    heads, norms and positions. None: a model that is not on this machine yet.
+    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its
+    config says of heads, norms and positions. None: a model that is not on this machine yet.
 
     Tensors of safetensors and GGUF files count by name, in whatever files they lie.
 
@@ -49,8 +50,8 @@ def fingerprint(source: ModelSource) -> str | None:
 
 
 def stored_as(source: ModelSource) -> str | None:
-    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of different forms
-    have different fingerprints, though they may be one model. None: not on this machine yet."""
+    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of
+    different forms have different fingerprints, though they may be one model. None: not on this machine yet."""
     found = _files(source)
     if found is None:
         return None
@@ -67,7 +68,8 @@ def stored_as(source: ModelSource) -> str | None:
 
 
 def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing else is read.
+    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing
+    else is read.
 
     Raises:
         InputError: not such a file, or one that was cut.

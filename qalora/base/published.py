@@ -1,7 +1,7 @@
 """Registered names → where the models are, and the fields of their published configs that say their shape. Torch-free.
 
-A name without a suffix is the model that its owner publishes under such a name: of LLaMA, Qwen2.5 and Gemma the pretrained one, of
-Qwen3, SmolLM and Phi-4 the one that was taught to chat. The other one of a pair has a suffix.
+A name without a suffix is the model that its owner publishes under such a name: of LLaMA, Qwen2.5 and Gemma the
+pretrained one, of Qwen3, SmolLM and Phi-4 the one that was taught to chat. The other one of a pair has a suffix.
 """
 
 from __future__ import annotations

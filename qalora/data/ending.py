@@ -1,7 +1,7 @@
 """What ends a turn: the tokens, and the texts of several tokens, after which a model has answered.
 
-A tokenizer's eos need not be among them: ChatML over a base model ends with <|im_end|>, and a template in plain words with
-"### End". One that is missing makes a model that learned its answers perfectly talk on after them.
+A tokenizer's eos need not be among them: ChatML over a base model ends with <|im_end|>, and a template in plain words
+with "### End". One that is missing makes a model that learned its answers perfectly talk on after them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _distinct(*values: Iterable[T]) -> tuple[T, ...]:
 
 
 def _learned(item: Tokenized) -> Iterator[tuple[list[int], bool]]:
-    """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been cut."""
+    """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been
+    cut."""
     stretch: list[int] = []
     for token, label in zip(item["input_ids"], item["labels"], strict=True):
         if label != IGNORE:

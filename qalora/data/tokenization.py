@@ -103,8 +103,8 @@ def load_dataset(
     """Reads and tokenizes a data set; the settings are those of `read_rows`, `to_example` and `tokenize`.
 
     Args:
-        chat: None: chat formats, and prompts and completions that no template of the recipe is for where the tokenizer's model was
-            taught to chat.
+        chat: None: chat formats, and prompts and completions that no template of the recipe is for where the
+            tokenizer's model was taught to chat.
         chat_template, chat_template_kwargs: given to the tokenizer, which keeps them (see `set_chat_template`).
 
     Raises:
@@ -154,8 +154,8 @@ def load_dataset(
     if not items:
         if masked == len(rows):
             raise InputError(
-                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or all its "
-                "turns are masked (weight, loss_weight, train …)."
+                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or "
+                "all its turns are masked (weight, loss_weight, train …)."
             )
         if not truncated:
             raise InputError(
@@ -164,8 +164,8 @@ def load_dataset(
             )
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a supervised token within data.max_seq_len={max_seq_len}"
-            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, or check "
-            f"data.format={of_source} and the completions."
+            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, "
+            f"or check data.format={of_source} and the completions."
         )
     report = Report(
         rows=len(items),
@@ -183,7 +183,8 @@ def load_dataset(
 
 
 def _unused_fields(example: Example, template: ChatTemplate) -> list[str]:
-    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not used."""
+    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not
+    used."""
     fields = {name for turn in example.turns for name in turn.fields if name not in (*REASONING, "tool_calls")}
     return [f"messages.{name}" for name in sorted(fields) if not (example.chat and template.names(name))]
 
@@ -199,8 +200,8 @@ def split_validation(
     count = max(1, round(size * len(dataset))) if size < 1 else int(size)
     if len(dataset) == 1:
         raise InputError(
-            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, which may be "
-            "the same file if the run is only to learn the row, or more rows."
+            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, "
+            "which may be the same file if the run is only to learn the row, or more rows."
         )
     if count >= len(dataset):
         raise InputError(
@@ -284,8 +285,8 @@ def _encode_segments(
 
 
 def _continued(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
-    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of this
-    one's: there, what they make of it after a line break."""
+    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of
+    this one's: there, what they make of it after a line break."""
     ids, starts = _encode(text, tokenizer, special_tokens=False)
     pieces = "".join(tokenizer.convert_ids_to_tokens(ids))
     if len(pieces) - len(pieces.lstrip("▁Ġ")) <= len(text) - len(text.lstrip(" ")):

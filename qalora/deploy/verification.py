@@ -4,7 +4,8 @@
                                    + adapter, each sum rounded ────┤ must be equal
     the result as a reader that knows nothing of us loads it ──────┘
 
-Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the disk.
+Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the
+disk.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
 
 
 def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
-    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
+    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their
+    context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
         found = [_rotation(model, length) for model in (left, right)]
@@ -175,8 +177,9 @@ def streamed(
     """A model that computes in fp32 and loads each block when it is due, to drop it again.
 
     Args:
-        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear layers, the
-            second none, and the third has them added to the weights, which are rounded then; None: one group, as the weights are.
+        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear
+            layers, the second none, and the third has them added to the weights, which are rounded then; None: one
+            group, as the weights are.
     """
     model: Any = parts(Part((), ends=True))
     wrapped = partial(_wrapped, updates=updates or {}, rounding=rounding, n=n)
