@@ -43,19 +43,20 @@ def _qwen3(*sizes: int, positions: int = 40960, tied: bool = False) -> Fields:
 def _qwen3_5(*sizes: int, value_heads: int, tied: bool = False) -> Fields:
     delta_net = dict(linear_num_key_heads=16, linear_num_value_heads=value_heads, linear_conv_kernel_dim=4)
     delta_net |= dict(linear_key_head_dim=128, linear_value_head_dim=128)
-    more = dict(head_dim=256, tie_word_embeddings=tied, max_position_embeddings=262144)
+    more = dict(head_dim=256, tie_word_embeddings=tied, max_position_embeddings=262144, wrapped_in="qwen3_5")
     return _fields("qwen3_5_text", sizes, 248320, **more, **delta_net)
 
 
 def _gemma3(*sizes: int, vocab: int = 262208, head_dim: int = 256, positions: int = 131072) -> Fields:
-    more = dict(head_dim=head_dim, tie_word_embeddings=True, max_position_embeddings=positions)
-    return _fields("gemma3_text", sizes, vocab, **more)
+    more: Fields = dict(head_dim=head_dim, tie_word_embeddings=True, max_position_embeddings=positions)
+    return _fields("gemma3_text", sizes, vocab, **more, wrapped_in="gemma3")
 
 
 def _gemma4(*sizes: int, every: int = 6, positions: int = 131072, **more: Any) -> Fields:
     layers = sizes[2]
     kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    own = dict(head_dim=256, global_head_dim=512, tie_word_embeddings=True, max_position_embeddings=positions)
+    own: Fields = dict(head_dim=256, global_head_dim=512, tie_word_embeddings=True, wrapped_in="gemma4")
+    own |= dict(max_position_embeddings=positions)
     return _fields("gemma4_text", sizes, 262144, **own, layer_types=kinds, vocab_size_per_layer_input=262144, **more)
 
 
@@ -99,7 +100,7 @@ QWEN3_5 = {
     "27B": _qwen3_5(5120, 17408, 64, 24, 4, value_heads=48),
 }
 GEMMA3 = {
-    "1b": _gemma3(1152, 6912, 26, 4, 1, vocab=262144, positions=32768),
+    "1b": _gemma3(1152, 6912, 26, 4, 1, vocab=262144, positions=32768) | {"wrapped_in": None},
     "4b": _gemma3(2560, 10240, 34, 8, 4),
     "12b": _gemma3(3840, 15360, 48, 16, 8),
     "27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128),

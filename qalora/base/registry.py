@@ -307,11 +307,19 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
         check_plain(config, where)
 
 
-def said_of_family(model_type: str) -> str | None:
-    """A line on a model that has no record of its own; None: it has one."""
-    if model_type in FAMILIES:
-        return None
-    return f"{model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an estimate, not measured"
+def said_of_family(shape: ModelShape) -> list[str]:
+    """Lines on a model that has no record of its own, or is the text part of a vision model."""
+    lines = []
+    if shape.wrapped_in:
+        lines.append(
+            f"a vision model ({shape.wrapped_in}): its text part is trained, and its vision weights are not loaded"
+        )
+    if shape.model_type not in FAMILIES:
+        lines.append(
+            f"{shape.model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an "
+            "estimate, not measured"
+        )
+    return lines
 
 
 def check_packing(model_type: str | None) -> None:
@@ -335,7 +343,8 @@ def gguf_model_type(architecture: str, where: str) -> str:
     if not known:
         readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         raise InputError(
-            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the model's folder."
+            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the "
+            "model's folder."
         )
     return known[0]
 

@@ -34,10 +34,10 @@ def settled(recipe: Recipe, source: ModelSource) -> Noted:
     """
     recipe, notes = within_positions(recipe, source)
     recipe, more = as_stored(recipe, source)
-    family = shape_of(source).model_type
+    shape = shape_of(source)
     if recipe.data.packing:
-        check_packing(family)
-    return recipe, [*notes, *more, *filter(None, [said_of_family(family)])]
+        check_packing(shape.model_type)
+    return recipe, [*notes, *more, *said_of_family(shape)]
 
 
 def check_targets(recipe: Recipe, source: ModelSource) -> None:

@@ -42,10 +42,10 @@ def meta_model(fields):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
 
 
-def linear_layers(model):
+def linear_layers(model, prefix: str = "model."):
     """Those of the blocks, by what they have in and out."""
     return {
-        name: (module.in_features, module.out_features)
+        name.replace("model.", prefix, 1): (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
@@ -57,8 +57,11 @@ DISTINCT = {json.dumps({**fields, "max_position_embeddings": 0}): name for name,
 
 @pytest.mark.parametrize("name", DISTINCT.values())
 def test_linear_layers_and_parameters_are_those_of_transformers(name):
-    model, shape = meta_model(PUBLISHED[name][1]), MODELS[name][1]
-    assert shape.linear_maps() == linear_layers(model)
+    fields, shape = PUBLISHED[name][1], MODELS[name][1]
+    model = meta_model(fields)
+    assert shape.linear_maps() == linear_layers(
+        model, "model.language_model." if fields.get("wrapped_in") else "model."
+    )
     assert parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -111,6 +114,21 @@ def test_parameters_add_up_to_the_published_counts(name, published):
 def test_models_of_one_shape(name, twin):
     positions = {"llama2-7b": 4096, "llama2-13b": 4096, "llama3.1-8b": 131072, "qwen3-8b-base": 32768}
     assert MODELS[name][1] == replace(MODELS[twin][1], positions=positions[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [("qwen3.5-4b", "qwen3_5"), ("gemma3-4b", "gemma3"), ("gemma4-e2b", "gemma4"), ("gemma3-1b", None)],
+)
+def test_vision_models_are_registered_with_their_text_part(name, wrapper):
+    """The same shape as of a config.json that has the text part's fields inside, as published."""
+    shape, fields = MODELS[name][1], PUBLISHED[name][1]
+    assert shape.wrapped_in == wrapper
+    if wrapper is not None:
+        inside = {key: value for key, value in fields.items() if key not in ("wrapped_in", "tie_word_embeddings")}
+        tied = {"tie_word_embeddings": True} if wrapper == "qwen3_5" else {}  # else by default
+        found = ModelShape.from_config({"model_type": wrapper, "text_config": inside, "vision_config": {}, **tied})
+        assert found == shape
 
 
 def test_every_model_is_registered_once():
