@@ -3,16 +3,19 @@ transformers and vanilla PEFT."""
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from qalora.adapter.model import load_adapter
+from qalora.adapter.saved import read_adapter
 from qalora.base.loading import load_base
 from qalora.base.registry import resolve, shape_of
 from qalora.cli import run
@@ -95,28 +98,42 @@ def folder(request, wrapper):
 
 
 @pytest.fixture(scope="module")
-def trained(wrapper, tmp_path_factory):
-    """train(kind) → (the model, the folder of an adapter after a few steps in 4 bits, with a round of allocation)."""
-    made: dict[str, tuple[Path, Path]] = {}
+def train(tmp_path_factory):
+    """train(model, *more) → the folder of an adapter after a few steps in 4 bits, with a round of allocation."""
 
-    def train(kind: str):
+    def make(model: Path, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        rows, recipe = folder / "rows.jsonl", folder / "recipe.yaml"
+        rows.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}=", "completion": f"{2 * i}"}) for i in range(12)))
+        recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 1}\n")
+        settings = {
+            "data.train": rows, "data.val_set_size": 4, "lora.r": 2, "lora.alpha": 4, "training.max_steps": 4,
+            "training.learning_rate": 2e-2, "evaluation.before": "false", "allocation.rounds": 1, "allocation.warmup": 2,
+            "allocation.interval": 1, "allocation.val_batch_size": 4, "logging.quiet": "true",
+        }  # fmt: skip
+        given = [word for word in more if "=" in word]
+        settings |= dict(word.split("=", 1) for word in given)
+        arguments = ["--model", str(model), "--recipe", str(recipe), "--dtype", "float32"]
+        flags = [word for word in more if word not in given]
+        if "--output-dir" not in flags:
+            flags += ["--output-dir", str(folder / "run")]
+        assert main([*arguments, *flags, *(f"{key}={value}" for key, value in settings.items())]) == 0
+        return Path(flags[flags.index("--output-dir") + 1]) / "adapter"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(wrapper, train):
+    """trained(kind) → (the model, the folder of an adapter)."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
         if kind not in made:
-            model, rows = wrapper(kind), tmp_path_factory.mktemp("rows") / "rows.jsonl"
-            rows.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}=", "completion": f"{2 * i}"}) for i in range(12)))
-            out = tmp_path_factory.mktemp("run") / "run"
-            recipe = out.parent / "recipe.yaml"
-            recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 1}\n")
-            settings = {
-                "data.train": rows, "data.val_set_size": 4, "lora.r": 2, "lora.alpha": 4, "training.max_steps": 4,
-                "training.learning_rate": 2e-2, "evaluation.before": "false", "allocation.rounds": 1, "allocation.warmup": 2,
-                "allocation.interval": 1, "allocation.val_batch_size": 4, "logging.quiet": "true",
-            }  # fmt: skip
-            arguments = ["--model", str(model), "--recipe", str(recipe), "--output-dir", str(out), "--dtype", "float32"]
-            assert main([*arguments, *(f"{key}={value}" for key, value in settings.items())]) == 0
-            made[kind] = model, out / "adapter"
-        return made[kind]
+            made[kind] = train(wrapper(kind))
+        return wrapper(kind), made[kind]
 
-    return train
+    return make
 
 
 def vanilla(folder: Path):
@@ -144,6 +161,9 @@ def test_the_text_part_alone_is_loaded_and_computes_what_the_whole_does(folder):
     base = load_base(str(folder), load_in_4bit=False, dtype="float32")
     assert not [name for name, _ in base.model.named_parameters() if is_vision(name)]
     torch.testing.assert_close(logits(base.model.eval(), folder), logits(vanilla(folder), folder))
+    copied = copy.deepcopy(base.model)
+    assert copied.get_input_embeddings() is copied.model.language_model.embed_tokens
+    assert base.model.get_input_embeddings() is base.model.model.embed_tokens
 
 
 def test_the_shape_is_that_of_the_live_model(folder):
@@ -192,3 +212,75 @@ def test_a_merge_is_the_whole_again(trained, kind, base, tmp_path):
     torch.testing.assert_close(logits(vanilla(merged), model), expected, rtol=1e-4, atol=1e-4)
     again = load_base(str(merged), load_in_4bit=False, dtype="float32")
     torch.testing.assert_close(logits(again.model.eval(), model), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ other forms
+
+
+@pytest.mark.parametrize("form", ["peft", "peft-uniform"])
+def test_an_exported_adapter_is_the_same_on_the_whole(trained, form, tmp_path):
+    model, adapter = trained("gemma3")
+    arguments = ["--model", str(model), "--adapter", str(adapter), "--output", str(tmp_path / "out"), "--format", form]
+    assert run(merge, arguments) == 0
+    found, expected = (
+        logits(PeftModel.from_pretrained(vanilla(model), folder).eval(), model)
+        for folder in (tmp_path / "out", adapter)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gguf_has_the_text_part_by_its_own_names(trained, tmp_path):
+    """llama.cpp has the text part as a model of its own, and the vision in another file."""
+    from gguf import GGUFReader
+
+    model, adapter = trained("mistral3")
+    arguments = ["--model", str(model), "--adapter", str(adapter)]
+    for form in ("gguf", "gguf-lora"):
+        assert run(merge, [*arguments, "--output", str(tmp_path / form), "--format", form]) == 0
+    names = [tensor.name for tensor in GGUFReader(str(tmp_path / "gguf-lora" / "adapter.gguf")).tensors]
+    assert len(names) == 2 * len(read_adapter(adapter).pairs)
+    assert all(name.startswith("blk.") and name.endswith((".lora_a", ".lora_b")) for name in names)
+    live = load_adapter(load_base(str(model), dtype="float32").model, adapter).eval()
+    read = load_base(str(tmp_path / "gguf"), load_in_4bit=False, dtype="float32").model.eval()
+    torch.testing.assert_close(logits(read, model), logits(live, model), rtol=1e-2, atol=1e-2)
+
+
+def test_a_vision_model_stored_in_4_bits_is_trained_and_merged(wrapper, train, tmp_path):
+    model = wrapper("gemma3")
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    )  # fmt: skip
+    whole = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, quantization_config=stored)
+    whole.save_pretrained(tmp_path / "4bit")
+    for file in model.glob("token*"):
+        shutil.copyfile(file, tmp_path / "4bit" / file.name)
+    adapter = train(tmp_path / "4bit")
+    arguments = ["--model", str(tmp_path / "4bit"), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    assert run(merge, [*arguments, "--dtype", "float32"]) == 0
+    live = load_adapter(load_base(str(tmp_path / "4bit"), dtype="float32").model, adapter).eval()
+    torch.testing.assert_close(logits(vanilla(tmp_path / "merged"), model), logits(live, model), rtol=1e-4, atol=1e-4)
+    assert tensors(tmp_path / "merged").keys() == tensors(model).keys()
+
+
+def test_a_vision_model_in_several_files_is_resumed_and_merged_into_as_many_names(wrapper, train, tmp_path, capsys):
+    model = wrapper("mistral3")
+    vanilla(model).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    for file in model.glob("token*"):
+        shutil.copyfile(file, tmp_path / "sharded" / file.name)
+    run_folder = train(
+        tmp_path / "sharded", "training.max_steps=3", "training.save_steps=2", "logging.quiet=false"
+    ).parent
+    line = "a vision model (mistral3): its text part is trained, and its vision weights are not loaded"
+    assert capsys.readouterr().err.count(line) == 1
+    again = ["training.max_steps=4", "training.save_steps=2", "--resume-from-checkpoint", "auto"]
+    adapter = train(tmp_path / "sharded", *again, "--output-dir", str(run_folder))
+    arguments = ["--model", str(tmp_path / "sharded"), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    assert run(merge, [*arguments, "--max-shard-size", "100KB", "--dtype", "float32"]) == 0
+    before, after = (
+        json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())["weight_map"].keys()
+        for folder in ("sharded", "merged")
+    )
+    assert before == after
+    live = load_adapter(load_base(str(model), dtype="float32").model, adapter).eval()
+    torch.testing.assert_close(logits(vanilla(tmp_path / "merged"), model), logits(live, model), rtol=1e-4, atol=1e-4)

@@ -23,9 +23,10 @@ class Holder(nn.Module):
         return getattr(self, TEXT)(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._modules:
-            return self._modules[name]
-        return getattr(self._modules[TEXT], name)
+        inside = self.__dict__.get("_modules") or {}  # none yet in a copy that is being made
+        if name in inside or TEXT not in inside:
+            return super().__getattr__(name)
+        return getattr(inside[TEXT], name)
 
 
 def name_as_in_wrapper(model: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import open_config
+from qalora.base.families import in_decoder
 from qalora.base.registry import ModelSource
 from qalora.base.structure import structure_of
 from qalora.card_files import keep_users_card, write_card
@@ -70,6 +71,8 @@ def export_adapter(
             from qalora.deploy import gguf
             from qalora.deploy.modelfile import write_modelfile
 
+            # llama.cpp has the text part of a vision model as a model of its own.
+            updates, written = ({in_decoder(name): it for name, it in of.items()} for of in (updates, written))
             gguf.write_adapter(partial / "adapter.gguf", written, model_config)
             served = served_after(source, model_config, adapter_dir)
             write_modelfile(partial, served, adapter_of=source.hub_id or source.name)
