@@ -241,7 +241,8 @@ def test_gguf_has_the_text_part_by_its_own_names(trained, tmp_path):
     assert len(names) == 2 * len(read_adapter(adapter).pairs)
     assert all(name.startswith("blk.") and name.endswith((".lora_a", ".lora_b")) for name in names)
     live = load_adapter(load_base(str(model), dtype="float32").model, adapter).eval()
-    read = load_base(str(tmp_path / "gguf"), load_in_4bit=False, dtype="float32").model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    read = load_base(str(tmp_path / "gguf"), load_in_4bit=False, dtype="float32", tokenizer=tokenizer).model.eval()
     torch.testing.assert_close(logits(read, model), logits(live, model), rtol=1e-2, atol=1e-2)
 
 
