@@ -142,11 +142,17 @@ def _activations(
         read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
         low_kept += 0 if layer == "mlp.down_proj" or (layer.startswith("mlp.") and tile != tokens) else rank
 
-    hidden = tokens * d * size
-    # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
-    attention = 3 * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
+    family, hidden = shape.family, tokens * d * size
+    norms, inner_norms = family.norms
+    # The norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
+    attention = (1 + norms) * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
+    if inner_norms or family.copies_qk:
+        attention += tokens * size * (q + kv)
+    masks, of_block = _masks(shape, rows, seq_len, size)
+    attention += of_block
     rotation = tokens * 2 * shape.head_dim * size
-    inner = 2 * tile * f * size  # gate x and up x, which the backward writes its gradients into
+    # gate x and up x, which the backward writes its gradients into; of a plain MLP what is made of them too
+    inner = (2 if family.mlp else 4) * tile * f * size
     weight = d * f * size + d * f // QUANT_BLOCK * 4 if load_in_4bit else 0
 
     def wide(count: int, width: int) -> int:
@@ -160,7 +166,7 @@ def _activations(
     # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product
     # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
-    block = dropped + attention + rotation + max(down, norm) + transposed
+    block = dropped + attention + rotation + max(down, norm) + transposed + masks
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":
@@ -172,12 +178,26 @@ def _activations(
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
         own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
-        kept, loss = hidden * blocks + own * (blocks - 1), loss + own
+        unwindowed = 0 if family.eager else blocks - shape.windowed
+        kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
     return {
         "checkpoints" if checkpointing else "kept by the blocks": kept,
         "block working set": block,
         "loss beyond it": max(0, loss - block),
     }
+
+
+def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, int]:
+    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
+    pairs = rows * seq_len**2
+    if shape.family.eager:
+        return (
+            2 * pairs * size,
+            8 * pairs * shape.num_attention_heads,
+        )  # capped scores, and what softmax makes of them in fp32
+    if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
+        return 0, 0
+    return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add
 
 
 def _sketch(

@@ -11,11 +11,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -226,3 +229,36 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def live_bytes():
+    """live_bytes() → a context that counts the bytes alive in it (`.peak`)."""
+    return LiveBytes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and nobody has let go of yet, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        existing = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        } - self.alive.keys()
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in existing and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.alive.pop(key)

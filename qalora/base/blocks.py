@@ -1,10 +1,15 @@
-"""What a block of each model family holds, from the fields of its config: linear layers, and parameters beside them. Torch-free."""
+"""What a block of each model family holds, from the fields of its config: linear layers, and parameters beside them.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from qalora.base.families import family_of
 
 Fields = Mapping[str, Any]
 Sizes = tuple[tuple[str, int, int], ...]  # (name in the block, inputs, outputs) of each linear layer
@@ -27,15 +32,11 @@ class Layout:
     """How the blocks of a family differ from LLaMA's.
 
     Attributes:
-        norms: those as wide as the model.
-        qk_norm: a norm of q and of k, as wide as a head or as all heads.
         fused_qkv: q, k and v are one linear layer.
         fused_mlp: gate and up are one linear layer.
         biased_output: attention_bias means a bias of attention's last layer too.
     """
 
-    norms: int = 2
-    qk_norm: Literal["head", "width"] | None = None
     fused_qkv: bool = False
     fused_mlp: bool = False
     biased_output: bool = True
@@ -43,21 +44,15 @@ class Layout:
 
 # model_type → its layout. Those of Qwen3.5 and Gemma 4 differ from block to block.
 LAYOUTS = {
-    "llama": Layout(),
-    "mistral": Layout(),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen3", "smollm3", "granite", "ministral", "ministral3", "gemma3_text", "olmo2", "olmo3"),
+        Layout(),
+    ),
     "qwen2": Layout(biased_output=False),
-    "qwen3": Layout(qk_norm="head"),
-    "smollm3": Layout(),
-    "granite": Layout(),
-    "ministral": Layout(),
-    "ministral3": Layout(),
     "phi3": Layout(fused_qkv=True, fused_mlp=True),
-    "gemma3_text": Layout(norms=4, qk_norm="head"),
-    "olmo2": Layout(qk_norm="width"),
-    "olmo3": Layout(qk_norm="width"),
-    "glm4": Layout(norms=4, fused_mlp=True, biased_output=False),
-    "qwen3_5_text": Layout(qk_norm="head"),
-    "gemma4_text": Layout(norms=4, qk_norm="head"),
+    "glm4": Layout(fused_mlp=True, biased_output=False),
+    "qwen3_5_text": Layout(),
+    "gemma4_text": Layout(),
 }
 
 
@@ -139,9 +134,13 @@ def _kind(fields: Fields, layer: int, *, every: int) -> str:
 
 def _attention(fields: Fields, *, q: int, kv: int, head_dim: int) -> tuple[Sizes, int]:
     """The linear layers of an attention, and its parameters beside their weights."""
-    d, layout = fields["hidden_size"], LAYOUTS[fields["model_type"]]
+    d, layout, (_, qk_norm) = (
+        fields["hidden_size"],
+        LAYOUTS[fields["model_type"]],
+        family_of(fields["model_type"]).norms,
+    )
     biases = (q + 2 * kv + layout.biased_output * d) if fields.get("attention_bias") else 0
-    norms = {None: 0, "head": 2 * head_dim, "width": q + kv}[layout.qk_norm]
+    norms = {"": 0, "head": 2 * head_dim, "width": q + kv}[qk_norm]
     qkv = (("q_proj", d, q), ("k_proj", d, kv), ("v_proj", d, kv))
     layers = (("qkv_proj", d, q + 2 * kv),) if layout.fused_qkv else qkv
     return tuple((f"self_attn.{name}", i, o) for name, i, o in (*layers, ("o_proj", q, d))), biases + norms
@@ -153,4 +152,4 @@ def _block(fields: Fields, attention: Sizes, other: int, *, wide: int = 1) -> Bl
     gate_up = (("gate_up_proj", d, 2 * ff),) if layout.fused_mlp else (("gate_proj", d, ff), ("up_proj", d, ff))
     mlp = tuple((f"mlp.{name}", i, o) for name, i, o in (*gate_up, ("down_proj", ff, d)))
     biases = 2 * ff + d if fields.get("mlp_bias") else 0
-    return Block((*attention, *mlp), other + layout.norms * d + biases)
+    return Block((*attention, *mlp), other + family_of(fields["model_type"]).norms[0] * d + biases)

@@ -36,6 +36,9 @@ class Family:
         mlp_normed: whether a norm reads what the MLP puts out, so that a block's second run needs it.
         attention: transformers' class of an attention that rotates halves of whole heads and has nothing between the linear layers and
             the rotation.
+        norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their whole width).
+        copies_qk: whether q and k are there twice, before and after something else than a norm.
+        measured: whether the plan of a step was held against the tensors alive in one.
         eager: attention is more than torch's fused one computes.
         across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor share prefixes.
         logits: field of config.json → whether logits are divided by it, or multiplied.
@@ -50,6 +53,9 @@ class Family:
     mlp: str | None = None
     mlp_normed: bool = False
     attention: str | None = None
+    norms: tuple[int, Literal["", "head", "width"]] = (2, "")
+    copies_qk: bool = False
+    measured: bool = True
     eager: bool = False
     across_rows: str | None = None
     logits: tuple[str, Literal["divided", "multiplied"]] | None = None
@@ -66,32 +72,32 @@ FAMILIES = {
     "ministral": Family("MinistralRMSNorm", mlp="MinistralMLP", attention="MinistralAttention"),
     "ministral3": Family("Ministral3RMSNorm", mlp="Ministral3MLP"),
     "qwen2": Family("Qwen2RMSNorm", mlp="Qwen2MLP", attention="Qwen2Attention", gguf="qwen2", attention_bias=True),
-    "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP"),
+    "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf="qwen3"),
     "qwen3_5_text": Family(
-        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP",
+        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"), measured=False,
         across_rows="gated delta nets, whose state runs along a row",
     ),
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
     "granite": Family("GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")),
-    "phi3": Family("Phi3RMSNorm"),
-    "gemma2": Family("Gemma2RMSNorm", "plus_one", eager=True, tied=True),
-    "gemma3_text": Family("Gemma3RMSNorm", "plus_one", tied=True),
-    "gemma4_text": Family("Gemma4RMSNorm", "before", tied=True),
-    "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True),
-    "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True),
-    "glm4": Family("Glm4RMSNorm"),
+    "phi3": Family("Phi3RMSNorm", copies_qk=True),
+    "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
+    "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
+    "gemma4_text": Family("Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True),
+    "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
+    "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width")),
+    "glm4": Family("Glm4RMSNorm", norms=(4, "")),
     "seed_oss": Family("SeedOssRMSNorm", attention_bias=True),
     "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
-    "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP"),
-    "cohere2": Family(None, mlp="Cohere2MLP", logits=("logit_scale", "multiplied"), tied=True),
+    "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head")),
+    "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
     "lfm2": Family(
-        "Lfm2RMSNorm", tied=True, across_rows="short convolutions, which run along a row"
+        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
     ),
-    "apertus": Family("ApertusRMSNorm"),
+    "apertus": Family("ApertusRMSNorm", norms=(2, "head"), measured=False),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention"),
 }  # fmt: skip
-PLAIN = Family()
+PLAIN = Family(measured=False)
 
 # ------------------------------------------------------------------------------------------- vision models with a decoder inside
 

@@ -54,6 +54,9 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     if family_of(config.model_type).gguf is not None:  # the others are refused by whoever asked
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in tensors
+        width = readers[0].fields.get(f"{architecture(config)}.attention.key_length")
+        if width is not None and hasattr(config, "head_dim"):
+            config.head_dim = int(width.contents())
         if architecture(config) == "llama":
             config.attention_bias = "blk.0.attn_q.bias" in tensors
             config.mlp_bias = "blk.0.ffn_up.bias" in tensors

@@ -47,17 +47,23 @@ def _qwen3_5(*sizes: int, value_heads: int, tied: bool = False) -> Fields:
     return _fields("qwen3_5_text", sizes, 248320, **more, **delta_net)
 
 
-def _gemma3(*sizes: int, vocab: int = 262208, head_dim: int = 256, positions: int = 131072) -> Fields:
+def _gemma3(
+    *sizes: int, vocab: int = 262208, head_dim: int = 256, positions: int = 131072, window: int = 1024
+) -> Fields:
     more: Fields = dict(head_dim=head_dim, tie_word_embeddings=True, max_position_embeddings=positions)
-    return _fields("gemma3_text", sizes, vocab, **more, wrapped_in="gemma3")
+    return _fields("gemma3_text", sizes, vocab, **more, **_windows(sizes, window), wrapped_in="gemma3")
 
 
-def _gemma4(*sizes: int, every: int = 6, positions: int = 131072, **more: Any) -> Fields:
-    layers = sizes[2]
-    kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    own: Fields = dict(head_dim=256, global_head_dim=512, tie_word_embeddings=True, wrapped_in="gemma4")
-    own |= dict(max_position_embeddings=positions)
-    return _fields("gemma4_text", sizes, 262144, **own, layer_types=kinds, vocab_size_per_layer_input=262144, **more)
+def _gemma4(*sizes: int, every: int = 6, positions: int = 131072, window: int = 512, **more: Any) -> Fields:
+    more |= dict(head_dim=256, global_head_dim=512, tie_word_embeddings=True, vocab_size_per_layer_input=262144)
+    more |= dict(max_position_embeddings=positions, wrapped_in="gemma4") | _windows(sizes, window, every)
+    return _fields("gemma4_text", sizes, 262144, **more)
+
+
+def _windows(sizes: Sizes, window: int, every: int = 6) -> Fields:
+    """Attention to a window in all layers but every so many."""
+    kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(sizes[2])]
+    return dict(sliding_window=window, layer_types=kinds)
 
 
 def _granite(*sizes: int, vocab: int) -> Fields:
@@ -100,7 +106,7 @@ QWEN3_5 = {
     "27B": _qwen3_5(5120, 17408, 64, 24, 4, value_heads=48),
 }
 GEMMA3 = {
-    "1b": _gemma3(1152, 6912, 26, 4, 1, vocab=262144, positions=32768) | {"wrapped_in": None},
+    "1b": _gemma3(1152, 6912, 26, 4, 1, vocab=262144, positions=32768, window=512) | {"wrapped_in": None},
     "4b": _gemma3(2560, 10240, 34, 8, 4),
     "12b": _gemma3(3840, 15360, 48, 16, 8),
     "27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128),
@@ -113,7 +119,7 @@ GEMMA4 = {
     "E4B": _gemma4(2560, 10240, 42, 8, 2, hidden_size_per_layer_input=256, num_kv_shared_layers=18),
     "31B": _gemma4(
         5376, 21504, 60, 32, 16,
-        positions=262144, hidden_size_per_layer_input=0, num_global_key_value_heads=4, attention_k_eq_v=True,
+        window=1024, positions=262144, hidden_size_per_layer_input=0, num_global_key_value_heads=4, attention_k_eq_v=True,
     ),
 }  # fmt: skip
 GRANITE = {"2b": (2048, 8192, 40, 32, 8), "8b": (4096, 12800, 40, 32, 8)}
@@ -173,10 +179,13 @@ PUBLISHED: dict[str, tuple[str, Fields]] = {
     "llama3.2-3b-instruct": ("meta-llama/Llama-3.2-3B-Instruct", _llama3(*LLAMA3_3B, tie_word_embeddings=True)),
     "llama3.3-70b": ("meta-llama/Llama-3.3-70B-Instruct", _llama3(*LLAMA_70B)),
     "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4, positions=2048)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _mistral(*LLAMA3_8B, vocab=32000)),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _mistral(*LLAMA3_8B, vocab=32000, sliding_window=4096)),
     "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", _mistral(*LLAMA3_8B, vocab=32768)),
     "mistral-7b-v0.3-instruct": ("mistralai/Mistral-7B-Instruct-v0.3", _mistral(*LLAMA3_8B, vocab=32768)),
-    "ministral-8b": ("mistralai/Ministral-8B-Instruct-2410", _mistral(4096, 12288, 36, 32, 8, vocab=131072)),
+    "ministral-8b": (
+        "mistralai/Ministral-8B-Instruct-2410",
+        _mistral(4096, 12288, 36, 32, 8, vocab=131072, sliding_window=32768),
+    ),
     "mistral-small-24b": ("mistralai/Mistral-Small-24B-Base-2501", _mistral(*MISTRAL_24B, vocab=131072)),
     "mistral-small-24b-instruct": ("mistralai/Mistral-Small-24B-Instruct-2501", _mistral(*MISTRAL_24B, vocab=131072)),
     "phi-4": ("microsoft/phi-4", _fields("phi3", (5120, 17920, 40, 40, 10), 100352, max_position_embeddings=16384)),

@@ -30,6 +30,8 @@ class ModelShape:
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
         linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
+        sliding_window: tokens that a windowed block attends to; None: there is none.
+        windowed: blocks with a window.
         tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
         rest: elements of all else, such as norms and biases, where these are not LLaMA's.
         wrapped_in: the model_type of the vision model whose text part it is.
@@ -46,6 +48,8 @@ class ModelShape:
     attention_bias: bool = False
     positions: int | None = None
     model_type: str = "llama"
+    sliding_window: int | None = None
+    windowed: int = 0
     linear: tuple[tuple[str, int, int], ...] | None = None
     tables: int | None = None
     rest: int | None = None
@@ -65,7 +69,7 @@ class ModelShape:
             from qalora.base.structure import completed, sizes_of
 
             if model_type not in LAYOUTS:
-                return cls(**sizes_of(config), positions=positions_of(config))
+                return cls(positions=positions_of(config), windowed=windowed_blocks(config), **sizes_of(config))
             config = completed(config)
         if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
@@ -82,6 +86,7 @@ class ModelShape:
             "attention_bias": family_of(model_type).attention_bias,
             "positions": positions_of(config),
             "model_type": model_type,
+            "windowed": windowed_blocks(config),
         }
         values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
         given: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
@@ -132,6 +137,16 @@ class ModelShape:
         if self.rest is not None:
             return self.rest
         return self.num_hidden_layers * self.llama_block().other + self.hidden_size
+
+
+def windowed_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks attend to a window alone, by what a config says of it."""
+    blocks, pattern = config.get("num_hidden_layers") or 0, config.get("sliding_window_pattern")
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return 0
+    if config.get("layer_types"):
+        return int(config["layer_types"].count("sliding_attention"))
+    return blocks - blocks // pattern if isinstance(pattern, int) and pattern > 1 else blocks
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -308,17 +323,14 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def said_of_family(shape: ModelShape) -> list[str]:
-    """Lines on a model that has no record of its own, or is the text part of a vision model."""
-    lines = []
+    """Lines on the text part of a vision model, a model that has no record, and one of which plans have not been tried."""
+    lines, guess = [], "the plan of its memory is an estimate, not measured"
     if shape.wrapped_in:
-        lines.append(
-            f"a vision model ({shape.wrapped_in}): its text part is trained, and its vision weights are not loaded"
-        )
+        lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")
     if shape.model_type not in FAMILIES:
-        lines.append(
-            f"{shape.model_type} models have no kernels of their own here: transformers' forward runs, and the plan is an "
-            "estimate, not measured"
-        )
+        lines.append(f"{shape.model_type} models have no record here: transformers' own forward runs, and {guess}")
+    elif not shape.family.measured:
+        lines.append(f"{shape.model_type} models: {guess}")
     return lines
 
 

@@ -130,6 +130,7 @@ def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_word_embeddings,
         "model_type": config.model_type,
+        "sliding_window": said.get("sliding_window"),
         "linear": tuple((name, *io) for name, io in found.adapted.items()),
         "tables": sum(sizes[name] for name in tables),
         "rest": sum(size for name, size in sizes.items() if name not in tables | weights),
