@@ -114,8 +114,9 @@ def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Nam
     training = recipe.training
     rows_a_forward = "as many" if training.fit and args.gpu_memory else str(training.micro_batch_size)
     print(
-        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to {recipe.data.max_seq_len} tokens a "
-        f"forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora plan` has it by term."
+        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to "
+        f"{recipe.data.max_seq_len} tokens a forward"
+        f"{' as fit' if training.fit and args.gpu_memory else ''}; `qalora plan` has it by term."
     )
     if not args.gpu_memory:
         print("in a card: the same step, fitted to it as training.fit=auto does; –: it does not fit.")

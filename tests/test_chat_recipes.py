@@ -1,4 +1,4 @@
-"""The recipes for chats, tool calls and thoughts, from rows to an adapter, on a model with a template as today's models have it."""
+"""The recipes for chats, tool calls and thoughts, from rows to an adapter, on a model with a template of today."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% set parts = (m.content or '').split('</think>') %}"
     "{% if loop.last %}{{ m.content }}{% else %}{{ parts[-1].lstrip('\n') }}{% endif %}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
+    "{% for call in m.tool_calls or [] %}"
+    "<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
     "</tool_call>{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

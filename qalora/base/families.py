@@ -99,7 +99,7 @@ FAMILIES = {
 }  # fmt: skip
 PLAIN = Family(measured=False)
 
-# ------------------------------------------------------------------------------------------- vision models with a decoder inside
+# ------------------------------------------------------------------------------- vision models with a decoder inside
 
 # model_type of a vision model → whether its head is the embeddings where config.json does not say.
 WRAPPERS = {"gemma3": True, "gemma4": True, "mistral3": True, "qwen3_5": False}
@@ -121,11 +121,13 @@ def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def in_wrapper(name: str) -> str:
-    """The name of a module or tensor of a decoder, as the vision model around it has it: model.norm → model.language_model.norm"""
+    """The name of a module or tensor of a decoder, as the vision model around it has it:
+    model.norm → model.language_model.norm"""
     return f"model.{TEXT}.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
-# What names of a decoder begin with in a vision model and in its files, which older versions wrote otherwise → in the decoder's own.
+# What names of a decoder begin with in a vision model and in its files, which older versions wrote otherwise → in the
+# decoder's own.
 NAMES = {rf"^(model\.{TEXT}|{TEXT}\.model)\.": "model.", rf"^{TEXT}\.lm_head\.": "lm_head."}
 
 

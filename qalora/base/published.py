@@ -119,7 +119,8 @@ GEMMA4 = {
     "E4B": _gemma4(2560, 10240, 42, 8, 2, hidden_size_per_layer_input=256, num_kv_shared_layers=18),
     "31B": _gemma4(
         5376, 21504, 60, 32, 16,
-        window=1024, positions=262144, hidden_size_per_layer_input=0, num_global_key_value_heads=4, attention_k_eq_v=True,
+        window=1024, positions=262144,
+        hidden_size_per_layer_input=0, num_global_key_value_heads=4, attention_k_eq_v=True,
     ),
 }  # fmt: skip
 GRANITE = {"2b": (2048, 8192, 40, 32, 8), "8b": (4096, 12800, 40, 32, 8)}

@@ -323,7 +323,7 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def said_of_family(shape: ModelShape) -> list[str]:
-    """Lines on the text part of a vision model, a model that has no record, and one of which plans have not been tried."""
+    """Lines on the text part of a vision model, a model without a record, and one whose plans have not been tried."""
     lines, guess = [], "the plan of its memory is an estimate, not measured"
     if shape.wrapped_in:
         lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")

@@ -39,7 +39,7 @@ class Structure:
 
     @property
     def adapted(self) -> dict[str, tuple[int, int]]:
-        """The same as `linear`, by the names that adapters have for them: those of the vision model where there is one."""
+        """The same as `linear`, by the names that adapters have for them: the vision model's where there is one."""
         return {in_wrapper(name): io for name, io in self.linear.items()} if self.wrapped else self.linear
 
     def is_linear(self, tensor: str) -> bool:

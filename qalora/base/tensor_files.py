@@ -67,8 +67,8 @@ def open_files(found: WeightFiles, config: PreTrainedConfig) -> Checkpoint:
 
 
 def _named(stored: str) -> str:
-    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix, those of a vision model have
-    another."""
+    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix, those of a
+    vision model have another."""
     stored = in_decoder(stored)
     return f"model.{stored}" if stored.startswith(("embed_tokens.", "layers.", "norm.")) else stored
 

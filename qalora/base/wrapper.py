@@ -10,7 +10,8 @@ from qalora.base.families import TEXT, WRAPPED
 
 
 class Holder(nn.Module):
-    """What stands between a head and a decoder in a vision model, without the vision: PEFT's names are those of the whole then.
+    """What stands between a head and a decoder in a vision model, without the vision: PEFT's names are then those of
+    the whole.
 
     It computes what the decoder computes, and has whatever the decoder has.
     """
@@ -30,6 +31,9 @@ class Holder(nn.Module):
 
 
 def name_as_in_wrapper(model: Any) -> None:
-    """Gives the decoder of a causal LM the name that it has in the vision model whose text part it is; else nothing happens."""
+    """Gives the decoder of a causal LM the name that it has in the vision model whose text part it is.
+
+    Nothing happens to other models.
+    """
     if hasattr(model.config, WRAPPED):
         model.model = Holder(model.model)

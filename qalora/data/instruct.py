@@ -30,7 +30,7 @@ def rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool
 
 
 def _stops(model: str) -> list[int]:
-    """The tokens at which a generation of the model ends, by its generation_config.json; none where there is no such file."""
+    """The tokens at which a generation of the model ends, by its generation_config.json; none where there is none."""
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id if model else None
     except (OSError, ValueError):
@@ -39,7 +39,8 @@ def _stops(model: str) -> list[int]:
 
 
 def template_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or nothing."""
+    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or
+    nothing."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = chat_template(tokenizer).apply(turns)

@@ -20,7 +20,10 @@ from qalora.data.rendering import Segment, render, render_prompt
 from qalora.data.rows import IGNORE, Tokenized, supervised_tokens
 from qalora.errors import InputError
 
-CHAT_BY_DEFAULT = "the model was taught to chat, so prompt and completion go through its chat template (data.chat=false takes them as they stand)"
+CHAT_BY_DEFAULT = (
+    "the model was taught to chat, so prompt and completion go through its chat template (data.chat=false takes them "
+    "as they stand)"
+)
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,8 @@ def merged_pieces(checkpoint: Checkpoint, updates: Mapping[str, Update], quantiz
 
 
 def to_write(checkpoint: Checkpoint, pieces: Pieces, dtype: torch.dtype) -> dict[str, Written]:
-    """Name in the files → what is written: the merged tensors, and of a vision model, under the names that its files have, all else as
-    it is stored.
+    """Name in the files → what is written: the merged tensors, and of a vision model, under the names that its files
+    have, all else as it is stored.
 
     Raises:
         InputError: weights of the vision are stored in 4 bits, which nothing here merges.
@@ -200,8 +200,8 @@ def beside_decoder(checkpoint: Checkpoint) -> list[str]:
     decoder = checkpoint.structure.shapes
     if packed := sorted(checkpoint.packed - decoder.keys()):
         raise InputError(
-            f"{checkpoint.files[0].parent}: weights beside the text part are stored in 4 bits ({packed[0]}); merge into the 16-bit model "
-            "that it was made from."
+            f"{checkpoint.files[0].parent}: weights beside the text part are stored in 4 bits ({packed[0]}); "
+            "merge into the 16-bit model that it was made from."
         )
     inside = tuple(f"{name}." for name in decoder if name in checkpoint.packed)  # scales and codes of 4-bit weights
     return [

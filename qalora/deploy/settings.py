@@ -27,8 +27,8 @@ from qalora.errors import InputError
 from qalora.files import write_json, write_whole
 
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "chat_template.*", "additional_chat_templates/*", "*processor_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json",
 )  # fmt: skip
 
 

@@ -85,7 +85,8 @@ class DataConfig(Section):
     labels: dict[str, str] = Field({}, description="completion in the file → text to train on, e.g. 0: negative")
     chat: bool | None = Field(
         None,
-        description="wrap prompt and completion in the chat template; null: chat formats, and where the model was taught to chat",
+        description="wrap prompt and completion in the chat template; null: chat formats, and where the model was "
+        "taught to chat",
     )
     chat_template: str | None = Field(
         None, description="Jinja file, or its text, in place of the tokenizer's own; it goes along with the tokenizer"

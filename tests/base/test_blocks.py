@@ -9,8 +9,8 @@ from qalora.base.registry import ModelShape
 from qalora.models import parameters
 
 TINY = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 32, "vocab_size": 128, "tie_word_embeddings": True,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128, "tie_word_embeddings": True,
 }  # fmt: skip
 
 

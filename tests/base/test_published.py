@@ -1,4 +1,4 @@
-"""Registered models have the shapes that transformers makes of their configs, and the sizes that their owners publish."""
+"""Registered models have the shapes that transformers makes of their configs, and the sizes that are published."""
 
 from __future__ import annotations
 

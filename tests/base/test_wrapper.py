@@ -1,5 +1,5 @@
-"""Vision models whose text part is trained: tiny random ones as vanilla transformers saves them, and read again by vanilla
-transformers and vanilla PEFT."""
+"""Vision models whose text part is trained: tiny random ones as vanilla transformers saves them, read again by vanilla
+transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from qalora.finetune import main
 from qalora.merge import main as merge
 
 TEXT = dict(
-    vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, initializer_range=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1, max_position_embeddings=512,
+    vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, initializer_range=0.1,
+    pad_token_id=0, bos_token_id=None, eos_token_id=1, max_position_embeddings=512,
 )  # fmt: skip
 LOCAL = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 DELTA_NET = dict(
-    model_type="qwen3_5_text", layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16, linear_value_head_dim=16,
+    model_type="qwen3_5_text", layer_types=["linear_attention", "full_attention"],
+    linear_key_head_dim=16, linear_value_head_dim=16,
 )  # fmt: skip
+QWEN_VISION = dict(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16
+)
 TINY = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2)
 PIXTRAL = dict(model_type="pixtral", num_hidden_layers=1, head_dim=16, image_size=28, patch_size=14, **TINY)
 # kind → (model_type, fields of the text part, of the vision, of the whole)
@@ -37,13 +42,13 @@ KINDS = {
     "qwen3_5": (
         "qwen3_5",
         dict(DELTA_NET, linear_num_key_heads=2, linear_num_value_heads=4),
-        dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16),
+        QWEN_VISION,
         dict(tie_word_embeddings=False),
     ),
     "qwen3_5 tied": (
         "qwen3_5",
         dict(DELTA_NET, linear_num_key_heads=4, linear_num_value_heads=4),
-        dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16),
+        QWEN_VISION,
         dict(tie_word_embeddings=True),
     ),
     "gemma3": (
@@ -55,8 +60,9 @@ KINDS = {
     "gemma4": (
         "gemma4",
         dict(
-            model_type="gemma4_text", hidden_size_per_layer_input=64, vocab_size_per_layer_input=300, num_kv_shared_layers=2,
-            global_head_dim=32, final_logit_softcapping=30.0, num_hidden_layers=4, sliding_window=8,
+            model_type="gemma4_text", hidden_size_per_layer_input=64, vocab_size_per_layer_input=300,
+            num_kv_shared_layers=2, global_head_dim=32, final_logit_softcapping=30.0,
+            num_hidden_layers=4, sliding_window=8,
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         dict(num_hidden_layers=1, num_key_value_heads=2, head_dim=16, position_embedding_size=16, **TINY),
@@ -108,8 +114,8 @@ def train(tmp_path_factory):
         recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 1}\n")
         settings = {
             "data.train": rows, "data.val_set_size": 4, "lora.r": 2, "lora.alpha": 4, "training.max_steps": 4,
-            "training.learning_rate": 2e-2, "evaluation.before": "false", "allocation.rounds": 1, "allocation.warmup": 2,
-            "allocation.interval": 1, "allocation.val_batch_size": 4, "logging.quiet": "true",
+            "training.learning_rate": 2e-2, "evaluation.before": "false", "allocation.rounds": 1,
+            "allocation.warmup": 2, "allocation.interval": 1, "allocation.val_batch_size": 4, "logging.quiet": "true",
         }  # fmt: skip
         given = [word for word in more if "=" in word]
         settings |= dict(word.split("=", 1) for word in given)
@@ -214,7 +220,7 @@ def test_a_merge_is_the_whole_again(trained, kind, base, tmp_path):
     torch.testing.assert_close(logits(again.model.eval(), model), expected, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------ other forms
+# ---------------------------------------------------------------------------------------------------------- other forms
 
 
 @pytest.mark.parametrize("form", ["peft", "peft-uniform"])
@@ -272,7 +278,7 @@ def test_a_vision_model_in_several_files_is_resumed_and_merged_into_as_many_name
     run_folder = train(
         tmp_path / "sharded", "training.max_steps=3", "training.save_steps=2", "logging.quiet=false"
     ).parent
-    line = "a vision model (mistral3): its text part is trained, and its vision weights are not loaded"
+    line = "a vision model (mistral3): its text part is trained; vision weights are not loaded"
     assert capsys.readouterr().err.count(line) == 1
     again = ["training.max_steps=4", "training.save_steps=2", "--resume-from-checkpoint", "auto"]
     adapter = train(tmp_path / "sharded", *again, "--output-dir", str(run_folder))

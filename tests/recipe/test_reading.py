@@ -317,7 +317,8 @@ def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
 
 def test_twelve_recipes_are_shipped():
     assert module.recipe_names() == [
-        "alpaca", "alpaca-clean", "boolq", "chat", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "reasoning", "sst2", "tools",
+        "alpaca", "alpaca-clean", "boolq", "chat", "dolly", "e2e", "gsm8k", "oasst1", "quickstart",
+        "reasoning", "sst2", "tools",
     ]  # fmt: skip
 
 
