@@ -3,8 +3,8 @@
     python bench/merge.py --adapter outputs/bench/e2e/adapter            # SmolLM2-135M, each way in its own process
     python bench/merge.py --shape llama-7b --disk DIR --no-verify        # our memory and time alone; 30 GB of disk
 
-Memory is the peak resident set above what the imports took. The error is that of the logits on eight short texts, in fp32,
-against the 4-bit base with the adapter on top.
+Memory is the peak resident set above what the imports took. The error is that of the logits on eight short texts, in
+fp32, against the 4-bit base with the adapter on top.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qalora.adapter.model import load_adapter
 from qalora.adapter.saved import PREFIX
-from qalora.base.checkpoint import Quantization, expected_shapes
+from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import ModelSource, resolve, shape_of
+from qalora.base.structure import structure_of
 from qalora.deploy.merging import merge
 from qalora.deploy.verification import TEXTS
 
@@ -168,7 +169,7 @@ def make_base(config: LlamaConfig, folder: Path) -> int:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     files: dict[str, dict[str, torch.Size]] = {}
-    for name, shape in expected_shapes(config).items():
+    for name, shape in structure_of(config).shapes.items():
         group = name.split(".layers.")[1].split(".")[0] if ".layers." in name else name
         files.setdefault(f"{group}.safetensors", {})[name] = torch.Size(shape)
     for file, shapes in files.items():

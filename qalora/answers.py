@@ -24,7 +24,8 @@ BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: str | Path | None) -> tuple[str, ...]:
-    """Gives the tokenizer the chat template that the adapter was trained with, and returns what it was taught to end with."""
+    """Gives the tokenizer the chat template that the adapter was trained with, and returns what it was taught to end
+    with."""
     provenance = read_provenance(adapter) if adapter else None
     if provenance is None:
         return ()
@@ -68,7 +69,8 @@ def generate_answers(
     kept: Sequence[str] | None = None,
     track: Track | None = None,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's positions.
+    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's
+    positions.
 
     Args:
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
@@ -114,7 +116,8 @@ def room(prompt: int, max_new_tokens: int, positions: int | None) -> int:
     """
     if positions is not None and prompt >= positions:
         raise InputError(
-            f"the prompt has {prompt} tokens, and the model {positions} positions, which leaves none for an answer; shorten the prompt."
+            f"the prompt has {prompt} tokens, and the model {positions} positions, which leaves none for an answer; "
+            "shorten the prompt."
         )
     return max_new_tokens if positions is None else min(max_new_tokens, positions - prompt)
 
@@ -155,7 +158,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
 
 
 class AnswerStreamer(BaseStreamer):
-    """Prints an answer as it grows, up to its end; what may be the beginning of a stop text waits until it is known not to be."""
+    """Prints an answer as it grows, up to its end; what may be the beginning of a stop text waits until it is known not
+    to be."""
 
     def __init__(self, read: Callable[[list[int]], str], stops: Sequence[str]):
         self.read, self.stops = read, stops

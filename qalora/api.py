@@ -37,17 +37,18 @@ def load_rows(
     max_seq_len: int = 2048,
     **reading: Any,
 ) -> list[Row]:
-    """Rows of text, rendered and tokenized as `qalora finetune` does it, for `AllocationCallback`, `start`, `score_ranks`,
-    `evaluate` and any trainer.
+    """Rows of text, rendered and tokenized as `qalora finetune` does it, for `AllocationCallback`, `start`,
+    `score_ranks`, `evaluate` and any trainer.
 
     Args:
-        source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any format of
-            docs/data.md.
+        source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any
+            format of docs/data.md.
         tokenizer: of the base.
         split: of a set that has splits.
         limit: rows at most.
         max_seq_len: tokens per row; longer rows are cut.
-        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs …
+        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs
+            …
 
     Returns:
         A dictionary per row: `input_ids` and `labels` (−100 where no loss), lists of integers, and `row`, its number.
@@ -58,7 +59,7 @@ def load_rows(
     from qalora.data.tokenization import load_dataset
 
     where: Any = str(source) if isinstance(source, Path) else source
-    return load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items  # type: ignore[return-value]
+    return list(load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items)
 
 
 def score_ranks(
@@ -73,15 +74,15 @@ def score_ranks(
     memory: int | None = None,
     seed: int = 0,
 ) -> RankScores:
-    """AB-LoRA: the importance of every rank of an adapter on some rows (ALoRA, arXiv 2403.16187, §3.3, eq. 6). The model is left as
-    it was.
+    """AB-LoRA: the importance of every rank of an adapter on some rows (ALoRA, arXiv 2403.16187, §3.3, eq. 6). The
+    model is left as it was.
 
     Args:
         model: from `attach` or `load_adapter`.
-        rows: `input_ids` and `labels` (−100 where no loss), lists of integers; also micro-batches, whose values are (rows, tokens)
-            tensors.
-        method: first-order: two forward-backward passes for all ranks; exact: two forwards per rank; certified: exact where first
-            order leaves the pruned set in doubt; path: integrated from base to adapter.
+        rows: `input_ids` and `labels` (−100 where no loss), lists of integers; also micro-batches, whose values are
+            (rows, tokens) tensors.
+        method: first-order: two forward-backward passes for all ranks; exact: two forwards per rank; certified: exact
+            where first order leaves the pruned set in doubt; path: integrated from base to adapter.
         importance: which score decides: sum (eq. 6), drop, alone, or path with the method path; None: path or sum.
         prune: ranks that will go, whose threshold `certified` settles; None: one per module.
         min_rank: ranks that every module keeps.
@@ -152,8 +153,8 @@ def evaluate(
         reading: as `load_rows` takes it.
 
     Returns:
-        `rows`, `supervised_tokens`, and per metric: `loss` (nats per supervised token) and `perplexity`; `exact_match`, `accuracy`,
-        `rougeL` in percent.
+        `rows`, `supervised_tokens`, and per metric: `loss` (nats per supervised token) and `perplexity`; `exact_match`,
+        `accuracy`, `rougeL` in percent.
 
     Raises:
         InputError: rows that cannot be read, or a metric that they cannot answer.
@@ -204,7 +205,8 @@ def generate(
         The answer, or one per prompt.
 
     Raises:
-        InputError: a system message that the template leaves out, an empty prompt, or one that leaves no position for an answer.
+        InputError: a system message that the template leaves out, an empty prompt, or one that leaves no position for
+            an answer.
     """
     from qalora.answers import generate_answers
     from qalora.generate import prompt_ids
@@ -222,9 +224,9 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
 
     Args:
         model: a registered name, a folder, a GGUF file, or a Hub id.
-        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row), load_in_4bit
-            (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"), gradient_checkpointing (True), mlp_tile,
-            dropout, device ("cuda").
+        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row),
+            load_in_4bit (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"),
+            gradient_checkpointing (True), mlp_tile, dropout, device ("cuda").
 
     Returns:
         `.terms`, bytes by name, and `.total`, bytes.
@@ -256,8 +258,8 @@ def merge(
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Merges a plain PEFT LoRA into the weights that it was trained on, a tensor at a time, and compares the result with base +
-    adapter.
+    """Merges a plain PEFT LoRA into the weights that it was trained on, a tensor at a time, and compares the result
+    with base + adapter.
 
     Args:
         model: the base: a registered name, a folder, a GGUF file, or a Hub id.
@@ -275,7 +277,8 @@ def merge(
         What merge.json in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or memory.
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or
+            memory.
         AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
     """
     import torch

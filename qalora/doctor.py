@@ -1,4 +1,5 @@
-"""`qalora doctor`: this machine, what would fail or be slow on it, and what to do. Works where a package is broken or missing."""
+"""`qalora doctor`: this machine, what would fail or be slow on it, and what to do. Works where a package is broken or
+missing."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ INSTALL = "pip install --upgrade qalora"
 class Finding:
     """
     Attributes:
-        level: fails: a command would; slow: it would work, and slower than it could; note: what a reader of figures should know.
+        level: fails: a command would; slow: it would work, and slower than it could; note: what a reader of figures
+            should know.
         what: the fact; do: what to do about it.
     """
 
@@ -37,8 +39,8 @@ class Finding:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora doctor",
-        description="Says what this machine has for a run, what would fail or be slow on it, and what to do. Exit code 1 when something "
-        "would fail.",
+        description="Says what this machine has for a run, what would fail or be slow on it, and what to do. Exit code "
+        "1 when something would fail.",
     )
     add(parser, "--json", more="print all of it as JSON, for a bug report; no tokens are in it")
     return parser
@@ -90,7 +92,8 @@ def of_devices(facts: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "fails",
             f"4 bits do not work on {compute['device']}: {compute['error']}",
-            "install the bitsandbytes that goes with torch's CUDA or ROCm (pip install --upgrade bitsandbytes), or pass --no-quantize",
+            "install the bitsandbytes that goes with torch's CUDA or ROCm (pip install --upgrade bitsandbytes), or "
+            "pass --no-quantize",
         )
     for device in facts["devices"]:
         if "error" in device:
@@ -102,7 +105,8 @@ def of_devices(facts: Mapping[str, Any]) -> Iterator[Finding]:
         elif device["free"] < 0.5 * device["total"]:
             yield Finding(
                 "note",
-                f"{device['device']}: {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB are free, other processes have the rest",
+                f"{device['device']}: {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB are free, other "
+                "processes have the rest",
                 "end them, or let training.fit=auto plan with what is free",
             )
     if len(facts["devices"]) > 1:
@@ -177,7 +181,8 @@ def of_room(facts: Mapping[str, Any]) -> Iterator[Finding]:
     elif cache["free"] < LEAST_CACHE:
         yield Finding(
             "note",
-            f"{cache['free'] / GIB:.1f} GiB free for the Hugging Face cache ({cache['path']}); llama-7b is a download of 13.5 GB",
+            f"{cache['free'] / GIB:.1f} GiB free for the Hugging Face cache ({cache['path']}); llama-7b is a download "
+            "of 13.5 GB",
             "set HF_HOME to a larger disk",
         )
     if memory and memory["available"] < LEAST_MEMORY:
@@ -229,7 +234,10 @@ def described(facts: Mapping[str, Any]) -> Iterator[str]:
     """The facts in lines."""
     versions, where = facts["versions"], facts["platform"]
     names = [f"{name} {version or 'missing'}" for name, version in versions.items() if name not in ("qalora", "python")]
-    yield f"qalora      {versions['qalora']}, Python {versions['python']}, {where['system']}{' (WSL)' if where['wsl'] else ''}"
+    yield (
+        f"qalora      {versions['qalora']}, Python {versions['python']}, "
+        f"{where['system']}{' (WSL)' if where['wsl'] else ''}"
+    )
     yield from _wrapped("packages", names)
     yield _line("CPU", f"{where['cpu']}, {where['cores']} cores{_flags(where['cpu_flags'])}")
     for device in facts["devices"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from qalora.base.registry import ModelSource
     from qalora.data.tokenization import TokenizedDataset
     from qalora.recipe import Recipe
-from qalora.flags import add
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora evaluate",
         description="Evaluates a base, with an adapter or without, or a merged model.",
-        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
+        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. "
+        "data.columns={output: "
         "answer}.",
     )
     add(parser, "--model", required=True)
@@ -128,7 +129,8 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
 def evaluated(
     recipe: Recipe, source: ModelSource, adapter: str | None, *, progress: bool
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(the figures, a record per row) of a base, with an adapter or without, as `data` and `evaluation` of the recipe say.
+    """(the figures, a record per row) of a base, with an adapter or without, as `data` and `evaluation` of the recipe
+    say.
 
     Raises:
         InputError: an adapter that does not fit, rows that cannot be read, or a metric that they cannot answer.

@@ -171,7 +171,8 @@ def folder_of(
     check_folder(output_dir, named, replaced=False)
     with locked(lock_of(output_dir), named, say=cli.say):
         checkpoint = find_checkpoint(output_dir, resume_from_checkpoint, anew=overwrite, say=cli.say)
-        # `auto` is for loops that start a command again: an attempt that was killed before its first checkpoint is no result.
+        # `auto` is for loops that start a command again: an attempt that was killed before its first checkpoint is no
+        # result.
         restarts = resume_from_checkpoint == "auto" and is_run(output_dir) and not is_finished(output_dir)
         folders = [Path(name).expanduser() for name in (recipe.model, recipe.lora.adapter) if name]
         data_files = [*paths_of(recipe.data.train), *paths_of(recipe.data.validation)]
@@ -182,10 +183,12 @@ def folder_of(
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved recipe, fitted to this machine where that was asked for, and the memory that a step will need.
+    """Prints the resolved recipe, fitted to this machine where that was asked for, and the memory that a step will
+    need.
 
     Raises:
-        InputError: what the model or the adapter cannot take; or the base is on this machine, and its tokenizer is not one for it.
+        InputError: what the model or the adapter cannot take; or the base is on this machine, and its tokenizer is not
+            one for it.
     """
     from qalora.base.registry import resolve, shape_of
     from qalora.plan import print_plan

@@ -53,8 +53,8 @@ class Fit:
 
 
 def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None:
-    """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward of
-    any level. The rows of an optimizer step stay what they are.
+    """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward
+    of any level. The rows of an optimizer step stay what they are.
 
     Args:
         memory: bytes that may be used.

@@ -1,4 +1,5 @@
-"""`qalora generate`: answer a prompt or an instruction, or chat, with a base, a base and an adapter, or a merged model."""
+"""`qalora generate`: answer a prompt or an instruction, or chat, with a base, a base and an adapter, or a merged
+model."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbe
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora generate",
-        description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the lines of "
-        "standard input (--chat).",
+        description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the "
+        "lines of standard input (--chat).",
     )
     add(parser, "--model", required=True)
     add(parser, "--adapter", "--no-quantize")
@@ -110,7 +111,8 @@ def main(argv: list[str]) -> int:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, object]:
-    """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for none.
+    """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for
+    none.
 
     Raises:
         InputError: a value out of its range.
@@ -254,7 +256,8 @@ def prompt_ids(
         system: the system message before them.
 
     Raises:
-        InputError: a system message without a chat template, or one that the template leaves out; a prompt without a token.
+        InputError: a system message without a chat template, or one that the template leaves out; a prompt without a
+            token.
     """
     from qalora.data.formats import Example, Turn
     from qalora.data.tokenization import tokenize_prompt
@@ -311,8 +314,8 @@ def answer(
     *,
     keep_special_tokens: bool = False,
 ) -> str:
-    """Streams the continuation of the token ids to standard output as it grows, up to the model's last position, and returns its
-    text.
+    """Streams the continuation of the token ids to standard output as it grows, up to the model's last position, and
+    returns its text.
 
     Raises:
         InputError: the prompt leaves no position for an answer.

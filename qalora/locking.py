@@ -36,7 +36,8 @@ def locked(file: Path, what: str, *, say: Callable[[str], None] = lambda text: N
         left = _owner(handle)
         if left and left.get("host") not in (None, socket.gethostname()):
             say(
-                f"{what}: process {left.get('pid')} on {left['host']} left its lock there; if it still runs, stop one of the two"
+                f"{what}: process {left.get('pid')} on {left['host']} left its lock there; if it still runs, stop one "
+                "of the two"
             )
         _write_owner(handle)
         yield

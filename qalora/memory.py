@@ -1,8 +1,8 @@
 """Memory of a fine-tuning run, by term, as pure arithmetic over shapes. No torch.
 
 Weights, quantization constants, adapter, gradients and moments are exact counts of the tensors' bytes. Activations are
-the tensors alive at the worst moment of a step: while the last block's MLP, or its first map, goes backward, or while the
-loss is formed, whichever is more.
+the tensors alive at the worst moment of a step: while the last block's MLP, or its first map, goes backward, or while
+the loss is formed, whichever is more.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def plan_memory(
         shape: the base.
         ranks: of every module, or full module name → rank.
         micro_batch_size: rows a forward.
-        gradient_accumulation_steps: forwards an optimizer step; from the second on there are earlier gradients to add to.
+        gradient_accumulation_steps: forwards an optimizer step; from the second on there are earlier gradients to add
+            to.
         seq_len: tokens a row.
         gradient_checkpointing: "selective" keeps the outputs of maps beside the block inputs; "offload" keeps the
             inputs in host memory, all but two.
@@ -94,7 +95,8 @@ def plan_memory(
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
         **step,
-        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is left.
+        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is
+        # left.
         "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if gradient_accumulation_steps > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
@@ -136,10 +138,9 @@ def _activations(
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
         index, _, layer = name.split(".layers.")[1].partition(".")
-        part, which = layer.partition(".")[0], layer.rpartition(".")[2]
         low[index] = low.get(index, 0) + rank
         read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
-        low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
+        low_kept += 0 if layer == "mlp.down_proj" or (layer.startswith("mlp.") and tile != tokens) else rank
 
     family, hidden = shape.family, tokens * d * size
     norms, inner_norms = family.norms
@@ -162,7 +163,8 @@ def _activations(
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
     down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
-    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product too.
+    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product
+    # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
     block = dropped + attention + rotation + max(down, norm) + transposed + masks
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
@@ -201,8 +203,9 @@ def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, 
 def _sketch(
     maps: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], longer: Mapping[str, int], step: dict[str, int]
 ) -> int:
-    """What the second pass of the gradient's sketch holds beside the adapter (adapter/start/gradient.py): longer A and B in its
-    place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward, the gradients to add."""
+    """What the second pass of the gradient's sketch holds beside the adapter (adapter/start/gradient.py): longer A and
+    B in its place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward,
+    the gradients to add."""
     matrices = spans = of_A = of_B = 0
     for name, count in longer.items():
         fan_in, fan_out = maps[name]
@@ -219,15 +222,16 @@ def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[tuple[int, int], ..
 
 
 def _constants(weights: int, double_quant: bool) -> int:
-    """Of one 4-bit map: its absmax values in fp32, or in uint8 with fp32 constants and an offset, and its code tables."""
+    """Of one 4-bit map: its absmax values in fp32, or in uint8 with fp32 constants and an offset, and its code
+    tables."""
     blocks = ceil(weights / QUANT_BLOCK)
     nested = blocks + 4 * ceil(blocks / STATE_BLOCK) + 4 + 4 * 256
     return 4 * 16 + (nested if double_quant else 4 * blocks)
 
 
 def _moments(rows: int, columns: int, optim: str) -> int:
-    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of means
-    and the size of the weights."""
+    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of
+    means and the size of the weights."""
     if optim == "adafactor":
         return 4 * (rows + columns + 1)
     elements, kinds = rows * columns, 1 if "lion" in optim else 2

@@ -33,14 +33,14 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("hf", "gguf", *ADAPTER_FORMATS),
         default="hf",
-        help="a whole model: hf (transformers, vLLM), gguf (llama.cpp, Ollama); the adapter alone: peft (ranks as trained), "
-        "peft-uniform (one rank, for vLLM), gguf-lora (default: %(default)s)",
+        help="a whole model: hf (transformers, vLLM), gguf (llama.cpp, Ollama); the adapter alone: peft (ranks as "
+        "trained), peft-uniform (one rank, for vLLM), gguf-lora (default: %(default)s)",
     )
     parser.add_argument(
         "--base",
         choices=("dequantized", "original"),
-        help="add to the weights of a 4-bit base, as QLoRA trains on, or to the 16-bit ones as they are stored (default: what the "
-        "adapter was trained on, where its qalora.json or recipe.yaml says so)",
+        help="add to the weights of a 4-bit base, as QLoRA trains on, or to the 16-bit ones as they are stored "
+        "(default: what the adapter was trained on, where its qalora.json or recipe.yaml says so)",
     )
     add(parser, "--no-quantize", more="the same as --base original")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights of format hf (default: bfloat16)")
@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verify", action="store_true", default=True, help="compare them (the default)")
     trained = parser.add_argument_group(
-        "the 4-bit base of the training (default: what the adapter's qalora.json or the run's recipe.yaml says, else nf4 with "
-        "double quantization in bfloat16)"
+        "the 4-bit base of the training (default: what the adapter's qalora.json or the run's recipe.yaml says, else "
+        "nf4 with double quantization in bfloat16)"
     )
     trained.add_argument("--bnb-4bit-quant-type", choices=("nf4", "fp4"))
     trained.add_argument("--no-double-quant", action="store_true")
@@ -122,8 +122,8 @@ def merge_whole(args: argparse.Namespace, source: ModelSource, shard: int | None
     if args.verify:
         print(
             f"against base + adapter: largest logit difference {report['max_logit_difference']:.3g}, mean "
-            f"{report['mean_logit_difference']:.3g} (the adapter moves them by {report['mean_adapter_effect']:.3g}), KL "
-            f"{report['kl']:.2g}, same likeliest token at {report['greedy_agreement']:.1%} of positions"
+            f"{report['mean_logit_difference']:.3g} (the adapter moves them by {report['mean_adapter_effect']:.3g}), "
+            f"KL {report['kl']:.2g}, same likeliest token at {report['greedy_agreement']:.1%} of positions"
         )
     if args.format == "gguf":
         print(f"try it: llama-cli -m {args.output}/model.gguf, or ollama create NAME -f {args.output}/Modelfile")
@@ -164,7 +164,8 @@ def export(args: argparse.Namespace, source: ModelSource) -> None:
     )
     if args.format == "peft-uniform" and report["max_lora_rank"] is None:
         print(
-            f"vLLM: takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {report['rank']}; serve the merged model (--format hf)"
+            f"vLLM: takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {report['rank']}; serve the merged model "
+            "(--format hf)"
         )
     elif args.format == "peft-uniform":
         print(f"vLLM: --enable-lora --max-lora-rank {report['max_lora_rank']} --lora-modules NAME={args.output}")
@@ -175,8 +176,8 @@ def export(args: argparse.Namespace, source: ModelSource) -> None:
 def trained_quantization(
     adapter: str, source: ModelSource, base: str | None, asked: Mapping[str, Any]
 ) -> Quantization | None:
-    """How the training had the frozen weights: by what is asked for, by the adapter's qalora.json, by the recipe of the run that it
-    lies in, or by the base where that is stored in 4 bits. Never by this machine.
+    """How the training had the frozen weights: by what is asked for, by the adapter's qalora.json, by the recipe of the
+    run that it lies in, or by the base where that is stored in 4 bits. Never by this machine.
 
     Args:
         base: dequantized or original; None: as trained.
@@ -203,9 +204,9 @@ def trained_quantization(
     refuse_other_codes(source.name, stored, given)
     if not (known or stored or given or base):
         raise InputError(
-            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that was 4 bits "
-            "(QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in adapter_config.json), or --base "
-            "original if it was 16 or 32."
+            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that "
+            "was 4 bits (QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in "
+            "adapter_config.json), or --base original if it was 16 or 32."
         )
     quant_type = _quant_type(known, stored, given)
     if known is not None:
@@ -216,8 +217,8 @@ def trained_quantization(
         dtype = "bfloat16"
         if quant_type:
             say(
-                f"{adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what nearly all are; "
-                "--bnb-4bit-compute-dtype says another"
+                f"{adapter}: does not say in which dtype its 4-bit base was computed with: taken as bfloat16, what "
+                "nearly all are; --bnb-4bit-compute-dtype says another"
             )
     return Quantization(
         quant_type=quant_type,
@@ -258,7 +259,10 @@ def not_as_trained(adapter: str, known: Mapping[str, Any], source: ModelSource) 
         return None
     else:
         trained = f"weights in {dtype}"
-    return f"--base original: {adapter} was trained on {trained}, and is merged into the weights as they are stored, as asked for"
+    return (
+        f"--base original: {adapter} was trained on {trained}, and is merged into the weights as they are stored, "
+        "as asked for"
+    )
 
 
 def refuse_other_codes(model: str, stored: Mapping[str, Any], flags: Mapping[str, Any]) -> None:

@@ -63,10 +63,11 @@ def predict(
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
 
     Returns:
-        The figures: `rows` and `supervised_tokens`, and for the metrics asked for: `loss` (nats, mean over all supervised
-        tokens) and `perplexity`; `exact_match`, `accuracy` and `rougeL` (mean F1), all three in percent.
-        And for each row: `row`, `prompt`, `answer` (for accuracy alone, the choice), `reference`, `references` where there are
-        several, and its own loss and scores, whose mean is the figure; of losses it is the mean by supervised tokens.
+        The figures: `rows` and `supervised_tokens`, and for the metrics asked for: `loss` (nats, mean over all
+        supervised tokens) and `perplexity`; `exact_match`, `accuracy` and `rougeL` (mean F1), all three in percent.
+        And for each row: `row`, `prompt`, `answer` (for accuracy alone, the choice), `reference`, `references` where
+        there are several, and its own loss and scores, whose mean is the figure; of losses it is the mean by supervised
+        tokens.
 
     Raises:
         InputError: an unknown metric, or a metric that these rows cannot answer (see `check`).
@@ -176,8 +177,8 @@ def with_room(
     max_new_tokens: int,
     options: Sequence[str] = (),
 ) -> tuple[TokenizedDataset, str]:
-    """The rows that the model has positions to answer, and a line on the others and on answers that have to be shorter; empty where
-    there are none.
+    """The rows that the model has positions to answer, and a line on the others and on answers that have to be shorter;
+    empty where there are none.
 
     Args:
         positions: of the model; None: not known.
@@ -195,8 +196,8 @@ def with_room(
     kept = [i for i, prompt in enumerate(prompts) if prompt + needed <= positions]
     if not kept:
         raise InputError(
-            f"none of the {len(prompts)} rows leaves an answer room in the model's {positions} positions: the shortest prompt has "
-            f"{min(prompts)} tokens; shorten the prompts, or measure the loss alone."
+            f"none of the {len(prompts)} rows leaves an answer room in the model's {positions} positions: the shortest "
+            f"prompt has {min(prompts)} tokens; shorten the prompts, or measure the loss alone."
         )
     lines = []
     if dropped := len(prompts) - len(kept):
@@ -264,7 +265,8 @@ def _in_halves(work: Callable[[Sequence[int]], list[float]], batch: Sequence[int
 
 
 def with_answer(example: Example, answer: str) -> Example:
-    """The example up to its reference, with `answer` in the place of that, alone supervised; the white space around it is kept."""
+    """The example up to its reference, with `answer` in the place of that, alone supervised; the white space around it
+    is kept."""
     before, last = example.prompt, example.turns[len(example.prompt)]
     stripped = last.text.strip()
     start = last.text.find(stripped) if stripped else len(last.text)
@@ -296,7 +298,8 @@ def _described(row: Example, prompt: Sequence[int], tokenizer: PreTrainedTokeniz
 
 
 def _by_prompt(items: Sequence[Row]) -> list[int]:
-    """Indices of the items, longest first, but those of one prompt together: a batch computes it once for all of them."""
+    """Indices of the items, longest first, but those of one prompt together: a batch computes it once for all of
+    them."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, item in enumerate(items):
         prompt = sum(1 for _ in takewhile(lambda label: label == IGNORE, item["labels"]))

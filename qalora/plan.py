@@ -88,12 +88,12 @@ def print_fit(plan: MemoryPlan, recipe: Recipe, card: int | None, asked: str | N
         return
     room = HEADROOM * card
     print(
-        f"{'fits' if plan.total <= room else 'does not fit'} {asked}: {plan.total / 2**30:.2f} of {room / 2**30:.2f} GiB "
-        f"({1 - HEADROOM:.0%} are left to the allocator)"
+        f"{'fits' if plan.total <= room else 'does not fit'} {asked}: {plan.total / 2**30:.2f} of {room / 2**30:.2f} "
+        f"GiB ({1 - HEADROOM:.0%} are left to the allocator)"
     )
     print(
-        f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one row "
-        f"of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
+        f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one "
+        f"row of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
     )
 
 

@@ -30,8 +30,10 @@ LEARNED = "\x1b[1;32m", "\x1b[0m"  # bold green
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora preview",
-        description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ elsewhere.",
-        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.train_on_inputs=true.",
+        description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ "
+        "elsewhere.",
+        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. "
+        "data.train_on_inputs=true.",
     )
     add(parser, "--model", otherwise="the recipe's")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its data settings")
@@ -119,7 +121,8 @@ def learned_tokens(item: Row) -> int:
 def decoded(item: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """(text, learned) of the stretches of tokens, as the tokens say it, the special ones too.
 
-    A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins with.
+    A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins
+    with.
     """
     ids, end, before = list(item["input_ids"]), 0, ""
     for learned, labels in groupby(item["labels"], lambda label: label >= 0):
@@ -137,8 +140,11 @@ def summary(dataset: TokenizedDataset) -> dict[str, object]:
 
 def described(data: Mapping[str, Any], max_seq_len: int) -> str:
     """The summary in lines."""
+    from qalora.data.tokenization import CHAT_BY_DEFAULT
+
     lines = [
-        f"{data['rows']} rows, {data['tokens']} tokens, {data['share_learned']:.0%} learned; longest row {data['longest']} tokens",
+        f"{data['rows']} rows, {data['tokens']} tokens, {data['share_learned']:.0%} learned; longest row "
+        f"{data['longest']} tokens",
         f"cut: {data['truncated']} rows, at data.max_seq_len={max_seq_len}",
         f"dropped: {data['dropped']} rows",
     ]
@@ -146,6 +152,8 @@ def described(data: Mapping[str, Any], max_seq_len: int) -> str:
         lines[-1] += f"; nothing to learn was left of {cut} after the cut"
     if data["masked"]:
         lines[-1] += f"; no turn of {data['masked']} is learned"
+    if data["chat_by_default"]:
+        lines.append(CHAT_BY_DEFAULT)
     return "\n".join([*lines, f"not used: {', '.join(data['unused']) or 'nothing'}"]) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""Progress bars in one style, on a terminal alone; several at a time share it, as a round of allocation does with its training."""
+"""Progress bars in one style, on a terminal alone; several at a time share it, as a round of allocation does with its
+training."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class _Console(Console):
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no markup."""
+        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no
+        markup."""
         settings = {"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options}
         with suppress(OSError):  # a log on a full disk is no reason to end a run
             super().print(*objects, **settings)

@@ -12,8 +12,8 @@ from qalora.flags import add
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora push",
-        description="Commits an adapter or a merged folder to a model repository on the Hub: weights, settings, tokenizer and card; "
-        "never checkpoints or optimizer states.",
+        description="Commits an adapter or a merged folder to a model repository on the Hub: weights, settings, "
+        "tokenizer and card; never checkpoints or optimizer states.",
     )
     parser.add_argument(
         "folder", metavar="DIR", help="adapter/ or merged/ of a run, any plain PEFT LoRA, or a run's folder"

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from qalora.adapter.scores import Importance, RankScores
     from qalora.base.registry import ModelSource
     from qalora.recipe import Recipe
-from qalora.flags import add
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora score",
-        description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
-        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: answer}.",
+        description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it "
+        "would prune.",
+        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: "
+        "answer}.",
     )
     add(parser, "--model", "--adapter", "--data", required=True)
     add(parser, "--data-format", otherwise="found from the rows")
@@ -31,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
         "--method",
         choices=("exact", "first-order", "certified", "path"),
         default="certified",
-        help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first order "
-        "leaves a doubt about --prune, given how far it errs on ranks drawn at random; path: shares of what the adapter achieved (default: %(default)s)",
+        help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first "
+        "order leaves a doubt about --prune, given how far it errs on ranks drawn at random; path: shares of what the "
+        "adapter achieved (default: %(default)s)",
     )
     parser.add_argument(
         "--importance",
@@ -89,7 +92,8 @@ def main(argv: list[str]) -> int:
     result = scored(recipe, source, args)
     write_json(args.output, result, indent=1)
     print(
-        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; {_summary(result)}"
+        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; "
+        f"{_summary(result)}"
     )
     return 0
 
@@ -175,13 +179,16 @@ def as_json(scores: RankScores, prune: int, seconds: float) -> dict[str, Any]:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    text = f"loss {result['loss']:.4f}, of the base {result['base_loss']:.4f}; {result['forward_equivalents']:.0f} forwards"
+    text = (
+        f"loss {result['loss']:.4f}, of the base {result['base_loss']:.4f}; {result['forward_equivalents']:.0f} "
+        "forwards"
+    )
     residual = result["residual"]
     if residual is not None:
         text += (
-            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by {residual['std']:.1e} on "
-            f"{residual['drawn']} drawn at random (largest {residual['largest']:.1e}), rounding by {residual['noise']:.1e}; the "
-            f"{result['prune']} to prune are {_certainty(result)}"
+            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by "
+            f"{residual['std']:.1e} on {residual['drawn']} drawn at random (largest {residual['largest']:.1e}), "
+            f"rounding by {residual['noise']:.1e}; the {result['prune']} to prune are {_certainty(result)}"
         )
     if result.get("quadrature_error") is not None:
         text += f"; the shares add up to what the adapter achieved within {result['quadrature_error']:.2%}"
@@ -196,8 +203,8 @@ def _certainty(result: dict[str, Any]) -> str:
         return "settled: every rank was ablated"
     ties = f", but for {residual['tied']} that rounding alone could exchange" if residual["tied"] else ""
     return (
-        f"settled{ties}, given the residuals seen (with 95 % confidence, at most {residual['missed']:.0%} of the ranks that were not "
-        "ablated err by more than the band that is left to them)"
+        f"settled{ties}, given the residuals seen (with 95 % confidence, at most {residual['missed']:.0%} of the ranks "
+        "that were not ablated err by more than the band that is left to them)"
     )
 
 

@@ -78,7 +78,8 @@ def build_llama(
 
 @pytest.fixture(scope="session")
 def save_tiny_llama():
-    """save(path, **config) → path: a tiny random LLaMA in fp32 on disk, with a tokenizer of bytes and a chat template."""
+    """save(path, **config) → path: a tiny random LLaMA in fp32 on disk, with a tokenizer of bytes and a chat
+    template."""
 
     def save(path: Path, **config) -> Path:
         torch.manual_seed(0)
@@ -190,7 +191,8 @@ def randomize_B():
 
 @pytest.fixture
 def make_batch():
-    """make(rows, tokens, seed) → dict of input_ids, attention_mask, labels; prompts of different lengths carry no label."""
+    """make(rows, tokens, seed) → dict of input_ids, attention_mask, labels; prompts of different lengths carry no
+    label."""
 
     def make(rows: int = 4, tokens: int = 12, seed: int = 3) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)

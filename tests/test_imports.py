@@ -1,5 +1,5 @@
-"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-results, pictures ← commands. Only commands and training/ see a Recipe."""
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ←
+training, deploy, results, pictures ← commands. Only commands and training/ see a Recipe."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ FOUNDATION = {
     "terminal": 0,
     "base.precision": 1,
     "base.families": 0,
+    "base.blocks": 0,
+    "base.published": 0,
+    "base.measured": 0,
     "base.registry": 0,
     "base.structure": 0,
     "base.weight_files": 0,
@@ -67,6 +70,8 @@ TORCH_FREE = [
     "recipe",
     "yaml_file",
     "base.families",
+    "base.blocks",
+    "base.published",
     "base.registry",
     "base.weight_files",
     "memory",
@@ -136,7 +141,8 @@ def level(module: str) -> int:
 
 
 def imports(path: Path, *, at_import_only: bool) -> set[str]:
-    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or
+    TYPE_CHECKING)."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -184,6 +190,13 @@ def test_no_arrow_points_back(module):
     ours = {name for name in imports(MODULES[module], at_import_only=False) if name.startswith("qalora.")}
     back = {name for name in ours if level(name) > level(module)}
     assert not back, f"{module} imports {sorted(back)}, which stand above it"
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+def test_every_module_has_its_file_of_tests(module):
+    *folders, name = short(module).split(".")
+    file = Path(__file__).parent.joinpath(*folders, f"test_{name}.py")
+    assert file.is_file(), f"{module}: there is no {file.relative_to(Path(__file__).parents[1])}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if short(name)])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qalora.errors import InputError
-from qalora.sizes import FP32_TEMPORARY, LOGITS_CHUNK, QUANT_BLOCK, parse_size
+from qalora.sizes import QUANT_BLOCK, parse_size
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,3 @@ def test_the_block_of_the_plan_is_the_block_that_bitsandbytes_makes():
 
     _, state = quantize_4bit(torch.randn(8, 128), quant_type="nf4")
     assert state.blocksize == QUANT_BLOCK and len(state.absmax) == 8 * 128 // QUANT_BLOCK
-
-
-def test_stretches_are_as_long_as_the_fp32_copy_that_the_plan_counts():
-    import torch
-
-    from qalora.kernels.stretches import stretches
-
-    width = FP32_TEMPORARY // 4 // 2  # two tokens fill one copy
-    cuts = [cut[-2] for cut in stretches(torch.empty(1, 5, 1), width)]
-    assert cuts == [slice(0, 2), slice(2, 4), slice(4, 6)]
-    assert LOGITS_CHUNK == 2 * 4 * 8 * 2**20  # two rows of 8 Mi words in fp32

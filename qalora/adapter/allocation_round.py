@@ -1,5 +1,5 @@
-"""One round of Algorithm 1: score every rank, decide, apply, record. And one before the first step, among ranks that start at their
-map's quantization error."""
+"""One round of Algorithm 1: score every rank, decide, apply, record. And one before the first step, among ranks that
+start at their map's quantization error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class RoundSettings:
         scoring: auto is first order, then exact evaluations nearest the threshold as far as 3 % of the training so far
             allow. Cost is counted in tokens through the model, not in seconds, so that a run repeats exactly.
         step_tokens: tokens of an optimizer step, on average.
-        modules: those that had ranks at the start, in the model's order; one that lost all of them can be given some again.
+        modules: those that had ranks at the start, in the model's order; one that lost all of them can be given some
+            again.
     """
 
     budget: int
@@ -169,9 +170,9 @@ def keep_best_corrections(
     settings: RoundSettings,
     even: Mapping[str, int],
 ) -> tuple[Record, PerRank]:
-    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that lower the loss
-    most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero. An attempt that broke off can
-    be begun anew.
+    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that
+    lower the loss most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero.
+    An attempt that broke off can be begun anew.
 
     Args:
         batch: training rows.
@@ -179,7 +180,8 @@ def keep_best_corrections(
         original: the 16-bit weights (quantization_start.py).
 
     Returns:
-        (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see `midpoint_shares`).
+        (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see
+        `midpoint_shares`).
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)

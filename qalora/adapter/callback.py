@@ -36,17 +36,19 @@ def once(batch: Sequence[MicroBatch], work: Callable[[Sequence[MicroBatch]], T])
 
 
 class AllocationCallback(TrainerCallback):
-    """Rounds of Algorithm 1 (ALoRA, arXiv 2403.16187, §3.3): after some optimizer steps the ranks are scored on `rows`, the least
-    important leave, and modules that lost none are given theirs, never above the budget that the adapter began with.
+    """Rounds of Algorithm 1 (ALoRA, arXiv 2403.16187, §3.3): after some optimizer steps the ranks are scored on `rows`,
+    the least important leave, and modules that lost none are given theirs, never above the budget that the adapter
+    began with.
 
-    It wires itself when training begins, under `transformers.Trainer` or a subclass such as TRL's SFTTrainer: from the model, the
-    number of steps, and the trainer's arguments. A round falls at the end of a step, so that the log line, the validation and the
-    checkpoint of that step see the new ranks. Its record is `allocation.jsonl` in the trainer's output folder, with the scores beside
-    it. To load the best checkpoint, or to resume, across a round, give the trainer `VariableRanks` as a mixin.
+    It wires itself when training begins, under `transformers.Trainer` or a subclass such as TRL's SFTTrainer: from the
+    model, the number of steps, and the trainer's arguments. A round falls at the end of a step, so that the log line,
+    the validation and the checkpoint of that step see the new ranks. Its record is `allocation.jsonl` in the trainer's
+    output folder, with the scores beside it. To load the best checkpoint, or to resume, across a round, give the
+    trainer `VariableRanks` as a mixin.
 
     Args:
-        rows: B_val, the rows that score the ranks and that training does not see: `input_ids` and `labels` (−100 where no loss), a
-            list of integers each.
+        rows: B_val, the rows that score the ranks and that training does not see: `input_ids` and `labels` (−100 where
+            no loss), a list of integers each.
         rounds: N_A, at most.
         warmup: K1, before the first round: optimizer steps (20), a share of the run (0.3), or epochs ("1 epoch").
         interval: K2, between rounds, likewise.
@@ -201,8 +203,8 @@ class AllocationCallback(TrainerCallback):
         """
         if self.given_schedule is None and self.rounds.steps and not self.done():  # else who gave it looks after it
             raise AnswerNo(
-                f"the run ended after step {state.global_step}, before its first round of allocation (step {self.rounds.steps[0]}); "
-                "lower warmup, or train longer."
+                f"the run ended after step {state.global_step}, before its first round of allocation (step "
+                f"{self.rounds.steps[0]}); lower warmup, or train longer."
             )
 
     def _schedule(self, args: TrainingArguments, state: TrainerState) -> Schedule:
@@ -210,7 +212,8 @@ class AllocationCallback(TrainerCallback):
         planned = schedule(total_steps=state.max_steps, steps_per_epoch=per_epoch, **self.durations)  # type: ignore[arg-type]
         if self.durations["rounds"] and not planned.steps:
             raise InputError(
-                f"AllocationCallback: a run of {state.max_steps} optimizer steps has no room for a round; train longer, or pass rounds=0."
+                f"AllocationCallback: a run of {state.max_steps} optimizer steps has no room for a round; train "
+                "longer, or pass rounds=0."
             )
         return planned
 
@@ -249,8 +252,8 @@ def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
         masks = [row[mask] for mask in ("completion_mask", "assistant_masks") if row.get(mask) is not None]
         if "input_ids" not in row or ("labels" not in row and not masks):
             raise InputError(
-                f"{name}: row {i} has no {'labels' if 'input_ids' in row else 'input_ids'}; qalora.load_rows makes rows with both, "
-                "from files and from rows of text."
+                f"{name}: row {i} has no {'labels' if 'input_ids' in row else 'input_ids'}; qalora.load_rows makes "
+                "rows with both, from files and from rows of text."
             )
         ids = list(row["input_ids"])
         labels = (
@@ -265,7 +268,8 @@ def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
 
 
 def to_fp32(model: PeftModel) -> None:
-    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in 16."""
+    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in
+    16."""
     cast = [
         parameter
         for layer in gated_layers(model).values()

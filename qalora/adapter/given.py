@@ -48,15 +48,15 @@ class GivenAdapter:
             own.pop("target_modules")
             if set(targeted(self.ranks, targets)) != set(self.ranks):
                 raise InputError(
-                    f"lora.target_modules={targets}: the adapter in lora.adapter={self.path} has other modules, and it stays as it "
-                    "is; leave lora.target_modules out."
+                    f"lora.target_modules={targets}: the adapter in lora.adapter={self.path} has other modules, and it "
+                    "stays as it is; leave lora.target_modules out."
                 )
         for name, value in own.items():
             asked = given.get(name, value)
             if _comparable(asked) != _comparable(value):
                 raise InputError(
-                    f"lora.{name}={_shown(asked)}: the adapter in lora.adapter={self.path} has {_shown(value)}, and it stays as it "
-                    f"is; leave lora.{name} out, or set it to {_shown(value)}."
+                    f"lora.{name}={_shown(asked)}: the adapter in lora.adapter={self.path} has {_shown(value)}, and it "
+                    f"stays as it is; leave lora.{name} out, or set it to {_shown(value)}."
                 )
 
 

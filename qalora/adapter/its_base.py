@@ -1,5 +1,5 @@
-"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter has one, else by
-names."""
+"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter
+has one, else by names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class OtherBase:
     """
     Attributes:
         said: one sentence, without an end, on what the adapter was trained on and what is given.
-        certain: the files have other weights; False: only the names differ, or the forms that the weights are stored in.
+        certain: the files have other weights; False: only the names differ, or the forms that the weights are stored
+            in.
     """
 
     said: str
@@ -78,8 +79,8 @@ def refuse_other_base(adapter: str | Path, source: ModelSource) -> str | None:
     found = other_base(adapter, source)
     if found is not None and found.certain:
         raise InputError(
-            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder without "
-            "qalora.json."
+            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder "
+            "without qalora.json."
         )
     return None if found is None else found.line
 
@@ -87,8 +88,8 @@ def refuse_other_base(adapter: str | Path, source: ModelSource) -> str | None:
 def loading_as_trained(
     adapter: str | Path, source: ModelSource, loading: Mapping[str, object], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], str | None]:
-    """Keyword arguments of `load_base`, with the base quantized as it was when the adapter was trained, and a line where that is not
-    the default, or where another was asked for.
+    """Keyword arguments of `load_base`, with the base quantized as it was when the adapter was trained, and a line
+    where that is not the default, or where another was asked for.
 
     Args:
         given: names of the arguments that the user gave, which stay.

@@ -88,7 +88,8 @@ def score_ranks(
 def midpoint_shares(model: PeftModel, batch: Sequence[MicroBatch]) -> PerRank:
     """path(r) by the midpoint rule, −∂L/∂α_r with every gate at ½: half of first order's time.
 
-    It is exact while the loss is quadratic in the gates: for ranks that correct a quantization error, which move it little.
+    It is exact while the loss is quadratic in the gates: for ranks that correct a quantization error, which move it
+    little.
 
     Raises:
         AnswerNo: the loss or a share is not finite.
@@ -163,7 +164,7 @@ def _path(model: PeftModel, batch: Sequence[MicroBatch]) -> RankScores:
     return replace(ends, method="path", importance=shares, stderr=_stderr(rows, tokens), forward_equivalents=spent)
 
 
-# ------------------------------------------------------------------------------------------------------------ small parts
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 
 def _mean(rows: Mapping[str, Tensor], tokens: Tensor) -> PerRank:

@@ -34,14 +34,16 @@ def apply_plan(
 ) -> None:
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
-    A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function unchanged, but for the
-    order in which a processor sums. A module that loses all its ranks leaves the model and the optimizer; one that had lost them
-    comes back with new parameters, which the optimizer takes as it takes those of a first step.
+    A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function
+    unchanged, but for the order in which a processor sums. A module that loses all its ranks leaves the model and the
+    optimizer; one that had lost them comes back with new parameters, which the optimizer takes as it takes those of a
+    first step.
 
     Args:
         model: the adapter model.
         plan: what leaves and what enters.
-        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper of one.
+        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper
+            of one.
         generator: CPU generator for the random rows of A, for runs that can be repeated.
         new_rows: module → (n, in), the first rows of A of its new ranks.
     """
@@ -66,7 +68,8 @@ def apply_plan(
 
 
 def restore(model: PeftModel, path: str | Path) -> None:
-    """Gives the model's adapter the ranks and the weights of a saved one, whatever ranks it has; layers come and go as they must.
+    """Gives the model's adapter the ranks and the weights of a saved one, whatever ranks it has; layers come and go as
+    they must.
 
     Args:
         model: made for the same base.
@@ -146,8 +149,8 @@ def _resize_moments(
 
 
 def _resize_factors(state: dict[str, Tensor], rank_dim: int, keep: Tensor, grow: int) -> None:
-    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those of the ranks
-    that stay do not change, and those of new ranks are their mean."""
+    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those
+    of the ranks that stay do not change, and those of new ranks are their mean."""
     of_ranks, beside = ("exp_avg_sq_row", "exp_avg_sq_col")[:: 1 if rank_dim == 0 else -1]
     old = state[of_ranks]
     live = old.index_select(0, keep.to(old.device))

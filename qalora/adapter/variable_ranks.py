@@ -14,8 +14,8 @@ from qalora.adapter.surgery import restore
 
 
 class VariableRanks:
-    """A mixin for `transformers.Trainer` and its subclasses: the best checkpoint is loaded, and a run is resumed, across rounds of
-    allocation.
+    """A mixin for `transformers.Trainer` and its subclasses: the best checkpoint is loaded, and a run is resumed,
+    across rounds of allocation.
 
         class Trainer(qalora.VariableRanks, SFTTrainer): ...
 

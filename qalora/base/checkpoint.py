@@ -1,4 +1,5 @@
-"""The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for merging.
+"""The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for
+merging.
 
     files ─ Checkpoint ─ quantized and dequantized, or cast, as the training did ─ pieces of rows in fp32
 
@@ -25,9 +26,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qalora.base.families import in_decoder
 from qalora.base.gguf_config import gguf_config
 from qalora.base.registry import ModelSource, check_family
-from qalora.base.structure import EMBEDDINGS, HEAD, structure_of
+from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
 from qalora.base.tensor_files import Checkpoint, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
@@ -125,8 +127,8 @@ def _from_storage(checkpoint: Checkpoint, name: str, quantization: Quantization)
 
 
 def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str) -> tuple[Tensor, Tensor]:
-    """Flat parts of a map → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes makes
-    of the whole.
+    """Flat parts of a map → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes
+    makes of the whole.
 
     Its own call takes some six fp32 copies of the weight at a time. By parts it takes as many of a part; the absmax are
     quantized together, as they would be.
@@ -181,8 +183,8 @@ def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
 def _decide_tying(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Sets `config.tie_word_embeddings` to what transformers makes of config and files.
 
-    Only what the config ties is tied, and of that nothing whose two matrices are both in the files and differ; where the head
-    alone is there, it is the embeddings too.
+    Only what the config ties is tied, and of that nothing whose two matrices are both in the files and differ; where
+    the head alone is there, it is the embeddings too.
     """
     if not config.tie_word_embeddings:
         return
@@ -216,6 +218,7 @@ def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({short(error)}).") from None
+    config = text_part(config)
     check_family(config.to_dict(), f"--model {name}")
     check_positions(config, f"--model {name}")
     return config
@@ -236,7 +239,8 @@ def check_positions(config: PreTrainedConfig, where: str) -> None:
         ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(
-            f"{where}: rope_type={kind}: its settings are not such that positions can be computed ({type(error).__name__}: {short(error)})."
+            f"{where}: rope_type={kind}: its settings are not such that positions can be computed "
+            f"({type(error).__name__}: {short(error)})."
         ) from None
 
 
@@ -248,7 +252,7 @@ def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
     """
     if checkpoint.packed:
         raise InputError(
-            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
-            "that it was made from, or another lora.init."
+            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the "
+            "16-bit model that it was made from, or another lora.init."
         )
-    return lambda name: checkpoint.tensor(f"{name}.weight")
+    return lambda name: checkpoint.tensor(f"{in_decoder(name)}.weight")

@@ -7,13 +7,16 @@ layers (structure.py looks). docs/adding-a-model-family.md says what a new one n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+WRAPPED = "wrapped_in"  # a field of a text part's config: the model_type of the vision model around it
 # The linear layers of a block of LLaMA's make.
 BLOCK_MAPS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj",
 )  # fmt: skip
 
 # How an RMSNorm weighs what it has normed, n, in 16 bits:
@@ -33,7 +36,6 @@ class Family:
         mlp_normed: whether a norm reads what the MLP puts out, so that a block's second run needs it.
         attention: transformers' class of an attention that rotates halves of whole heads and has nothing between the linear layers and
             the rotation.
-        like_llama: a block's linear layers have LLaMA's names and sizes, so that config.json alone gives a plan.
         norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their whole width).
         copies_qk: whether q and k are there twice, before and after something else than a norm.
         measured: whether the plan of a step was held against the tensors alive in one.
@@ -51,7 +53,6 @@ class Family:
     mlp: str | None = None
     mlp_normed: bool = False
     attention: str | None = None
-    like_llama: bool = True
     norms: tuple[int, Literal["", "head", "width"]] = (2, "")
     copies_qk: bool = False
     measured: bool = True
@@ -73,18 +74,18 @@ FAMILIES = {
     "qwen2": Family("Qwen2RMSNorm", mlp="Qwen2MLP", attention="Qwen2Attention", gguf="qwen2", attention_bias=True),
     "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf="qwen3"),
     "qwen3_5_text": Family(
-        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", like_llama=False, measured=False,
+        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"), measured=False,
         across_rows="gated delta nets, whose state runs along a row",
     ),
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
     "granite": Family("GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")),
-    "phi3": Family("Phi3RMSNorm", like_llama=False, copies_qk=True),
+    "phi3": Family("Phi3RMSNorm", copies_qk=True),
     "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
     "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
-    "gemma4_text": Family("Gemma4RMSNorm", "before", like_llama=False, norms=(4, "head"), measured=False, tied=True),
+    "gemma4_text": Family("Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True),
     "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
     "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width")),
-    "glm4": Family("Glm4RMSNorm", like_llama=False, norms=(4, "")),
+    "glm4": Family("Glm4RMSNorm", norms=(4, "")),
     "seed_oss": Family("SeedOssRMSNorm", attention_bias=True),
     "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
     "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
@@ -92,12 +93,50 @@ FAMILIES = {
     "cohere": Family(None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True),
     "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
     "lfm2": Family(
-        "Lfm2RMSNorm", like_llama=False, measured=False, tied=True, across_rows="short convolutions, which run along a row"
+        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
     ),
-    "apertus": Family("ApertusRMSNorm", like_llama=False, norms=(2, "head"), measured=False),
+    "apertus": Family("ApertusRMSNorm", norms=(2, "head"), measured=False),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention"),
 }  # fmt: skip
-PLAIN = Family(like_llama=False, measured=False)
+PLAIN = Family(measured=False)
+
+# ------------------------------------------------------------------------------- vision models with a decoder inside
+
+# model_type of a vision model → whether its head is the embeddings where config.json does not say.
+WRAPPERS = {"gemma3": True, "gemma4": True, "mistral3": True, "qwen3_5": False}
+TEXT = "language_model"  # what all of them call the decoder
+
+
+def is_wrapper(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a vision model, of which the text part is trained."""
+    return fields.get("model_type") in WRAPPERS and isinstance(fields.get("text_config"), Mapping)
+
+
+def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a decoder: of a vision model, of its text part, whose head is tied as the whole says."""
+    if not is_wrapper(fields):
+        return fields
+    tied = fields.get("tie_word_embeddings")
+    tied = WRAPPERS[fields["model_type"]] if tied is None else tied
+    return {**fields["text_config"], "tie_word_embeddings": tied, WRAPPED: fields["model_type"]}
+
+
+def in_wrapper(name: str) -> str:
+    """The name of a module or tensor of a decoder, as the vision model around it has it:
+    model.norm → model.language_model.norm"""
+    return f"model.{TEXT}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
+# What names of a decoder begin with in a vision model and in its files, which older versions wrote otherwise → in the
+# decoder's own.
+NAMES = {rf"^(model\.{TEXT}|{TEXT}\.model)\.": "model.", rf"^{TEXT}\.lm_head\.": "lm_head."}
+
+
+def in_decoder(name: str) -> str:
+    """The inverse of `in_wrapper`, of names in files too. What is of no decoder stays as it is."""
+    for pattern, own in NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
 
 
 def family_of(model_type: str | None) -> Family:

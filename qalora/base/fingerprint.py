@@ -1,4 +1,5 @@
-"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same. Torch-free."""
+"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from qalora.base.families import text_fields
 from qalora.base.registry import ModelSource, read_fields
 from qalora.base.weight_files import WeightFiles, weight_files
 from qalora.errors import InputError
@@ -30,8 +32,8 @@ FACTORS = (
 
 
 def fingerprint(source: ModelSource) -> str | None:
-    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its config says of
-    heads, norms and positions. None: a model that is not on this machine yet.
+    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its
+    config says of heads, norms and positions. None: a model that is not on this machine yet.
 
     Tensors of safetensors and GGUF files count by name, in whatever files they lie.
 
@@ -55,8 +57,8 @@ def fingerprint(source: ModelSource) -> str | None:
 
 
 def stored_as(source: ModelSource) -> str | None:
-    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of different forms
-    have different fingerprints, though they may be one model. None: not on this machine yet."""
+    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of
+    different forms have different fingerprints, though they may be one model. None: not on this machine yet."""
     found = _files(source)
     if found is None:
         return None
@@ -73,7 +75,8 @@ def stored_as(source: ModelSource) -> str | None:
 
 
 def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing else is read.
+    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing
+    else is read.
 
     Raises:
         InputError: not such a file, or one that was cut.
@@ -136,7 +139,7 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
             if key.partition(".")[0] not in ("general", "tokenizer", "split", "GGUF", "quantize")
         }
         return json.dumps(kept, sort_keys=True, default=str).encode()
-    config = read_fields(folder / "config.json")
+    config = text_fields(read_fields(folder / "config.json"))
     heads = config.get("num_attention_heads")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0

@@ -1,7 +1,8 @@
-"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled, biases, and
-whether the head is tied where the tensors lie in several files.
+"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled,
+biases, and whether the head is tied where the tensors lie in several files.
 
-llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.cpp, src/llama-model.cpp, ggml's rope_yarn):
+llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.cpp, src/llama-model.cpp, ggml's
+rope_yarn):
 
     freq_base                                θ
     scaling.type, .factor                    linear, yarn or none; linear where there is a factor alone
@@ -9,8 +10,8 @@ llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.
     scaling.attn_factor                      what cos and sin are multiplied by, over yarn's own 1 + 0.1 ln factor
     rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1, or any other way)
 
-Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor. A model that
-needs them is refused.
+Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor.
+A model that needs them is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
         gguf_file: the first file of a split model.
 
     Raises:
-        InputError: a scaling of positions that would be left out in silence, or a file of a split model that is not there.
+        InputError: a scaling of positions that would be left out in silence, or a file of a split model that is not
+            there.
         OSError, ValueError, KeyError: no GGUF file of a model that transformers knows.
     """
     file = Path(folder) / gguf_file
@@ -73,8 +75,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
-    """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers' rope type llama3),
-    or divisors as they were read from a file; None of another type."""
+    """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers'
+    rope type llama3), or divisors as they were read from a file; None of another type."""
     rope = config.rope_parameters
     if not _is_divided(rope):
         return None
@@ -85,8 +87,8 @@ def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
 
 
 def add_positions(writer: GGUFWriter, config: PreTrainedConfig) -> None:
-    """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama 3.1's
-    scaling the tensor is written by whoever writes tensors (`rope_divisors`).
+    """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama
+    3.1's scaling the tensor is written by whoever writes tensors (`rope_divisors`).
 
     Raises:
         InputError: there are no such keys.
@@ -172,7 +174,8 @@ def _is_divided(rope: dict[str, object]) -> bool:
 
 
 def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, object]:
-    """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is longrope."""
+    """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is
+    longrope."""
     guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
     scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
     if (known := rope_divisors(scaled)) is not None and np.allclose(known, divisors, rtol=1e-3):

@@ -1,7 +1,7 @@
 """transformers' names and row order of a LLaMA-class model ↔ those of GGUF.
 
-llama.cpp rotates neighbouring pairs of a head's rows, transformers its halves: under the architecture `llama` the rows of
-q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py
+llama.cpp rotates neighbouring pairs of a head's rows, transformers its halves: under the architecture `llama` the rows
+of q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GGUF files, opened in a third of the time that the gguf library takes by itself.
 
 It slices an `np.memmap` for every string of the vocabulary, which runs Python code that slicing a plain array does not
-(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load, and so do config, weights and
-tokenizer of ours: what was read of a file is kept for the next one.
+(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load, and so do config,
+weights and tokenizer of ours: what was read of a file is kept for the next one.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def open_shards(file: Path) -> list[GGUFReader]:
         number = _shard_field(readers[-1], "split.no", 0) + 1
         if count != len(files) or (count > 1 and files[number - 1] != shard):
             raise InputError(
-                f"{shard}: file {number} of {count} of a split model by its metadata, which its name does not say; give the files the "
-                f"names NAME-00001-of-{count:05d}.gguf and so on."
+                f"{shard}: file {number} of {count} of a split model by its metadata, which its name does not say; "
+                f"give the files the names NAME-00001-of-{count:05d}.gguf and so on."
             )
     return readers
 
@@ -97,8 +97,8 @@ def check_tokenizer(file: Path, name: str) -> None:
     if missing := [key for key in needed if key not in fields]:
         what = "holds no tokenizer" if kind is None else f"holds a tokenizer ({kind}) that cannot split text"
         raise InputError(
-            f"--model {name}: {file.name} {what}, for it lacks {' and '.join(missing)}; make the file anew from the original model, or "
-            "pass that."
+            f"--model {name}: {file.name} {what}, for it lacks {' and '.join(missing)}; make the file anew from the "
+            "original model, or pass that."
         )
 
 
@@ -109,7 +109,8 @@ def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
 
 @contextmanager
 def fast_gguf() -> Iterator[None]:
-    """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every call."""
+    """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every
+    call."""
     library = gguf.GGUFReader
     gguf.GGUFReader = open_gguf  # type: ignore[misc, assignment]
     try:

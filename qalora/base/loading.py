@@ -30,13 +30,14 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
-from qalora.base.families import family_of
+from qalora.base.families import NAMES, WRAPPED, family_of
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
 from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
+from qalora.base.wrapper import name_as_in_wrapper
 from qalora.environment import check_one_process
 from qalora.errors import InputError
 from qalora.progress import in_place_of_transformers
@@ -96,6 +97,7 @@ def load_base(
     model: Any = load_model(
         source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
     )
+    name_as_in_wrapper(model)
     _refuse_ragged_rows(source, model, device)
     model.config.use_cache = False
     # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
@@ -112,7 +114,8 @@ def load_model(
     attention: str = "sdpa",
     gguf: tuple[Checkpoint, PreTrainedConfig] | None = None,
 ) -> PreTrainedModel:
-    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files. The whole comes with a bar.
+    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files. The whole comes
+    with a bar.
 
     Args:
         part: None: the whole.
@@ -205,9 +208,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     if beyond := sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows):
         named = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3])
         raise InputError(
-            f"--model {source.name}: the tokenizer has {len(beyond)} tokens that the model has no embeddings for ({named}; the last "
-            f"embedding is {rows - 1}); take them out of the tokenizer's files, or resize the embeddings once with transformers' "
-            "resize_token_embeddings and save the model."
+            f"--model {source.name}: the tokenizer has {len(beyond)} tokens that the model has no embeddings for "
+            f"({named}; the last embedding is {rows - 1}); take them out of the tokenizer's files, or resize the "
+            "embeddings once with transformers' resize_token_embeddings and save the model."
         )
 
 
@@ -261,8 +264,10 @@ def _from_pretrained(
     }
     if quantization.quant_type and not getattr(config, "quantization_config", None):
         options["quantization_config"] = _quantization_config(quantization, config)
-    if part is not None:
-        options["config"], loader = config, part.of(config)
+    wrapped = hasattr(config, WRAPPED)
+    if wrapped or part is not None:  # a class that leaves the rest of the files unread without a word
+        options |= {"config": config, "key_mapping": NAMES if wrapped else None}
+        loader = (part or whole(config)).of(config)
     with in_place_of_transformers(_word(quantization) if part is None else None):
         model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers makes them up at random
@@ -374,8 +379,9 @@ def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str
         block = module.weight.quant_state.blocksize if is_4bit(module) else 1
         if module.in_features % block:
             raise InputError(
-                f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows that are no "
-                f"multiple of {block}, its block, wrongly on a CPU; use a GPU, or the 16-bit model with --no-quantize."
+                f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows "
+                f"that are no multiple of {block}, its block, wrongly on a CPU; use a GPU, or the 16-bit model with "
+                "--no-quantize."
             )
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora.base.families import BLOCK_MAPS, FAMILIES, Family, family_of, refusal
+from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder_block
+from qalora.base.families import FAMILIES, Family, family_of, in_wrapper, refusal, text_fields
+from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
+
+BLOCKS = "model.layers."  # what the names of blocks begin with
+# The fields of a config that have no default of LLaMA's.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OF_LLAMA = (None, "llama", "mistral", "qwen2")  # model_types whose configs leave out nothing else that matters here
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class ModelShape:
         windowed: blocks with a window.
         tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
         rest: elements of all else, such as norms and biases, where these are not LLaMA's.
+        wrapped_in: the model_type of the vision model whose text part it is.
     """
 
     hidden_size: int
@@ -44,6 +53,7 @@ class ModelShape:
     linear: tuple[tuple[str, int, int], ...] | None = None
     tables: int | None = None
     rest: int | None = None
+    wrapped_in: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -53,40 +63,68 @@ class ModelShape:
             InputError: not the config of a model that can be trained.
         """
         check_family(config, "config.json")
-        if config.get("model_type") is not None and not family_of(config["model_type"]).like_llama:
-            from qalora.base.structure import sizes_of
+        config = text_fields(config)
+        model_type = config.get("model_type")
+        if model_type not in OF_LLAMA:
+            from qalora.base.structure import completed, sizes_of
 
-            return cls(positions=positions_of(config), windowed=windowed_blocks(config), **sizes_of(config))
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+            if model_type not in LAYOUTS:
+                return cls(positions=positions_of(config), windowed=windowed_blocks(config), **sizes_of(config))
+            config = completed(config)
+        if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
-        heads, family = config["num_attention_heads"], family_of(config.get("model_type") or "llama")
+        return cls.from_fields(config)
+
+    @classmethod
+    def from_fields(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The same of a config that is known to be of a decoder, and to leave out nothing but LLaMA's defaults."""
+        heads, model_type = config["num_attention_heads"], config.get("model_type") or "llama"
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
-            "tie_word_embeddings": family.tied,
-            "attention_bias": family.attention_bias,
+            "tie_word_embeddings": family_of(model_type).tied,
+            "attention_bias": family_of(model_type).attention_bias,
             "positions": positions_of(config),
-            "model_type": "llama",
+            "model_type": model_type,
             "windowed": windowed_blocks(config),
         }
-        values = {f.name: config.get(f.name) for f in fields(cls)}
-        found: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
-        return cls(**found)
+        values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
+        given: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+        shape = cls(**given)
+        known = {**config, **vars(shape)}
+        blocks = blocks_of(known)
+        if all(block == shape.llama_block() for block in blocks):
+            return shape
+        return dataclasses.replace(
+            shape,
+            linear=tuple(
+                (f"{shape.names}{i}.{name}", fan_in, fan_out)
+                for i, block in enumerate(blocks)
+                for name, fan_in, fan_out in block.linear
+            ),
+            tables=shape.embeddings_and_head() + beside_blocks(known),
+            rest=sum(block.other for block in blocks) + shape.hidden_size,
+        )
 
     @property
     def family(self) -> Family:
         return family_of(self.model_type)
 
+    @property
+    def names(self) -> str:
+        """What the full names of blocks begin with, as PEFT has them."""
+        return in_wrapper(BLOCKS) if self.wrapped_in else BLOCKS
+
+    def llama_block(self) -> Block:
+        """A block as LLaMA has it, with biases of q, k and v where there are any."""
+        return decoder_block({**vars(self), "model_type": "qwen2"})
+
     def linear_maps(self) -> dict[str, tuple[int, int]]:
         """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features)."""
         if self.linear is not None:
             return {name: (fan_in, fan_out) for name, fan_in, fan_out in self.linear}
-        d, ff = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
-        block = dict(zip(BLOCK_MAPS, sizes, strict=True))
-        return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+        block = self.llama_block().linear
+        return {f"{self.names}{i}.{name}": (a, b) for i in range(self.num_hidden_layers) for name, a, b in block}
 
     def embeddings_and_head(self) -> int:
         """Elements of both, or of the one that is both."""
@@ -98,11 +136,7 @@ class ModelShape:
         """Elements of all that is neither a linear layer's weight nor embeddings or head."""
         if self.rest is not None:
             return self.rest
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        hidden, inner = self.family.norms
-        block = hidden * self.hidden_size + {"": 0, "head": 2 * self.head_dim, "width": q + kv}[inner]
-        biases = q + 2 * kv if self.attention_bias else 0
-        return self.num_hidden_layers * (block + biases) + self.hidden_size
+        return self.num_hidden_layers * self.llama_block().other + self.hidden_size
 
 
 def windowed_blocks(config: Mapping[str, Any]) -> int:
@@ -118,8 +152,8 @@ def windowed_blocks(config: Mapping[str, Any]) -> int:
 def positions_of(config: Mapping[str, Any]) -> int | None:
     """The positions that a config claims: its own number where scaling is within it, else that times the factor.
 
-    The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading counts,
-    for a row is cut only where no reading has room for it.
+    The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading
+    counts, for a row is cut only where no reading has room for it.
     """
     claimed = config.get("max_position_embeddings")
     if not isinstance(claimed, int):
@@ -151,57 +185,8 @@ class ModelSource:
     shape: ModelShape | None = None
 
 
-def _llama(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any
-) -> ModelShape:
-    settings = dict(head_dim=hidden // heads, vocab_size=32000) | more
-    return ModelShape(hidden, intermediate, layers, heads, kv_heads or heads, **settings)
-
-
 MODELS: dict[str, tuple[str, ModelShape]] = {
-    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32, positions=2048)),
-    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40, positions=2048)),
-    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52, positions=2048)),
-    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32, positions=4096)),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40, positions=4096)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=8192)),
-    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=131072)),
-    "llama3.2-1b": (
-        "meta-llama/Llama-3.2-1B",
-        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "llama3.2-3b": (
-        "meta-llama/Llama-3.2-3B",
-        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4, positions=2048)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8, positions=32768)),
-    "qwen2.5-0.5b": (
-        "Qwen/Qwen2.5-0.5B",
-        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=32768),
-    ),
-    "qwen2.5-1.5b": (
-        "Qwen/Qwen2.5-1.5B",
-        _llama(
-            1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=131072
-        ),
-    ),
-    "qwen2.5-7b": (
-        "Qwen/Qwen2.5-7B",
-        _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True, positions=131072),
-    ),
-    "smollm2-135m": (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-360m": (
-        "HuggingFaceTB/SmolLM2-360M-Instruct",
-        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-1.7b": (
-        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
+    name: (hub_id, ModelShape.from_fields(fields)) for name, (hub_id, fields) in PUBLISHED.items()
 }
 
 
@@ -289,8 +274,9 @@ def _on_the_hub(name: str, hub_id: str, shape: ModelShape | None) -> ModelSource
 
 
 def offline_snapshot(hub_id: str) -> Path | None:
-    """The folder of a model in a cache that huggingface_hub cannot follow offline: one made or copied by hand, whose refs/main is
-    missing, or ends in a newline. None online, and where the cache is in order or has nothing of the model.
+    """The folder of a model in a cache that huggingface_hub cannot follow offline: one made or copied by hand, whose
+    refs/main is missing, or ends in a newline. None online, and where the cache is in order or has nothing of the
+    model.
 
     Raises:
         InputError: refs/main does not say which of several snapshots it is.
@@ -309,7 +295,8 @@ def offline_snapshot(hub_id: str) -> Path | None:
         return snapshots.get(written.strip())
     if len(snapshots) > 1:
         raise InputError(
-            f"--model {hub_id}: offline, and {main} does not say which snapshot is meant; write one of {', '.join(snapshots)} into it."
+            f"--model {hub_id}: offline, and {main} does not say which snapshot is meant; write one of "
+            f"{', '.join(snapshots)} into it."
         )
     return next(iter(snapshots.values()))
 
@@ -323,6 +310,7 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
     Raises:
         InputError: a model that cannot be trained; with what it would need.
     """
+    config = text_fields(config)
     model_type = config.get("model_type")
     if model_type is None:
         return
@@ -334,12 +322,16 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
         check_plain(config, where)
 
 
-def said_of_family(model_type: str) -> str | None:
-    """A line on a model that has no record of its own, or of which plans have not been tried; None: there is nothing to say."""
-    guess = "the plan of its memory is an estimate, not measured"
-    if model_type not in FAMILIES:
-        return f"{model_type} models have no record here: transformers' own forward runs, and {guess}"
-    return None if family_of(model_type).measured else f"{model_type} models: {guess}"
+def said_of_family(shape: ModelShape) -> list[str]:
+    """Lines on the text part of a vision model, a model without a record, and one whose plans have not been tried."""
+    lines, guess = [], "the plan of its memory is an estimate, not measured"
+    if shape.wrapped_in:
+        lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")
+    if shape.model_type not in FAMILIES:
+        lines.append(f"{shape.model_type} models have no record here: transformers' own forward runs, and {guess}")
+    elif not shape.family.measured:
+        lines.append(f"{shape.model_type} models: {guess}")
+    return lines
 
 
 def check_packing(model_type: str | None) -> None:
@@ -363,7 +355,8 @@ def gguf_model_type(architecture: str, where: str) -> str:
     if not known:
         readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
         raise InputError(
-            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the model's folder."
+            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the "
+            "model's folder."
         )
     return known[0]
 

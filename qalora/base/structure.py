@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalora.base.families import refusal
+from qalora.base.families import WRAPPED, WRAPPERS, in_wrapper, refusal
 from qalora.errors import InputError
 
 BLOCKS = "model.layers."
@@ -27,12 +28,19 @@ class Structure:
         linear: full name → (in, out) of every linear layer of the blocks, in the model's order.
         others: names of the linear layers elsewhere, which stay in 16 bits.
         architecture: the name of transformers' class.
+        wrapped: whether it is the text part of a vision model, which has it under other names.
     """
 
     shapes: dict[str, tuple[int, ...]]
     linear: dict[str, tuple[int, int]]
     others: tuple[str, ...]
     architecture: str
+    wrapped: bool = False
+
+    @property
+    def adapted(self) -> dict[str, tuple[int, int]]:
+        """The same as `linear`, by the names that adapters have for them: the vision model's where there is one."""
+        return {in_wrapper(name): io for name, io in self.linear.items()} if self.wrapped else self.linear
 
     def is_linear(self, tensor: str) -> bool:
         """Whether a tensor is the weight of a linear layer of a block."""
@@ -54,7 +62,20 @@ def structure_of(config: PreTrainedConfig) -> Structure:
         {name: (m.in_features, m.out_features) for name, m in linear.items() if name.startswith(BLOCKS)},
         tuple(name for name in linear if not name.startswith(BLOCKS)),
         type(model).__name__,
+        wrapped=hasattr(config, WRAPPED),
     )
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a decoder: of a vision model, of its text part, with what holds for the whole."""
+    if config.model_type not in WRAPPERS:
+        return config
+    text = copy.deepcopy(config.get_text_config())
+    setattr(text, WRAPPED, config.model_type)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    if stored := getattr(config, "quantization_config", None):
+        text.quantization_config = stored
+    return text
 
 
 def config_of(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -75,7 +96,16 @@ def config_of(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
     except Exception as error:  # of dataclass validation, or of whatever the config computes
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where}: no config of a {model_type} model ({reason}).") from None
-    return config
+    return text_part(config)
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, with what transformers has for those that it leaves out.
+
+    Raises:
+        InputError: no config of a model that transformers knows.
+    """
+    return {**config_of(fields, "config.json").to_dict(), **fields}
 
 
 def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +131,7 @@ def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "model_type": config.model_type,
         "sliding_window": said.get("sliding_window"),
-        "linear": tuple((name, *io) for name, io in found.linear.items()),
+        "linear": tuple((name, *io) for name, io in found.adapted.items()),
         "tables": sum(sizes[name] for name in tables),
         "rest": sum(size for name, size in sizes.items() if name not in tables | weights),
     }

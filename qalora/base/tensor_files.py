@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from qalora.base.families import in_decoder
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
 from qalora.base.gguf_reader import open_shards
 from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
@@ -66,7 +67,9 @@ def open_files(found: WeightFiles, config: PreTrainedConfig) -> Checkpoint:
 
 
 def _named(stored: str) -> str:
-    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix."""
+    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix, those of a
+    vision model have another."""
+    stored = in_decoder(stored)
     return f"model.{stored}" if stored.startswith(("embed_tokens.", "layers.", "norm.")) else stored
 
 

@@ -75,8 +75,8 @@ def pack(items: Sequence[Row], max_seq_len: int) -> list[Packed]:
 def first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     """Puts each length into the first bin that has room for it, in O(n log n).
 
-    A tree over as many bins as there are lengths knows the most room in each of its halves, so the first bin with room is
-    found on one way down:
+    A tree over as many bins as there are lengths knows the most room in each of its halves, so the first bin with room
+    is found on one way down:
 
                8                 node i: the larger of nodes 2i and 2i + 1
            3       8             leaves: the room of each bin; a length of 5 goes down to the third

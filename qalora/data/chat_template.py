@@ -79,8 +79,8 @@ class ChatTemplate:
     """The chat template of a tokenizer. What it can do is found by trying.
 
     Attributes:
-        source: its text; of several templates all texts, one after the other. ChatML where the tokenizer has none, with the
-            BOS that the tokenizer puts before a text.
+        source: its text; of several templates all texts, one after the other. ChatML where the tokenizer has none, with
+            the BOS that the tokenizer puts before a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -110,7 +110,8 @@ class ChatTemplate:
         return str(text)
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """The turns as the template wants them: in roles that it writes, with reasoning and arguments as it reads them."""
+        """The turns as the template wants them: in roles that it writes, with reasoning and arguments as it reads
+        them."""
         return [self._message(turn) for turn in turns]
 
     def names(self, word: str) -> bool:
@@ -179,7 +180,8 @@ class ChatTemplate:
 
     @cached_property
     def writes_tools(self) -> tuple[bool, bool]:
-        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has them."""
+        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has
+        them."""
         tool = {"name": SENTINEL, "description": "b", "parameters": {"type": "object", "properties": {}}}
         asked = [_said("user", "a")]
         return self._writes(asked, [tool]), self._writes(asked, [{"type": "function", "function": tool}])
@@ -206,7 +208,8 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether arguments of a call have to be JSON already. Most templates write JSON of an object, as Hugging Face asks."""
+        """Whether arguments of a call have to be JSON already. Most templates write JSON of an object, as Hugging Face
+        asks."""
         objects, text = (self._called(as_text) for as_text in (False, True))
         return text is not None and (objects is None or "{'key'" in objects)
 
@@ -223,8 +226,8 @@ class ChatTemplate:
 
 
 def _set_anyway(tree: nodes.Template) -> set[str]:
-    """Variables that the template sets itself, whatever a caller says: in a branch, Jinja counts them as not declared. Those that it
-    sets where they are not given ({% if x is not defined %}{% set x = … %}) are a caller's."""
+    """Variables that the template sets itself, whatever a caller says: in a branch, Jinja counts them as not declared.
+    Those that it sets where they are not given ({% if x is not defined %}{% set x = … %}) are a caller's."""
     from jinja2 import nodes
 
     def names(node: nodes.Node, ctx: str) -> set[str]:

@@ -83,7 +83,8 @@ def pairs(value: object, column: str, where: str) -> list[tuple[str, str]]:
 
 
 def parse_json(value: object, column: str, where: str) -> object:
-    """The value, or what its JSON says where it is a text, or its literal of Python: what pandas writes of lists into a CSV.
+    """The value, or what its JSON says where it is a text, or its literal of Python: what pandas writes of lists into a
+    CSV.
 
     Raises:
         InputError: a text that is neither.
@@ -98,8 +99,8 @@ def parse_json(value: object, column: str, where: str) -> object:
         return without_nan(ast.literal_eval(value.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise InputError(
-            f"{where}: {column} is a text that is no list in JSON ({value.strip()[:40]!r} …); write it with json.dumps, or "
-            "the rows with DataFrame.to_json(orient='records', lines=True)."
+            f"{where}: {column} is a text that is no list in JSON ({value.strip()[:40]!r} …); write it with "
+            "json.dumps, or the rows with DataFrame.to_json(orient='records', lines=True)."
         ) from None
 
 

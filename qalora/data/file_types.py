@@ -1,4 +1,5 @@
-"""One file → its rows, each with its place for messages: JSON, CSV, Parquet, Arrow and plain text, compressed or not. Torch-free."""
+"""One file → its rows, each with its place for messages: JSON, CSV, Parquet, Arrow and plain text, compressed or not.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def read_content(content: bytes, path: Path) -> Iterator[Row]:
     kind = ending(path)
     if kind not in READERS:
         raise InputError(
-            f"{path}: {kind or 'no'} ending; give a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, as it is "
-            f"or compressed ({', '.join(DECOMPRESS)}), or a .zip of such."
+            f"{path}: {kind or 'no'} ending; give a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, as it "
+            f"is or compressed ({', '.join(DECOMPRESS)}), or a .zip of such."
         )
     for row, place in READERS[kind](_decompressed(content, path), path):
         yield {name: _plain(value) for name, value in row.items()}, place
@@ -121,8 +122,8 @@ def _decoded(data: bytes, path: Path) -> str:
         line = data[: error.start].count(b"\n") + 1
         kind = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
         raise InputError(
-            f"{path}, line {line}: not {kind} (byte {error.start}); save the file as UTF-8, in a spreadsheet as CSV UTF-8, or "
-            "convert it: iconv -f WINDOWS-1252 -t UTF-8."
+            f"{path}, line {line}: not {kind} (byte {error.start}); save the file as UTF-8, in a spreadsheet as CSV "
+            "UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8."
         ) from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
@@ -192,8 +193,8 @@ def _document(text: str, path: Path) -> Iterator[Row]:
         raise InputError(f"{path}{row}: {message}.")
     if not isinstance(rows, list):
         raise InputError(
-            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, and "
-            "orient='records' in pandas' to_json."
+            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, "
+            "and orient='records' in pandas' to_json."
         )
     for number, row in enumerate(rows):
         place = f"{path}, row {number}"

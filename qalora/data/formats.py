@@ -22,7 +22,10 @@ CONVERSATIONS = {"sharegpt": ("conversations", "messages"), "messages": ("messag
 ASKED = ("prompt", "question", "query", "instruction", "problem", "input", "user", "source")
 ANSWERED = ("completion", "answer", "response", "output", "solution", "assistant", "target", "label")
 PAIR = {"chosen", "rejected"}
-PREFERENCES = " Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set data.columns={{chosen: {}}}."
+PREFERENCES = (
+    " Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set "
+    "data.columns={{chosen: {}}}."
+)
 
 # Stanford's prompts; https://github.com/tatsu-lab/stanford_alpaca#data-release
 ALPACA_WITH_INPUT = (

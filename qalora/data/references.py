@@ -28,7 +28,8 @@ def read_example(row: Mapping[str, Any], number: int, **settings: Any) -> Exampl
 def one_answer_each(
     row: Mapping[str, Any], columns: Mapping[str, str] | None = None, completion_template: str | None = None
 ) -> tuple[list[dict[str, object]], list[str]]:
-    """(the row with each of its completions alone, the learned one first; references of a row that has no completion)."""
+    """(the row with each of its completions alone, the learned one first; references of a row that has no
+    completion)."""
     names = {(columns or {}).get(name, name): name for name in row}
     wanted = [name for name in _fields(completion_template) or COMPLETIONS if name in names]
     listed = [names[name] for name in REFERENCES if name in names and name not in wanted and texts_of(row[names[name]])]

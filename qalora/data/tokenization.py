@@ -13,11 +13,17 @@ from qalora.data.chat_template import ChatTemplate, set_chat_template
 from qalora.data.chat_template import chat_template as template_of
 from qalora.data.conversation import REASONING
 from qalora.data.formats import Example, detect_format
+from qalora.data.instruct import rendered, taught_to_chat
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
 from qalora.data.rows import IGNORE, Tokenized, supervised_tokens
 from qalora.errors import InputError
+
+CHAT_BY_DEFAULT = (
+    "the model was taught to chat, so prompt and completion go through its chat template (data.chat=false takes them "
+    "as they stand)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Report:
         longest: tokens of the longest row, before the cut.
         masked: of the dropped rows, those that have nothing to learn whatever max_seq_len is.
         unused: columns, and fields of messages, that hold something and are not used.
+        chat_by_default: prompts and completions went through the chat template, for the model was taught to chat.
     """
 
     rows: int
@@ -43,6 +50,7 @@ class Report:
     longest: int = 0
     masked: int = 0
     unused: tuple[str, ...] = ()
+    chat_by_default: bool = False
 
     def __str__(self) -> str:
         text = f"{self.rows} rows, {self.tokens} tokens, {self.supervised_tokens} of them supervised"
@@ -52,6 +60,8 @@ class Report:
             text += f"; {cut} rows dropped, nothing to learn was left of them"
         if self.masked:
             text += f"; {self.masked} rows dropped, no turn of them is learned"
+        if self.chat_by_default:
+            text += f"; {CHAT_BY_DEFAULT}"
         return f"{text}; not used: {', '.join(self.unused)}" if self.unused else text
 
 
@@ -96,6 +106,8 @@ def load_dataset(
     """Reads and tokenizes a data set; the settings are those of `read_rows`, `to_example` and `tokenize`.
 
     Args:
+        chat: None: chat formats, and prompts and completions that no template of the recipe is for where the
+            tokenizer's model was taught to chat.
         chat_template, chat_template_kwargs: given to the tokenizer, which keeps them (see `set_chat_template`).
 
     Raises:
@@ -108,10 +120,16 @@ def load_dataset(
         format = "prompt-completion"
     items, examples, truncated, masked, longest = [], [], 0, 0, 0
     unused: dict[str, None] = {}  # in the order of their first appearance
-    of_source = format
+    of_source, as_chat, by_default = format, chat, False
+    templated = prompt_template is not None or completion_template is not None
     for number, row in enumerate(rows):
-        if format == "auto" and number in rows.begins:  # several sources may be of several formats
-            of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
+        if number in rows.begins:  # several sources may be of several formats
+            if format == "auto":
+                of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
+            if chat is None and of_source == "prompt-completion" and not templated:
+                as_chat = True if taught_to_chat(tokenizer) and not rendered(row, tokenizer) else None
+            else:
+                as_chat = chat
         example = read_example(
             row,
             number,
@@ -120,12 +138,13 @@ def load_dataset(
             prompt_template=prompt_template,
             completion_template=completion_template,
             labels=labels,
-            chat=chat,
+            chat=as_chat,
             mask_history=mask_history,
             roles=template.roles,
             source=source,
             place=rows.places[number],
         )
+        by_default |= as_chat is not chat
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))
@@ -138,8 +157,8 @@ def load_dataset(
     if not items:
         if masked == len(rows):
             raise InputError(
-                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or all its "
-                "turns are masked (weight, loss_weight, train …)."
+                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or "
+                "all its turns are masked (weight, loss_weight, train …)."
             )
         if not truncated:
             raise InputError(
@@ -148,8 +167,8 @@ def load_dataset(
             )
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a supervised token within data.max_seq_len={max_seq_len}"
-            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, or check "
-            f"data.format={of_source} and the completions."
+            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, "
+            f"or check data.format={of_source} and the completions."
         )
     report = Report(
         rows=len(items),
@@ -161,12 +180,14 @@ def load_dataset(
         longest=longest,
         masked=masked,
         unused=tuple(unused),
+        chat_by_default=by_default,
     )
     return TokenizedDataset(items, examples, report)
 
 
 def _unused_fields(example: Example, template: ChatTemplate) -> list[str]:
-    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not used."""
+    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not
+    used."""
     fields = {name for turn in example.turns for name in turn.fields if name not in (*REASONING, "tool_calls")}
     return [f"messages.{name}" for name in sorted(fields) if not (example.chat and template.names(name))]
 
@@ -182,8 +203,8 @@ def split_validation(
     count = max(1, round(size * len(dataset))) if size < 1 else int(size)
     if len(dataset) == 1:
         raise InputError(
-            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, which may be "
-            "the same file if the run is only to learn the row, or more rows."
+            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, "
+            "which may be the same file if the run is only to learn the row, or more rows."
         )
     if count >= len(dataset):
         raise InputError(
@@ -267,8 +288,8 @@ def _encode_segments(
 
 
 def _continued(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
-    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of this
-    one's: there, what they make of it after a line break."""
+    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of
+    this one's: there, what they make of it after a line break."""
     ids, starts = _encode(text, tokenizer, special_tokens=False)
     pieces = "".join(tokenizer.convert_ids_to_tokens(ids))
     if len(pieces) - len(pieces.lstrip("▁Ġ")) <= len(text) - len(text.lstrip(" ")):

@@ -4,8 +4,8 @@
     peft-uniform   one rank, zero-padded, alpha = rank, scaling folded into B: PEFT, vLLM, and llama.cpp's converter
     gguf-lora      the same as GGUF: llama.cpp (--lora) and Ollama (ADAPTER)
 
-PEFT divides alpha by each module's rank, vLLM by the one global r, llama.cpp by each tensor's own rank: of one rank, all
-three compute the same function.
+PEFT divides alpha by each module's rank, vLLM by the one global r, llama.cpp by each tensor's own rank: of one rank,
+all three compute the same function.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import open_config
+from qalora.base.families import in_decoder
 from qalora.base.registry import ModelSource
 from qalora.base.structure import structure_of
 from qalora.card_files import keep_users_card, write_card
@@ -51,8 +52,8 @@ def export_adapter(
     """Writes the adapter in another form, reads it back, and compares every module's s · B A.
 
     Returns:
-        What `merge.json` in the folder holds: among others the rank, and the largest difference of an element of s · B A
-        relative to the largest element.
+        What `merge.json` in the folder holds: among others the rank, and the largest difference of an element of s · B
+        A relative to the largest element.
 
     Raises:
         InputError: no plain LoRA, made for another model, or an output folder that holds something else.
@@ -62,7 +63,7 @@ def export_adapter(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     model_config = open_config(source)
-    adapter.check_fit(structure_of(model_config).linear)
+    adapter.check_fit(structure_of(model_config).adapted)
     updates = low_rank_updates(adapter)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:
@@ -70,6 +71,8 @@ def export_adapter(
             from qalora.deploy import gguf
             from qalora.deploy.modelfile import write_modelfile
 
+            # llama.cpp has the text part of a vision model as a model of its own.
+            updates, written = ({in_decoder(name): it for name, it in of.items()} for of in (updates, written))
             gguf.write_adapter(partial / "adapter.gguf", written, model_config)
             served = served_after(source, model_config, adapter_dir)
             write_modelfile(partial, served, adapter_of=source.hub_id or source.name)

@@ -97,14 +97,15 @@ def write_model(
 
 
 def narrower(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None: nothing."""
+    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None:
+    nothing."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if not window or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
         return None
     return (
-        f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file answers as "
-        f"trained up to {window} tokens, and otherwise beyond; --format hf keeps the window"
+        f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file "
+        f"answers as trained up to {window} tokens, and otherwise beyond; --format hf keeps the window"
     )
 
 
@@ -144,7 +145,7 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantizationType:
@@ -185,7 +186,7 @@ def _encoded(
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------ metadata
+# ------------------------------------------------------------------------------------------------------------- metadata
 
 
 def _add_shape(writer: GGUFWriter, config: PreTrainedConfig, gguf_type: str) -> None:
@@ -276,7 +277,8 @@ def _scores(tokens: list[str], merges: Sequence[str | Sequence[str]]) -> list[fl
 
 
 def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how text is split before BPE; a name that does not fit would split it differently, and say nothing.
+    """llama.cpp's name for how text is split before BPE; a name that does not fit would split it differently, and say
+    nothing.
 
     Raises:
         InputError: a way that has no name here.
@@ -299,7 +301,7 @@ def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
             name = "gpt-2"
     if name is None:
         raise InputError(
-            f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format hf and "
-            "llama.cpp's own converter."
+            f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format "
+            "hf and llama.cpp's own converter."
         )
     return name

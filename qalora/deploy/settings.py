@@ -1,7 +1,8 @@
 """What stands beside the weights of a merged folder: config, tokenizer and generation defaults, as the base has them.
 
-Servers are pinned to either major version of transformers, and what one writes the other may misread in silence. So the base's own
-files are copied, and only what training added is written on top. A GGUF file has none: what is written for it, both can read.
+Servers are pinned to either major version of transformers, and what one writes the other may misread in silence. So the
+base's own files are copied, and only what training added is written on top. A GGUF file has none: what is written for
+it, both can read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.adapter.provenance import read_provenance
+from qalora.base.families import is_wrapper, text_fields
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import ModelSource, read_fields
 from qalora.data.ending import Ending, ending_of
@@ -25,8 +27,8 @@ from qalora.errors import InputError
 from qalora.files import write_json, write_whole
 
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "chat_template.*", "additional_chat_templates/*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json",
 )  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def published_folder(source: ModelSource) -> Path | None:
         ) from None
 
 
-# ------------------------------------------------------------------------------------------------------------------ config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, object]:
@@ -117,8 +119,8 @@ def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str
 def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, object]:
     """The fields of a config.json, such that transformers 4 and 5 read the same model.
 
-    Version 5 keeps everything about positions in rope_parameters, which version 4 does not know: it reads rope_theta, or takes 10,000,
-    and rope_scaling. The names of the dtype differ likewise.
+    Version 5 keeps everything about positions in rope_parameters, which version 4 does not know: it reads rope_theta,
+    or takes 10,000, and rope_scaling. The names of the dtype differ likewise.
 
     Args:
         fields: as published.
@@ -126,6 +128,13 @@ def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype:
     """
     served = {name: value for name, value in fields.items() if name not in ("quantization_config", "dtype")}
     served["torch_dtype"] = served["dtype"] = str(dtype).removeprefix("torch.")
+    if is_wrapper(fields):  # as either version wrote it: the config of a vision model is its own, and no decoder's
+        text: dict[str, Any] = {**fields["text_config"]}  # type: ignore[dict-item]
+        text.pop("quantization_config", None)
+        kept = {name: served["dtype"] for name in ("dtype", "torch_dtype") if name in text}
+        if text_fields(fields)["tie_word_embeddings"] != config.tie_word_embeddings:
+            served["tie_word_embeddings"] = config.tie_word_embeddings
+        return served | {"text_config": text | kept}
     if served.get("tie_word_embeddings", False) != config.tie_word_embeddings:
         served["tie_word_embeddings"] = config.tie_word_embeddings
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it
@@ -155,7 +164,7 @@ def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype:
     return served
 
 
-# -------------------------------------------------------------------------------------------------------- generation defaults
+# -------------------------------------------------------------------------------------------------- generation defaults
 
 
 def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, Any]:
@@ -166,7 +175,8 @@ def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, 
 
 
 def _write_generation(folder: Path, published: Path | None, config: Mapping[str, object], ending: Ending) -> None:
-    """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its config's.
+    """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its
+    config's.
 
     As it stands: saving it through transformers would refuse what it loads, such as a temperature without do_sample.
     """
@@ -195,7 +205,7 @@ def _ids(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value or ())
 
 
-# ------------------------------------------------------------------------------------------------------------------ tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 def _copy_tokenizer(folder: Path, published: Path) -> None:

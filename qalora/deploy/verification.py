@@ -4,7 +4,8 @@
                                    + adapter, each sum rounded ────┤ must be equal
     the result as a reader that knows nothing of us loads it ──────┘
 
-Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the disk.
+Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the
+disk.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Quantization, open_checkpoint
+from qalora.base.families import NAMES, WRAPPED
 from qalora.base.loading import load_model
 from qalora.base.parts import Part, from_checkpoint
 from qalora.base.quantized import dequantize, is_4bit
 from qalora.base.registry import ModelSource, resolve
+from qalora.base.structure import text_part
 from qalora.progress import Bar, in_place_of_transformers
 from qalora.quiet import without
 
@@ -65,11 +68,14 @@ def as_read(folder: Path, gguf_file: str | None = None) -> Parts:
         return lambda part: from_checkpoint(
             checkpoint, copy.deepcopy(config), part, dtype=torch.float32, device="cpu", attention="sdpa"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = text_part(AutoConfig.from_pretrained(folder))
+    names = NAMES if hasattr(config, WRAPPED) else None
 
     def load(part: Part) -> PreTrainedModel:
         loader: Any = part.of(config)
-        model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype="auto", key_mapping=names, output_loading_info=True
+        )
         if report["missing_keys"]:  # transformers makes them up at random
             raise RuntimeError(f"{folder}: lacks {sorted(report['missing_keys'])[:3]}")
         return model  # type: ignore[no-any-return]
@@ -139,7 +145,8 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
 
 
 def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
-    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
+    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their
+    context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
         found = [_rotation(model, length) for model in (left, right)]
@@ -170,8 +177,9 @@ def streamed(
     """A model that computes in fp32 and loads each block when it is due, to drop it again.
 
     Args:
-        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear layers, the
-            second none, and the third has them added to the weights, which are rounded then; None: one group, as the weights are.
+        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear
+            layers, the second none, and the third has them added to the weights, which are rounded then; None: one
+            group, as the weights are.
     """
     model: Any = parts(Part((), ends=True))
     wrapped = partial(_wrapped, updates=updates or {}, rounding=rounding, n=n)

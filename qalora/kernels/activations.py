@@ -3,9 +3,10 @@
 False      everything that a block's backward needs
 selective  the input of every block and what its maps put out; norms and attention are computed again in the backward
 True       the input of every block; its inside is computed again
-offload    the same inputs, in host memory, pinned where it can be: copied out behind the forward, fetched one block ahead of the
-           backward
-mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
+offload    the same inputs, in host memory, pinned where it can be: copied out behind the forward, fetched one block
+           ahead of the backward
+mlp_tile   the input of an MLP alone, whose inner tensors, a long context's widest, are computed again a stretch of
+           tokens at a time
 
 forward    block 0 → block 1 → … → block n        backward    block n → … → block 1 → block 0
               │         │             │                         ↑            ↑         ↑
@@ -90,7 +91,8 @@ def _offloaded(store: _HostStore, block: Callable[..., Tensor], *inputs: Tensor)
 
 
 def host_memory_like(tensor: Tensor) -> Tensor:
-    """Room for a tensor in host memory: pinned, or where the system gives no more of that, as it comes, which copies more slowly.
+    """Room for a tensor in host memory: pinned, or where the system gives no more of that, as it comes, which copies
+    more slowly.
 
     Raises:
         torch.OutOfMemoryError: host memory has run out too.

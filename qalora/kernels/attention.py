@@ -2,8 +2,9 @@
 
     q, k = rotate(map(x)), v = map(x)        each map: W x + s · B diag(α) A x (low_rank.py)
 
-Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x are made and
-added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one another.
+Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x
+are made and added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one
+another.
 """
 
 from __future__ import annotations

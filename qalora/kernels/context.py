@@ -1,4 +1,5 @@
-"""What an autograd function has between its forward and its backward, for type checkers. The functions here add what is their own."""
+"""What an autograd function has between its forward and its backward, for type checkers. The functions here add what is
+their own."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def liger_loss() -> Fused | None:
-    """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that the
-    losses of rows, which scores are made of, stay our own."""
+    """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that
+    the losses of rows, which scores are made of, stay our own."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -46,7 +46,8 @@ Frozen = Sequence[tuple[nn.Module, float]]  # of several maps: the base and s of
 
 
 def can_fuse(layers: Sequence[nn.Module]) -> bool:
-    """Whether `LowRank` says all about these layers: nothing drops out, and nobody else put layers of their own in place."""
+    """Whether `LowRank` says all about these layers: nothing drops out, and nobody else put layers of their own in
+    place."""
     return all(isinstance(layer, nn.Linear) or getattr(layer, "drops", True) is False for layer in layers)
 
 
@@ -159,7 +160,8 @@ def low_rank_backward(
 
 
 def add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
-    """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
+    """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A
+    x."""
     A, B, gate = m.A, m.B, m.gate
     low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
     # In 16 bit as PEFT does it, to the bit: so that rounding hides no error of ours.
@@ -181,8 +183,8 @@ def add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
 def thin_product(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ, for an A (r, in) of few rows.
 
-    BLAS on a CPU takes about half the time for the transposed product, and no longer for 7 or 11 rows than their share of that for 8:
-    so ranks of all sizes cost what they are worth.
+    BLAS on a CPU takes about half the time for the transposed product, and no longer for 7 or 11 rows than their share
+    of that for 8: so ranks of all sizes cost what they are worth.
     """
     if x.device.type != "cpu" or len(A) >= THIN:
         return F.linear(x, A)
@@ -198,7 +200,8 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, s: float = 1.0) -> None:
 
 
 def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The frozen (out, in) weight in `dtype`; a 4-bit one is dequantized, which costs its 16- or 32-bit size for a moment."""
+    """The frozen (out, in) weight in `dtype`; a 4-bit one is dequantized, which costs its 16- or 32-bit size for a
+    moment."""
     if not is_4bit(base):
         return base.weight
     from bitsandbytes.functional import dequantize_4bit

@@ -22,8 +22,8 @@ class _Kept(Context):
 class _FrozenRMSNorm(torch.autograd.Function):
     """w · x / √(mean x² + ε), computed in fp32, and weighed as the model's own does it (arXiv 1910.07467, eq. 4).
 
-    transformers' own keeps x and its product in fp32, four times the bytes of a bf16 x that the residual keeps anyway, and
-    its backward holds five more. w is frozen.
+    transformers' own keeps x and its product in fp32, four times the bytes of a bf16 x that the residual keeps anyway,
+    and its backward holds five more. w is frozen.
     """
 
     @staticmethod

@@ -1,12 +1,14 @@
 """What rows of a batch begin with alike is worked through once, and padding not at all.
 
-In a causal model a token's hidden state depends on the tokens before it and on nothing else, so two rows with one prompt, or one
-template, have the same states as far as they agree. The maps of a block see each distinct state once, in one sequence without
-padding; attention alone sees rows, whose queries, keys and values it gathers:
+In a causal model a token's hidden state depends on the tokens before it and on nothing else, so two rows with one
+prompt, or one template, have the same states as far as they agree. The maps of a block see each distinct state once, in
+one sequence without padding; attention alone sees rows, whose queries, keys and values it gathers:
 
-    rows      A b c d        tokens    A b c d   e f   x y z        places    0 1 2 3      where in `tokens` a position of
-              A b e f                  (1, 9)                                 0 1 4 5      a row is; of padding, anywhere
+    rows      A b c d        tokens    A b c d   e f   x y z        places    0 1 2 3
+              A b e f                  (1, 9)                                 0 1 4 5
               x y z ·                                                         6 7 8 0
+
+A place says where in `tokens` a position of a row is; of padding, anywhere.
 
 Gradients of the rows add up in what they share, as they do in a padded batch.
 """
@@ -55,12 +57,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def final_hidden(
     model: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: object
 ) -> Tensor:
-    """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
+    """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix
+    where that pays.
 
     Args:
         model: with the attention `ATTENTION` (install.py); every other one computes row by row.
-        input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the positions 0, 1, 2 …,
-            share their prefixes.
+        input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the
+            positions 0, 1, 2 …, share their prefixes.
 
     Returns:
         (rows, width, d); what stands at padding means nothing.
@@ -88,7 +91,8 @@ def final_hidden(
 
 
 def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
-    """Finds the distinct prefixes of a batch; None where there is too little to save, or padding elsewhere than on the right."""
+    """Finds the distinct prefixes of a batch; None where there is too little to save, or padding elsewhere than on the
+    right."""
     rows, width = input_ids.shape
     if rows**2 * width > MOST_COMPARED:
         return None

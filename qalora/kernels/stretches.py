@@ -11,7 +11,8 @@ from qalora.sizes import FP32_TEMPORARY
 
 
 def stretches(x: Tensor, width: int) -> Iterator[tuple[EllipsisType, slice, slice]]:
-    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_TEMPORARY hold at that width."""
+    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_TEMPORARY hold at that
+    width."""
     tokens, rows = x.shape[-2], x[..., 0, 0].numel()
     step = max(1, FP32_TEMPORARY // (4 * width * rows))
     for start in range(0, tokens, step):

@@ -2,8 +2,8 @@
 
     z = down(silu(gate x) ∘ up x)        gate, up, down: W x + s · B diag(α) A x each (low_rank.py)
 
-Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their product.
-Two of them give the others, so two are kept, and the backward writes their gradients into them.
+Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their
+product. Two of them give the others, so two are kept, and the backward writes their gradients into them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class _Kept(Context):
 
 
 class _GatedSwiGLU(torch.autograd.Function):
-    """Keeps gate x and up x, or, in tiles, x alone: each tile's are computed again when its turn in the backward comes."""
+    """Keeps gate x and up x, or, in tiles, x alone: each tile's are computed again when its turn in the backward
+    comes."""
 
     @staticmethod
     def forward(

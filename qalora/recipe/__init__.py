@@ -1,4 +1,5 @@
-"""Recipes: what a run is made of (settings.py), what must agree (rules.py), how it is read and spelled (reading.py, spellings.py).
+"""Recipes: what a run is made of (settings.py), what must agree (rules.py), how it is read and spelled (reading.py,
+spellings.py).
 
 Torch-free.
 """

@@ -207,7 +207,8 @@ def parse_overrides(
 
 
 def _parsed(key: str, text: str, annotation: Any) -> Any:
-    """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in quotes."""
+    """The value of an override: YAML, but a text, a path above all, as it stands where it is neither null nor in
+    quotes."""
     a_text = annotation in (str, str | None, str | list[str], str | list[str] | None)
     a_list = is_list(annotation) and text.startswith("[") and text.endswith("]")
     if a_text and not a_list and text not in ("", "null") and text[:1] not in "\"'":

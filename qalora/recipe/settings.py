@@ -32,8 +32,12 @@ ROUNDS_FROM = 1000  # steps of a run
 Metric = Literal["loss", "exact_match", "accuracy", "rougeL"]
 Duration = Annotated[int | float | str, AfterValidator(parse_duration)]
 Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt",
-    "warmup_stable_decay", "constant", "constant_with_warmup", "reduce_lr_on_plateau", "greedy",
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
+    "inverse_sqrt", "warmup_stable_decay", "constant", "constant_with_warmup", "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
+Tracker = Literal[
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
 ]  # fmt: skip
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor",
@@ -80,7 +84,9 @@ class DataConfig(Section):
     completion_template: str | None = Field(None, description="the completion, with {column} fields")
     labels: dict[str, str] = Field({}, description="completion in the file → text to train on, e.g. 0: negative")
     chat: bool | None = Field(
-        None, description="wrap prompt and completion in the chat template; null: only chat formats"
+        None,
+        description="wrap prompt and completion in the chat template; null: chat formats, and where the model was "
+        "taught to chat",
     )
     chat_template: str | None = Field(
         None, description="Jinja file, or its text, in place of the tokenizer's own; it goes along with the tokenizer"
@@ -128,8 +134,8 @@ class DataConfig(Section):
     def reading(self) -> dict[str, Any]:
         """How a row becomes tokens, as the keyword arguments of `load_dataset`."""
         names = (
-            "name format columns prompt_template completion_template labels chat chat_template chat_template_kwargs mask_history "
-            "max_seq_len train_on_inputs"
+            "name format columns prompt_template completion_template labels chat chat_template chat_template_kwargs "
+            "mask_history max_seq_len train_on_inputs"
         )
         return {name: getattr(self, name) for name in names.split()}
 
@@ -167,23 +173,23 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     adapter: str | None = Field(
         None,
-        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and target_modules are its own, its "
-        "ranks are the budget; null: a new adapter",
+        description="folder of a plain PEFT LoRA, of any origin, that the run starts from; r, alpha and target_modules "
+        "are its own, its ranks are the budget; null: a new adapter",
     )
     init: Literal["auto"] | Init = Field(
         "auto",
-        description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the leading directions of "
-        "dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks of a map give back what 4 bits took "
-        "from it on these rows, which needs the 16-bit weights; auto: quantization where it can be, else gradient, and kaiming "
-        "with allocation.rounds=0",
+        description="where ranks point when they are born; kaiming: anywhere, as PEFT has it; gradient: along the "
+        "leading directions of dL/dW on init_rows training rows, B being zero as ever; quantization: the first ranks "
+        "of a map give back what 4 bits took from it on these rows, which needs the 16-bit weights; auto: quantization "
+        "where it can be, else gradient, and kaiming with allocation.rounds=0",
     )
     init_rows: int = Field(
         16, ge=1, description="training rows that init=gradient reads, and of which init=quantization draws its tokens"
     )
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="the linear layers that get an adapter; all-linear: those of every block; a list: names or their ends, "
-        "such as q_proj; another text: a regular expression that matches whole names, such as .*\\.(q|v)_proj",
+        description="the linear layers that get an adapter; all-linear: those of every block; a list: names or their "
+        "ends, such as q_proj; another text: a regular expression that matches whole names, such as .*\\.(q|v)_proj",
     )
     layers_to_transform: list[int] | None = Field(
         None, description="blocks that get adapters, counted from 0; null: all"
@@ -220,22 +226,25 @@ class LoraSettings(Section):
 
 
 class AllocationConfig(Section):
-    """Algorithm 1 of ALoRA (arXiv 2403.16187). Warm-up, interval and eq. 6 are the paper's (§4.3, appendix E); start, number of
-    rounds, budget and how scores are computed are ours, and preset=paper takes back all of these but `scoring`."""
+    """Algorithm 1 of ALoRA (arXiv 2403.16187). Warm-up, interval and eq. 6 are the paper's (§4.3, appendix E); start,
+    number of rounds, budget and how scores are computed are ours, and preset=paper takes back all of these but
+    `scoring`."""
 
     preset: Literal["paper"] | None = Field(
         None, description="paper: the paper's settings, for those that are not given beside it"
     )
     start: Share = Field(
         "even",
-        description="ranks of a module before the first step; even: lora.r; scores: of twice as many, each a correction of "
-        "lora.init=quantization, those that lower the loss most on its rows, which gave nothing on E2E (bench/results)",
+        description="ranks of a module before the first step; even: lora.r; scores: of twice as many, each a "
+        "correction of lora.init=quantization, those that lower the loss most on its rows, which gave nothing on E2E "
+        "(bench/results)",
     )
     rounds: int | None = Field(
         None,
         ge=0,
-        description="N_A, rounds of pruning and growing at most; null: the paper's 8 in runs of 1,000 steps or more, and none in shorter "
-        "ones, for in runs of 20 to 300 steps they gave nothing (bench/results); 0: ranks stay as they start",
+        description="N_A, rounds of pruning and growing at most; null: the paper's 8 in runs of 1,000 steps or more, "
+        "and none in shorter ones, for in runs of 20 to 300 steps they gave nothing (bench/results); 0: ranks stay as "
+        "they start",
     )
     prune_per_round: int | None = Field(
         None, ge=1, description="n_A, ranks; null: one per module, and at most half of all"
@@ -250,14 +259,15 @@ class AllocationConfig(Section):
     )
     importance: Literal["sum", "drop", "alone", "path"] | None = Field(
         None,
-        description="sum is eq. 6: drop + alone; path: integrated from base to adapter; null: path for scoring path, else sum",
+        description="sum is eq. 6: drop + alone; path: integrated from base to adapter; null: path for scoring path, "
+        "else sum",
     )
     min_rank: int = Field(0, ge=0, description="ranks that every module keeps")
     max_rank: int | None = Field(None, ge=1, description="ranks that no module exceeds; null: no limit")
     budget: Literal["ranks", "parameters"] = Field(
         "parameters",
-        description="what never rises above the start: the number of ranks, or that and their parameters, for a rank of a wide "
-        "map has more of them",
+        description="what never rises above the start: the number of ranks, or that and their parameters, for a rank "
+        "of a wide map has more of them",
     )
 
     def rounds_in(self, total_steps: int) -> int:
@@ -282,8 +292,8 @@ class TrainingConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler_type: Schedule = Field(
         "linear",
-        description="transformers' schedules; constant, reduce_lr_on_plateau and greedy have no warm-up, and the last two follow the "
-        "validation loss",
+        description="transformers' schedules; constant, reduce_lr_on_plateau and greedy have no warm-up, and the last "
+        "two follow the validation loss",
     )
     lr_scheduler_kwargs: dict[str, Any] = Field(
         {}, description="what the schedule takes besides, e.g. min_lr_rate: 0.1 of cosine_with_min_lr"
@@ -306,14 +316,14 @@ class TrainingConfig(Section):
     optim: Optimizer = "adamw_torch"
     gradient_checkpointing: Checkpointing = Field(
         True,
-        description="compute blocks again in the backward; selective: all but what their maps put out; offload: blocks, with "
-        "their inputs in host memory",
+        description="compute blocks again in the backward; selective: all but what their maps put out; offload: "
+        "blocks, with their inputs in host memory",
     )
     mlp_tile: int | None = Field(None, ge=1, description="tokens of a row that an MLP works on at a time; null: all")
     fit: Literal["auto"] | None = Field(
         None,
-        description="auto: choose micro_batch_size, gradient_accumulation_steps, gradient_checkpointing and mlp_tile for the "
-        "memory there is, with the same rows an optimizer step",
+        description="auto: choose micro_batch_size, gradient_accumulation_steps, gradient_checkpointing and mlp_tile "
+        "for the memory there is, with the same rows an optimizer step",
     )
     group_by_length: bool = Field(True, description="rows of like length share a batch, so that little is padded")
     eval_strategy: Literal["steps", "epoch", "no"] = Field(
@@ -324,7 +334,8 @@ class TrainingConfig(Section):
     )
     save_strategy: Literal["steps", "epoch", "best", "no"] = Field(
         "steps",
-        description="when a checkpoint is written, besides that of the best validation loss; no: never, and the last weights are the result",
+        description="when a checkpoint is written, besides that of the best validation loss; no: never, and the last "
+        "weights are the result",
     )
     save_steps: int | float = Field(
         200, gt=0, description="optimizer steps between checkpoints; below 1: that share of the run"
@@ -332,7 +343,9 @@ class TrainingConfig(Section):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; the best one is never removed")
     early_stopping_patience: int | None = Field(10, ge=1, description="validations without a better loss; null: never")
     seed: int = Field(42, ge=0, lt=2**32)
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Tracker] = Field(
+        [], description="experiment trackers that transformers writes to; each needs its package"
+    )
 
     @field_validator("max_steps", mode="before")
     @classmethod

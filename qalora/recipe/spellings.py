@@ -1,4 +1,5 @@
-"""How settings are spelled: other tools' names and values for ours, and what to write for a name that is none. Torch-free."""
+"""How settings are spelled: other tools' names and values for ours, and what to write for a name that is none.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -137,8 +138,6 @@ def advice_on(key: str, known: Mapping[str, Any]) -> str:
 def nearest(word: str, names: Sequence[str]) -> str:
     """`; did you mean …?`: the name that is spelled most like `word`, also when only its last part is."""
     leaves = {name.rsplit(".", 1)[-1]: name for name in names}
-    leaf = word.rsplit(".", 1)[-1]
-    by_leaf = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.7)]
-    whole = difflib.get_close_matches(word, names, 1, 0.6)
-    match = ([leaves[leaf]] if leaf in leaves else []) or whole or by_leaf
-    return f", did you mean {match[0]}?" if match else ""
+    by_leaf = [leaves[match] for match in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaves, 1, 0.7)]
+    match = by_leaf or difflib.get_close_matches(word, names, 1, 0.6)
+    return f", did you mean {ALIASES.get(match[0], match[0])}?" if match else ""

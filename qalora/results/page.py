@@ -1,7 +1,7 @@
 """The page of a run: one HTML file that needs no network, of what the run's folder says.
 
-`render` is a pure function of the facts. plotly draws, with its script inside the file; style and script of the page lie beside this
-module.
+`render` is a pure function of the facts. plotly draws, with its script inside the file; style and script of the page
+lie beside this module.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _rank_section(run: RunFacts, count: int) -> str:
     slider = ""
     if count > 1:
         slider = (
-            f'<div class="slider"><input type="range" id="round" min="0" max="{count - 1}" step="1" value="{count - 1}" '
+            f'<div class="slider"><input type="range" id="round" min="0" max="{count - 1}" step="1" '
+            f'value="{count - 1}" '
             'aria-label="state of the ranks"><output for="round" id="round-said"></output></div>'
         )
     moved = (
@@ -204,7 +205,10 @@ def _settings(run: RunFacts) -> str:
     sections = {"run": {name: value for name, value in run.recipe.items() if not isinstance(value, dict)}}
     sections |= {name: value for name, value in run.recipe.items() if isinstance(value, dict)}
     tables = "".join(_settings_table(name, settings) for name, settings in sections.items() if settings)
-    return f'<section><details open><summary>Settings</summary>{command}<div class="settings">{tables}</div></details></section>'
+    return (
+        f"<section><details open><summary>Settings</summary>{command}<div "
+        f'class="settings">{tables}</div></details></section>'
+    )
 
 
 def _settings_table(name: str, settings: Mapping[str, object]) -> str:

@@ -68,8 +68,9 @@ class ProgressLine(TrainerCallback):
         for record in self.allocator.history[:1]:
             if record["step"] == state.global_step == 0:
                 console.print(
-                    f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
-                    f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
+                    f"budget shared out before the first step: {min(record['ranks'].values())} to "
+                    f"{max(record['ranks'].values())} ranks a module, total {record['total_rank']} of "
+                    f"{record['budget']} ({record['seconds']:.1f} s)",
                 )
         self.bar = Bar("training", total=state.max_steps, done=state.global_step)
 
@@ -82,10 +83,11 @@ class ProgressLine(TrainerCallback):
         if history and history[-1]["step"] == state.global_step:
             pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
             console.print(
-                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
-                f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
-                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
-                f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
+                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: "
+                f"{pruned} ranks pruned, {sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} "
+                f"modules, total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} "
+                f"s, {history[-1]['forward_equivalents']:.0f} forwards, "
+                f"{'certified' if history[-1]['certified'] else 'estimated'})",
             )
 
     def on_log(
@@ -102,8 +104,8 @@ class ProgressLine(TrainerCallback):
             console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             console.print(
-                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
-                f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
+                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr "
+                f"{logs['learning_rate']:.2e}  ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
             )
 
     def close(self) -> None:

@@ -36,8 +36,8 @@ def train(run: Run, session: Session, say: Say) -> bool:
         return False
     if run.rounds.steps and not session.allocator.done():
         raise AnswerNo(
-            f"the run ended after step {step}, before its first round of allocation (step {run.rounds.steps[0]}); lower "
-            "allocation.warmup or raise training.early_stopping_patience."
+            f"the run ended after step {step}, before its first round of allocation (step {run.rounds.steps[0]}); "
+            "lower allocation.warmup or raise training.early_stopping_patience."
         )
     return True
 

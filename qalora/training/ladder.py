@@ -64,7 +64,8 @@ class Ladder:
         return loss
 
     def attempt(self, batch: Sequence[Inputs], work: Callable[[Sequence[Inputs]], T]) -> T:
-        """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing behind then.
+        """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing
+        behind then.
 
         Raises:
             AnswerNo: memory ran out on the last rung.
@@ -92,8 +93,8 @@ class Ladder:
             return f"{level.what} from now on (training.mlp_tile={level.mlp_tile})"
         tokens = max(inputs["input_ids"].shape[1] for inputs in batch)
         raise AnswerNo(
-            f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; lower "
-            "data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "
+            f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; "
+            "lower data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "
             "(`qalora plan` says what fits)."
         )
 

@@ -9,9 +9,10 @@ from typing import Any
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
 from qalora.base.registry import ModelShape
-from qalora.fitting import MLP_TILE, Plan, fit, largest, least
+from qalora.fitting import Plan, fit, largest, least
 from qalora.memory import plan_memory
 from qalora.recipe import Recipe
+from qalora.sizes import MLP_TILE
 
 
 def planner(recipe: Recipe, shape: ModelShape, device: str = "cuda", *, ranks: Mapping[str, int] | None = None) -> Plan:
@@ -57,8 +58,8 @@ def first_ranks(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
 def fitted(
     recipe: Recipe, shape: ModelShape, memory: int, *, seq_len: int | None = None, device: str = "cuda"
 ) -> tuple[Recipe, bool]:
-    """(the recipe with the micro-batch, accumulation, checkpointing and tiling that fit the memory, True); where nothing fits, with
-    those that need least, and False.
+    """(the recipe with the micro-batch, accumulation, checkpointing and tiling that fit the memory, True); where
+    nothing fits, with those that need least, and False.
 
     Args:
         memory: bytes.

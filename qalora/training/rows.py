@@ -18,8 +18,8 @@ from qalora.training.resume import kept_apart
 
 @dataclass(frozen=True)
 class RunData:
-    """Tokenized rows of a run: B_val, which scores the ranks, is apart from the rows that measure the result where there are rows
-    enough for both."""
+    """Tokenized rows of a run: B_val, which scores the ranks, is apart from the rows that measure the result where
+    there are rows enough for both."""
 
     train: TokenizedDataset
     validation: TokenizedDataset
@@ -64,8 +64,8 @@ def load_data(
         held_back = load(settings.validation, settings.validation_split, None)
     if shared := same_rows(train, held_back):
         say(
-            f"{shared} of {len(held_back)} validation rows are training rows too, token for token: what is measured on them says "
-            "nothing of new rows"
+            f"{shared} of {len(held_back)} validation rows are training rows too, token for token: what is measured "
+            "on them says nothing of new rows"
         )
     validation, scoring = scoring_apart(held_back, recipe.allocation.val_batch_size, seed)
     validation = _measured(recipe, validation, tokenizer, positions, say)
@@ -82,8 +82,8 @@ def scoring_apart(rows: TokenizedDataset, wanted: int, seed: int) -> tuple[Token
 def hold_back(
     dataset: TokenizedDataset, size: int | float, seed: int, known: Rows | None
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """(train, validation) of one data set. A run that is continued keeps the rows that it held back, so that no row which it trained
-    on ever measures it.
+    """(train, validation) of one data set. A run that is continued keeps the rows that it held back, so that no row
+    which it trained on ever measures it.
 
     Raises:
         InputError: no row is left for one of the two.
@@ -95,8 +95,8 @@ def hold_back(
     kept = set(kept_apart(rows, known, size, seed))
     if len(kept) == len(rows):
         raise InputError(
-            "--resume-from-checkpoint: data.train holds nothing but rows that the run held back for validation; give it rows to "
-            "train on."
+            "--resume-from-checkpoint: data.train holds nothing but rows that the run held back for validation; give "
+            "it rows to train on."
         )
     return dataset.subset([i for i in range(len(rows)) if i not in kept]), dataset.subset(sorted(kept))
 

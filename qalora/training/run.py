@@ -1,6 +1,8 @@
-"""A run, resolved once: every decision about it is made here, from recipe, rows and checkpoint, before any weights load.
+"""A run, resolved once: every decision about it is made here, from recipe, rows and checkpoint, before any weights
+load.
 
-What follows only carries it out: begin.py loads the base and begins the adapter, the trainer trains, finish.py measures and saves.
+What follows only carries it out: begin.py loads the base and begins the adapter, the trainer trains, finish.py measures
+and saves.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import get_reporting_integration_callbacks
 
 from qalora.adapter.allocation import Schedule, most_pruned
 from qalora.adapter.its_base import said_of_base
@@ -20,7 +21,7 @@ from qalora.base.fingerprint import fingerprint
 from qalora.base.precision import loaded_in_4bit
 from qalora.base.registry import ModelSource, shape_of
 from qalora.base.structure import structure_of
-from qalora.data.rows import Packed, Row
+from qalora.data.rows import Item
 from qalora.deploy.merging import check_room
 from qalora.errors import InputError
 from qalora.recipe import Recipe
@@ -28,6 +29,7 @@ from qalora.training.planning import first_ranks
 from qalora.training.resume import Continued, changes, check_base, check_rows, rounds_left
 from qalora.training.rows import RunData
 from qalora.training.settling import fitted_to_device, with_dtype
+from qalora.training.trackers import check_reporting
 from qalora.training.trainer import check_rates, schedule_of, steps_of, training_items
 
 
@@ -54,7 +56,7 @@ class Run:
     weights: str | None
     tokenizer: PreTrainedTokenizerBase
     data: RunData
-    items: Sequence[Row | Packed]
+    items: Sequence[Item]
     output_dir: Path
     continued: Continued | None
     total_steps: int
@@ -113,8 +115,8 @@ def resolve_run(
     total_steps, per_epoch = steps_of(recipe, len(items))
     if continued is not None and continued.step >= total_steps:
         warnings.append(
-            f"{continued.checkpoint} has {continued.step} steps behind it, and the run is to make {total_steps}: nothing is left "
-            "to train; training.max_steps or training.num_epochs make it longer"
+            f"{continued.checkpoint} has {continued.step} steps behind it, and the run is to make {total_steps}: "
+            "nothing is left to train; training.max_steps or training.num_epochs make it longer"
         )
     rounds = rounds_of(recipe, total_steps, per_epoch, continued)
     notes.append(
@@ -130,8 +132,8 @@ def resolve_run(
     else:
         check_base(weights, recipe.model, continued.identity, continued.checkpoint)
     return Run(
-        recipe, source, weights, tokenizer, data, items, output_dir, continued, total_steps, per_epoch, rounds, original, command,
-        tuple(warnings), tuple(notes),
+        recipe, source, weights, tokenizer, data, items, output_dir, continued, total_steps, per_epoch, rounds,
+        original, command, tuple(warnings), tuple(notes),
     )  # fmt: skip
 
 
@@ -146,7 +148,8 @@ def check_run(
     """Refuses what cannot be done, and returns a line per thing that a user should know.
 
     Raises:
-        InputError: the reporting, the schedule of the rate, the pruning, the room to merge or the adapter to start from.
+        InputError: the reporting, the schedule of the rate, the pruning, the room to merge or the adapter to start
+            from.
     """
     check_reporting(recipe.training.report_to)
     check_rates(recipe, total_steps)
@@ -183,13 +186,13 @@ def what_changed(recipe: Recipe, data: RunData, continued: Continued) -> list[st
     if before.train != after.train:
         new = len(set(after.train) - set(before.train))
         lines.append(
-            f"other training rows than before ({len(after.train)}, before {len(before.train)}; {new} of them are new): the epoch "
-            "begins anew with them"
+            f"other training rows than before ({len(after.train)}, before {len(before.train)}; {new} of them are new): "
+            "the epoch begins anew with them"
         )
     if before.validation != after.validation:
         lines.append(
-            "other validation rows than before: the best loss so far, of other rows, and the evaluation before training count no "
-            "more"
+            "other validation rows than before: the best loss so far, of other rows, and the evaluation before "
+            "training count no more"
         )
     return lines
 
@@ -230,22 +233,13 @@ def check_pruning(recipe: Recipe, source: ModelSource) -> str | None:
     asked, budget = recipe.allocation.prune_per_round or 0, sum(ranks)
     if asked >= budget:
         raise InputError(
-            f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves nothing to "
-            "train; lower it (default: one per module)."
+            f"allocation.prune_per_round={asked}: the adapter has {budget} ranks, and a round that prunes all leaves "
+            "nothing to train; lower it (default: one per module)."
         )
     most = most_pruned(ranks, asked)
     if most == asked:
         return None
-    return f"allocation.prune_per_round={asked}: a round prunes {most} at most, one per module that has ranks and half of all"
-
-
-def check_reporting(names: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: training.report_to names what transformers cannot report to, or what is not installed.
-    """
-    try:
-        for callback in get_reporting_integration_callbacks(list(names)):
-            callback()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"training.report_to={','.join(names)}: {' '.join(str(error).split())}") from None
+    return (
+        f"allocation.prune_per_round={asked}: a round prunes {most} at most, one per module that has ranks and "
+        "half of all"
+    )

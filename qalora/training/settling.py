@@ -1,4 +1,5 @@
-"""What a model, an adapter, a machine or an earlier run decides of a recipe. Each gives a new recipe; none is edited. Torch-free at import.
+"""What a model, an adapter, a machine or an earlier run decides of a recipe. Each gives a new recipe; none is edited.
+Torch-free at import.
 
 settled         the model: its positions, and the form in which it is stored
 with_its_own    lora.adapter: r, alpha, target_modules
@@ -33,10 +34,10 @@ def settled(recipe: Recipe, source: ModelSource) -> Noted:
     """
     recipe, notes = within_positions(recipe, source)
     recipe, more = as_stored(recipe, source)
-    family = shape_of(source).model_type
+    shape = shape_of(source)
     if recipe.data.packing:
-        check_packing(family)
-    return recipe, [*notes, *more, *filter(None, [said_of_family(family)])]
+        check_packing(shape.model_type)
+    return recipe, [*notes, *more, *said_of_family(shape)]
 
 
 def check_targets(recipe: Recipe, source: ModelSource) -> None:
@@ -59,7 +60,8 @@ def within_positions(recipe: Recipe, source: ModelSource) -> Noted:
 
 
 def as_stored(recipe: Recipe, source: ModelSource) -> Noted:
-    """With the 4-bit form of a base that is stored so, for nothing else can be made of it; noted where the recipe says another."""
+    """With the 4-bit form of a base that is stored so, for nothing else can be made of it; noted where the recipe says
+    another."""
     settings = recipe.quantization
     stored = {} if recipe.model in MODELS else published_fields(source).get("quantization_config") or {}
     kept: dict[str, Any] = {}
@@ -91,8 +93,8 @@ def with_its_own(recipe: Recipe) -> Recipe:
 
 
 def as_it_began(recipe: Recipe, continued: Continued) -> Recipe:
-    """With what the beginning of the run chose by itself: the dtype, the start, the settings that were fitted, and those that came
-    from `lora.adapter`.
+    """With what the beginning of the run chose by itself: the dtype, the start, the settings that were fitted, and
+    those that came from `lora.adapter`.
 
     Raises:
         InputError: a setting that would make it another run.

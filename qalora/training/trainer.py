@@ -1,8 +1,8 @@
 """The wiring of a run: read this first.
 
 A batch: the collator pads rows or packs them → `training_step` → the decoder, its frozen maps and gated adapters
-(adapter/layer.py) → the label-only loss (kernels/loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
-(callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
+(adapter/layer.py) → the label-only loss (kernels/loss.py) → backward, clip, step (Hugging Face's Trainer) → the
+callback (callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ from qalora.training.run_folder import RUN_FILES
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch decide alone: an epoch that is resumed goes on as it began."""
+    """Rows of like length together, in an order that seed and epoch decide alone: an epoch that is resumed goes on as
+    it began."""
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -143,9 +144,9 @@ class QaloraTrainer(VariableRanks, Trainer):
         loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
-                f"lower training.learning_rate (now {self.args.learning_rate:g}) or {'lower' if self.args.max_grad_norm else 'set'} "
-                f"training.max_grad_norm; {self._last_checkpoint()}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look "
+                f"at these rows, lower training.learning_rate (now {self.args.learning_rate:g}) or "
+                f"{'lower' if self.args.max_grad_norm else 'set'} training.max_grad_norm; {self._last_checkpoint()}"
             )
         return loss
 
@@ -200,8 +201,9 @@ class QaloraTrainer(VariableRanks, Trainer):
         """
         if not is_finite(self.model):
             raise AnswerNo(
-                f"a weight of the adapter is not finite after step {self.state.global_step}; lower training.learning_rate (now "
-                f"{self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+                f"a weight of the adapter is not finite after step {self.state.global_step}; lower "
+                f"training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; "
+                f"{self._last_checkpoint()}"
             )
         with written_beside(self._checkpoint(self.state.global_step)) as partial:
             self._writing_to = partial
@@ -239,7 +241,8 @@ class QaloraTrainer(VariableRanks, Trainer):
             shutil.rmtree(path, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
+        """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and
+        its state."""
         folder = Path(str(output_dir or self.args.output_dir))
         write_adapter(self.model, folder)
         if self.provenance is not None:
@@ -256,7 +259,8 @@ class QaloraTrainer(VariableRanks, Trainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their place."""
+        """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their
+        place."""
         if checkpoint is None:
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
@@ -264,7 +268,8 @@ class QaloraTrainer(VariableRanks, Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
-        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it had come to.
+        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it
+        # had come to.
         factors = [factor(scheduler.last_epoch) for factor in getattr(scheduler, "lr_lambdas", ())] or [
             group["lr"] / group["initial_lr"] for group in optimizer.param_groups
         ]
@@ -273,7 +278,8 @@ class QaloraTrainer(VariableRanks, Trainer):
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
         if not math.isclose(then, scheduler._last_lr[0], rel_tol=1e-9, abs_tol=1e-15):
             console.print(
-                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} by the checkpoint)",
+                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} "
+                "by the checkpoint)",
                 highlight=False,
             )
 
@@ -445,8 +451,8 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     )
     if allocation.rounds and not rounds.steps:
         raise InputError(
-            f"allocation.rounds={allocation.rounds}: a run of {total_steps} optimizer steps has no room for a round; train longer "
-            "(training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
+            f"allocation.rounds={allocation.rounds}: a run of {total_steps} optimizer steps has no room for a round; "
+            "train longer (training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
         )
     return rounds
 
@@ -467,7 +473,8 @@ def check_rates(recipe: Recipe, total_steps: int) -> None:
 
 
 def steps_between(strategy: str, steps: int | float, total_steps: int, steps_per_epoch: int) -> int:
-    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is left.
+    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is
+    left.
 
     Args:
         strategy: steps, epoch, or another, which has no regular ones.
@@ -524,6 +531,7 @@ def _arguments(
     # The best weights are written whenever they are found, so checkpoints need not fall on validations.
     arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)
     if arguments.device.type == "cuda":
-        # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the loss.
+        # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the
+        # loss.
         arguments._n_gpu = 1
     return arguments

@@ -39,14 +39,15 @@ def write(tmp_path):
 VALUES = {
     "model": "m", "data.train": "t", "data.format": "text", "data.max_seq_len": 77, "data.val_set_size": 0.5,
     "data.train_on_inputs": True, "data.packing": True, "training.micro_batch_size": 3, "training.num_epochs": 2.0,
-    "lora.adapter": "a", "training.learning_rate": 0.5, "training.optim": "adamw_8bit", "quantization.bnb_4bit_quant_type": "fp4",
-    "quantization.bnb_4bit_use_double_quant": False, "quantization.load_in_4bit": False, "lora.r": 4,
-    "lora.alpha": 32, "lora.target_modules": ["q_proj"], "lora.dropout": 0.1, "lora.layers_to_transform": [1, 2],
-    "data.validation": "v", "data.split": "a", "data.validation_split": "b", "data.name": "main", "data.chat_template": "c.jinja",
-    "data.max_rows": 9, "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4,
-    "training.max_steps": 5, "training.warmup_steps": 6, "training.lr_scheduler_type": "polynomial",
-    "training.eval_strategy": "epoch", "training.max_grad_norm": 0.7, "training.label_smoothing_factor": 0.2,
-    "training.neftune_noise_alpha": 5.0, "training.gradient_checkpointing": "selective", "hub_model_id": "me/x",
+    "lora.adapter": "a", "training.learning_rate": 0.5, "training.optim": "adamw_8bit",
+    "quantization.bnb_4bit_quant_type": "fp4", "quantization.bnb_4bit_use_double_quant": False,
+    "quantization.load_in_4bit": False, "lora.r": 4, "lora.alpha": 32, "lora.target_modules": ["q_proj"],
+    "lora.dropout": 0.1, "lora.layers_to_transform": [1, 2], "data.validation": "v", "data.split": "a",
+    "data.validation_split": "b", "data.name": "main", "data.chat_template": "c.jinja", "data.max_rows": 9,
+    "evaluation.batch_size": 3, "evaluation.max_new_tokens": 7, "logging.steps": 4, "training.max_steps": 5,
+    "training.warmup_steps": 6, "training.lr_scheduler_type": "polynomial", "training.eval_strategy": "epoch",
+    "training.max_grad_norm": 0.7, "training.label_smoothing_factor": 0.2, "training.neftune_noise_alpha": 5.0,
+    "training.gradient_checkpointing": "selective", "hub_model_id": "me/x",
 }  # fmt: skip
 
 
@@ -134,7 +135,12 @@ def test_values_as_other_tools_have_them(setting, given, found):
     ("key", "nearest"),
     [
         ("training.learnin_rate", "training.learning_rate"),
-        ("lora.rank", "lora_rank"),
+        ("lora.rank", "lora.r"),
+        ("eval_step", "training.eval_steps"),
+        ("logging_step", "logging.steps"),
+        ("warmup_step", "training.warmup_steps"),
+        ("max_step", "training.max_steps"),
+        ("num_epoch", "training.num_epochs"),
         ("allocation.round", "allocation.rounds"),
         ("load_in_4bit", "quantization.load_in_4bit"),
         ("trainig.learning_rate", "training.learning_rate"),

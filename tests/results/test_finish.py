@@ -20,11 +20,12 @@ from qalora.finetune import main
 from qalora.recipe import load_recipe
 
 SETTINGS = (
-    "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=32", "lora.r=2", "lora.alpha=4", "lora.init=kaiming",
-    "allocation.rounds=1", "allocation.warmup=2", "allocation.interval=1", "allocation.val_batch_size=2", "training.max_steps=4",
-    "training.micro_batch_size=2", "training.gradient_accumulation_steps=1", "training.learning_rate=5e-3",
-    "training.eval_steps=2", "training.save_steps=2", "logging.steps=1", "logging.quiet=true", "evaluation.metrics=[loss,rougeL]",
-    "evaluation.max_new_tokens=4",
+    "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=32", "lora.r=2", "lora.alpha=4",
+    "lora.init=kaiming", "allocation.rounds=1", "allocation.warmup=2", "allocation.interval=1",
+    "allocation.val_batch_size=2", "training.max_steps=4", "training.micro_batch_size=2",
+    "training.gradient_accumulation_steps=1", "training.learning_rate=5e-3",
+    "training.eval_steps=2", "training.save_steps=2", "logging.steps=1", "logging.quiet=true",
+    "evaluation.metrics=[loss,rougeL]", "evaluation.max_new_tokens=4",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""A run is resolved once: nothing is left open in its recipe, what cannot be done is refused, and the recipe that was given stays."""
+"""A run is resolved once: nothing is left open in its recipe, what cannot be done is refused, and the recipe that was
+given stays."""
 
 from __future__ import annotations
 

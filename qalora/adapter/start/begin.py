@@ -43,11 +43,14 @@ def start(
 
     Args:
         model: from `attach`.
-        rows: training rows, of which `max_rows` are read: `input_ids` and `labels` (−100 where no loss), lists of integers.
-        init: kaiming: anywhere, as PEFT has it; gradient: along the leading directions of ∂L/∂W, B staying zero; quantization: at
-            what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in another arrangement).
+        rows: training rows, of which `max_rows` are read: `input_ids` and `labels` (−100 where no loss), lists of
+            integers.
+        init: kaiming: anywhere, as PEFT has it; gradient: along the leading directions of ∂L/∂W, B staying zero;
+            quantization: at what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in
+                another arrangement).
         original: the base's 16-bit weights, for init="quantization": `LoadedBase.original()`.
-        share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss most.
+        share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss
+            most.
         max_rows: rows that are read.
         batch_size: rows per forward.
         min_rank: ranks that every module keeps, for share="scores".
@@ -65,8 +68,8 @@ def start(
     found = tokenized(rows, "rows")
     if init == "quantization" and original is None:
         raise InputError(
-            "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads them; "
-            "init='gradient' does without."
+            "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads "
+            "them; init='gradient' does without."
         )
     if share == "scores" and init != "quantization":
         raise InputError(f"share='scores' chooses among corrections of init='quantization', and init is {init!r}.")

@@ -17,8 +17,8 @@ def visit_inputs(
 ) -> None:
     """Forwards every micro-batch and calls `see(name, inputs)` whenever one of the layers is.
 
-    `inputs` is (n, in) without padding: each distinct token of a micro-batch once, or in pieces where the MLP goes by tiles. Maps that
-    read the same tensor are given the same `inputs`.
+    `inputs` is (n, in) without padding: each distinct token of a micro-batch once, or in pieces where the MLP goes by
+    tiles. Maps that read the same tensor are given the same `inputs`.
     """
     mask = torch.empty(0)
     read: dict[str, int] = {}  # positions of a row that a layer has seen of this micro-batch
