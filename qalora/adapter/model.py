@@ -175,7 +175,9 @@ def verify_saved(model: PeftModel, path: str | Path) -> None:
 def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
     """Full module name, as rank_pattern writes it → layer, in the model's order."""
     return {
-        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, GatedLinear)
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedLinear) and module.adapters
     }
 
 
