@@ -34,8 +34,8 @@ def _missing(recipe: Recipe) -> Iterator[str]:
 def _of_the_rate(training: TrainingConfig) -> Iterator[str]:
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         yield (
-            f"training.warmup_steps={training.warmup_steps} and training.warmup_ratio={training.warmup_ratio} say the "
-            "same thing twice: leave one out"
+            f"training.warmup_steps={training.warmup_steps} and training.warmup_ratio={training.warmup_ratio} say "
+            "the same thing twice: leave one out"
         )
     if training.lr_scheduler_type in FOLLOWERS and training.eval_strategy == "no":
         yield (
@@ -87,6 +87,6 @@ def _of_the_ranks(recipe: Recipe) -> Iterator[str]:
     moving = allocation.rounds != 0 or allocation.start == "scores"
     if moving and any((scaling * r) / r != scaling for r in range(1, 1025)):
         yield (
-            f"lora.alpha={lora.alpha} over lora.r={lora.r} is a scaling that PEFT cannot keep when ranks change: make "
-            f"alpha a multiple of r, e.g. lora.alpha={2 * lora.r}"
+            f"lora.alpha={lora.alpha} over lora.r={lora.r} is a scaling that PEFT cannot keep when ranks change: "
+            f"make alpha a multiple of r, e.g. lora.alpha={2 * lora.r}"
         )

@@ -64,8 +64,8 @@ def load_data(
         held_back = load(settings.validation, settings.validation_split, None)
     if shared := same_rows(train, held_back):
         say(
-            f"{shared} of {len(held_back)} validation rows are training rows too, token for token: what is measured on "
-            "them says nothing of new rows"
+            f"{shared} of {len(held_back)} validation rows are training rows too, token for token: what is measured "
+            "on them says nothing of new rows"
         )
     validation, scoring = scoring_apart(held_back, recipe.allocation.val_batch_size, seed)
     validation = _measured(recipe, validation, tokenizer, positions, say)
