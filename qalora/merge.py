@@ -204,8 +204,8 @@ def trained_quantization(
     refuse_other_codes(source.name, stored, given)
     if not (known or stored or given or base):
         raise InputError(
-            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if "
-            "that was 4 bits (QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in "
+            f"{adapter}: does not say what precision its base had when it was trained. Pass --base dequantized if that "
+            "was 4 bits (QLoRA: load_in_4bit in the script that trained it, or a base named …-bnb-4bit in "
             "adapter_config.json), or --base original if it was 16 or 32."
         )
     quant_type = _quant_type(known, stored, given)

@@ -117,6 +117,47 @@ def test_the_losses_of_a_trainer_are_those_with_pefts_own_layers(base, rows, tmp
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
+def test_accelerates_bf16_trains_as_fp32_does(base, rows, tmp_path):
+    """Autocast of accelerate over an fp32 base: activations are bf16, adapters, scores and rounds stay fp32."""
+    losses, state = {}, None
+    for bf16 in (False, True):
+        model = qalora.attach(base.model, r=4, alpha=8)
+        rounds = qalora.AllocationCallback(rows, rounds=2, warmup=3, interval=2)
+        trainer = trained(model, rows, tmp_path / str(bf16), rounds, bf16=bf16)
+        assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+        assert [record["step"] for record in rounds.history] == [3, 5]
+        losses[bf16] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        state = model.unload()
+    assert state is not None and losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True] != losses[False]
+
+
+def test_accelerates_fp16_trains_as_fp32_does(base, rows):
+    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does not."""
+    batch = {k: v for k, v in Collator(0)(rows[:6]).items() if k != "rows"}
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    for fp16 in losses:
+        model = qalora.attach(base.model, r=4, alpha=8, seed=3).train()
+        trained_here = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained_here, lr=3e-3)
+        scaler = torch.amp.GradScaler("cpu", enabled=fp16, init_scale=2.0**10)
+        for _ in range(6):
+            with torch.autocast("cpu", torch.float16, enabled=fp16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained_here, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses[fp16].append(loss.item())
+        assert not fp16 or scaler.get_scale() == 2.0**10  # no step was skipped
+        assert {parameter.dtype for parameter in trained_here} == {torch.float32}
+        model.unload()
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3) and losses[True] != losses[False]
+    assert losses[True][-1] < 0.98 * losses[True][0]
+
+
 def test_the_example_under_trl_whose_bf16_adapters_become_fp32(base, tmp_path, capsys):
     trl = pytest.importorskip("trl")
 

@@ -179,8 +179,8 @@ def test_all_problems_at_once():
         ("x: &x {r: 1,\n  r: 2}\nlora: *x\n", "x.r stands twice, in lines 1 and 2"),
         (
             "training:\n  lr: 0.1\n  learning_rate: 0.2\n",
-            "two values for training.learning_rate, training.lr=0.1 (line 2) and training.learning_rate=0.2 (line "
-            "3); keep one",
+            "two values for training.learning_rate, training.lr=0.1 (line 2) and training.learning_rate=0.2 (line 3); "
+            "keep one",
         ),
         ("lora: {r: 4}\nlora_r: 8\n", "two values for lora.r, lora.r=4 (line 1) and lora_r=8 (line 2)"),
         ("lora.r: 8\nlora:\n  r: 4\n", "two values for lora.r, lora.r=8 (line 1) and lora.r=4 (line 3)"),

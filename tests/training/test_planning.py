@@ -35,8 +35,7 @@ def test_the_plan_has_every_setting_of_the_recipe():
     }
     by_hand = plan_memory(
         SHAPE, ranks=dict.fromkeys(SHAPE.linear_maps(), 4), micro_batch_size=3, gradient_accumulation_steps=5,
-        seq_len=300,
-        load_in_4bit=True, double_quant=False, compute_dtype="float16", optim="paged_adamw_8bit",
+        seq_len=300, load_in_4bit=True, double_quant=False, compute_dtype="float16", optim="paged_adamw_8bit",
         gradient_checkpointing="selective", mlp_tile=256, dropout=0.1, directions=4, device="cuda",
     )  # fmt: skip
     assert planner(recipe(**settings), SHAPE)() == by_hand
