@@ -133,7 +133,8 @@ def test_accelerates_bf16_trains_as_fp32_does(base, rows, tmp_path):
 
 
 def test_accelerates_fp16_trains_as_fp32_does(base, rows):
-    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does not."""
+    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does
+    not."""
     batch = {k: v for k, v in Collator(0)(rows[:6]).items() if k != "rows"}
     losses: dict[bool, list[float]] = {False: [], True: []}
     for fp16 in losses:
