@@ -356,7 +356,7 @@ def finetune(
     *,
     profile: str | None = None,
     overwrite: bool = False,
-    resume_from_checkpoint: str | Path | None = None,
+    resume_from_checkpoint: bool | str | Path | None = None,
 ) -> dict[str, Any]:
     """What `qalora finetune` does: loads the base, trains, evaluates before and after, saves.
 
@@ -365,7 +365,7 @@ def finetune(
         overrides: settings by their dotted names, over the recipe's, where that is a name or a file.
         profile: settings for a kind of machine: 24gb, t4, cpu.
         overwrite: replace the run that the output folder holds.
-        resume_from_checkpoint: a checkpoint to continue exactly, or "auto".
+        resume_from_checkpoint: a checkpoint to continue exactly; True or "auto": the newest; None or False: none.
 
     Returns:
         What metrics.json of the run's folder holds, and `output_dir`.
@@ -377,16 +377,16 @@ def finetune(
     """
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
-    from qalora.recipe import Recipe, load_recipe, recipe_path
-    from qalora.recipe.rules import disagreements
+    from qalora.quiet import hide_noise
+    from qalora.recipe import Recipe, checked, load_recipe, recipe_path
     from qalora.training.run_folder import run_name
 
+    hide_noise()
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        if problems := "; ".join(disagreements(recipe)):
-            raise InputError(f"recipe: {problems}.")
+        recipe = checked(recipe)
     else:
         name = str(recipe)
         recipe = load_recipe(name, overrides or {}, profile)
@@ -394,7 +394,7 @@ def finetune(
         recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
-    resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+    resume = {True: "auto", False: None, None: None}.get(resume_from_checkpoint, str(resume_from_checkpoint))
     code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:
         raise KeyboardInterrupt

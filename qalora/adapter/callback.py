@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
-from qalora.adapter.model import check_adapted, gated_layers, rank_parameters, ranks
+from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks
 from qalora.adapter.scores import Importance, RankScores
 from qalora.base.quantized import linear_maps
 from qalora.data.batching import Collator, micro_batches, on_device
@@ -131,9 +131,15 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         """
         Raises:
-            InputError: no adapter on the model, or a run that is too short for a round.
+            InputError: no adapter on the model or one that cannot move, a second callback, or a run that is too short
+                for a round.
         """
         check_adapted(model, "AllocationCallback")
+        check_own(model, "AllocationCallback")
+        if not any(layer.A.requires_grad for layer in gated_layers(model).values()):
+            raise InputError("AllocationCallback: the adapter is frozen; load it with load_adapter(…, trainable=True).")
+        if vars(state).setdefault("allocation", self) is not self:  # a state is of one training
+            raise InputError(f"AllocationCallback: the trainer has two; give it one, for they share {HISTORY}.")
         to_fp32(model)
         self.file = Path(str(args.output_dir)) / HISTORY
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.

@@ -119,11 +119,12 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).
-        InputError: the model has none.
+        InputError: the model has none, or another one is active.
         RuntimeError: the file does not read back equal.
     """
     if not isinstance(model, PeftModel):
         check_adapted(model, "save_adapter")
+    check_own(model, "save_adapter")
     layers = gated_layers(model)
     if not layers:
         raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
@@ -192,6 +193,18 @@ def check_adapted(model: nn.Module, caller: str) -> None:
         raise InputError(f"{caller}: the adapter is switched off; leave `with model.disable_adapter()` first.")
     if any(layer.merged for layer in layers):
         raise InputError(f"{caller}: the adapter is merged into the base; call `model.unmerge_adapter()` first.")
+
+
+def check_own(model: PeftModel, caller: str) -> None:
+    """
+    Raises:
+        InputError: another adapter than the one that `attach` and `load_adapter` make is active, or several are.
+    """
+    if model.active_adapters != [ADAPTER]:
+        raise InputError(
+            f"{caller}: it works on the adapter {ADAPTER!r}, and active is {', '.join(map(repr, model.active_adapters))}; "
+            f"call `model.set_adapter({ADAPTER!r})` first."
+        )
 
 
 def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
