@@ -394,7 +394,7 @@ def finetune(
         recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
-    resume = {True: "auto", False: None, None: None}.get(resume_from_checkpoint, str(resume_from_checkpoint))
+    resume = "auto" if resume_from_checkpoint is True else str(resume_from_checkpoint or "") or None
     code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:
         raise KeyboardInterrupt

@@ -201,8 +201,9 @@ def check_own(model: PeftModel, caller: str) -> None:
         InputError: another adapter than the one that `attach` and `load_adapter` make is active, or several are.
     """
     if model.active_adapters != [ADAPTER]:
+        active = ", ".join(map(repr, model.active_adapters))
         raise InputError(
-            f"{caller}: it works on the adapter {ADAPTER!r}, and active is {', '.join(map(repr, model.active_adapters))}; "
+            f"{caller}: it works on the adapter {ADAPTER!r}, and active is {active}; "
             f"call `model.set_adapter({ADAPTER!r})` first."
         )
 
