@@ -98,7 +98,9 @@ FAMILIES = {
     "cohere": Family(
         None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
     ),
-    "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
+    "cohere2": Family(
+        None, mlp="Cohere2MLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+    ),
     "lfm2": Family(
         "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
     ),
