@@ -26,7 +26,7 @@ def taught_to_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def is_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a row is a chat already: it has lists of messages, or texts with special tokens, as a template writes them."""
+    """Whether a row is a chat already: it has lists of messages, or texts with the special tokens of a template."""
     marks = [*map(str, tokenizer.all_special_tokens), *(end for end in template_ends(tokenizer) if end.strip())]
     texts = [value for value in row.values() if isinstance(value, str)]
     messages = [value for value in row.values() if isinstance(value, (list, tuple)) and value]
