@@ -4,6 +4,7 @@ on the same 4-bit base. What a family cannot have is refused by name, and that i
 from __future__ import annotations
 
 import copy
+import json
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -74,6 +75,7 @@ QUIRKS: dict[str, dict] = {
     "ernie4_5": TIED | dict(use_bias=True),
     "exaone4": MIXED,
     "hunyuan_v1_dense": TIED,
+    "cohere": TIED | dict(logit_scale=0.25, use_qk_norm=True, head_dim=16),
     "cohere2": TIED | MIXED | dict(logit_scale=0.25),
     "lfm2": TIED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "apertus": {},
@@ -366,3 +368,51 @@ def test_a_step_is_planned(case, live_bytes):
         ).terms
         names = ("checkpoints", "kept by the blocks", "block working set", "loss beyond it")
         assert sum(terms.get(name, 0) for name in names) == pytest.approx(live.peak, rel=0.05)
+
+
+# -------------------------------------------------------------------------------------------------- what cannot be trained, by name
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
+        (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),
+        (dict(model_type="gpt_oss"), "type gpt_oss, a mixture of experts"),
+        (dict(model_type="llama4"), "type llama4, a mixture of experts"),
+        (dict(model_type="deepseek_v3"), "type deepseek_v3, a mixture of experts"),
+        (dict(model_type="gemma4_text", enable_moe_block=True, num_experts=8), "type gemma4_text, a mixture of experts"),
+        (dict(model_type="minimax_m2"), "type minimax_m2, a mixture of experts"),  # by its config's own defaults
+        (dict(model_type="t5"), "type t5, an encoder-decoder; it would need a loss and batches for two stacks"),
+        (dict(model_type="bart"), "type bart, an encoder-decoder"),
+        (dict(model_type="plbart", is_encoder_decoder=True), "type plbart, an encoder-decoder"),
+        (dict(model_type="mamba2"), "type mamba2, a state-space model"),
+        (dict(model_type="bert"), "type bert, a model that predicts no next token"),
+        (dict(model_type="vit"), "type vit, which predicts no next token"),
+        (dict(model_type="gpt2"), "type gpt2, whose blocks are not at model.layers; it would need a record of where they are"),
+        (dict(model_type="opt"), "type opt, whose blocks are not at model.layers"),
+        (dict(model_type="mine", auto_map={"AutoModel": "m.M"}), r"type mine, which this transformers does not know .*\(auto_map\)"),
+        (dict(model_type="qwen9"), "type qwen9, which this transformers does not know; it would need a transformers that has it"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_by_name(fields, named, tmp_path):
+    """From config.json alone: there are no weights and no tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=f"the model is of {named}"):
+        load_base(tmp_path)
+    with pytest.raises(InputError, match=f"the model is of {named}"):
+        shape_of(resolve(str(tmp_path)))
+
+
+def test_a_model_without_a_record_that_scales_its_logits_is_refused(save_tiny, tmp_path):
+    folder = save_tiny(tmp_path, "hyperclovax", **COMMON | dict(logits_scaling=3.0))
+    with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
+        attach(load_base(folder, dtype="float32").model, r=4, alpha=8)
+
+
+def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):
+    quirks = COMMON | dict(attention_dropout=0.0, residual_dropout=0.1)
+    model = attach(load_base(save_tiny(tmp_path, "seed_oss", **quirks), dtype="float32").model, r=4, alpha=8).train()
+    assert not prefixes.can_share(model.get_base_model(), 6)
+    assert prefixes.can_share(model.eval().get_base_model(), 6)

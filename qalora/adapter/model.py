@@ -26,6 +26,7 @@ from qalora.card_files import keep_users_card
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.install import install
+from qalora.kernels.loss import check_head
 
 ADAPTER = "default"
 
@@ -262,6 +263,7 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     from bitsandbytes.nn import Linear4bit
 
     guard_cpu_packing(model)
+    check_head(model)
     config._register_custom_module({Linear4bit: GatedLinear, nn.Linear: GatedLinear})
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     for layer in gated_layers(peft_model).values():

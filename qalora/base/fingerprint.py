@@ -24,6 +24,13 @@ class Digest(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
 
+# Numbers of config.json that a family multiplies by, divides by, or caps at.
+FACTORS = (
+    "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier", "final_logit_softcapping", "logit_scale",
+    "logits_scaling", "query_pre_attn_scalar", "residual_multiplier",
+)  # fmt: skip
+
+
 def fingerprint(source: ModelSource) -> str | None:
     """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its
     config says of heads, norms and positions. None: a model that is not on this machine yet.
@@ -144,6 +151,8 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
         [float(theta), next(filter(None, kinds), "default")],
         sorted((name, value) for name, value in rope.items() if value is not None),
     ]
+    if factors := {name: config[name] for name in FACTORS if config.get(name) is not None}:
+        kept.append(factors)
     return json.dumps(kept).encode()
 
 

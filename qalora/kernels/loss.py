@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from qalora.base.families import family_of
+from qalora.base.families import FAMILIES, family_of
 from qalora.data.rows import targets as supervised
+from qalora.errors import InputError
 from qalora.kernels.context import Context
 from qalora.kernels.prefixes import causal_lm, final_hidden
 from qalora.sizes import LOGITS_CHUNK
@@ -66,6 +68,26 @@ class Head:
         """Of some tokens of the vocabulary."""
         bias = None if self.bias is None else self.bias[rows].to(dtype)
         return Head(self.weight[rows].to(dtype), bias, self.scale, self.cap)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """That our loss ends as the model does, where no record says so: on a few tokens.
+
+    Raises:
+        InputError: it does something to its logits that is not known.
+    """
+    config = model.config.get_text_config()
+    if config.model_type in FAMILIES:
+        return
+    ids, mode = torch.arange(4, device=model.device)[None] % config.vocab_size, model.training
+    own = model.eval()(input_ids=ids, use_cache=False).logits[0].float()
+    found = Head.of(model).logits(final_hidden(model, ids, use_cache=False)[0])
+    model.train(mode)
+    if not (own - found).norm() <= 1e-2 * own.norm():
+        raise InputError(
+            f"the model is of type {config.model_type}, which does to its logits what is not known here; it would need a record of that."
+        )
 
 
 def row_losses(model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:

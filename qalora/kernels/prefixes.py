@@ -32,6 +32,7 @@ ATTENTION = "sdpa_over_rows"  # transformers' name for attention that can gather
 OWN = "sdpa"  # the attention whose place it takes
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
 OWN_STATES = {"position_ids", "inputs_embeds", "past_key_values"}  # with these, equal tokens need not have equal states
+DROPOUTS = ("attention_dropout", "residual_dropout")  # what modules call the share that they drop themselves
 MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
 
 
@@ -124,7 +125,7 @@ def can_share(model: PreTrainedModel, width: int) -> bool:
 def _differs_by_row(module: nn.Module) -> bool:
     if getattr(module, "differs_by_row", False):
         return True
-    dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    dropout = module.p if isinstance(module, nn.Dropout) else any(getattr(module, name, 0.0) for name in DROPOUTS)
     # NEFTune's noise is drawn for every position of every row.
     return bool(module.training and (dropout or getattr(module, "neftune_noise_alpha", None)))
 
