@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qalora.errors import AnswerNo, InputError, check_choice
+from qalora.errors import AnswerNo, InputError, check_choice, check_whole
 from qalora.flags import DTYPES
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def load_rows(
     """
     from qalora.data.tokenization import load_dataset
 
+    check_whole(1, limit=limit, max_seq_len=max_seq_len)
     where: Any = str(source) if isinstance(source, Path) else source
     return list(load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items)
 
@@ -105,6 +106,7 @@ def score_ranks(
 
     check_choice("method", method, get_args(Method))
     check_choice("importance", importance, (None, *get_args(Importance)))
+    check_whole(1, prune=prune, batch_size=batch_size)
     check_adapted(model, "score_ranks")
     found: list[Any] = [rows] if isinstance(rows, Mapping) else list(rows)
     importance = importance or ("path" if method == "path" else "sum")
@@ -164,6 +166,7 @@ def evaluate(
     from qalora.kernels.install import install
     from qalora.metrics import evaluate as figures
 
+    check_whole(1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     where: Any = str(data) if isinstance(data, Path) else data
     dataset = load_dataset(where, tokenizer, split=split, limit=limit, **reading)
     install(model)
@@ -212,6 +215,7 @@ def generate(
     from qalora.answers import generate_answers
     from qalora.generate import prompt_ids
 
+    check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids([prompt], tokenizer, chat=chat, system=system) for prompt in several]
     answers = generate_answers(

@@ -361,6 +361,18 @@ def test_the_example_on_smollm2(tmp_path):
         (lambda base, model, rows: qalora.load_base("llama-7b", dtype="int8"), "dtype='int8'"),
         (lambda base, model, rows: qalora.load_base("llama-7b", quant_type="int4"), "quant_type='int4'"),
         (lambda base, model, rows: qalora.attach(base.model, r=0, alpha=8), "r=0"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, dropout=1.0), "dropout=1.0"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, target_modules=["x"]), "^target_modules=x"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, layers_to_transform=7), "^layers_to_tr.*=7"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, rounds=-1), "rounds=-1"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, prune_per_round=0), "prune_per_round=0"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, warmup="soon"), "warmup='soon': .*1 epoch"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, interval=0), "interval=0"),
+        (lambda base, model, rows: qalora.score_ranks(model, rows, batch_size=0), "batch_size=0"),
+        (lambda base, model, rows: qalora.start(model, rows, "gradient", max_rows=0), "max_rows=0"),
+        (lambda base, model, rows: qalora.load_rows(ROWS, base.tokenizer, limit=0), "limit=0"),
+        (lambda base, model, rows: qalora.evaluate(base.model, base.tokenizer, ROWS, batch_size=0), "batch_size=0"),
+        (lambda base, model, rows: qalora.generate(base.model, base.tokenizer, "a", max_new_tokens=0), "max_new_tok"),
         (lambda base, model, rows: qalora.attach(model, r=2, alpha=4), r"model\.unload\(\)"),
         (lambda base, model, rows: qalora.score_ranks(base.model, rows), "score_ranks: .* attach or load_adapter"),
         (lambda base, model, rows: qalora.start(base.model, rows, "gradient"), "start: .* attach or load_adapter"),
@@ -403,3 +415,17 @@ def test_an_adapter_is_attached_anew_to_the_same_base(base, folder, rows, random
     assert torch.equal(again(ids).logits, plain)
     assert set(qalora.ranks(again).values()) == {2} and len(qalora.ranks(again)) == 2
     assert not [warning for warning in recwarn if "second time" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "typed"), [(True, "auto"), ("auto", "auto"), (Path("run/checkpoint-2"), "run/checkpoint-2"),
+                         (False, None), (None, None)],
+)  # fmt: skip
+def test_a_run_is_resumed_as_transformers_trainer_is_asked_to(monkeypatch, tmp_path, asked, typed):
+    heard = {}
+    command = importlib.import_module("qalora.finetune")
+    monkeypatch.setattr(command, "run_recipe", lambda *args, **named: heard.update(named) or 0)
+    (tmp_path / "metrics.json").write_text("{}")
+    settings = {"model": "llama-7b", "output_dir": tmp_path}
+    assert qalora.finetune("alpaca", settings, resume_from_checkpoint=asked) == {"output_dir": str(tmp_path)}
+    assert heard["resume_from_checkpoint"] == typed

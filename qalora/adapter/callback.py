@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Schedule, schedule
+from qalora.adapter.allocation import Schedule, parse_duration, schedule
 from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
 from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks
 from qalora.adapter.scores import Importance, RankScores
 from qalora.base.quantized import linear_maps
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.rows import IGNORE, Row
-from qalora.errors import AnswerNo, InputError, check_choice
+from qalora.errors import AnswerNo, InputError, check_choice, check_whole
 from qalora.files import write_whole
 from qalora.progress import console
 
@@ -93,6 +93,13 @@ class AllocationCallback(TrainerCallback):
         check_choice("scoring", scoring, get_args(Scoring))
         check_choice("importance", importance, (None, *get_args(Importance)))
         check_choice("budget", budget, get_args(Budget))
+        check_whole(0, rounds=rounds, min_rank=min_rank)
+        check_whole(1, prune_per_round=prune_per_round, batch_size=batch_size, max_rank=max_rank)
+        for name, duration in (("warmup", warmup), ("interval", interval)):
+            try:
+                parse_duration(duration)
+            except ValueError as error:
+                raise InputError(f"{name}={duration!r}: {error}.") from None
         self.rows = tokenized(rows, "rows")
         self.growth_rows = tokenized(growth_rows, "growth_rows") if growth_rows else []
         self.durations = {"rounds": rounds, "warmup": warmup, "interval": interval}

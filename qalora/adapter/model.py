@@ -23,7 +23,7 @@ from qalora.adapter.targets import EVERY, targeted
 from qalora.base.families import TEXT
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.card_files import keep_users_card
-from qalora.errors import AnswerNo, InputError
+from qalora.errors import AnswerNo, InputError, check_whole
 from qalora.files import written_beside
 from qalora.kernels.install import install
 from qalora.kernels.loss import check_head
@@ -38,7 +38,7 @@ def attach(
     alpha: int,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = EVERY,
-    layers_to_transform: Sequence[int] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
     """Puts an adapter of ours on every targeted linear layer, and the kernels of ours into the model, which
@@ -55,19 +55,25 @@ def attach(
         dropout: of the adapter's inputs while training.
         target_modules: all-linear; names or their ends (["q_proj", "v_proj"]); or a regular expression that matches
             whole names.
-        layers_to_transform: blocks that get adapters, from 0; None: all.
+        layers_to_transform: the block or the blocks that get adapters, from 0; None: all.
         seed: of A.
 
     Returns:
         A PeftModel, with whatever PEFT offers for one; `save_pretrained` writes a plain PEFT LoRA.
 
     Raises:
-        InputError: a target or a block that the model has not, or a PeftModel in the place of its base.
+        InputError: a target or a block that the model has not, a PeftModel in the place of its base, or a rank or a
+            dropout that cannot be.
     """
-    if r < 1:
-        raise InputError(f"r={r}: an adapter begins with one rank per module at least.")
+    check_whole(1, r=r)
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout={dropout}: give a share from 0 to below 1.")
     names = list(linear_maps(model))
-    chosen = targeted(names, target_modules, layers_to_transform)
+    blocks = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    try:
+        chosen = targeted(names, target_modules, blocks)
+    except InputError as error:  # in a recipe they are settings of `lora`
+        raise InputError(error.as_typed.removeprefix("lora.")) from None
     # The ends of names where they say it all, for that is the form which every reader of adapters knows.
     ends = {name.rpartition(".")[2] for name in chosen}
     all_of_them = [name for name in names if name.rpartition(".")[2] in ends]

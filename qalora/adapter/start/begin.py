@@ -18,7 +18,7 @@ from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.base.checkpoint import Weights
 from qalora.data.batching import Collator, micro_batches, on_device
-from qalora.errors import InputError, check_choice
+from qalora.errors import InputError, check_choice, check_whole
 
 T = TypeVar("T")
 Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
@@ -69,6 +69,7 @@ def start(
     check_choice("init", init, get_args(Init))
     check_choice("share", share, get_args(Share))
     check_choice("budget", budget, get_args(Budget))
+    check_whole(1, max_rows=max_rows, batch_size=batch_size, max_rank=max_rank)
     check_adapted(model, "start")
     found = tokenized(rows, "rows")
     if init == "quantization" and original is None:
