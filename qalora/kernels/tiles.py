@@ -1,4 +1,5 @@
-"""An MLP of any make by tiles of tokens: it keeps its input alone, and each tile is computed again when its backward comes."""
+"""An MLP of any make by tiles of tokens: it keeps its input alone, and each tile is computed again when its backward
+comes."""
 
 from __future__ import annotations
 
