@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -77,6 +77,58 @@ def test_rows_in_memory_are_the_rows_of_a_file(base, tmp_path):
     assert base.tokenizer.decode(learned) == " red red</s>"
 
 
+def test_rows_in_memory_come_in_the_forms_that_people_have(base, tmp_path, capsys):
+    import pandas
+
+    wanted = qalora.load_rows(ROWS, base.tokenizer)
+    table = Dataset.from_list(ROWS)
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert qalora.load_rows(iter(ROWS), base.tokenizer) == wanted  # none is lost on the way
+    assert qalora.load_rows(pandas.DataFrame(ROWS), base.tokenizer) == wanted
+    assert qalora.load_rows(DatasetDict(train=table), base.tokenizer) == wanted
+    assert qalora.load_rows([tmp_path / "a.jsonl"], base.tokenizer) == wanted[:1]
+    assert capsys.readouterr().err == ""
+    for given, message in [
+        (DatasetDict(test=table), "no split 'train'; there are test"),
+        (ROWS[0], "pass a list of rows"),
+        ({"prompt": ["a"], "completion": ["b"]}, "pass a list of rows"),
+        ([], "rows: there is none"),
+    ]:
+        with pytest.raises(qalora.InputError, match=message):
+            qalora.load_rows(given, base.tokenizer)
+    with pytest.raises(qalora.InputError, match="rows in memory have no splits"):
+        qalora.load_rows(ROWS, base.tokenizer, split="train[:2]")
+    with pytest.raises(qalora.InputError, match=r"^max_seq_length: no setting .* max_seq_len"):
+        qalora.load_rows(ROWS, base.tokenizer, max_seq_length=9)
+
+
+def test_what_becomes_of_rows_is_said(base, capsys):
+    rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
+    kept = qalora.load_rows(rows, base.tokenizer, max_seq_len=9)  # "Say green" leaves nothing to learn
+    assert [row["row"] for row in kept] == [i for i, row in enumerate(ROWS) if len(row["prompt"]) < 9]
+    assert "16 rows cut at data.max_seq_len=9; 4 rows dropped, nothing to learn was left of them; not used: id" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_loss_of_tokenized_rows_is_that_of_their_texts(base, rows):
+    wanted = qalora.evaluate(base.model, base.tokenizer, ROWS, metrics="loss")
+    for given in (rows, Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows])):
+        assert qalora.evaluate(base.model, base.tokenizer, given) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(qalora.InputError, match="^metrics=rougeL: reads texts"):
+        qalora.evaluate(base.model, base.tokenizer, rows, metrics=["loss", "rougeL"])
+
+
+def test_numbers_are_compared_as_in_gsm8k_from_python_too(base, monkeypatch):
+    rows = [{"prompt": "How many?", "completion": "1,000"}]
+    monkeypatch.setattr("qalora.metrics.generate_answers", lambda *a, **k: ["1000"])
+    figures = [
+        qalora.evaluate(base.model, base.tokenizer, rows, metrics="exact_match", normalize=normalize)["exact_match"]
+        for normalize in (None, "numbers")
+    ]
+    assert figures == [0.0, 100.0]
+
+
 def test_the_example_under_transformers_trainer(base, rows, tmp_path):
     model = qalora.attach(base.model, r=4, alpha=8)
     assert isinstance(model, PeftModel)
@@ -133,7 +185,7 @@ def test_accelerates_bf16_trains_as_fp32_does(base, rows, tmp_path):
 
 
 def test_accelerates_fp16_trains_as_fp32_does(base, rows):
-    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does not."""
+    """Autocast, and a GradScaler around backward and step, as accelerate has them; it refuses CPUs, torch does not."""
     batch = {k: v for k, v in Collator(0)(rows[:6]).items() if k != "rows"}
     losses: dict[bool, list[float]] = {False: [], True: []}
     for fp16 in losses:
@@ -191,6 +243,21 @@ def test_dpo_takes_the_model_without_its_adapter_as_the_reference(base, tmp_path
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the untrained adapter is the reference
     assert logs[-1]["loss"] < logs[0]["loss"]
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_without_a_callback_too_a_trainers_bf16_adapters_are_trained_in_fp32(base, tmp_path, capsys):
+    trl = pytest.importorskip("trl")
+    model = qalora.attach(base.model, r=4, alpha=8)
+    config = trl.SFTConfig(
+        **arguments(tmp_path, max_steps=2) | dict(remove_unused_columns=True, bf16=False, max_length=64)
+    )
+    trainer = trl.SFTTrainer(model, args=config, train_dataset=Dataset.from_list(ROWS), processing_class=base.tokenizer)
+    assert gated_layers(model)["model.layers.0.self_attn.q_proj"].A.dtype == torch.bfloat16  # else nothing is tested
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+    assert capsys.readouterr().err.count("trained in fp32") == 1
 
 
 def test_a_base_that_transformers_loaded(folder, rows, tmp_path):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Init, Share
+from qalora.adapter.allocation import Budget, Init, Share
 from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
 from qalora.adapter.callback import Attempt, once, tokenized
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
+from qalora.arguments import one_of, whole
 from qalora.base.checkpoint import Weights
+from qalora.base.quantized import is_4bit
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.errors import InputError
 
@@ -35,7 +37,7 @@ def start(
     batch_size: int = 4,
     min_rank: int = 0,
     max_rank: int | None = None,
-    budget: Literal["ranks", "parameters"] = "parameters",
+    budget: Budget = "parameters",
     seed: int = 42,
     attempt: Attempt[Start | None] = once,
 ) -> Start | None:
@@ -63,9 +65,21 @@ def start(
         With share="scores", what `AllocationCallback.record_start` takes.
 
     Raises:
-        InputError: rows that are not tokenized, or no `original` where it is needed.
+        InputError: rows that are not tokenized, an adapter that has begun already, a base that is not in 4 bits or no
+            `original` where init="quantization" needs them, or a value out of range.
     """
+    for name, value, allowed in (("init", init, Init), ("share", share, Share), ("budget", budget, Budget)):
+        one_of(name, value, allowed)
+    whole("max_rows", max_rows)
+    whole("batch_size", batch_size)
+    whole("min_rank", min_rank, 0)
+    whole("max_rank", max_rank, optional=True)
     found = tokenized(rows, "rows")
+    layers = gated_layers(model).values()
+    if any(bool(layer.B.any()) for layer in layers):
+        raise InputError("model: its adapter was started or trained already; `attach` makes a new one.")
+    if init == "quantization" and not all(is_4bit(layer.base_layer) for layer in layers):
+        raise InputError("init='quantization': the base is not in 4 bits, so nothing was lost; use init='gradient'.")
     if init == "quantization" and original is None:
         raise InputError(
             "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads "
