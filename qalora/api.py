@@ -14,6 +14,7 @@ from qalora.arguments import one_of, whole
 from qalora.errors import AnswerNo, InputError
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -362,9 +363,9 @@ def merge(
     *,
     base: Literal["dequantized", "original"] | None = None,
     format: Literal["hf", "gguf"] = "hf",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     gguf_type: str | None = None,
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
@@ -377,29 +378,52 @@ def merge(
         output_dir: of the merged model.
         base: dequantized or original weights; None: what the adapter's qalora.json says.
         format: a transformers folder, or a folder with a GGUF file.
-        dtype: bfloat16, float16 or float32, of format="hf"; None: bfloat16.
-        gguf_type: of format="gguf"; None: f16.
-        max_shard_size: bytes per file of format="hf"; None: 4 · 10⁹.
-        overwrite: replace what `output_dir` holds.
+        dtype: bfloat16, float16 or float32, or torch's own, of format="hf"; None: bfloat16.
+        gguf_type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, of format="gguf"; None: f16.
+        max_shard_size: bytes per file of format="hf", or a text such as "4GB", which is the default.
+        overwrite: replace what `output_dir` holds; a merge of the same model and adapter is replaced anyway.
         verify: compare, in fp32, on a few texts.
 
     Returns:
         What merge.json in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or
-            memory.
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; a value that does
+            not exist, or that `format` does not use; too little disk or memory.
         AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
     """
     import torch
 
     from qalora.adapter.its_base import refuse_other_base
+    from qalora.adapter.saved import read_config
     from qalora.base.registry import resolve
+    from qalora.deploy.gguf import GGUF_TYPES
     from qalora.deploy.merging import merge as merged
+    from qalora.flags import DTYPES
     from qalora.merge import trained_quantization
+    from qalora.progress import console
+    from qalora.sizes import parse_size
 
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+    one_of("format", format, ("hf", "gguf"))
+    one_of("base", base, (None, "dequantized", "original"))
+    one_of("dtype", dtype, (None, *DTYPES))
+    one_of("gguf_type", gguf_type, (None, *GGUF_TYPES))
+    for name, value, of in (
+        ("dtype", dtype, "hf"),
+        ("max_shard_size", max_shard_size, "hf"),
+        ("gguf_type", gguf_type, "gguf"),
+    ):
+        if value is not None and format != of:
+            raise InputError(f"{name}={value!r}: goes with format={of!r}; leave it out.")
+    if isinstance(max_shard_size, str):
+        max_shard_size = parse_size(max_shard_size, "--max-shard-size")
+    whole("max_shard_size", max_shard_size, optional=True)
     source = resolve(str(model))
-    refuse_other_base(str(adapter), source)
+    adapter, output_dir = Path(adapter).expanduser(), Path(output_dir).expanduser()
+    read_config(adapter)
+    if line := refuse_other_base(str(adapter), source):
+        console.print(line)
     stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
     return merged(
         source,
@@ -428,18 +452,27 @@ def export_adapter(
         adapter: folder of the adapter.
         output_dir: of the result.
         format: peft: ranks per module; peft-uniform: one rank, for vLLM; gguf-lora: for llama.cpp and Ollama.
-        overwrite: replace what `output_dir` holds.
+        overwrite: replace what `output_dir` holds; an export of the same model and adapter is replaced anyway.
 
     Returns:
         What merge.json in the folder holds.
 
     Raises:
-        InputError: no plain LoRA, for another model, or a folder that holds something else.
+        InputError: no plain LoRA, for another model, no such format, or a folder that holds something else.
     """
+    from qalora.adapter.its_base import said_of_base
+    from qalora.adapter.saved import read_config
     from qalora.base.registry import resolve
+    from qalora.deploy.export import AdapterFormat
     from qalora.deploy.export import export_adapter as export
+    from qalora.progress import console
 
-    return export(adapter, output_dir, format, source=resolve(str(model)), overwrite=overwrite)
+    one_of("format", format, AdapterFormat)
+    adapter, output_dir, source = Path(adapter).expanduser(), Path(output_dir).expanduser(), resolve(str(model))
+    read_config(adapter)
+    if line := said_of_base(str(adapter), source):
+        console.print(line)
+    return export(adapter, output_dir, format, source=source, overwrite=overwrite)
 
 
 def finetune(
@@ -470,14 +503,14 @@ def finetune(
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
     from qalora.recipe import Recipe, load_recipe, recipe_path
-    from qalora.recipe.rules import disagreements
+    from qalora.recipe.reading import problems_of
     from qalora.training.run_folder import run_name
 
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        if problems := "; ".join(disagreements(recipe)):
+        if problems := "; ".join(problems_of(recipe)):
             raise InputError(f"recipe: {problems}.")
     else:
         name = str(recipe)

@@ -308,6 +308,12 @@ def test_a_whole_run_merged_and_exported(folder, tmp_path):
         qalora.finetune(recipe)
     report = qalora.merge(folder, tmp_path / "run" / "adapter", tmp_path / "merged", dtype="float32")
     assert report["greedy_agreement"] == 1.0
+    in_parts = qalora.merge(
+        folder, tmp_path / "run" / "adapter", tmp_path / "parts", dtype=torch.float32, max_shard_size="200KB"
+    )
+    assert in_parts["bytes"] >= report["bytes"] and len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    with pytest.raises(qalora.InputError, match="the folder of a run; pass the adapter in it"):
+        qalora.merge(folder, tmp_path / "run", tmp_path / "other")
     exported = qalora.export_adapter(folder, tmp_path / "run" / "adapter", tmp_path / "exported")
     assert exported["format"] == "peft-uniform"
 

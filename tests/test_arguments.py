@@ -145,3 +145,32 @@ def test_one_stop_text_is_a_text(folder, monkeypatch):
     qalora.generate(base.model, base.tokenizer, "a", stop="END")
     qalora.generate(base.model, base.tokenizer, "a", stop=["END", "\n"])
     assert seen == [("END",), ("END", "\n")]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "onnx"}, {"base": "float"}, {"dtype": "fp32"}, {"gguf_type": "f16"}, {"max_shard_size": 0},
+        {"max_shard_size": "4GB", "format": "gguf"}, {"dtype": "float32", "format": "gguf"},
+        {"gguf_type": "q3", "format": "gguf"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_merge(given, tmp_path):
+    with pytest.raises(qalora.InputError, match=f"^{next(iter(given))}="):
+        qalora.merge("llama-7b", tmp_path, tmp_path / "out", **given)
+
+
+def test_export_adapter(tmp_path):
+    with pytest.raises(qalora.InputError, match="^format='gguf'"):
+        qalora.export_adapter("llama-7b", tmp_path, tmp_path / "out", "gguf")
+
+
+def test_a_recipe_in_python(tmp_path):
+    recipe = qalora.load_recipe("alpaca", {"model": "llama-7b", "data.train": "rows.jsonl", "output_dir": "run"})
+    assert recipe.with_settings({"lora.r": 4}).lora.r == 4 != recipe.lora.r
+    for given, message in [({"lora.rank": 4}, "lora.rank: unknown setting"), ({"lora": {"r": 4}}, "lora: unknown")]:
+        with pytest.raises(qalora.InputError, match=message):
+            recipe.with_settings(given)
+    with pytest.raises(qalora.InputError, match=r"^recipe: lora\.r=0"):
+        qalora.finetune(recipe.with_settings({"lora.r": 0}))

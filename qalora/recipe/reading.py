@@ -179,6 +179,15 @@ def make_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     return recipe
 
 
+def problems_of(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe that was not read but made, or changed."""
+    try:
+        Recipe.model_validate(recipe.model_dump())
+    except ValidationError as error:
+        return _described(error, dict(setting_types()))
+    return list(disagreements(recipe))
+
+
 def parse_overrides(
     arguments: Sequence[str], sections: Sequence[str] = tuple(Recipe.model_fields)
 ) -> list[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from pydantic import (
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.adapter.targets import check_expression
 from qalora.base.families import BLOCK_MAPS
+from qalora.errors import InputError
 from qalora.memory import Checkpointing
 from qalora.paths import expanded
 
@@ -461,7 +462,16 @@ class Recipe(Section):
         return "gradient" if moving else "kaiming"
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe with settings that a run has decided: dotted name → value. They are not checked again."""
+        """The recipe with other settings: dotted name → value. `finetune` checks the values.
+
+        Raises:
+            InputError: a setting that does not exist.
+        """
+        from qalora.recipe.spellings import advice_on
+
+        known = dict(setting_types())
+        if unknown := next((name for name in settings if name not in known), None):
+            raise InputError(f"{unknown}: unknown setting{advice_on(unknown, known)}.")
         sections: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             section, _, setting = name.rpartition(".")
