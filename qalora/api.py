@@ -502,6 +502,7 @@ def finetune(
     """
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
+    from qalora.quiet import noise_hidden
     from qalora.recipe import Recipe, load_recipe, recipe_path
     from qalora.recipe.reading import problems_of
     from qalora.training.run_folder import run_name
@@ -520,7 +521,8 @@ def finetune(
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
     resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
-    code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
+    with noise_hidden():
+        code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:
         raise KeyboardInterrupt
     output_dir = Path(recipe.output_dir).expanduser()

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -293,7 +294,7 @@ def test_a_plan_by_name_or_folder(folder):
         qalora.plan_memory("llama-7b", sequence_length=3)
 
 
-def test_a_whole_run_merged_and_exported(folder, tmp_path):
+def test_a_whole_run_merged_and_exported(folder, tmp_path, capfd):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = {
         "model": str(folder), "data.train": str(tmp_path / "rows.jsonl"), "data.val_set_size": 4,
@@ -302,7 +303,9 @@ def test_a_whole_run_merged_and_exported(folder, tmp_path):
         "data.format": "prompt-completion",
     }  # fmt: skip
     recipe = qalora.load_recipe("alpaca", settings)
+    capfd.readouterr()
     result = qalora.finetune(recipe)
+    assert not re.search("deprecated|PAD/BOS/EOS", capfd.readouterr().err)
     assert result["after"]["loss"] < result["before"]["loss"] and result["output_dir"] == str(tmp_path / "run")
     with pytest.raises(qalora.InputError, match="output_dir"):
         qalora.finetune(recipe)
@@ -316,6 +319,22 @@ def test_a_whole_run_merged_and_exported(folder, tmp_path):
         qalora.merge(folder, tmp_path / "run", tmp_path / "other")
     exported = qalora.export_adapter(folder, tmp_path / "run" / "adapter", tmp_path / "exported")
     assert exported["format"] == "peft-uniform"
+
+
+def test_an_adapter_saved_with_its_base_merges_without_being_told_how_that_was_loaded(
+    base, folder, randomize_B, tmp_path
+):
+    model = randomize_B(qalora.attach(base.model, r=2, alpha=4))
+    qalora.save_adapter(model, tmp_path / "told", base.provenance())
+    model.save_pretrained(tmp_path / "untold")
+    with pytest.raises(qalora.InputError, match="does not say what precision its base had.* base dequantized"):
+        qalora.merge(folder, tmp_path / "untold", tmp_path / "merged")
+    report = qalora.merge(folder, tmp_path / "told", tmp_path / "merged", dtype="float32")
+    assert report["base"] == "dequantized" and report["quantization"]["compute_dtype"] == "float32"
+    ids = torch.tensor([[5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_commands_of_the_same_names_are_called_like_the_functions(folder):

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.adapter.provenance import Provenance
 from qalora.arguments import one_of
 from qalora.base.checkpoint import (
     Checkpoint,
@@ -31,6 +32,7 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
+from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
@@ -59,6 +61,22 @@ class LoadedBase:
         """
         return original_weights(open_checkpoint(self.source)[0], self.source.name)
 
+    def provenance(self, weights: str | None = None) -> Provenance:
+        """How the base was loaded, which `save_adapter` writes beside an adapter; merging asks for it.
+
+        Args:
+            weights: the base's fingerprint, where it was taken already.
+        """
+        stored = getattr(self.model.config, "quantization_config", None) if self.quantized else None
+        return Provenance(
+            model=self.source.hub_id or self.source.name,
+            quant_type=None if stored is None else stored.bnb_4bit_quant_type,
+            double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
+            compute_dtype=str(self.compute_dtype).removeprefix("torch."),
+            base=weights or fingerprint(self.source),
+            stored_as=stored_as(self.source),
+        )
+
 
 def load_base(
     source: ModelSource | str | Path,
@@ -85,7 +103,8 @@ def load_base(
 
     Returns:
         `.model`, a causal LM of transformers; `.tokenizer`; `.original()`, the 16-bit weights that `start` reads;
-        `.compute_dtype`; `.source`, where the weights are; and `.quantized`.
+        `.provenance()`, which `save_adapter` takes; `.compute_dtype`; `.source`, where the weights are; and
+        `.quantized`.
 
     Raises:
         InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; no
