@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qalora.arguments import one_of, whole
-from qalora.errors import AnswerNo, InputError
+from qalora.arguments import whole
+from qalora.errors import AnswerNo, InputError, check_choice
+from qalora.flags import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -147,23 +148,25 @@ def score_ranks(
         ranks that were ablated), and `.certified`, whether the pruned set is settled.
 
     Raises:
-        InputError: rows that are not tokenized, or an importance that the method does not give.
+        InputError: no adapter, rows that are not tokenized, or an importance that the method does not give.
         AnswerNo: a loss or a score is not finite.
     """
     from torch import Tensor
 
     from qalora.adapter.callback import tokenized
+    from qalora.adapter.model import check_adapted
     from qalora.adapter.scores import Importance, Method
     from qalora.adapter.scoring import score_ranks as score
     from qalora.adapter.start.begin import device_of
     from qalora.base.device import memory_to_score
     from qalora.data.batching import Collator, micro_batches, on_device
 
-    one_of("method", method, Method)
-    one_of("importance", importance, (None, *get_args(Importance)))
+    check_choice("method", method, get_args(Method))
+    check_choice("importance", importance, (None, *get_args(Importance)))
     whole("prune", prune, optional=True)
     whole("min_rank", min_rank, 0)
     whole("batch_size", batch_size)
+    check_adapted(model, "score_ranks")
     found: list[Any] = [rows] if isinstance(rows, Mapping) else list(rows)
     importance = importance or ("path" if method == "path" else "sum")
     if (importance == "path") != (method == "path"):
@@ -225,7 +228,7 @@ def evaluate(
 
     whole("batch_size", batch_size)
     whole("max_new_tokens", max_new_tokens)
-    one_of("normalize", normalize, (None, "numbers"))
+    check_choice("normalize", normalize, (None, "numbers"))
     metrics = [metrics] if isinstance(metrics, str) else metrics
     install(model)
     if not isinstance(data, (str, Path)):
@@ -240,7 +243,7 @@ def evaluate(
         model,
         tokenizer,
         dataset,
-        metrics=metrics,
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         choices=choices,
@@ -326,31 +329,30 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
         `.terms`, bytes by name, and `.total`, bytes.
 
     Raises:
-        InputError: no such model, or a setting that does not exist.
+        InputError: no such model, or a setting or a value of one that does not exist.
     """
     from inspect import signature
 
     from qalora.base.registry import resolve, shape_of
-    from qalora.memory import DTYPE_BYTES
     from qalora.memory import plan_memory as plan
     from qalora.recipe.settings import Optimizer
 
-    allowed = {
-        "compute_dtype": DTYPE_BYTES,
-        "optim": Optimizer,
-        "gradient_checkpointing": (True, False, "selective", "offload"),
-        "device": ("cuda", "cpu"),
-    }
-    counts = ("ranks", "micro_batch_size", "gradient_accumulation_steps", "seq_len", "mlp_tile")
     known = list(signature(plan).parameters)[1:]
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"{unknown[0]}: no setting of a memory plan; there are {', '.join(known)}.")
     settings = {
         name: str(value).removeprefix("torch.") if name.endswith("dtype") else value for name, value in settings.items()
     }
+    choices = {
+        "compute_dtype": DTYPES,
+        "optim": get_args(Optimizer),
+        "gradient_checkpointing": (True, False, "selective", "offload"),
+        "device": ("cuda", "cpu"),
+    }
+    counts = ("ranks", "micro_batch_size", "gradient_accumulation_steps", "seq_len", "mlp_tile")
     for name, value in settings.items():
-        if name in allowed:
-            one_of(name, value, allowed[name])
+        if name in choices:
+            check_choice(name, value, choices[name])
         elif name in counts and not isinstance(value, Mapping):
             whole(name, value, optional=name == "mlp_tile")
     return plan(shape_of(resolve(str(model))), **settings)
@@ -399,16 +401,15 @@ def merge(
     from qalora.base.registry import resolve
     from qalora.deploy.gguf import GGUF_TYPES
     from qalora.deploy.merging import merge as merged
-    from qalora.flags import DTYPES
     from qalora.merge import trained_quantization
     from qalora.progress import console
     from qalora.sizes import parse_size
 
     dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-    one_of("format", format, ("hf", "gguf"))
-    one_of("base", base, (None, "dequantized", "original"))
-    one_of("dtype", dtype, (None, *DTYPES))
-    one_of("gguf_type", gguf_type, (None, *GGUF_TYPES))
+    check_choice("format", format, ("hf", "gguf"))
+    check_choice("base", base, (None, "dequantized", "original"))
+    check_choice("dtype", dtype, (None, *DTYPES))
+    check_choice("gguf_type", gguf_type, (None, *GGUF_TYPES))
     for name, value, of in (
         ("dtype", dtype, "hf"),
         ("max_shard_size", max_shard_size, "hf"),
@@ -467,7 +468,7 @@ def export_adapter(
     from qalora.deploy.export import export_adapter as export
     from qalora.progress import console
 
-    one_of("format", format, AdapterFormat)
+    check_choice("format", format, get_args(AdapterFormat))
     adapter, output_dir, source = Path(adapter).expanduser(), Path(output_dir).expanduser(), resolve(str(model))
     read_config(adapter)
     if line := said_of_base(str(adapter), source):
@@ -481,7 +482,7 @@ def finetune(
     *,
     profile: str | None = None,
     overwrite: bool = False,
-    resume_from_checkpoint: str | Path | None = None,
+    resume_from_checkpoint: bool | str | Path | None = None,
 ) -> dict[str, Any]:
     """What `qalora finetune` does: loads the base, trains, evaluates before and after, saves.
 
@@ -490,7 +491,7 @@ def finetune(
         overrides: settings by their dotted names, over the recipe's, where that is a name or a file.
         profile: settings for a kind of machine: 24gb, t4, cpu.
         overwrite: replace the run that the output folder holds.
-        resume_from_checkpoint: a checkpoint to continue exactly, or "auto".
+        resume_from_checkpoint: a checkpoint to continue exactly; True or "auto": the newest; None or False: none.
 
     Returns:
         What metrics.json of the run's folder holds, and `output_dir`.
@@ -503,16 +504,14 @@ def finetune(
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
     from qalora.quiet import noise_hidden
-    from qalora.recipe import Recipe, load_recipe, recipe_path
-    from qalora.recipe.reading import problems_of
+    from qalora.recipe import Recipe, checked, load_recipe, recipe_path
     from qalora.training.run_folder import run_name
 
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        if problems := "; ".join(problems_of(recipe)):
-            raise InputError(f"recipe: {problems}.")
+        recipe = checked(recipe)
     else:
         name = str(recipe)
         recipe = load_recipe(name, overrides or {}, profile)
@@ -520,7 +519,7 @@ def finetune(
         recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
-    resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+    resume = "auto" if resume_from_checkpoint is True else str(resume_from_checkpoint or "") or None
     with noise_hidden():
         code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:

@@ -2,25 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Iterable
-from typing import Any
-
 from qalora.errors import InputError
-
-
-def one_of(name: str, value: object, allowed: Any) -> None:
-    """
-    Args:
-        name: of the parameter.
-        allowed: the values, or a Literal of them.
-
-    Raises:
-        InputError: another value.
-    """
-    known: Iterable[object] = typing.get_args(allowed) or allowed
-    if value not in list(known):
-        raise InputError(f"{name}={value!r}: takes {', '.join(map(repr, known))}.")
 
 
 def whole(name: str, value: object, least: int = 1, *, optional: bool = False) -> None:

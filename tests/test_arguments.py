@@ -6,15 +6,9 @@ import pytest
 import torch
 
 import qalora
-from qalora.arguments import one_of, whole
+from qalora.arguments import whole
 
 ROWS = [{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]}] * 4
-
-
-def test_one_of():
-    one_of("a", "x", ("x", None))
-    with pytest.raises(qalora.InputError, match=r"^a='z': takes 'x', None\.$"):
-        one_of("a", "z", ("x", None))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, None])
@@ -66,15 +60,11 @@ def test_one_block_is_a_number(tiny_llama):
     } == {"1"}
 
 
-def test_a_model_takes_one_adapter(folder, tiny_llama):
+def test_what_load_base_gives_is_no_model(folder):
     base = qalora.load_base(folder, dtype="float32")
-    with pytest.raises(qalora.InputError, match=r"a LoadedBase is none; pass load_base\(…\)\.model"):
-        qalora.attach(base, r=2, alpha=4)
-    model = qalora.attach(base.model, r=2, alpha=4)
-    for again in (model, base.model):
-        with pytest.raises(qalora.InputError, match="has an adapter already"):
-            qalora.attach(again, r=2, alpha=4)
-    assert sum(qalora.ranks(qalora.attach(model.unload(), r=3, alpha=4)).values()) == 3 * 14
+    for call in (lambda: qalora.attach(base, r=2, alpha=4), lambda: qalora.load_adapter(base, folder)):
+        with pytest.raises(qalora.InputError, match=r"a LoadedBase is none; pass load_base\(…\)\.model"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -86,12 +76,9 @@ def test_start(tiny_llama, given):
         qalora.start(model, ROWS, **{"init": "gradient"} | given)
 
 
-def test_a_start_is_for_a_new_adapter_and_the_quantization_start_for_a_quantized_base(tiny_adapter, tiny_llama):
+def test_a_start_is_for_a_new_adapter(tiny_adapter):
     with pytest.raises(qalora.InputError, match="started or trained already"):
         qalora.start(tiny_adapter(), ROWS, "gradient")
-    model = qalora.attach(tiny_llama(), r=2, alpha=4)
-    with pytest.raises(qalora.InputError, match="the base is not in 4 bits"):
-        qalora.start(model, ROWS, "quantization", original=lambda name: torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +156,11 @@ def test_export_adapter(tmp_path):
 def test_a_recipe_in_python(tmp_path):
     recipe = qalora.load_recipe("alpaca", {"model": "llama-7b", "data.train": "rows.jsonl", "output_dir": "run"})
     assert recipe.with_settings({"lora.r": 4}).lora.r == 4 != recipe.lora.r
-    for given, message in [({"lora.rank": 4}, "lora.rank: unknown setting"), ({"lora": {"r": 4}}, "lora: unknown")]:
+    for given, message in [
+        ({"lora.rank": 4}, "lora.rank: no such setting"),
+        ({"lora": {"r": 4}}, "lora: no such setting"),
+    ]:
         with pytest.raises(qalora.InputError, match=message):
             recipe.with_settings(given)
-    with pytest.raises(qalora.InputError, match=r"^recipe: lora\.r=0"):
+    with pytest.raises(qalora.InputError, match=r"^recipe: .*lora\.r=0"):
         qalora.finetune(recipe.with_settings({"lora.r": 0}))

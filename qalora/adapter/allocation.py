@@ -15,7 +15,6 @@ from qalora.errors import AnswerNo
 
 Init = Literal["kaiming", "gradient", "quantization"]  # where new ranks point
 Share = Literal["even", "scores"]  # how the budget is shared out before the first step
-Budget = Literal["ranks", "parameters"]  # what never rises above the start
 MOST = 2  # times the even share, which no module exceeds at the start
 
 

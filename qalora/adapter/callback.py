@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from peft import PeftModel
 from torch.optim import Optimizer
@@ -13,20 +13,21 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Budget, Schedule, parse_duration, schedule
+from qalora.adapter.allocation import Schedule, parse_duration, schedule
 from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
-from qalora.adapter.model import gated_layers, rank_parameters, ranks, to_fp32
+from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks, to_fp32
 from qalora.adapter.scores import Importance, RankScores
-from qalora.arguments import one_of, whole
+from qalora.arguments import whole
 from qalora.base.quantized import linear_maps
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.rows import IGNORE, Row
-from qalora.errors import AnswerNo, InputError
+from qalora.errors import AnswerNo, InputError, check_choice
 from qalora.files import write_whole
 
 T = TypeVar("T")
 Attempt = Callable[[Sequence[Any], Callable[[Sequence[Any]], T]], T]  # (micro-batches, work on them) → its result
 HISTORY = "allocation.jsonl"
+Budget = Literal["ranks", "parameters"]
 
 
 def once(batch: Sequence[MicroBatch], work: Callable[[Sequence[MicroBatch]], T]) -> T:
@@ -88,9 +89,9 @@ class AllocationCallback(TrainerCallback):
         scorer: Scorer | None = None,
         attempt: Attempt[tuple[Record, RankScores]] = once,
     ):
-        one_of("scoring", scoring, Scoring)
-        one_of("budget", budget, Budget)
-        one_of("importance", importance, (None, *get_args(Importance)))
+        check_choice("scoring", scoring, get_args(Scoring))
+        check_choice("budget", budget, get_args(Budget))
+        check_choice("importance", importance, (None, *get_args(Importance)))
         if importance and (importance == "path") != (scoring == "path"):
             raise InputError(f"importance={importance!r}: scoring={scoring!r} does not give it; path goes with path.")
         for name, duration in {"warmup": warmup, "interval": interval}.items():
@@ -142,12 +143,15 @@ class AllocationCallback(TrainerCallback):
     ) -> None:
         """
         Raises:
-            InputError: no adapter on the model, or a run that is too short for a round.
+            InputError: no adapter on the model or one that cannot move, a second callback, or a run that is too short
+                for a round.
         """
-        if not hasattr(model, "peft_config") or not gated_layers(model):
-            raise InputError(
-                "AllocationCallback: the model has no adapter of ours; make it with attach or load_adapter."
-            )
+        check_adapted(model, "AllocationCallback")
+        check_own(model, "AllocationCallback")
+        if not any(layer.A.requires_grad for layer in gated_layers(model).values()):
+            raise InputError("AllocationCallback: the adapter is frozen; load it with load_adapter(…, trainable=True).")
+        if vars(state).setdefault("allocation", self) is not self:  # a state is of one training
+            raise InputError(f"AllocationCallback: the trainer has two; give it one, for they share {HISTORY}.")
         to_fp32(model)
         self.file = Path(str(args.output_dir)) / HISTORY
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.

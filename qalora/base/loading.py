@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from qalora.adapter.provenance import Provenance
-from qalora.arguments import one_of
 from qalora.base.checkpoint import (
     Checkpoint,
     Quantization,
@@ -39,7 +38,7 @@ from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quant
 from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 from qalora.progress import in_place_of_transformers
 
 
@@ -62,10 +61,11 @@ class LoadedBase:
         return original_weights(open_checkpoint(self.source)[0], self.source.name)
 
     def provenance(self, weights: str | None = None) -> Provenance:
-        """How the base was loaded, which `save_adapter` writes beside an adapter; merging asks for it.
+        """What an adapter says of the base that it was trained on, for `save_adapter`; merging and generating then load
+        the base as it was here.
 
         Args:
-            weights: the base's fingerprint, where it was taken already.
+            weights: the fingerprint of its files, where it is known already.
         """
         stored = getattr(self.model.config, "quantization_config", None) if self.quantized else None
         return Provenance(
@@ -111,9 +111,9 @@ def load_base(
             such device; or there are several processes.
     """
     check_one_process()
-    one_of("quant_type", quant_type, ("nf4", "fp4"))
     dtype = str(dtype).removeprefix("torch.")
-    one_of("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("quant_type", quant_type, ("nf4", "fp4"))
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.

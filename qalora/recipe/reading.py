@@ -179,13 +179,14 @@ def make_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     return recipe
 
 
-def problems_of(recipe: Recipe) -> list[str]:
-    """What is wrong with a recipe that was not read but made, or changed."""
-    try:
-        Recipe.model_validate(recipe.model_dump())
-    except ValidationError as error:
-        return _described(error, dict(setting_types()))
-    return list(disagreements(recipe))
+def checked(recipe: Recipe) -> Recipe:
+    """A recipe that a script made or changed, held to what one of a file is held to.
+
+    Raises:
+        InputError: every problem of it, in one message.
+    """
+    settings = recipe.model_dump(exclude_unset=True, warnings=False)
+    return make_recipe(list(_flatten(settings)), origin="recipe")
 
 
 def parse_overrides(

@@ -5,6 +5,7 @@ The unit of a setting is in its description. A setting is checked as it is made;
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False, frozen=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_texts(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -462,16 +470,16 @@ class Recipe(Section):
         return "gradient" if moving else "kaiming"
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe with other settings: dotted name → value. `finetune` checks the values.
+        """The recipe with settings that a run has decided: dotted name → value. `finetune` checks what a script sets.
 
         Raises:
-            InputError: a setting that does not exist.
+            InputError: no such setting.
         """
-        from qalora.recipe.spellings import advice_on
-
-        known = dict(setting_types())
-        if unknown := next((name for name in settings if name not in known), None):
-            raise InputError(f"{unknown}: unknown setting{advice_on(unknown, known)}.")
+        known = [name for name, _ in setting_types()]
+        for name in settings:
+            if name not in known:
+                near = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+                raise InputError(f"{name}: no such setting{f', did you mean {near[0]}?' if near else '.'}")
         sections: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             section, _, setting = name.rpartition(".")

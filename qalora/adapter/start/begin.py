@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Budget, Init, Share
-from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
-from qalora.adapter.callback import Attempt, once, tokenized
-from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.allocation import Init, Share
+from qalora.adapter.allocation_round import Record, keep_best_corrections
+from qalora.adapter.callback import Attempt, Budget, once, tokenized
+from qalora.adapter.model import check_adapted, gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
-from qalora.arguments import one_of, whole
+from qalora.arguments import whole
 from qalora.base.checkpoint import Weights
-from qalora.base.quantized import is_4bit
 from qalora.data.batching import Collator, micro_batches, on_device
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 
 T = TypeVar("T")
 Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
@@ -65,21 +64,20 @@ def start(
         With share="scores", what `AllocationCallback.record_start` takes.
 
     Raises:
-        InputError: rows that are not tokenized, an adapter that has begun already, a base that is not in 4 bits or no
-            `original` where init="quantization" needs them, or a value out of range.
+        InputError: no adapter, or one that has begun already; rows that are not tokenized; no
+            `original`, where init="quantization" needs it; or a setting that is none.
     """
-    for name, value, allowed in (("init", init, Init), ("share", share, Share), ("budget", budget, Budget)):
-        one_of(name, value, allowed)
+    check_choice("init", init, get_args(Init))
+    check_choice("share", share, get_args(Share))
+    check_choice("budget", budget, get_args(Budget))
     whole("max_rows", max_rows)
     whole("batch_size", batch_size)
     whole("min_rank", min_rank, 0)
     whole("max_rank", max_rank, optional=True)
+    check_adapted(model, "start")
     found = tokenized(rows, "rows")
-    layers = gated_layers(model).values()
-    if any(bool(layer.B.any()) for layer in layers):
+    if any(bool(layer.B.any()) for layer in gated_layers(model).values()):
         raise InputError("model: its adapter was started or trained already; `attach` makes a new one.")
-    if init == "quantization" and not all(is_4bit(layer.base_layer) for layer in layers):
-        raise InputError("init='quantization': the base is not in 4 bits, so nothing was lost; use init='gradient'.")
     if init == "quantization" and original is None:
         raise InputError(
             "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads "
@@ -101,19 +99,18 @@ def start(
             start_at_quantization_error(model, batch, original, generator=generator)
         else:
             cost = rank_parameters(model, even)
-            settings = RoundSettings(
+            record, importance = keep_best_corrections(
+                model,
+                None,
+                batch,
+                original,
+                even,
                 budget=sum(even.values()),
                 parameters=sum(even[name] * cost[name] for name in even) if budget == "parameters" else None,
-                prune=len(even),
-                scoring="path",
-                importance="path",
                 min_rank=min_rank,
                 max_rank=max_rank,
                 seed=seed,
-                step_tokens=0.0,
-                modules=tuple(even),
             )
-            record, importance = keep_best_corrections(model, None, batch, original, settings, even)
             return record, {"method": "midpoint", "importance": importance}
         return None
 
