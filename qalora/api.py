@@ -105,7 +105,7 @@ def _given(source: Source, split: str) -> Any:
         if split not in source:
             raise InputError(f"rows: no split {split!r}; there are {', '.join(source)}.")
         source = source[split]
-    items: Iterable[Any] = source
+    items: Any = source
     found = [str(item) if isinstance(item, Path) else item for item in items]
     if not found:
         raise InputError("rows: there is none.")
