@@ -72,9 +72,7 @@ def families_page() -> str:
         + "\n".join(lines)
         + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path, and a line says "
         "so.\n`gguf-lora` and `--format gguf` need the GGUF column.\n\n"
-        "## What is refused, by name\n\n"
-        + "\n".join(refused)
-        + "\n"
+        "## What is refused, by name\n\n" + "\n".join(refused) + "\n"
     )
 
 

@@ -39,18 +39,5 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
 
 
-def check_whole(least: int, **values: object) -> None:
-    """
-    Args:
-        values: parameters by their names; None is left to its default.
-
-    Raises:
-        InputError: one is no whole number, or a lower one.
-    """
-    for name, value in values.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
-
-
 class AnswerNo(Exception):
     """The command ran and the answer is no (exit code 1): does not fit, over tolerance, never allocated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -20,13 +21,15 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.targets import EVERY, targeted
+from qalora.arguments import whole as check_whole
 from qalora.base.families import TEXT
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.card_files import keep_users_card
-from qalora.errors import AnswerNo, InputError, check_whole
+from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.install import install
 from qalora.kernels.loss import check_head
+from qalora.progress import console
 
 ADAPTER = "default"
 
@@ -45,7 +48,7 @@ def attach(
     `print(model)` shows.
 
     A layer computes z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2): rows of A Kaiming-uniform as in PEFT, B zero,
-    both fp32.
+    both fp32, and fp32 again when training begins where a trainer has cast them.
 
     Args:
         model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is
@@ -62,12 +65,15 @@ def attach(
         A PeftModel, with whatever PEFT offers for one; `save_pretrained` writes a plain PEFT LoRA.
 
     Raises:
-        InputError: a target or a block that the model has not, a PeftModel in the place of its base, or a rank or a
-            dropout that cannot be.
+        InputError: a target or a block that the model has not, a value out of range, or a PeftModel in the place of its
+            base.
     """
-    check_whole(1, r=r)
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout={dropout}: give a share from 0 to below 1.")
+    _check_model(model)
+    check_whole("r", r)
+    if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise InputError(f"alpha={alpha!r}: takes a number above 0; the scaling is alpha / r.")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise InputError(f"dropout={dropout!r}: takes a share from 0 to below 1.")
     names = list(linear_maps(model))
     blocks = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     try:
@@ -100,6 +106,7 @@ def load_adapter(
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
+    _check_model(model)
     saved = read_adapter(path)
     saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = saved.config
@@ -328,4 +335,38 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     install(peft_model)
+    peft_model.train = MethodType(_train_in_fp32, peft_model)  # type: ignore[method-assign]
     return peft_model
+
+
+def _train_in_fp32(model: PeftModel, mode: bool = True) -> PeftModel:
+    """`model.train`. Trainers cast an adapter before that: TRL's to bf16, wherever the base is in 4 bits."""
+    if mode:
+        to_fp32(model)
+    return cast(PeftModel, type(model).train(model, mode))
+
+
+def to_fp32(model: PeftModel) -> None:
+    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in
+    16."""
+    found = [
+        parameter
+        for layer in gated_layers(model).values()
+        for parameter in (layer.A, layer.B)
+        if parameter.dtype != torch.float32
+    ]
+    for parameter in found:
+        parameter.data = parameter.data.float()
+        parameter.grad = None
+    if found:
+        console.print("the adapter's weights had been cast to 16 bits: they are trained in fp32")
+
+
+def _check_model(model: object) -> None:
+    """
+    Raises:
+        InputError: no model.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "load_base(…).model" if hasattr(model, "model") else "a causal LM of transformers"
+        raise InputError(f"model: a {type(model).__name__} is none; pass {hint}.")
