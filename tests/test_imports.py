@@ -46,6 +46,7 @@ FOUNDATION = {
     "base.families": 0,
     "base.blocks": 0,
     "base.published": 0,
+    "base.measured": 0,
     "base.layout": 0,
     "base.registry": 0,
     "base.structure": 0,

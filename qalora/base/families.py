@@ -81,8 +81,9 @@ FAMILIES = {
         across_rows="gated delta nets, whose state runs along a row",
     ),
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
-    "granite": Family("GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling",
-    "divided")),
+    "granite": Family(
+        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")
+    ),
     "phi3": Family("Phi3RMSNorm", copies_qk=True),
     "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
     "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
@@ -94,8 +95,9 @@ FAMILIES = {
     "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
     "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
     "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head")),
-    "cohere": Family(None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"),
-    tied=True),
+    "cohere": Family(
+        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+    ),
     "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
     "lfm2": Family(
         "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
@@ -149,8 +151,7 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES.get(model_type or "", PLAIN)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be
-# trained, by name
+# -------------------------------------------------------------------------------------- what cannot be trained, by name
 
 EXPERTS = (
     "a mixture of experts, whose experts are one tensor of three dimensions and no linear layers",
@@ -164,22 +165,24 @@ STATE_SPACE = (
 NOT_CAUSAL = ("a model that predicts no next token", "a causal language model of the same family")
 
 REFUSED = {
-    **dict.fromkeys(
-        ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "gpt_oss", "llama4",
-        "llama4_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dbrx", "granitemoe", "granitemoeshared",
-        "granitemoehybrid", "olmoe", "phimoe", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba",
-        "minimax", "cohere2_moe", "exaone_moe"],
-        EXPERTS,
-    ),
-    **dict.fromkeys(
-        ["t5", "mt5", "umt5", "longt5", "t5gemma", "t5gemma2", "bart", "mbart", "pegasus", "marian", "m2m_100", "led",
-        "prophetnet", "blenderbot", "whisper", "encoder_decoder", "switch_transformers", "nllb_moe"],
-        TWO_STACKS,
-    ),
-    **dict.fromkeys(["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"], STATE_SPACE),
-    **dict.fromkeys(["bert", "roberta", "xlm_roberta", "distilbert", "deberta", "deberta_v2", "electra", "modernbert",
-    "albert"], NOT_CAUSAL),
-}  # fmt: skip
+    name: why
+    for names, why in (
+        (
+            "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text gpt_oss llama4 llama4_text "
+            "deepseek_v2 deepseek_v3 deepseek_v32 dbrx granitemoe granitemoeshared granitemoehybrid olmoe phimoe "
+            "ernie4_5_moe glm4_moe hunyuan_v1_moe lfm2_moe jamba minimax cohere2_moe exaone_moe",
+            EXPERTS,
+        ),
+        (
+            "t5 mt5 umt5 longt5 t5gemma t5gemma2 bart mbart pegasus marian m2m_100 led prophetnet blenderbot whisper "
+            "encoder_decoder switch_transformers nllb_moe",
+            TWO_STACKS,
+        ),
+        ("mamba mamba2 falcon_mamba rwkv xlstm", STATE_SPACE),
+        ("bert roberta xlm_roberta distilbert deberta deberta_v2 electra modernbert albert", NOT_CAUSAL),
+    )
+    for name in names.split()
+}
 # Fields of config.json that count experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

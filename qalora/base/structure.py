@@ -1,5 +1,4 @@
-"""What a model is made of, by a model of transformers without weights: for families of which config.json alone says too
-little."""
+"""What a model is made of, by a model of transformers without weights: config.json says too little of some."""
 
 from __future__ import annotations
 
@@ -139,8 +138,7 @@ def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_plain(fields: Mapping[str, Any], where: str) -> None:
-    """That a model_type without a record can go the plain path: a decoder of transformers whose blocks are linear
-    layers.
+    """That a model_type without a record can go the plain path: a decoder whose blocks are linear layers.
 
     Raises:
         InputError: it cannot; with what it would need.

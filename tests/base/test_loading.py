@@ -188,8 +188,8 @@ def test_a_model_without_linear_layers_in_its_place_is_named(tmp_path):
     config.save_pretrained(tmp_path)  # and no weights: they are not looked for
     word_tokenizer(unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
     message = (
-        f"model {tmp_path}: the model is of type gpt2, whose blocks are not at model.layers; it would need a "
-        "record of where they are."
+        f"model {tmp_path}: the model is of type gpt2, whose blocks are not at model.layers; it would need a record of "
+        "where they are."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load(tmp_path)
