@@ -63,17 +63,16 @@ def families_page() -> str:
         refused.append(f"| {what} | {names} |")
     return (
         f"{HEAD}# Which model families can be trained\n\n"
-        "Every row trains, scores, allocates, plans, merges (`--format hf`, from dequantized and from original weights) and\n"
-        "exports (`peft`, `peft-uniform`). Where our kernels do not hold, transformers' own forward runs, with our low-rank\n"
-        "layers, loss, checkpointing and tiles. `tests/test_families.py` tries each row on tiny random models against\n"
-        "transformers with PEFT: loss and gradients at each level of checkpointing, in tiles, packed, with shared prefixes and\n"
-        "in bf16; exact scores, surgery, resuming, exports, merges, and the plan. No row was tried on real weights there.\n\n"
+        "Every row trains, scores, allocates, plans, merges (`--format hf`, from dequantized and from original\n"
+        "weights) and exports (`peft`, `peft-uniform`). Where our kernels do not hold, transformers' own forward\n"
+        "runs, with our low-rank layers, loss, checkpointing and tiles. `tests/test_families.py` tries each row\n"
+        "on tiny random models against transformers with PEFT: loss and gradients at each level of checkpointing,\n"
+        "in tiles, packed, with shared prefixes and in bf16; exact scores, surgery, resuming, exports, merges,\n"
+        "and the plan. No row was tried on real weights there.\n\n"
         + "\n".join(lines)
-        + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path, and a line says so.\n"
+        + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path; a line says so.\n"
         "`gguf-lora` and `--format gguf` need the GGUF column.\n\n"
-        "## What is refused, by name\n\n"
-        + "\n".join(refused)
-        + "\n"
+        "## What is refused, by name\n\n" + "\n".join(refused) + "\n"
     )
 
 

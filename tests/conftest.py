@@ -102,7 +102,7 @@ def save_tiny_llama():
 
 @pytest.fixture(scope="session")
 def save_tiny():
-    """save(path, model_type, **config) → path: a tiny random model of any family in fp32 on disk, with a tokenizer of bytes."""
+    """save(path, model_type, **config) → path: a tiny random model of any family in fp32, with a tokenizer of bytes."""
 
     def save(path: Path, model_type: str, **config) -> Path:
         torch.manual_seed(0)

@@ -127,7 +127,8 @@ def _losses(
 
 @contextmanager
 def _in_dtype_of_input(model: PeftModel) -> Iterator[None]:
-    """Linear layers without an adapter compute in the dtype of their input, as those with one do; inside the blocks and before them."""
+    """Linear layers without an adapter compute in the dtype of their input, as those with one do; inside the blocks and
+    before them."""
     adapted = {id(layer.base_layer) for layer in gated_layers(model).values()}
     modules: Any = _decoder(model).modules()
     bare: list[Any] = [

@@ -1,8 +1,9 @@
 """What a model family is: one record each, and the only place that knows. Torch-free.
 
-A family is *fused* as far as its record names classes of transformers that our kernels stand in for, and *plain* elsewhere: then its
-own forward runs, with our low-rank layers and our loss. A model_type without a record is plain throughout, if its blocks are linear
-layers (structure.py looks). docs/adding-a-model-family.md says what a new one needs.
+A family is *fused* as far as its record names classes of transformers that our kernels stand in for, and *plain*
+elsewhere: then its own forward runs, with our low-rank layers and our loss. A model_type without a record is plain
+throughout, if its blocks are linear layers (structure.py looks). docs/adding-a-model-family.md says what a new one
+needs.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class Family:
         weighing: of that norm.
         mlp: transformers' class of an MLP that is down(silu(gate x) ∘ up x), and nothing more.
         mlp_normed: whether a norm reads what the MLP puts out, so that a block's second run needs it.
-        attention: transformers' class of an attention that rotates halves of whole heads and has nothing between the linear layers and
-            the rotation.
-        norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their whole width).
+        attention: transformers' class of an attention that rotates halves of whole heads and has nothing between the
+            linear layers and the rotation.
+        norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their
+            whole width).
         copies_qk: whether q and k are there twice, before and after something else than a norm.
         measured: whether the plan of a step was held against the tensors alive in one.
         eager: attention is more than torch's fused one computes.
-        across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor share prefixes.
+        across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor
+            share prefixes.
         logits: field of config.json → whether logits are divided by it, or multiplied.
         gguf: general.architecture of its GGUF files; None: none is written or read.
         gguf_pairs: whether these store the rows of q and k in neighbouring pairs, as llama.cpp rotates them.
@@ -78,7 +81,9 @@ FAMILIES = {
         across_rows="gated delta nets, whose state runs along a row",
     ),
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
-    "granite": Family("GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")),
+    "granite": Family(
+        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")
+    ),
     "phi3": Family("Phi3RMSNorm", copies_qk=True),
     "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
     "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
@@ -90,7 +95,9 @@ FAMILIES = {
     "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
     "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
     "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head")),
-    "cohere": Family(None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True),
+    "cohere": Family(
+        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+    ),
     "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
     "lfm2": Family(
         "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
@@ -144,7 +151,7 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES.get(model_type or "", PLAIN)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be trained, by name
+# -------------------------------------------------------------------------------------- what cannot be trained, by name
 
 EXPERTS = (
     "a mixture of experts, whose experts are one tensor of three dimensions and no linear layers",
@@ -158,17 +165,24 @@ STATE_SPACE = (
 NOT_CAUSAL = ("a model that predicts no next token", "a causal language model of the same family")
 
 REFUSED = {
-    **dict.fromkeys(
-        ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "gpt_oss", "llama4", "llama4_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dbrx", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmoe", "phimoe", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba", "minimax", "cohere2_moe", "exaone_moe"],
-        EXPERTS,
-    ),
-    **dict.fromkeys(
-        ["t5", "mt5", "umt5", "longt5", "t5gemma", "t5gemma2", "bart", "mbart", "pegasus", "marian", "m2m_100", "led", "prophetnet", "blenderbot", "whisper", "encoder_decoder", "switch_transformers", "nllb_moe"],
-        TWO_STACKS,
-    ),
-    **dict.fromkeys(["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"], STATE_SPACE),
-    **dict.fromkeys(["bert", "roberta", "xlm_roberta", "distilbert", "deberta", "deberta_v2", "electra", "modernbert", "albert"], NOT_CAUSAL),
-}  # fmt: skip
+    name: why
+    for names, why in (
+        (
+            "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text gpt_oss llama4 llama4_text "
+            "deepseek_v2 deepseek_v3 deepseek_v32 dbrx granitemoe granitemoeshared granitemoehybrid olmoe phimoe "
+            "ernie4_5_moe glm4_moe hunyuan_v1_moe lfm2_moe jamba minimax cohere2_moe exaone_moe",
+            EXPERTS,
+        ),
+        (
+            "t5 mt5 umt5 longt5 t5gemma t5gemma2 bart mbart pegasus marian m2m_100 led prophetnet blenderbot whisper "
+            "encoder_decoder switch_transformers nllb_moe",
+            TWO_STACKS,
+        ),
+        ("mamba mamba2 falcon_mamba rwkv xlstm", STATE_SPACE),
+        ("bert roberta xlm_roberta distilbert deberta deberta_v2 electra modernbert albert", NOT_CAUSAL),
+    )
+    for name in names.split()
+}
 # Fields of config.json that count experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

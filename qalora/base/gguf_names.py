@@ -29,7 +29,8 @@ def family(config: PreTrainedConfig) -> Family:
     if found.gguf is None:
         readable = [model_type for model_type, family in FAMILIES.items() if family.gguf is not None]
         raise InputError(
-            f"model_type={config.model_type}: GGUF is written and read for {', '.join(readable)} models only; use --format hf."
+            f"model_type={config.model_type}: GGUF is written and read for {', '.join(readable)} models only; "
+            "use --format hf."
         )
     return found
 

@@ -102,8 +102,8 @@ def load_base(
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
-        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device; or there are several
-            processes.
+        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device;
+            or there are several processes.
     """
     check_one_process()
     dtype = str(dtype).removeprefix("torch.")
@@ -156,7 +156,8 @@ def load_model(
 def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     """
     Raises:
-        InputError: no such model, none that can be trained, a file of it is missing, or it is stored in another precision.
+        InputError: no such model, none that can be trained, a file of it is missing, or it is stored in another
+            precision.
     """
     folder = base_folder(source)
     published = {} if source.gguf_file else read_fields(folder / "config.json")

@@ -1,4 +1,4 @@
-"""What a model is made of, by a model of transformers without weights: for families of which config.json alone says too little."""
+"""What a model is made of, by a model of transformers without weights: config.json says too little of some."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def config_of(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         remote = " and its code lies beside its weights (auto_map), which is not run" if "auto_map" in fields else ""
         raise InputError(
-            f"{where}: the model is of type {model_type}, which this transformers does not know{remote}; it would need a "
-            "transformers that has it."
+            f"{where}: the model is of type {model_type}, which this transformers does not know{remote}; it would "
+            "need a transformers that has it."
         )
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(fields))
@@ -138,7 +138,7 @@ def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_plain(fields: Mapping[str, Any], where: str) -> None:
-    """That a model_type without a record can go the plain path: a decoder of transformers whose blocks are linear layers.
+    """That a model_type without a record can go the plain path: a decoder whose blocks are linear layers.
 
     Raises:
         InputError: it cannot; with what it would need.

@@ -265,7 +265,8 @@ def _wrapped(
 
 
 class _Groups(nn.Module):
-    """Three groups of n rows each, of which the third meets rounded weights; n = None: one group, and weights as they are."""
+    """Three groups of n rows each, of which the third meets rounded weights; n = None: one group, and weights as they
+    are."""
 
     only: Literal["exact", "rounded"] | None = None  # the groups that a forward has now; None: all
 
@@ -357,8 +358,8 @@ class _Other(_Groups):
 
 
 class _Composed(_Groups):
-    """A module with small weights of its own and others inside, such as a gated delta net or a short convolution: it runs for the
-    exact groups and for the rounded one by themselves."""
+    """A module with small weights of its own and others inside, such as a gated delta net or a short convolution: it
+    runs for the exact groups and for the rounded one by themselves."""
 
     def __init__(self, name: str, module: nn.Module, rounding: Rounding | None, n: int | None):
         super().__init__(name, rounding, n)

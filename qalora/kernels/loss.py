@@ -86,7 +86,8 @@ def check_head(model: PreTrainedModel) -> None:
     model.train(mode)
     if not (own - found).norm() <= 1e-2 * own.norm():
         raise InputError(
-            f"the model is of type {config.model_type}, which does to its logits what is not known here; it would need a record of that."
+            f"the model is of type {config.model_type}, which does to its logits what is not known here; it "
+            "would need a record of that."
         )
 
 

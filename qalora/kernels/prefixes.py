@@ -111,8 +111,8 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
 
 
 def can_share(model: PreTrainedModel, width: int) -> bool:
-    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone carries
-    them on, and reaches back to a row's first token."""
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone
+    carries them on, and reaches back to a row's first token."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if family_of(config.model_type).across_rows is not None:

@@ -1,4 +1,4 @@
-"""An MLP of any make by tiles of tokens: it keeps its input alone, and each tile is computed again when its backward comes."""
+"""An MLP of any make by tiles of tokens: it keeps its input alone, and each tile is computed again in its backward."""
 
 from __future__ import annotations
 

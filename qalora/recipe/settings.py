@@ -217,7 +217,8 @@ class LoraSettings(Section):
         if not targets or "lm_head" in targets:
             known = [name.rpartition(".")[2] for name in BLOCK_MAPS]
             raise ValueError(
-                f"{'lm_head' if targets else 'none'} is no linear layer of a block; name some of {', '.join(known)}, or all-linear"
+                f"{'lm_head' if targets else 'none'} is no linear layer of a block; name some of {', '.join(known)}, "
+                "or all-linear"
             )
         return targets
 
