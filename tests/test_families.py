@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from qalora.adapter.ablation import ablate
 from qalora.adapter.allocation import AllocationPlan
@@ -53,7 +53,8 @@ QUIRKS: dict[str, dict] = {
     "ministral3": dict(rope_parameters=YARN_SCALED),
     "qwen2": TIED | dict(head_dim=16),
     "qwen3": TIED | dict(num_key_value_heads=1, head_dim=128),  # that of every GGUF file, to transformers
-    "qwen3_5_text": dict(
+    "qwen3_5_text": dict(  # of weights so small that last bits stay last bits: a delta net norms states over and over
+        initializer_range=0.1,
         num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_num_key_heads=2,
         linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
     ),
@@ -86,7 +87,7 @@ QUIRKS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# fp32: what the order of sums makes of a gradient. A delta net's normed states amplify it.
+# What the last bits of its weights make of its gradients, in transformers alone: a delta net amplifies them.
 TOLERANCE = {"qwen3_5_text": 5e-5}
 
 
@@ -100,7 +101,8 @@ class Case:
     def __init__(self, name: str, folder: Path):
         self.name, self.folder, self.record = name, folder, family_of(name)
         self.tolerance = TOLERANCE.get(name, 1e-5)
-        self.reference = vanilla(folder)
+        self.bases: dict[str, PreTrainedModel] = {}
+        self.reference = self.vanilla()
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(2, 258, (3, 24), generator=generator)
         labels = ids.clone()
@@ -120,23 +122,27 @@ class Case:
         grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
         return loss.item(), grads
 
+    def base(self, dtype: str = "float32") -> PreTrainedModel:
+        """The base in 4 bits, without a kernel of ours; read once."""
+        if dtype not in self.bases:
+            self.bases[dtype] = load_base(self.folder, dtype=dtype).model
+        return copy.deepcopy(self.bases[dtype])
+
     def ours(self, dtype: str = "float32") -> PeftModel:
-        model = attach(load_base(self.folder, dtype=dtype).model, r=4, alpha=8)
-        return with_weights_of(self.reference, model)
+        return with_weights_of(self.reference, attach(self.base(dtype), r=4, alpha=8))
+
+    def vanilla(self, dtype: str = "float32") -> PeftModel:
+        torch.manual_seed(2)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft = get_peft_model(self.base(dtype), config)
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name and ".layers." in name:  # PEFT adapts linear layers outside of the blocks too
+                torch.nn.init.normal_(parameter, std=0.05)
+        return peft.train()
 
 
 def attention_of(case) -> str:
     return "eager" if case.record.eager else "sdpa"
-
-
-def vanilla(folder: Path, dtype: str = "float32") -> PeftModel:
-    model = load_base(folder, dtype=dtype).model
-    torch.manual_seed(2)
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in peft.named_parameters():
-        if "lora_B" in name and ".layers." in name:  # PEFT adapts linear layers outside of the blocks too
-            torch.nn.init.normal_(parameter, std=0.05)
-    return peft.train()
 
 
 def with_weights_of(reference, model):
@@ -187,7 +193,7 @@ def test_mlp_tiles_change_nothing(case):
 
 def test_loss_and_gradients_in_bf16(case):
     """Of all gradients together, 2 % apart at most and 2 % in the loss: two ways to round 16-bit states."""
-    expected = case.of_vanilla(with_weights_of(case.reference, vanilla(case.folder, "bfloat16")), case.batch)
+    expected = case.of_vanilla(with_weights_of(case.reference, case.vanilla("bfloat16")), case.batch)
     found = loss_and_gradients(case.ours("bfloat16"), case.batch)
     assert found[0] == pytest.approx(expected[0], rel=2e-2)
     both = [torch.cat([grads[key].flatten().float() for key in found[1]]) for grads in (found[1], expected[1])]
@@ -270,7 +276,7 @@ def test_surgery_and_what_is_saved_are_the_same_function(case, tmp_path):
         logits = model(**inputs).logits
         for form in ("peft", "peft-uniform"):
             export_adapter(tmp_path / "adapter", tmp_path / form, form, source=resolve(str(case.folder)))
-            read = PeftModel.from_pretrained(load_base(case.folder, dtype="float32").model, tmp_path / form).eval()
+            read = PeftModel.from_pretrained(case.base(), tmp_path / form).eval()
             torch.testing.assert_close(read(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
     resumed = case.ours()
     restore(resumed, tmp_path / "adapter")
@@ -324,7 +330,8 @@ def test_weights_are_planned_exactly(case):
     model = case.ours("bfloat16")
     terms = plan_memory(shape_of(resolve(str(case.folder))), ranks=4).terms
     maps = linear_maps(model)
-    assert list(maps) == list(shape_of(resolve(str(case.folder))).linear_maps())
+    sizes = {name: (m.in_features, m.out_features) for name, m in maps.items()}
+    assert sizes == shape_of(resolve(str(case.folder))).linear_maps()
     assert terms["4-bit weights"] == sum(m.weight.data.numel() for m in maps.values())
     assert terms["adapter"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = {
@@ -336,18 +343,18 @@ def test_weights_are_planned_exactly(case):
 
 # Wide enough that activations are more than what surrounds them.
 WIDE = dict(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=4, head_dim=64, num_key_value_heads=2,
+    hidden_size=256, intermediate_size=704, num_hidden_layers=3, head_dim=64, num_key_value_heads=2,
     max_position_embeddings=512,
 )  # fmt: skip
 
 
 def test_a_step_is_planned(case, live_bytes):
     """Within 5 % of the tensors alive; what is not measured is said to be an estimate."""
-    assert (said_of_family(case.name) is None) == case.record.measured
+    assert bool(said_of_family(shape_of(resolve(str(case.folder))))) != case.record.measured
     if not case.record.measured:
         return
     quirks = {key: value for key, value in QUIRKS[case.name].items() if key not in WIDE}
-    quirks["layer_types"] = 2 * quirks["layer_types"] if "layer_types" in quirks else None
+    quirks["layer_types"] = (2 * quirks["layer_types"])[:3] if "layer_types" in quirks else None
     if case.name == "phi3":
         quirks["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
     config = CONFIG_MAPPING[case.name](vocab_size=64, pad_token_id=0, eos_token_id=1, **COMMON | WIDE | quirks)
