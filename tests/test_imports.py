@@ -17,6 +17,7 @@ MODULES = {
 }
 FOUNDATION = {
     "errors": 0,
+    "arguments": 0,
     "environment": 0,
     "paths": 0,
     "files": 0,
@@ -68,6 +69,7 @@ COMMANDS = 7
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
     "errors",
+    "arguments",
     "recipe",
     "yaml_file",
     "base.families",

@@ -90,7 +90,7 @@ FAMILIES = {
     "gemma4_text": Family("Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True),
     "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
     "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width")),
-    "glm4": Family("Glm4RMSNorm", norms=(4, "")),
+    "glm4": Family("Glm4RMSNorm", norms=(4, ""), attention_bias=True),
     "seed_oss": Family("SeedOssRMSNorm", attention_bias=True),
     "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
     "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),

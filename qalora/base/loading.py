@@ -47,6 +47,8 @@ from qalora.progress import in_place_of_transformers
 
 @dataclass
 class LoadedBase:
+    """What `load_base` gives."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
@@ -86,7 +88,7 @@ def load_base(
     quant_type: str = "nf4",
     double_quant: bool = True,
     dtype: str | torch.dtype = "auto",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
     """Loads a base for training: every parameter frozen, the linear layers of its blocks in 4 bits, all else in one
@@ -97,13 +99,19 @@ def load_base(
         load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
         quant_type: nf4 or fp4.
         double_quant: also quantize the quantization constants.
-        dtype: auto, bfloat16, float16 or float32, also as torch names them; see `choose_compute_dtype`.
+        dtype: auto, bfloat16, float16 or float32, or torch's own; auto takes bfloat16 on CUDA (float16 before
+            Ampere), and on a CPU whichever of bfloat16 and float32 is measured as faster.
         device: default: CUDA where there is one, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
+    Returns:
+        `.model`, a causal LM of transformers; `.tokenizer`; `.original()`, the 16-bit weights that `start` reads;
+        `.provenance()`, which `save_adapter` takes; `.compute_dtype`; `.source`, where the weights are; and
+        `.quantized`.
+
     Raises:
-        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device;
-            or there are several processes.
+        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device; no
+            such device; or there are several processes.
     """
     check_one_process()
     dtype = str(dtype).removeprefix("torch.")
@@ -112,7 +120,8 @@ def load_base(
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
-    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    device = str(device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"))
+    _check_device(device)
     compute_dtype = choose_compute_dtype(dtype, device)
     check_base(source, in_4bit=load_in_4bit)
     tokenizer = tokenizer or load_tokenizer(source)
@@ -258,6 +267,15 @@ def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
         name = torch.cuda.get_device_name(device)
         raise InputError(f"--dtype bfloat16: {name} has no bf16 arithmetic (it came with Ampere); use float16 or auto.")
     return getattr(torch, requested)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"device={device!r}: no device of torch; pass cpu, cuda or cuda:0.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={device!r}: torch finds no CUDA device here (see `qalora doctor`); pass cpu.")
 
 
 def _faster_on_cpu() -> torch.dtype:

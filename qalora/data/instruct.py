@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qalora.data.chat_template import chat_template
+from qalora.data.formats import Example
 
 ANSWER = "an answer of a few words"
 
@@ -23,10 +25,19 @@ def taught_to_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(ends) and known.get(ends[-1]) in {tokenizer.eos_token_id, *_stops(tokenizer.name_or_path)}
 
 
-def rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts of the row hold special tokens already, as those do that went through a chat template before."""
+def is_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a row is a chat already: it has lists of messages, or texts with the special tokens of a template."""
     marks = [*map(str, tokenizer.all_special_tokens), *(end for end in template_ends(tokenizer) if end.strip())]
-    return any(mark in text for text in row.values() if isinstance(text, str) for mark in marks)
+    texts = [value for value in row.values() if isinstance(value, str)]
+    messages = [value for value in row.values() if isinstance(value, (list, tuple)) and value]
+    return any(isinstance(value[0], Mapping) for value in messages) or any(m in text for text in texts for m in marks)
+
+
+def without_joints(example: Example) -> Example:
+    """The example without the blanks around its texts: they joined prompt and completion, as a template does in a
+    chat."""
+    turns = tuple(replace(turn, text=turn.text.strip()) for turn in example.turns)
+    return replace(example, turns=turns, others=tuple(text.strip() for text in example.others))
 
 
 def _stops(model: str) -> list[int]:

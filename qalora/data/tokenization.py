@@ -13,7 +13,7 @@ from qalora.data.chat_template import ChatTemplate, set_chat_template
 from qalora.data.chat_template import chat_template as template_of
 from qalora.data.conversation import REASONING
 from qalora.data.formats import Example, detect_format
-from qalora.data.instruct import rendered, taught_to_chat
+from qalora.data.instruct import is_chat, taught_to_chat, without_joints
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
@@ -137,7 +137,7 @@ def load_dataset(
             if format == "auto":
                 of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
             if chat is None and of_source == "prompt-completion" and not templated:
-                as_chat = True if taught_to_chat(tokenizer) and not rendered(row, tokenizer) else None
+                as_chat = True if taught_to_chat(tokenizer) and not is_chat(row, tokenizer) else None
             else:
                 as_chat = chat
         example = read_example(
@@ -154,7 +154,8 @@ def load_dataset(
             source=source,
             place=rows.places[number],
         )
-        by_default |= as_chat is not chat
+        if as_chat is not chat:
+            by_default, example = True, without_joints(example)
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))

@@ -91,6 +91,14 @@ def test_vision_models_are_registered_with_their_text_part(name, wrapper):
         assert found == shape
 
 
+def test_a_config_that_leaves_out_what_transformers_has_is_read():
+    """As google/gemma-3-4b publishes its own: without heads, vocabulary, and whether the head is tied."""
+    text = dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)
+    text |= dict(sliding_window=1024, rope_scaling={"factor": 8.0, "rope_type": "linear"})
+    found = ModelShape.from_config({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert replace(found, positions=131072) == MODELS["gemma3-4b"][1]
+
+
 def test_every_model_is_registered_once():
     hub_ids = [hub_id for hub_id, _ in MODELS.values()]
     assert len(set(hub_ids)) == len(hub_ids)

@@ -94,6 +94,16 @@ def test_its_prompts_and_completions_are_chats(model, rows):
     assert not plain.report.chat_by_default and "data.chat" not in str(plain.report)
 
 
+def test_blanks_that_joined_the_two_are_no_part_of_a_chat(model, rows):
+    _, tokenizer = model(CHATML, "<|im_end|>")
+    joined = {"prompt": "1+1= ", "completion": [" 2", "\ttwo"]}
+    dataset = load_dataset(rows(joined), tokenizer)
+    assert dataset.items == load_dataset(rows(ROW), tokenizer).items
+    assert dataset.examples[0].references == ("2", "two")
+    asked = load_dataset(rows(joined), tokenizer, chat=True)
+    assert text_of(asked, tokenizer)[1] == " 2<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("row", "settings"),
     [
@@ -102,13 +112,21 @@ def test_its_prompts_and_completions_are_chats(model, rows):
         ({"instruction": "Add.", "input": "1+1", "output": "2"}, {}),
         ({"text": "1+1=2"}, {}),
         ({"prompt": "<|im_start|>user\n1+1=<|im_end|>\n", "completion": "2"}, {}),
+        ({"prompt": "Say <|im_end|> ", "completion": " 2"}, {}),
     ],
-    ids=["template", "of the completion", "alpaca", "text", "rendered before"],
+    ids=["template", "of the completion", "alpaca", "text", "rendered before", "a special token"],
 )
 def test_what_has_a_form_of_its_own_keeps_it(model, rows, row, settings):
     _, tokenizer = model(CHATML, "<|im_end|>")
     dataset, asked = (load_dataset(rows(row), tokenizer, chat=chat, **settings) for chat in (None, False))
     assert dataset.items == asked.items and not dataset.report.chat_by_default
+
+
+def test_prompts_of_messages_are_chats_as_they_are(model, rows):
+    _, tokenizer = model(CHATML, "<|im_end|>")
+    turns = {"prompt": [{"role": "user", "content": " 1+1= "}], "completion": [{"role": "assistant", "content": " 2"}]}
+    dataset = load_dataset(rows(turns), tokenizer)
+    assert text_of(dataset, tokenizer)[1] == " 2<|im_end|>" and not dataset.report.chat_by_default
 
 
 def test_a_pretrained_model_s_rows_stay_as_they_are(model, rows):
