@@ -101,16 +101,11 @@ def merge_whole(args: argparse.Namespace, source: ModelSource, shard: int | None
         "gguf_type": args.gguf_type,
         "max_shard_size": shard,
     }
-    asked = {
-        "quant_type": args.bnb_4bit_quant_type,
-        "double_quant": False if args.no_double_quant else None,
-        "compute_dtype": args.bnb_4bit_compute_dtype,
-    }
     report = merge(
         source,
         args.adapter,
         args.output,
-        quantization=trained_quantization(args.adapter, source, "original" if args.no_quantize else args.base, asked),
+        quantization=trained_quantization(args.adapter, source, *asked_quantization(args)),
         format=args.format,
         overwrite=args.overwrite,
         verify=args.verify,
@@ -171,6 +166,16 @@ def export(args: argparse.Namespace, source: ModelSource) -> None:
         print(f"vLLM: --enable-lora --max-lora-rank {report['max_lora_rank']} --lora-modules NAME={args.output}")
     elif args.format == "gguf-lora":
         print(f"llama.cpp: llama-cli -m BASE.gguf --lora {args.output}/adapter.gguf")
+
+
+def asked_quantization(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """`base` and `asked` of `trained_quantization`, as the flags say them."""
+    asked = {
+        "quant_type": args.bnb_4bit_quant_type,
+        "double_quant": False if args.no_double_quant else None,
+        "compute_dtype": args.bnb_4bit_compute_dtype,
+    }
+    return "original" if args.no_quantize else args.base, asked
 
 
 def trained_quantization(

@@ -12,11 +12,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from qalora.adapter.callback import console
 from qalora.cli import Parser, run
 from qalora.errors import AnswerNo, InputError
 from qalora.memory import MemoryPlan
 from qalora.plan import print_plan
+from qalora.progress import console
 
 
 @pytest.mark.parametrize(("error", "code"), [(AnswerNo("no"), 1), (InputError("bad"), 2), (KeyboardInterrupt(), 130)])

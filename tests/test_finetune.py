@@ -1182,7 +1182,7 @@ def test_rows_are_cut_at_the_models_positions_and_it_is_said(finetune, model_dir
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.max_seq_len == 64
 
 
-def test_validation_rows_that_are_training_rows_are_counted(model_dir, tmp_path, capsys):
+def test_validation_rows_that_are_training_rows_are_counted(model_dir, tmp_path):
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.csv"
     rows = [{"prompt": f"{word} ", "completion": word} for word in WORDS[:4]]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1191,10 +1191,12 @@ def test_validation_rows_that_are_training_rows_are_counted(model_dir, tmp_path,
     )
     settings = [("model", str(model_dir)), ("data.train", str(train)), ("data.format", "prompt-completion")]
     tokenizer = load_tokenizer(resolve(str(model_dir)))
-    load_data(load_recipe("alpaca", [*settings, ("data.validation", str(validation))]), tokenizer)
-    assert "2 of 3 validation rows are training rows too" in capsys.readouterr().err
-    load_data(load_recipe("alpaca", [*settings, ("data.val_set_size", 1)]), tokenizer)
-    assert "training rows too" not in capsys.readouterr().err
+    said: list[str] = []
+    load_data(load_recipe("alpaca", [*settings, ("data.validation", str(validation))]), tokenizer, say=said.append)
+    assert any("2 of 3 validation rows are training rows too" in line for line in said)
+    said.clear()
+    load_data(load_recipe("alpaca", [*settings, ("data.val_set_size", 1)]), tokenizer, say=said.append)
+    assert not any("training rows too" in line for line in said)
 
 
 def test_the_advice_for_one_row_and_for_two_works(finetune, tmp_path):
@@ -1328,7 +1330,7 @@ def test_a_full_disk_elsewhere_is_one_sentence(finetune, monkeypatch, name):
         monkeypatch.setattr(os, "fsync", full_disk if Path(file).name == name else fsync)
         write(file, text)
 
-    for module in ("files", "adapter.callback", "finetune"):
+    for module in ("files", "adapter.callback", "training.begin"):
         monkeypatch.setattr(f"qalora.{module}.write_whole", failing)
     with pytest.raises(InputError, match=r"run: cannot be written \(No space left on device\)\. .* make room"):
         finetune()

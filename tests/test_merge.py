@@ -15,7 +15,7 @@ from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.cli import run
 from qalora.errors import InputError
-from qalora.merge import main, parser, trained_quantization
+from qalora.merge import asked_quantization, main, parser, trained_quantization
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,8 @@ def asked(folder, monkeypatch):
 
     def ask(adapter, *flags, model=folder):
         arguments = ["--model", str(model), "--adapter", str(adapter), "--output", "o", *flags]
-        return trained_quantization(parser().parse_args(arguments), resolve(str(model)))
+        args = parser().parse_args(arguments)
+        return trained_quantization(str(adapter), resolve(str(model)), *asked_quantization(args))
 
     return ask
 

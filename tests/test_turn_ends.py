@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from qalora.base.registry import resolve
 from qalora.data.chat_template import CHATML as BUILT_IN
 from qalora.data.tokenization import load_dataset
 from qalora.deploy.merging import merge
+from qalora.recipe.settings import DataConfig
+from qalora.training.begin import provenance_of
 
 ANSWERS = {"sky?": "blue", "sun?": "hot", "sea?": "salt", "ice?": "cold"}
 SPECIAL = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -123,9 +126,13 @@ def test_a_template_of_the_recipe_goes_along_with_the_adapter(learned):
     source = load_base(resolve(str(learned.base)), load_in_4bit=False, dtype="float32")
     source.tokenizer.chat_template = WORDS
     train = load_dataset(str(learned.rows), source.tokenizer)
-    assert finetune.provenance_of(source, train, given_template=True).chat_template == WORDS
-    assert finetune.provenance_of(source, train).chat_template is None
-    assert finetune.provenance_of(source, train).quant_type is None
+
+    def said(**settings):
+        recipe = SimpleNamespace(data=DataConfig(**settings))
+        return provenance_of(SimpleNamespace(recipe=recipe, data=SimpleNamespace(train=train), weights=None), source)
+
+    assert said(chat_template=WORDS).chat_template == WORDS
+    assert said().chat_template is None and said().quant_type is None
 
 
 def test_evaluate_finds_them_exact(learned, tmp_path, capsys):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -335,7 +335,7 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     install(peft_model)
-    peft_model.train = MethodType(_train_in_fp32, peft_model)  # type: ignore[method-assign]
+    peft_model.train = partial(_train_in_fp32, peft_model)  # type: ignore[method-assign]
     return peft_model
 
 

@@ -165,9 +165,9 @@ def _rotation(model: Any, length: int) -> Tensor:
     for kind in kinds:
         rotary(torch.zeros(1), position_ids=at, **kind)
     found = vars(rotary) | dict(rotary.named_buffers())
-    names = sorted(
-        name for name in found if name.endswith(("inv_freq", "attention_scaling")) and "original" not in name
-    )
+    # Those in use: some ways of scaling keep others beside them.
+    kept = [f"{kind['layer_type']}_" if kind else "" for kind in kinds]
+    names = sorted(name for kind in kept for name in (f"{kind}inv_freq", f"{kind}attention_scaling") if name in found)
     return torch.cat([torch.as_tensor(found[name]).float().cpu().flatten() for name in names])
 
 

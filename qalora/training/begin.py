@@ -91,7 +91,7 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
         other_validation=run.other_validation,
         provenance=provenance,
     )
-    if run.continued is None:
+    if run.continued is None and not run.recipe.lora.adapter:
         begin_ranks(run.recipe, session.trainer, session.allocator, run.data.train.items, run.original)
     return session
 
