@@ -335,7 +335,7 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     install(peft_model)
-    peft_model.train = partial(_train_in_fp32, peft_model)  # type: ignore[method-assign]
+    peft_model.__dict__["train"] = partial(_train_in_fp32, peft_model)
     return peft_model
 
 
