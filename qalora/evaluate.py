@@ -109,13 +109,12 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     """
     from qalora.data.reading import paths_of
     from qalora.files import check_writable
-    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.recipe import asked_recipe, parse_overrides
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
-    check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora evaluate")
+    recipe = asked_recipe(args.recipe, asked, "qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
     read = [*([args.recipe] if args.recipe else []), *paths_of(recipe.data.validation)]

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     """The recipe that the flags make, or the one that they change."""
-    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.recipe import asked_recipe, parse_overrides
 
     flags = {
         "model": args.model,
@@ -85,8 +85,7 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     }
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
-    check_once(asked)
-    return load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora preview")
+    return asked_recipe(args.recipe, asked, "qalora preview")
 
 
 def print_rows(shown: Sequence[Mapping[str, Any]], max_seq_len: int) -> None:

@@ -74,12 +74,11 @@ def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve
     from qalora.cli import say
     from qalora.files import check_writable, write_json
-    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.recipe import asked_recipe, parse_overrides
     from qalora.training.settling import settled
 
     asked = [*settings(args), *parse_overrides(rest, ("data",))]
-    check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora score")
+    recipe = asked_recipe(args.recipe, asked, "qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")

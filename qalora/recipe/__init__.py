@@ -5,7 +5,7 @@ Torch-free.
 """
 
 from qalora.recipe.reading import (
-    check_once,
+    asked_recipe,
     checked,
     load_recipe,
     make_recipe,
@@ -20,7 +20,7 @@ from qalora.recipe.settings import QuantizationConfig, Recipe, setting_types
 __all__ = [
     "QuantizationConfig",
     "Recipe",
-    "check_once",
+    "asked_recipe",
     "checked",
     "load_recipe",
     "make_recipe",

@@ -91,6 +91,18 @@ def load_recipe(
     return make_recipe(_laid_over(settings, with_preset(overrides)), origin=origin)
 
 
+def asked_recipe(name: str | None, settings: Sequence[tuple[str, Any]], command: str) -> Recipe:
+    """The recipe that a command's settings change, or, without a name, the one that they make.
+
+    Args:
+        command: which they are of, for errors.
+    """
+    if name:
+        return load_recipe(name, settings)
+    check_once(settings)
+    return make_recipe(settings, origin=command)
+
+
 def _laid_over(below: Sequence[tuple[str, Any]], above: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Both, without what a setting above says by another name below."""
     known = dict(setting_types())

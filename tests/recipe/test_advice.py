@@ -4,22 +4,8 @@ import re
 
 import pytest
 
-from qalora.errors import InputError
-from qalora.recipe import advice, make_recipe, setting_types
-from qalora.recipe.reading import with_preset
+from qalora.recipe import advice, setting_types
 from qalora.recipe.spellings import ALIASES
-
-MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
-
-
-def build(*settings, **more):
-    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
-
-
-def refusal(*settings):
-    with pytest.raises(InputError) as error:
-        build(*settings)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +20,7 @@ def refusal(*settings):
         ("deepspeed", "(leave it out: one process trains on one device)"),
     ],
 )
-def test_an_unknown_setting_of_another_tool_is_looked_up_first(key, says):
+def test_an_unknown_setting_of_another_tool_is_looked_up_first(refusal, key, says):
     assert f"{key}: unknown setting{'' if says[0] == '(' else ','} {says}" in refusal((key, 1))
 
 

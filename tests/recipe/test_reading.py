@@ -9,41 +9,12 @@ import yaml
 
 from qalora.data.formats import ALPACA_WITH_INPUT, to_example
 from qalora.errors import InputError
-from qalora.recipe import checked, load_recipe, make_recipe, parse_overrides, recipe_path
+from qalora.recipe import checked, load_recipe, parse_overrides, recipe_path
 from qalora.recipe import reading as module
-from qalora.recipe.reading import with_preset
 from qalora.recipe.spellings import ALIASES
 
-MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
 
-
-def build(*settings, **more):
-    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
-
-
-def get(recipe, key):
-    for part in key.split("."):
-        recipe = getattr(recipe, part)
-    return recipe
-
-
-def refusal(*settings):
-    with pytest.raises(InputError) as error:
-        build(*settings)
-    return str(error.value)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def make(text):
-        path = tmp_path / "mine.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return make
-
-
-def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_below(write):
+def test_a_preset_yields_to_what_is_given_beside_it_and_wins_over_what_lies_below(refusal, write):
     file = write("model: m\ndata: {train: t}\nallocation: {rounds: 3, budget: parameters}\nlora: {init: gradient}\n")
     below = load_recipe(file)
     assert (below.allocation.rounds, below.allocation.budget, below.lora.init) == (3, "parameters", "gradient")
@@ -108,7 +79,7 @@ def test_spellings_of_an_override(arguments, expected):
     assert parse_overrides(arguments) == expected
 
 
-def test_a_float_without_a_dot_is_a_float():
+def test_a_float_without_a_dot_is_a_float(build):
     assert build(*parse_overrides(["lr=2e-4"])).training.learning_rate == 2e-4
 
 
@@ -130,7 +101,7 @@ def test_overrides_that_are_refused(arguments, message):
     ("setting", "value"),
     [("training.max_steps", True), ("lora.r", True), ("data.labels", {0: False, 1: True}), ("data.train", True)],
 )
-def test_a_truth_value_is_no_number_and_no_text(setting, value):
+def test_a_truth_value_is_no_number_and_no_text(refusal, setting, value):
     """`--lora.r` without its value, and YAML's yes and no."""
     assert re.search(rf"{setting}=.*: (a value is missing|yes, no)", refusal((setting, value)))
 
@@ -143,7 +114,7 @@ def test_the_command_line_wins_over_the_file(write):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, "nan", "-inf"])
 @pytest.mark.parametrize("key", ["training.learning_rate", "lr", "training.weight_decay", "data.val_set_size"])
-def test_a_number_that_is_none_is_refused_as_such(tmp_path, key, number):
+def test_a_number_that_is_none_is_refused_as_such(refusal, tmp_path, key, number):
     message = refusal((key, number))
     assert f"{ALIASES.get(key, key)}={number!r}" in message
     assert "input should be a finite number" in message
@@ -153,7 +124,7 @@ def test_a_number_that_is_none_is_refused_as_such(tmp_path, key, number):
         load_recipe(str(path))
 
 
-def test_all_problems_at_once():
+def test_all_problems_at_once(refusal):
     message = refusal(("lora.r", 0), ("training.optim", "sgd"), ("nonsense_key", 1), ("data.max_seq_len", "long"))
     for part in (
         "lora.r=0: input should be",
@@ -193,7 +164,7 @@ def test_all_problems_at_once():
 def test_two_values_in_a_file_are_refused_with_both_places(write, text, message):
     path = write(text)
     with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {message}')}"):
-        load_recipe(path, MINIMAL)
+        load_recipe(path, [("model", "tiny"), ("data.train", "rows.jsonl")])
 
 
 def test_what_is_no_second_value(write):
@@ -240,11 +211,11 @@ def test_a_value_of_the_command_line_with_a_key_twice_is_refused():
 
 
 @pytest.mark.parametrize("name", ["columns", "labels"])
-def test_two_values_of_one_text_are_refused(name):
+def test_two_values_of_one_text_are_refused(refusal, name):
     assert "1 stands twice" in refusal((f"data.{name}", {1: "a", "1": "b"}))
 
 
-def test_an_empty_section_changes_nothing(write):
+def test_an_empty_section_changes_nothing(build, write):
     """All its lines commented out."""
     assert load_recipe(write("model: tiny\ndata: {train: rows.jsonl}\ntraining:\n  # seed: 1\n")) == build()
 

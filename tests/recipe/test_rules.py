@@ -4,19 +4,6 @@ import pytest
 
 from qalora.errors import InputError
 from qalora.recipe import make_recipe
-from qalora.recipe.reading import with_preset
-
-MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
-
-
-def build(*settings, **more):
-    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
-
-
-def refusal(*settings):
-    with pytest.raises(InputError) as error:
-        build(*settings)
-    return str(error.value)
 
 
 def test_all_disagreements_at_once():
@@ -80,9 +67,9 @@ def test_all_disagreements_at_once():
     ],
     ids=lambda value: "-".join(key for key, _ in value) if isinstance(value, list) else "",
 )
-def test_settings_that_are_refused(settings, message):
+def test_settings_that_are_refused(refusal, settings, message):
     assert message in refusal(*settings)
 
 
-def test_any_scaling_goes_without_allocation():
+def test_any_scaling_goes_without_allocation(build):
     assert build(("lora.r", 12), ("allocation.rounds", 0)).lora.alpha == 16

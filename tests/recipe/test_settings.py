@@ -7,35 +7,12 @@ import yaml
 
 from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
-from qalora.recipe import Recipe, load_recipe, make_recipe
-from qalora.recipe.reading import with_preset
+from qalora.recipe import Recipe, load_recipe
 from qalora.recipe.settings import DataConfig
-
-MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
-
-
-def build(*settings, **more):
-    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
-
-
-def refusal(*settings):
-    with pytest.raises(InputError) as error:
-        build(*settings)
-    return str(error.value)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def make(text):
-        path = tmp_path / "mine.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return make
 
 
 @pytest.mark.parametrize("settings", [(), (("allocation.preset", "paper"),)], ids=["defaults", "preset"])
-def test_the_papers_schedule(settings):
+def test_the_papers_schedule(build, settings):
     """ALoRA, §4.3 and appendix E."""
     recipe = build(*settings)
     allocation = recipe.allocation
@@ -48,7 +25,7 @@ def test_the_papers_schedule(settings):
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(20, 0), (300, 0), (999, 0), (1000, 8), (10_000, 8)])
-def test_rounds_from_a_thousand_steps_on_unless_they_are_given(steps, rounds):
+def test_rounds_from_a_thousand_steps_on_unless_they_are_given(build, steps, rounds):
     assert build().allocation.rounds_in(steps) == rounds
     assert build(("allocation.rounds", 5)).allocation.rounds_in(steps) == 5
     assert build(("allocation.preset", "paper")).allocation.rounds_in(steps) == 8
@@ -68,27 +45,27 @@ def test_rounds_from_a_thousand_steps_on_unless_they_are_given(steps, rounds):
         ([("allocation.preset", "paper")], True, "kaiming", "even"),
     ],
 )
-def test_where_ranks_start_unless_it_is_given(settings, sixteen_bit, init, start):
+def test_where_ranks_start_unless_it_is_given(build, settings, sixteen_bit, init, start):
     assert build(*settings).chosen_init(sixteen_bit=sixteen_bit) == init
     assert build(*settings).allocation.start == start
 
 
-def test_labels_and_columns_are_text():
+def test_labels_and_columns_are_text(build):
     assert build(("data.labels", {0: "negative", 1: 7})).data.labels == {"0": "negative", "1": "7"}
 
 
 @pytest.mark.parametrize("duration", [20, 0.3, "1 epoch", "0.25 epochs"])
-def test_durations_keep_their_type(duration):
+def test_durations_keep_their_type(build, duration):
     found = build(("allocation.warmup", duration)).allocation.warmup
     assert (found, type(found)) == (duration, type(duration))
 
 
 @pytest.mark.parametrize(("size", "kind"), [(50, int), (0.1, float)])
-def test_validation_size_is_rows_or_a_share(size, kind):
+def test_validation_size_is_rows_or_a_share(build, size, kind):
     assert type(build(val_size=size).data.val_set_size) is kind
 
 
-def test_paths_have_home_and_variables(monkeypatch):
+def test_paths_have_home_and_variables(build, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
     recipe = build(
@@ -102,14 +79,14 @@ def test_paths_have_home_and_variables(monkeypatch):
     assert build(("data.train", "yahma/alpaca-cleaned")).data.train == "yahma/alpaca-cleaned"
 
 
-def test_a_setting_of_several_types_is_named_once():
+def test_a_setting_of_several_types_is_named_once(refusal):
     message = refusal(("data.val_set_size", "many"))
     assert message.count("data.val_set_size='many'") == 1 and "val_set_size.int" not in message
     message = refusal(("allocation.warmup", [1]))
     assert message.count("allocation.warmup=[1]") == 1
 
 
-def test_yaml_round_trip(write):
+def test_yaml_round_trip(build, write):
     recipe = build(
         ("data.labels", {0: "no", 1: "yes"}),
         ("allocation.warmup", 0.3),
@@ -142,5 +119,5 @@ def test_importance_follows_the_scoring_unless_given():
 
 
 @pytest.mark.parametrize(("targets", "named"), [([], "none is no"), ("q_proj,lm_head", "lm_head is no")])
-def test_targets_are_linear_layers_of_a_block(targets, named):
+def test_targets_are_linear_layers_of_a_block(refusal, targets, named):
     assert f"{named} linear layer of a block; name some of q_proj, k_proj" in refusal(("lora.target_modules", targets))

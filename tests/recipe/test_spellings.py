@@ -2,39 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from qalora.errors import InputError
-from qalora.recipe import make_recipe, setting_types
-from qalora.recipe.reading import with_preset
+from qalora.recipe import setting_types
 from qalora.recipe.spellings import ALIASES
-
-MINIMAL = [("model", "tiny"), ("data.train", "rows.jsonl")]
-
-
-def build(*settings, **more):
-    return make_recipe([*MINIMAL, *with_preset([*settings, *more.items()])], origin="test")
-
-
-def get(recipe, key):
-    for part in key.split("."):
-        recipe = getattr(recipe, part)
-    return recipe
-
-
-def refusal(*settings):
-    with pytest.raises(InputError) as error:
-        build(*settings)
-    return str(error.value)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def make(text):
-        path = tmp_path / "mine.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return make
-
 
 VALUES = {
     "model": "m", "data.train": "t", "data.format": "text", "data.max_seq_len": 77, "data.val_set_size": 0.5,
@@ -55,7 +24,7 @@ SPECIAL = {"mask_prompt": False, "bits": 16, "quantization_bit": 16}  # the valu
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_an_alias_sets_the_canonical_setting(alias):
+def test_an_alias_sets_the_canonical_setting(build, get, alias):
     canonical = ALIASES[alias]
     section = canonical.rpartition(".")[0]
     for key in {alias, f"{section}.{alias}".lstrip(".")}:
@@ -68,26 +37,26 @@ def test_every_alias_leads_to_a_setting():
     assert not ALIASES.keys() & known.keys() - {"model"}
 
 
-def test_an_alias_in_another_section_is_unknown():
+def test_an_alias_in_another_section_is_unknown(refusal):
     assert "lora.lr: unknown setting" in refusal(("lora.lr", 1e-4))
 
 
 @pytest.mark.parametrize(("bits", "in_4bit"), [(4, True), (16, False), (32, False)])
-def test_bits(bits, in_4bit):
+def test_bits(build, bits, in_4bit):
     assert build(bits=bits).quantization.load_in_4bit is in_4bit
 
 
 @pytest.mark.parametrize("bits", [8, [4]])
-def test_bits_that_are_none(bits):
+def test_bits_that_are_none(refusal, bits):
     assert "load_in_4bit" in refusal(("bits", bits))
 
 
 @pytest.mark.parametrize(("alias", "name"), [("input-output", "prompt-completion"), ("completion", "text")])
-def test_format_aliases(alias, name):
+def test_format_aliases(build, alias, name):
     assert build(("data.format", alias)).data.format == name
 
 
-def test_lists_from_text():
+def test_lists_from_text(build):
     assert build(lora_target="q_proj, v_proj").lora.target_modules == ["q_proj", "v_proj"]
     assert build(lora_target="all-linear").lora.target_modules == "all-linear"
     assert build(("training.report_to", "tensorboard")).training.report_to == ["tensorboard"]
@@ -96,7 +65,7 @@ def test_lists_from_text():
     assert build(("evaluation.choices", "yes, no")).evaluation.choices == ["yes", "no"]
 
 
-def test_sources_are_one_text_or_several():
+def test_sources_are_one_text_or_several(build, refusal):
     assert build(("data.train", "a,b.jsonl")).data.train == "a,b.jsonl"
     assert build(("data.validation", ["a", "b"])).data.validation == ["a", "b"]
     assert "data.train" in refusal(("data.train", 5))
@@ -126,7 +95,7 @@ def test_sources_are_one_text_or_several():
         ("lora.target_modules", "self_attn.q_proj, v_proj", ["self_attn.q_proj", "v_proj"]),
     ],
 )
-def test_values_as_other_tools_have_them(setting, given, found):
+def test_values_as_other_tools_have_them(build, get, setting, given, found):
     value = get(build((setting, given)), setting)
     assert (value, type(value)) == (found, type(found))
 
@@ -147,7 +116,7 @@ def test_values_as_other_tools_have_them(setting, given, found):
         ("micro_batch_sise", "training.micro_batch_size"),
     ],
 )
-def test_an_unknown_setting_names_the_nearest(key, nearest):
+def test_an_unknown_setting_names_the_nearest(refusal, key, nearest):
     assert f"{key}: unknown setting, did you mean {nearest}?" in refusal((key, 1))
 
 
@@ -155,17 +124,17 @@ def test_an_unknown_setting_names_the_nearest(key, nearest):
     ("key", "value", "first"),
     [("data", "rows.jsonl", "data.train"), ("lora", 8, "lora.r"), ("training", [], "training.micro_batch_size")],
 )
-def test_a_value_for_a_section_is_told_its_settings(key, value, first):
+def test_a_value_for_a_section_is_told_its_settings(refusal, key, value, first):
     assert f"{key}={value!r}: a section; write its settings by their own names, such as {first}" in refusal(
         (key, value)
     )
 
 
-def test_data_sets_with_settings_of_their_own_are_told_where_these_go():
+def test_data_sets_with_settings_of_their_own_are_told_where_these_go(refusal):
     message = refusal(("datasets", [{"path": "a.jsonl", "type": "alpaca"}]))
     assert "name files, folders or Hub ids alone; what they hold is said by data.format, data.split" in message
     assert message.count("data.train=") == 1
 
 
-def test_nothing_near_names_nothing():
+def test_nothing_near_names_nothing(refusal):
     assert refusal(("zzzzqqq", 1)) == "test: zzzzqqq: unknown setting."

@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from qalora.errors import InputError
-from qalora.training.checkpoints import (
-    SECTIONS,
-    write_manifest,
-)
 from qalora.training.identity import Identity, Rows
 from qalora.training.resume import Continued, changes, check_settings, kept_apart, rounds_left
 
 IDENTITY = Identity("m", "f", 12, 2, {"a": 2}, Rows((b"12345678",), (b"abcdefgh",), "v"), run="one")
-
-
-def checkpoint(
-    folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one", kind: str = "loss"
-) -> Path:
-    """What `Trainer` and this package write, with tensors of no meaning."""
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    history = [{"step": i, kind: loss} for i, loss in enumerate(losses)]
-    state = {"global_step": step, "log_history": history, "best_global_step": best}
-    (path / "trainer_state.json").write_text(json.dumps(state))
-    (path / "recipe.yaml").write_text(yaml.safe_dump({name: {"a": 1} for name in SECTIONS}))
-    (path / "allocation.jsonl").write_text('{"step": 2, "ranks": {}}\n')
-    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"A": torch.ones(4, 8)}, path / "adapter_model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"a": torch.ones(50)}, path / name)
-    Identity(**{**IDENTITY.__dict__, "run": run}).write(path)
-    write_manifest(path)
-    return path
 
 
 @given(
@@ -79,7 +51,7 @@ def test_a_longer_run_makes_no_more_rounds_than_it_was_to(planned, done, rounds)
     assert all(step > 12 and step in planned for step in steps[len(done) :])
 
 
-def test_a_round_of_the_checkpoints_own_step_is_behind_it(tmp_path):
+def test_a_round_of_the_checkpoints_own_step_is_behind_it(checkpoint, tmp_path):
     path = checkpoint(tmp_path, 4)
     (path / "allocation.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (0, 2, 4, 6)))
     assert Continued.at(path).rounds_done() == [2, 4]

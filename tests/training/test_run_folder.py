@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import torch
-import yaml
-from safetensors.torch import save_file
-
-from qalora.training.checkpoints import (
-    SECTIONS,
-    write_manifest,
-)
 from qalora.training.identity import Identity, Rows, read_identity
 from qalora.training.run_folder import begin_folder, check_output_dir, is_run, own_entries
 
 IDENTITY = Identity("m", "f", 12, 2, {"a": 2}, Rows((b"12345678",), (b"abcdefgh",), "v"), run="one")
 
 
-def checkpoint(
-    folder: Path, step: int, best: int | None = None, losses=(1.0,), run: str = "one", kind: str = "loss"
-) -> Path:
-    """What `Trainer` and this package write, with tensors of no meaning."""
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    history = [{"step": i, kind: loss} for i, loss in enumerate(losses)]
-    state = {"global_step": step, "log_history": history, "best_global_step": best}
-    (path / "trainer_state.json").write_text(json.dumps(state))
-    (path / "recipe.yaml").write_text(yaml.safe_dump({name: {"a": 1} for name in SECTIONS}))
-    (path / "allocation.jsonl").write_text('{"step": 2, "ranks": {}}\n')
-    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"A": torch.ones(4, 8)}, path / "adapter_model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"a": torch.ones(50)}, path / name)
-    Identity(**{**IDENTITY.__dict__, "run": run}).write(path)
-    write_manifest(path)
-    return path
-
-
-def test_what_continues_sets_damaged_checkpoints_aside(tmp_path):
+def test_what_continues_sets_damaged_checkpoints_aside(checkpoint, tmp_path):
     older, newest = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
     (newest / "optimizer.pt").unlink()
     check_output_dir(tmp_path, [], checkpoint=older, overwrite=False)
@@ -51,7 +20,7 @@ def test_what_continues_sets_damaged_checkpoints_aside(tmp_path):
 # ------------------------------------------------------------------------------------------------------- whose it is
 
 
-def test_only_what_a_run_writes_is_its_own(tmp_path):
+def test_only_what_a_run_writes_is_its_own(checkpoint, tmp_path):
     checkpoint(tmp_path, 3)
     IDENTITY.write(tmp_path)
     mine = {
