@@ -6,10 +6,9 @@ together; losses are means over all their supervised tokens, summed in fp64, so 
 `ablate` closes one gate after another. Closing a gate in block ℓ leaves every block before it unchanged, so a variant
 of the model starts at its own block, from an input that one forward kept; variants of one block share a forward:
 
-    embeddings → block 0 → … → block ℓ ─ kept input ─┬─ rank (ℓ, q_proj, 0) closed → blocks ℓ … → norm → head where
-    labels are
-                                                      ├─ rank (ℓ, q_proj, 1) closed → …
-                                                      └─ …                              one batch of N copies
+    embeddings → block 0 → … → block ℓ ─ kept input ─┬─ rank (ℓ, q_proj, 0) closed → blocks ℓ … → norm → head
+                                                      ├─ rank (ℓ, q_proj, 1) closed → …    (where labels are)
+                                                      └─ …                                 one batch of N copies
 """
 
 from __future__ import annotations

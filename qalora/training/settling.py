@@ -1,10 +1,10 @@
 """What a model, an adapter, a machine or an earlier run decides of a recipe. Each gives a new recipe; none is edited.
 Torch-free at import.
 
-settled         the model: its positions, and the form in which it is stored
-with_its_own    lora.adapter: r, alpha, target_modules
-as_it_began     the run that is continued: what its beginning chose by itself
-fitted_to_device  the memory of this machine, where training.fit asks for it
+    settled             the model: its positions, and the form in which it is stored
+    with_its_own        lora.adapter: r, alpha, target_modules
+    as_it_began         the run that is continued: what its beginning chose by itself
+    fitted_to_device    the memory of this machine, where training.fit asks for it
 """
 
 from __future__ import annotations
