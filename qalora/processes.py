@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qalora import progress
 from qalora.environment import check_launcher, taken_out
 from qalora.errors import AnswerNo, EndedElsewhere, InputError
+from qalora.watch import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ T = TypeVar("T")
 P = TypeVar("P")
 # A process may wait that long for another's share, as of generated answers; one that ends is noticed at once.
 PATIENCE = timedelta(hours=4)
+NOTICE = 3.0  # seconds in which the watch ends a process whose exchange failed, and names the one that is gone
 
 
 @dataclass(frozen=True)
@@ -82,27 +85,43 @@ def joined(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     if size() > 1 or check_launcher(environ) == 1:
         yield
         return
-    group, variables = _join(environ)
-    _group = group
-    drawn = progress.is_wanted()
-    if not is_first():
-        progress.show(False)
-        progress.console.quiet = True
+    _group, variables = _join(environ)
+    watch = Watch(rank(), size(), environ["MASTER_ADDR"], lambda value: exchange(value)[0])
+    said = False
     try:
-        with agreeing():
-            _check_devices()
+        with _one_voice():
+            with agreeing():
+                _check_devices()
+            yield
+        said = True
+    except BaseException as error:
+        said = _is_said(error) is True
+        raise
+    finally:
+        watch.close(said=said)
+        _leave(said)
+        _group = Group()
+        environ.update(variables)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """In the block process 0 speaks, and another one only of its own errors."""
+    if is_first():
+        yield
+        return
+    drawn = progress.is_wanted()
+    progress.show(False)
+    progress.console.quiet = True
+    try:
         yield
     except (InputError, AnswerNo) as error:
-        if is_first():
-            raise
         text = error.as_typed if isinstance(error, InputError) else str(error)
-        raise type(error)(f"process {rank()} on {socket.gethostname()}: {text}") from error
+        error.args = (f"process {rank()} on {socket.gethostname()}: {text}",)
+        raise
     finally:
-        _leave()
-        _group = Group()
         progress.show(drawn)
         progress.console.quiet = False
-        environ.update(variables)
 
 
 def exchange(value: T) -> list[T]:
@@ -174,16 +193,10 @@ def agreeing() -> Iterator[None]:
 @contextmanager
 def agreeing_on_errors() -> Iterator[None]:
     """`agreeing`, of a block that ends with an exchange."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if is_agreed(error):
-            raise
-        _exchange(None, error)
     except (Exception, SystemExit) as error:
-        if is_agreed(error):
+        if _is_said(error) is not None:
             raise
         _exchange(None, error)
 
@@ -195,13 +208,9 @@ def in_sums() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.agreed = True  # type: ignore[attr-defined]
+        if _is_said(error) is None:
+            error.said = False  # type: ignore[attr-defined]
         raise
-
-
-def is_agreed(error: BaseException) -> bool:
-    """Whether all processes know of the error."""
-    return isinstance(error, (EndedElsewhere, Lost)) or getattr(error, "agreed", False)
 
 
 def sum_(tensor: Tensor) -> None:
@@ -261,6 +270,14 @@ def tell(text: str) -> None:
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
+def _is_said(error: BaseException) -> bool | None:
+    """Whether all processes know of the error; None: it can be said yet."""
+    if isinstance(error, (EndedElsewhere, Lost)):
+        return True
+    said: bool | None = getattr(error, "said", None)
+    return said
+
+
 def _told(work: Callable[[], Any], *, gathered: bool = True) -> list[Any]:
     """What `work` returned in each process.
 
@@ -272,9 +289,8 @@ def _told(work: Callable[[], Any], *, gathered: bool = True) -> list[Any]:
     try:
         result = work()
     except torch.OutOfMemoryError as error:
-        if is_agreed(error):
-            raise
-        _exchange(None, error)
+        if _is_said(error) is None:
+            _exchange(None, error)
         raise
     if gathered:
         return exchange(result)
@@ -297,12 +313,12 @@ def _exchange(value: T, trouble: BaseException | None) -> list[T]:
     errors = [index for index, kind in enumerate(kinds) if isinstance(kind, int)]
     if errors:
         if trouble is not None and errors[0] == rank():
-            trouble.agreed = True  # type: ignore[attr-defined]
+            trouble.said = True  # type: ignore[attr-defined]
             raise trouble
         raise EndedElsewhere(kinds[errors[0]])
     if "memory" in kinds:
         error = trouble or torch.OutOfMemoryError(f"out of memory in process {kinds.index('memory')}")
-        error.agreed = True  # type: ignore[union-attr]
+        error.said = True  # type: ignore[union-attr]
         raise error
     return [value for _, value in found]
 
@@ -327,6 +343,7 @@ def _noticed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        time.sleep(NOTICE)
         raise Lost(
             f"another of the {size()} processes has ended, and this one with it ({str(error).splitlines()[0][:200]}); "
             "continue with the same command and --resume-from-checkpoint auto."
@@ -389,9 +406,12 @@ def _check_devices() -> None:
         )
 
 
-def _leave() -> None:
+def _leave(said: bool) -> None:
+    """
+    Args:
+        said: the others know that this process ends, and do so too.
+    """
     import torch.distributed as dist
 
-    failed = sys.exc_info()[0] is not None
-    if dist.is_initialized() and not (failed and "nccl" in dist.get_backend()):  # whose end would wait for the others
+    if said or "nccl" not in dist.get_backend():  # whose end waits for the others
         dist.destroy_process_group()
