@@ -155,7 +155,7 @@ def carry_out(
     tokenizer = load_tokenizer(source)
     known = None if continued is None or continued.identity is None else continued.identity.rows
     data = load_data(recipe, tokenizer, positions=shape_of(source).positions, known=known, say=say)
-    processes.check_same(data.digests(), "the rows")
+    processes.check_same(data.digests(), "the rows", "give every node the same files.")
     with full_disk_named(output_dir):
         for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
             say(line)

@@ -241,11 +241,12 @@ def on_this_machine() -> int:
     return _group.on_this_machine
 
 
-def check_same(values: Mapping[str, object], what: str) -> None:
+def check_same(values: Mapping[str, object], what: str, advice: str) -> None:
     """
     Args:
         values: name → what all processes are to have alike, such as a digest.
         what: begins the error.
+        advice: ends it.
 
     Raises:
         AnswerNo: they have not; names the first that differs, and the process.
@@ -255,7 +256,7 @@ def check_same(values: Mapping[str, object], what: str) -> None:
             raise AnswerNo(
                 f"{what}: process {rank()} and process {other} differ in {differing[0]}"
                 + (f" and {len(differing) - 1} more" if len(differing) > 1 else "")
-                + "; nothing was written of it. Continue from the last checkpoint with --resume-from-checkpoint auto."
+                + f"; {advice}"
             )
 
 

@@ -14,6 +14,11 @@ from torch.optim import Optimizer
 from qalora import processes
 from qalora.adapter.model import gated_layers
 
+PARTED = (
+    "they no longer train one adapter, and nothing was written of it. Use GPUs of one kind, and go on from the last "
+    "checkpoint with --resume-from-checkpoint auto."
+)
+
 
 def share_adapter(model: PeftModel) -> None:
     """Gives every process the weights that process 0 has; the ranks are the same already."""
@@ -39,7 +44,7 @@ def check_replicas(model: PeftModel, optimizer: object, when: str) -> None:
     if processes.size() == 1:
         return
     with processes.agreeing():
-        processes.check_same(dict(_digests(model, getattr(optimizer, "optimizer", optimizer))), when)
+        processes.check_same(dict(_digests(model, getattr(optimizer, "optimizer", optimizer))), when, PARTED)
 
 
 def _digests(model: PeftModel, optimizer: Optimizer | None | Any) -> Iterator[tuple[str, str]]:
