@@ -249,7 +249,7 @@ def dry_run(recipe: Recipe) -> None:
         say(note)
     if processes.is_first():
         print(recipe.to_yaml())
-        print_plan(planner(recipe, shape, processes=processes.size())())
+        print_plan(planner(recipe, shape, processes=processes.size())(), processes.size())
 
 
 def teller(recipe: Recipe) -> Callable[[str], None]:

@@ -135,9 +135,7 @@ def exchange(value: T) -> list[T]:
     return _exchange(value, None)
 
 
-def together(
-    parts: Sequence[P], work: Callable[[P], T], track: Callable[[Sequence[P]], Iterable[P]] = iter
-) -> list[T]:
+def together(parts: Sequence[P], work: Callable[[P], T], track: Callable[[Sequence[P]], Iterable[P]] = iter) -> list[T]:
     """`work` on every part, in the order of the parts; each process does its share of them.
 
     Args:

@@ -67,7 +67,10 @@ def command(save_tiny_llama, tmp_path_factory):
     }  # fmt: skip
 
     def to(output_dir: Path, **settings: object) -> list[str]:
-        words = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in (own | settings).items()]
+        words = [
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in (own | settings).items()
+        ]
         return ["--model", str(base), "--recipe", "alpaca", "--output-dir", str(output_dir), *words]
 
     return to
@@ -83,7 +86,10 @@ def alone(command, tmp_path_factory) -> Path:
 
 def log_of(output_dir: Path) -> list[dict]:
     entries = [json.loads(line) for line in (output_dir / "log_history.jsonl").read_text().splitlines()]
-    return [{key: entry[key] for key in ("step", "loss", "eval_loss", "grad_norm", "total_rank") if key in entry} for entry in entries]
+    return [
+        {key: entry[key] for key in ("step", "loss", "eval_loss", "grad_norm", "total_rank") if key in entry}
+        for entry in entries
+    ]
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
@@ -116,3 +122,110 @@ def test_two_processes_make_the_run_of_one(alone, command, launch, tmp_path):
     compared = [line for line in run.said[1].splitlines() if line.startswith("SAME after")]
     assert len(compared) == 3 + len(list((tmp_path / "run").glob("checkpoint-*")))
     assert "step 40/40" in run.said[0] and "step 40/40" not in run.said[1]  # one of them speaks
+
+
+def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tmp_path):
+    """Two, then three with uneven shares, then one; each is interrupted by a signal to one process alone."""
+    words = [*command(tmp_path / "run"), "--resume-from-checkpoint", "auto"]
+    for size, rank, step in ((2, 1, 10), (3, 0, 23)):
+        interrupt = AT.format(rank=rank, step=step, what="import signal; os.kill(os.getpid(), signal.SIGTERM)")
+        run = launch(size, *words, code=interrupt)
+        assert run.codes == [cli.INTERRUPTED] * size, run.said
+        assert (tmp_path / "run" / f"checkpoint-{step + 1}").is_dir()
+    assert cli.run(main, words) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_one_adapter_that_differs_is_found_named_and_not_written(command, launch, tmp_path):
+    planted = "next(p for n, p in model.named_parameters() if 'layers.1.mlp.up_proj.lora_B' in n).data[0, 0] += 1e-3"
+    run = launch(2, *command(tmp_path / "run"), code=AT.format(rank=1, step=7, what=planted))
+    assert run.codes == [1, 1]
+    assert "after step 10: process 0 and process 1 differ in B of model.layers.1.mlp.up_proj" in run.said[0]
+    assert "error" not in run.said[1]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_that_is_killed_ends_the_others_and_is_named(command, launch, tmp_path, rank):
+    """Between exchanges too: one of the others sleeps."""
+    killed = AT.format(rank=rank, step=7, what="import signal; os.kill(os.getpid(), signal.SIGKILL)")
+    asleep = f"""
+import time
+plain_begin = Befalls.on_step_begin
+def also(self, args, state, control, model=None, **kwargs):
+    if RANK == {(rank + 1) % 3} and state.global_step == 7:
+        time.sleep(100)
+    plain_begin(self, args, state, control, model=model, **kwargs)
+Befalls.on_step_begin = also
+"""
+    run = launch(3, *command(tmp_path / "run", **{"training.save_steps": 5}), code=killed + asleep, timeout=200)
+    assert run.codes == [-9 if other == rank else 1 for other in range(3)]
+    told = [text for text in run.said if f"error: process {rank} of 3 has ended" in text]
+    assert len(told) == 1 and "".join(run.said).count("error:") == 1
+    assert (tmp_path / "run" / "checkpoint-5").is_dir()
+
+
+OTHER_ROWS = """
+if RANK == 1:
+    from qalora.training import rows
+    plain = rows.scoring_apart
+    rows.scoring_apart = lambda rows, wanted, seed: plain(rows, wanted, seed + 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "exit_code", "says"),
+    [
+        ({"data.train": "/nowhere.jsonl"}, "", 2, "/nowhere.jsonl"),
+        ({"training.learning_rat": 1}, "", 2, "learning_rat"),
+        ({}, OTHER_ROWS, 1, "the rows: process 0 and process 1 differ in"),
+    ],
+)
+def test_an_error_is_said_once_and_ends_all(command, launch, tmp_path, settings, code, exit_code, says):
+    run = launch(2, *command(tmp_path / "run", **settings), code=code)
+    assert run.codes == [exit_code] * 2
+    assert sum(text.count("error:") for text in run.said) == 1
+    assert says in run.said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_names_it(command, launch, tmp_path):
+    """Its tokenizer is not to be read, say; the others have nothing to say."""
+    code = (
+        "if RANK == 1:\n    from qalora.base import loading\n    from qalora.errors import InputError\n    def "
+        "broken(*args):\n        raise InputError('no tokenizer here.')\n    loading.load_tokenizer = broken"
+    )
+    run = launch(3, *command(tmp_path / "run"), code=code)
+    assert run.codes == [2, 2, 2]
+    assert [text.count("error:") for text in run.said] == [0, 1, 0]
+    assert "error: process 1 on " in run.said[1] and "no tokenizer here." in run.said[1]
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_said_once(command, launch, tmp_path):
+    what = "model.get_base_model().model.embed_tokens.weight.data.fill_(float('nan'))"
+    run = launch(2, *command(tmp_path / "run"), code=AT.format(rank=1, step=12, what=what))
+    assert run.codes == [1, 1]
+    assert sum(text.count("error:") for text in run.said) == 1
+    assert "the loss is nan at step 13, on rows [" in run.said[1] and "checkpoint-10" in run.said[1]
+
+
+def test_memory_that_runs_out_in_one_process_takes_all_down_a_rung(alone, command, launch, tmp_path):
+    """In a step it alone; in a round all of them, who begin it again together."""
+    code = """
+from qalora.adapter import ablation
+from qalora.training import trainer
+plain_rows, plain_summed, broken = ablation.row_losses, trainer.summed_loss, set()
+def losses(model, micro, **kwargs):
+    if RANK == 1 and len(micro["labels"]) > 1:
+        raise torch.OutOfMemoryError("out of memory in a round")
+    return plain_rows(model, micro, **kwargs)
+def summed(model, inputs, **kwargs):
+    if RANK == 0 and len(inputs["labels"]) > 2:
+        raise torch.OutOfMemoryError("out of memory in a step")
+    return plain_summed(model, inputs, **kwargs)
+ablation.row_losses, trainer.summed_loss = losses, summed
+"""
+    run = launch(2, *command(tmp_path / "run"), code=code)
+    assert run.codes == [0, 0], run.said
+    assert "micro-batches are worked through in 2 pieces" in run.said[0]
+    assert_same_run(tmp_path / "run", alone)

@@ -286,7 +286,9 @@ def gate_gradients(
         own = {name: gradient.view(-1, gradient.shape[-1]).double().cpu() for name, gradient in found.items()}
         return float(loss.detach().double()), own, targets(micro["labels"]).sum(1).cpu()
 
-    losses, gradients, counts = zip(*processes.together(batch, gradients_of, partial(track, what="scoring")), strict=True)
+    losses, gradients, counts = zip(
+        *processes.together(batch, gradients_of, partial(track, what="scoring")), strict=True
+    )
     tokens = torch.cat(counts)
     joined = {name: torch.cat([found[name] for found in gradients]) for name in layers}
     return sum(losses) / int(tokens.sum()), joined, tokens

@@ -25,7 +25,9 @@ def share_adapter(model: PeftModel) -> None:
     if processes.size() == 1:
         return
     layers = gated_layers(model)
-    first = processes.from_first(lambda: {name: (layer.A.data.cpu(), layer.B.data.cpu()) for name, layer in layers.items()})
+    first = processes.from_first(
+        lambda: {name: (layer.A.data.cpu(), layer.B.data.cpu()) for name, layer in layers.items()}
+    )
     for name, (A, B) in first.items():
         layers[name].A.data.copy_(A)
         layers[name].B.data.copy_(B)
