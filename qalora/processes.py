@@ -317,7 +317,7 @@ def _exchange(value: T, trouble: BaseException | None) -> list[T]:
         raise EndedElsewhere(kinds[errors[0]])
     if "memory" in kinds:
         error = trouble or torch.OutOfMemoryError(f"out of memory in process {kinds.index('memory')}")
-        error.said = True  # type: ignore[union-attr]
+        error.said = True  # type: ignore[attr-defined]
         raise error
     return [value for _, value in found]
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
+from typing import Any
 
 BYE = b"."
 GONE = b"!"
@@ -34,7 +35,8 @@ class Watch:
         self.rank, self.size = rank, size
         self.peers: dict[int, socket.socket] = {}
         server = socket.create_server(("", 0), backlog=size) if rank == 0 else None
-        port, token = first_says(server and (server.getsockname()[1], os.urandom(TOKEN)))  # type: ignore[misc]
+        said: Any = first_says((server.getsockname()[1], os.urandom(TOKEN)) if server else None)
+        port, token = said
         with suppress(OSError):  # a network that lets nothing through: an exchange notices in the end
             if server is not None:
                 self._accept(server, token)

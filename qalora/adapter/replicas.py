@@ -63,4 +63,4 @@ def _digests(model: PeftModel, optimizer: Optimizer | None | Any) -> Iterator[tu
 
 def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(values.numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).hexdigest()
