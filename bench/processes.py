@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 ENDED = 30.0  # seconds after a kill
 LOOSE = 1e-5
 SETTINGS = (
-    "data.format=auto", "data.val_set_size=16", "training.micro_batch_size=3", "training.gradient_accumulation_steps=2",
+    "data.val_set_size=16", "training.micro_batch_size=3", "training.gradient_accumulation_steps=2",
     "logging.steps=1", "evaluation.before=false", "evaluation.after=false", "quantization.bnb_4bit_compute_dtype=float32",
 )  # fmt: skip
 TINY = (
@@ -107,17 +107,19 @@ def equal(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 def kills(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Kills one of two processes at random moments, and goes on."""
     to, draw = tiny_command(folder, KILLED), random.Random(args.seed)
+    running, _ = met_processes(folder, to(folder / "undisturbed"))
     started = time.monotonic()
-    assert launch(folder, 2, to(folder / "undisturbed")) == [0, 0]
+    assert [process.join() or process.exitcode for process in running] == [0, 0]
     lasts = time.monotonic() - started
-    found = []
-    for trial in range(args.kills):
+    found: list[dict[str, Any]] = []
+    for trial in range(2 * args.kills):
         output_dir, rank, after = folder / f"trial-{trial}", draw.randrange(2), draw.uniform(0, lasts)
         words = [*to(output_dir), "--resume-from-checkpoint", "auto"]
-        running, logs = started_processes(folder, 2, words)
-        wait_for(lambda log=logs[0]: log.exists() and "rows" in log.read_text())  # they have found each other
+        running, logs = met_processes(folder, words)
         time.sleep(after)
-        killed, at = running[rank].is_alive(), step_in(logs[0])
+        if not all(process.is_alive() for process in running) or len(found) == args.kills:
+            continue  # it was faster than the undisturbed one
+        at = step_in(logs[0])
         running[rank].kill()
         began = time.monotonic()
         for process in running:
@@ -126,7 +128,7 @@ def kills(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         late = [process.kill() for process in running if process.is_alive()]
         named = any(f"process {rank} of 2 has ended" in log.read_text() for log in logs)
         goes_on = launch(folder, 2, words)
-        row = {"trial": trial, "killed": rank if killed else None, "after step": at, "others ended after s": seconds}
+        row = {"killed": rank, "after step": at, "others ended after s": seconds}
         same = digest(output_dir) == digest(folder / "undisturbed")
         found.append(row | {"in time": not late and seconds <= ENDED, "named": named, "goes on": goes_on == [0, 0], "same": same})
         print(found[-1], flush=True)
@@ -171,16 +173,16 @@ def tiny_command(folder: Path, settings: Sequence[str] = TINY) -> Callable[[Path
     words = "red green blue one two three four cat dog".split()  # noqa: SIM905
     lines = [{"prompt": f"{i} ", "completion": " ".join(draw.choices(words, k=1 + i % 7))} for i in range(80)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lambda to: words_of(str(model), rows, to, settings)
+    return lambda to: words_of(str(model), "alpaca", rows, to, ("data.format=auto", *settings))
 
 
 def real_command(data: Path) -> Callable[[Path], list[str]]:
-    return lambda to: words_of("smollm2-135m", data / "e2e" / "train.jsonl", to, REAL)
+    return lambda to: words_of("smollm2-135m", "e2e", data / "e2e" / "train.jsonl", to, REAL)
 
 
-def words_of(model: str, rows: Path, output_dir: Path, settings: Sequence[str]) -> list[str]:
+def words_of(model: str, recipe: str, rows: Path, output_dir: Path, settings: Sequence[str]) -> list[str]:
     own = [f"data.train={rows}", *SETTINGS, *settings]
-    return ["--model", model, "--recipe", "alpaca", "--output-dir", str(output_dir), *own]
+    return ["--model", model, "--recipe", recipe, "--output-dir", str(output_dir), *own]
 
 
 def launch(folder: Path, size: int, words: Sequence[str]) -> list[int | None]:
@@ -206,6 +208,14 @@ def started_processes(folder: Path, size: int, words: Sequence[str]) -> tuple[li
         text = PROCESS.format(log=str(logs[-1]), variables=said, words=list(words))
         running.append(context.Process(target=exec, args=(text, {"__name__": "__launched__"})))
         running[-1].start()
+    return running, logs
+
+
+def met_processes(folder: Path, words: Sequence[str]) -> tuple[list[Any], list[Path]]:
+    """Two processes that have found each other."""
+    running, logs = started_processes(folder, 2, words)
+    while not (logs[0].exists() and "rows" in logs[0].read_text()):
+        time.sleep(0.05)
     return running, logs
 
 
@@ -244,11 +254,6 @@ def step_in(log: Path) -> int:
     """The last step that a log speaks of."""
     steps = [line.split("/")[0].split()[-1] for line in log.read_text().splitlines() if line.startswith("step ")]
     return int(steps[-1]) if steps else 0
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    while not happened():
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ T = TypeVar("T")
 P = TypeVar("P")
 # A process may wait that long for another's share, as of generated answers; one that ends is noticed at once.
 PATIENCE = timedelta(hours=4)
+MEETING = timedelta(minutes=10)  # in which all have to be there, on all nodes
 NOTICE = 3.0  # seconds in which the watch ends a process whose exchange failed, and names the one that is gone
 
 
@@ -359,10 +360,13 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
     import torch.distributed as dist
 
     try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(MEETING)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            rank=own["RANK"],
-            world_size=own["WORLD_SIZE"],
+            store=dist.PrefixStore("qalora", store),
+            rank=rank,
+            world_size=size,
             timeout=PATIENCE,
         )
     except (RuntimeError, ValueError) as error:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 
 from qalora import cli
 from qalora.finetune import main
+from qalora.training.checkpoints import problem_with
 
 STEPS = 40
 # Notes the calls and bytes of all sums, and how often adapters were compared.
@@ -229,3 +234,24 @@ ablation.row_losses, trainer.summed_loss = losses, summed
     assert run.codes == [0, 0], run.said
     assert "micro-batches are worked through in 2 pieces" in run.said[0]
     assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, tmp_path):
+    """accelerate launch, which is torchrun in its own clothes; its word on precision is not the recipe's."""
+    log = tmp_path / "log"
+    words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16"]
+    words += ["--main_process_port", "0", "-m", "qalora.finetune", *command(tmp_path / "run", **{"training.max_steps": 4000})]
+    with log.open("w") as output:
+        launcher = subprocess.Popen([sys.executable, "-m", *words], stdout=output, stderr=output)
+        waited = time.monotonic()
+        while "step    6/4000" not in log.read_text():
+            assert launcher.poll() is None and time.monotonic() - waited < 240, log.read_text()
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(60)
+    text = log.read_text()
+    assert text.count("ACCELERATE_MIXED_PRECISION=bf16 is not followed") == 1
+    assert text.count("interrupted after step") == 1
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert problem_with(checkpoint) is None
+    assert f"interrupted after step {checkpoint.name.removeprefix('checkpoint-')};" in text
