@@ -5,8 +5,8 @@
     python bench/processes.py kills --kills 20           # one of two processes is killed, then the run goes on
     python bench/processes.py nodes                      # torchrun --nnodes 2 in two network namespaces; Linux, as root
 
-All of it runs over gloo on a CPU. The bar: losses, ranks and adapter within 1e-5 of one process; after a kill the others
-have ended within 30 seconds, and the run that goes on ends with the bytes of an undisturbed one.
+All of it runs over gloo on a CPU. The bar: losses, ranks and adapter within 1e-5 of one process; after a kill the
+others have ended within 30 seconds, and the run that goes on ends with the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ ENDED = 30.0  # seconds after a kill
 LOOSE = 1e-5
 SETTINGS = (
     "data.val_set_size=16", "training.micro_batch_size=3", "training.gradient_accumulation_steps=2",
-    "logging.steps=1", "evaluation.before=false", "evaluation.after=false", "quantization.bnb_4bit_compute_dtype=float32",
+    "logging.steps=1", "evaluation.before=false", "evaluation.after=false",
+    "quantization.bnb_4bit_compute_dtype=float32",
 )  # fmt: skip
 TINY = (
     "training.max_steps=40", "allocation.rounds=3", "allocation.warmup=5", "allocation.interval=8",
@@ -130,7 +131,9 @@ def kills(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         goes_on = launch(folder, 2, words)
         row = {"killed": rank, "after step": at, "others ended after s": seconds}
         same = digest(output_dir) == digest(folder / "undisturbed")
-        found.append(row | {"in time": not late and seconds <= ENDED, "named": named, "goes on": goes_on == [0, 0], "same": same})
+        found.append(
+            row | {"in time": not late and seconds <= ENDED, "named": named, "goes on": goes_on == [0, 0], "same": same}
+        )
         print(found[-1], flush=True)
     return found
 
@@ -223,7 +226,9 @@ def differences(found: Path, wanted: Path) -> dict[str, Any]:
     """The largest relative differences of two runs."""
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (found, wanted))
     weights = max(
-        float((ours[name] - theirs[name]).norm() / theirs[name].norm()) if ours[name].shape == theirs[name].shape else 1.0
+        float((ours[name] - theirs[name]).norm() / theirs[name].norm())
+        if ours[name].shape == theirs[name].shape
+        else 1.0
         for name in theirs
     )
     logs = [map(json.loads, (folder / "log_history.jsonl").read_text().splitlines()) for folder in (found, wanted)]

@@ -405,7 +405,7 @@ def _check_devices() -> None:
     if with_gpu and len(set(with_gpu)) < len(found):
         raise InputError(
             f"{len(found)} processes were started on {len(set(with_gpu))} GPUs: each needs one of its own; lower "
-            "--nproc_per_node (torchrun) or --num_processes (accelerate launch), or see what CUDA_VISIBLE_DEVICES hides."
+            "--nproc_per_node (torchrun) or --num_processes (accelerate launch); CUDA_VISIBLE_DEVICES may hide some."
         )
 
 

@@ -1,5 +1,6 @@
-"""How the processes of a run notice that one of them is gone: a connection of each to process 0, which the kernel closes
-when its process dies, whatever either of them is doing. Torch-free.
+"""How the processes of a run notice that one of them is gone: a connection of each to process 0. Torch-free.
+
+The kernel closes it when its process dies, whatever either of them is doing.
 
 An exchange would notice too, but only when it comes to one, and on GPUs not for many minutes.
 """

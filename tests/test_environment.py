@@ -77,7 +77,7 @@ def test_a_launch_of_torchrun_or_accelerate_is_joined_and_taken_out_of_the_envir
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 in the environment: start several processes with torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 in the environment: start several processes with tor"),
         ({"PMI_SIZE": "16", "PMI_RANK": "3"}, "PMI_SIZE=16 in the environment: start several processes with torchrun"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment: start several"),
         ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 in the environment: start several"),

@@ -64,8 +64,8 @@ def command(save_tiny_llama, tmp_path_factory):
         )
     )
     own = {
-        "data.train": rows, "data.format": "auto", "data.val_set_size": 16, "training.max_steps": STEPS, "training.micro_batch_size": 3,
-        "training.gradient_accumulation_steps": 2, "training.eval_steps": 10, "training.save_steps": 10,
+        "data.train": rows, "data.format": "auto", "data.val_set_size": 16, "training.max_steps": STEPS,
+        "training.micro_batch_size": 3, "training.gradient_accumulation_steps": 2, "training.eval_steps": 10, "training.save_steps": 10,
         "training.save_total_limit": 10, "allocation.rounds": 3, "allocation.warmup": 5, "allocation.interval": 8,
         "allocation.val_batch_size": 7, "evaluation.before": False, "evaluation.after": False, "logging.steps": 1,
         "quantization.bnb_4bit_compute_dtype": "float32",
@@ -240,7 +240,13 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, tmp_path):
     """accelerate launch, which is torchrun in its own clothes; its word on precision is not the recipe's."""
     log = tmp_path / "log"
     words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16"]
-    words += ["--main_process_port", "0", "-m", "qalora.finetune", *command(tmp_path / "run", **{"training.max_steps": 4000})]
+    words += [
+        "--main_process_port",
+        "0",
+        "-m",
+        "qalora.finetune",
+        *command(tmp_path / "run", **{"training.max_steps": 4000}),
+    ]
     with log.open("w") as output:
         launcher = subprocess.Popen([sys.executable, "-m", *words], stdout=output, stderr=output)
         waited = time.monotonic()

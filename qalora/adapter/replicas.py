@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.optim import Optimizer
 
 from qalora import processes
 from qalora.adapter.model import gated_layers
@@ -49,7 +48,7 @@ def check_replicas(model: PeftModel, optimizer: object, when: str) -> None:
         processes.check_same(dict(_digests(model, getattr(optimizer, "optimizer", optimizer))), when, PARTED)
 
 
-def _digests(model: PeftModel, optimizer: Optimizer | None | Any) -> Iterator[tuple[str, str]]:
+def _digests(model: PeftModel, optimizer: Any) -> Iterator[tuple[str, str]]:
     """(what, digest) of every tensor of the adapter, and of what the optimizer keeps of it."""
     for name, layer in gated_layers(model).items():
         yield f"the number of ranks of {name}", str(len(layer.A))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.adapter.provenance import Provenance
 from qalora.base.checkpoint import (
     Checkpoint,
     Quantization,
@@ -30,13 +31,14 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
+from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 from qalora.progress import in_place_of_transformers
 
 
@@ -56,6 +58,23 @@ class LoadedBase:
         """
         return original_weights(open_checkpoint(self.source)[0], self.source.name)
 
+    def provenance(self, weights: str | None = None) -> Provenance:
+        """What an adapter says of the base that it was trained on, for `save_adapter`; merging and generating then load
+        the base as it was here.
+
+        Args:
+            weights: the fingerprint of its files, where it is known already.
+        """
+        stored = getattr(self.model.config, "quantization_config", None) if self.quantized else None
+        return Provenance(
+            model=self.source.hub_id or self.source.name,
+            quant_type=None if stored is None else stored.bnb_4bit_quant_type,
+            double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
+            compute_dtype=str(self.compute_dtype).removeprefix("torch."),
+            base=weights or fingerprint(self.source),
+            stored_as=stored_as(self.source),
+        )
+
 
 def load_base(
     source: ModelSource | str | Path,
@@ -63,7 +82,7 @@ def load_base(
     load_in_4bit: bool = True,
     quant_type: str = "nf4",
     double_quant: bool = True,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
@@ -75,7 +94,7 @@ def load_base(
         load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
         quant_type: nf4 or fp4.
         double_quant: also quantize the quantization constants.
-        dtype: auto, bfloat16, float16 or float32; see `choose_compute_dtype`.
+        dtype: auto, bfloat16, float16 or float32, also as torch names them; see `choose_compute_dtype`.
         device: default: CUDA where there is one, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
@@ -84,6 +103,9 @@ def load_base(
             there are several processes.
     """
     check_one_process()
+    dtype = str(dtype).removeprefix("torch.")
+    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("quant_type", quant_type, ("nf4", "fp4"))
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
-from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import keep_best_corrections
 from qalora.adapter.model import attach, gated_layers, ranks, write_adapter
 from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.adapter.surgery import apply_plan
@@ -89,10 +89,8 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
     before = losses(best, on_card)
     start_at_quantization_error(corrected, [on_card], weights.__getitem__, generator=torch.Generator().manual_seed(0))
     assert (losses(corrected, on_card) - wanted).abs().max() < 0.3 * (before - wanted).abs().max()
-    settings = RoundSettings(
-        budget=48 * 14, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0
-    )
-    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings, ranks(best))
+    limits = dict(budget=48 * 14, parameters=None, min_rank=0, max_rank=None, seed=0)
+    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, ranks(best), **limits)
     assert record["total_rank"] == 48 * 14
     assert losses(best, on_card).sum() < before.sum()
 
@@ -230,7 +228,9 @@ def test_two_gpus_make_the_run_of_one(save_tiny_llama, tmp_path):
     """Over NCCL, as torchrun starts it: the same ranks, losses up to rounding, and one line of output a step."""
     base = save_tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512, max_position_embeddings=64)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i} ", "completion": "ab" * (1 + i % 9)}) + "\n" for i in range(64)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i} ", "completion": "ab" * (1 + i % 9)}) + "\n" for i in range(64))
+    )
     losses, ranks_of = [], []
     for size in (1, 2):
         words = [

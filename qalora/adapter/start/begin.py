@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Share
-from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
-from qalora.adapter.callback import Attempt, once, tokenized
-from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.allocation_round import Record, keep_best_corrections
+from qalora.adapter.callback import Attempt, Budget, once, tokenized
+from qalora.adapter.model import check_adapted, gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.base.checkpoint import Weights
 from qalora.data.batching import Collator, micro_batches, on_device
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 
 T = TypeVar("T")
 Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
@@ -35,7 +35,7 @@ def start(
     batch_size: int = 4,
     min_rank: int = 0,
     max_rank: int | None = None,
-    budget: Literal["ranks", "parameters"] = "parameters",
+    budget: Budget = "parameters",
     seed: int = 42,
     attempt: Attempt[Start | None] = once,
 ) -> Start | None:
@@ -63,8 +63,13 @@ def start(
         With share="scores", what `AllocationCallback.record_start` takes.
 
     Raises:
-        InputError: rows that are not tokenized, or no `original` where it is needed.
+        InputError: no adapter, rows that are not tokenized, no `original` where it is needed, or a setting that is
+            none.
     """
+    check_choice("init", init, get_args(Init))
+    check_choice("share", share, get_args(Share))
+    check_choice("budget", budget, get_args(Budget))
+    check_adapted(model, "start")
     found = tokenized(rows, "rows")
     if init == "quantization" and original is None:
         raise InputError(
@@ -87,19 +92,18 @@ def start(
             start_at_quantization_error(model, batch, original, generator=generator)
         else:
             cost = rank_parameters(model, even)
-            settings = RoundSettings(
+            record, importance = keep_best_corrections(
+                model,
+                None,
+                batch,
+                original,
+                even,
                 budget=sum(even.values()),
                 parameters=sum(even[name] * cost[name] for name in even) if budget == "parameters" else None,
-                prune=len(even),
-                scoring="path",
-                importance="path",
                 min_rank=min_rank,
                 max_rank=max_rank,
                 seed=seed,
-                step_tokens=0.0,
-                modules=tuple(even),
             )
-            record, importance = keep_best_corrections(model, None, batch, original, settings, even)
             return record, {"method": "midpoint", "importance": importance}
         return None
 
