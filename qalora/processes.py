@@ -259,6 +259,23 @@ def check_same(values: Mapping[str, object], what: str, advice: str) -> None:
             )
 
 
+def see_one_gpu(environ: MutableMapping[str, str], place: int) -> None:
+    """Has this process see one GPU of the machine, before CUDA starts: all else is then as where there is one.
+
+    A process that is shown a single GPU already, as SLURM can do it, keeps that.
+
+    Args:
+        place: of the GPU among those that are visible.
+    """
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        environ["CUDA_VISIBLE_DEVICES"] = str(place)
+        return
+    visible = [name for name in named.split(",") if name.strip()]
+    if len(visible) > 1:
+        environ["CUDA_VISIBLE_DEVICES"] = visible[place] if place < len(visible) else ""
+
+
 def tell(text: str) -> None:
     """A line for the user, from whichever process; the first one's as ever."""
     if is_first():
@@ -354,7 +371,7 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
     """(this process among the others, the variables that said so)."""
     own = {name: int(environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     local = int(environ.get("LOCAL_WORLD_SIZE") or own["WORLD_SIZE"])
-    _choose_device(environ, own["LOCAL_RANK"])
+    see_one_gpu(environ, own["LOCAL_RANK"])
 
     import torch
     import torch.distributed as dist
@@ -376,20 +393,6 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
             "them."
         ) from None
     return Group(own["RANK"], own["WORLD_SIZE"], local), taken_out(environ)
-
-
-def _choose_device(environ: MutableMapping[str, str], local_rank: int) -> None:
-    """One process sees one GPU, before CUDA starts: everything else is then as on a machine with one.
-
-    A process that is shown a single GPU already, as SLURM can do it, keeps that.
-    """
-    named = environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        environ["CUDA_VISIBLE_DEVICES"] = str(local_rank)
-        return
-    visible = [name for name in named.split(",") if name.strip()]
-    if len(visible) > 1:
-        environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank] if local_rank < len(visible) else ""
 
 
 def _check_devices() -> None:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qalora import cli
+from qalora import cli, processes
+from qalora.errors import InputError
 from qalora.finetune import main
 from qalora.training.checkpoints import problem_with
 
@@ -65,7 +67,8 @@ def command(save_tiny_llama, tmp_path_factory):
     )
     own = {
         "data.train": rows, "data.format": "auto", "data.val_set_size": 16, "training.max_steps": STEPS,
-        "training.micro_batch_size": 3, "training.gradient_accumulation_steps": 2, "training.eval_steps": 10, "training.save_steps": 10,
+        "training.micro_batch_size": 3, "training.gradient_accumulation_steps": 2,
+        "training.eval_steps": 10, "training.save_steps": 10,
         "training.save_total_limit": 10, "allocation.rounds": 3, "allocation.warmup": 5, "allocation.interval": 8,
         "allocation.val_batch_size": 7, "evaluation.before": False, "evaluation.after": False, "logging.steps": 1,
         "quantization.bnb_4bit_compute_dtype": "float32",
@@ -261,3 +264,23 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, tmp_path):
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert problem_with(checkpoint) is None
     assert f"interrupted after step {checkpoint.name.removeprefix('checkpoint-')};" in text
+
+
+@pytest.mark.parametrize(
+    ("visible", "place", "seen"),
+    [(None, 2, "2"), ("0,1", 1, "1"), ("GPU-a,GPU-b", 0, "GPU-a"), ("3", 2, "3"), ("0,1", 5, ""), ("", 1, "")],
+)
+def test_a_process_sees_one_gpu(visible, place, seen):
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    processes.see_one_gpu(environ, place)
+    assert environ == {"CUDA_VISIBLE_DEVICES": seen}
+
+
+def test_two_processes_on_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(processes, "exchange", lambda value: [value, value])
+    with pytest.raises(InputError, match="2 processes were started on 1 GPUs"):
+        processes._check_devices()
+    monkeypatch.setattr(processes, "exchange", lambda value: [value, ("other", "b")])
+    processes._check_devices()
