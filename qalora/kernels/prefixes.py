@@ -26,10 +26,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qalora.base.families import family_of
+
 ATTENTION = "sdpa_over_rows"  # transformers' name for attention that can gather rows
 OWN = "sdpa"  # the attention whose place it takes
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
 OWN_STATES = {"position_ids", "inputs_embeds", "past_key_values"}  # with these, equal tokens need not have equal states
+DROPOUTS = ("attention_dropout", "residual_dropout")  # what modules call the share that they drop themselves
 MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
 
 
@@ -108,10 +111,12 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
 
 
 def can_share(model: PreTrainedModel, width: int) -> bool:
-    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention
-    reaches back to a row's first token."""
-    config = model.config
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone
+    carries them on, and reaches back to a row's first token."""
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
+    if family_of(config.model_type).across_rows is not None:
+        return False
     if config._attn_implementation != ATTENTION or (window is not None and width > window):
         return False
     return not any(_differs_by_row(module) for module in model.modules())
@@ -120,7 +125,7 @@ def can_share(model: PreTrainedModel, width: int) -> bool:
 def _differs_by_row(module: nn.Module) -> bool:
     if getattr(module, "differs_by_row", False):
         return True
-    dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    dropout = module.p if isinstance(module, nn.Dropout) else any(getattr(module, name, 0.0) for name in DROPOUTS)
     # NEFTune's noise is drawn for every position of every row.
     return bool(module.training and (dropout or getattr(module, "neftune_noise_alpha", None)))
 
