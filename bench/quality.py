@@ -6,6 +6,7 @@
     python bench/quality.py --data data --grid full     # everything, for a GPU
     python bench/quality.py --data data --only e2e/lora '*/eva'  # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2        # on a CPU: so many runs at a time, a thread each
+    python bench/quality.py --data data --jobs 8        # on 8 GPUs: a run on each
     python bench/quality.py --data data --smoke         # minutes: every method for two steps; nothing is kept
     python bench/quality.py --report                    # table and plot of what is there, at the core grid's rates
 
@@ -22,6 +23,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import sys
@@ -31,6 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cache, partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -55,6 +58,7 @@ from qalora.base.registry import resolve
 from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
 from qalora.metrics import evaluate
+from qalora.processes import see_one_gpu
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.trainer import QaloraTrainer, begin_ranks, build_trainer, schedule_of
 
@@ -312,11 +316,21 @@ def processes(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[dict[st
         if args.jobs > 1:
             torch.set_num_threads(1)
         loaded(args.dtype)  # once: the processes inherit it
-    with tempfile.TemporaryDirectory() as shared, context.Pool(args.jobs, maxtasksperchild=1) as pool:
+    free = context.SimpleQueue()
+    for job in range(args.jobs):
+        free.put(job % max(1, torch.cuda.device_count()))
+    with tempfile.TemporaryDirectory() as shared, context.Pool(args.jobs, on_own_gpu, (free,), 1) as pool:
         yield from pool.imap_unordered(partial(work, args=args, shared=Path(shared)), runs, chunksize=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- in a worker
+
+
+def on_own_gpu(free: Any) -> None:
+    """Has the worker see a GPU that no other one uses, which is free again when it ends."""
+    place = free.get()
+    see_one_gpu(os.environ, place)
+    Finalize(None, free.put, (place,), exitpriority=0)
 
 
 @cache

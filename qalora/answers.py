@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from qalora import processes
 from qalora.adapter.provenance import read_provenance
 from qalora.base.registry import positions_of
 from qalora.data.ending import ending_of
 from qalora.errors import InputError
 from qalora.kernels.prefixes import causal_lm
-from qalora.progress import Track
+from qalora.progress import Track, untracked
 
 BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
@@ -67,10 +69,10 @@ def generate_answers(
     batch_size: int = 8,
     taught: Sequence[str] = (),
     kept: Sequence[str] | None = None,
-    track: Track | None = None,
+    track: Track = untracked,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's
-    positions.
+    """Greedy continuations of tokenized prompts, left-padded in batches of like length, which several processes share;
+    none goes beyond the model's positions.
 
     Args:
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
@@ -86,21 +88,27 @@ def generate_answers(
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     alike = [list(group) for _, group in groupby(by_length, lambda i: longest[i])]
     batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
-    answers = [""] * len(prompts)
+
+    def continued(batch: Sequence[int]) -> list[list[int]]:
+        input_ids, attention_mask = left_pad([prompts[i] for i in batch], config.pad_token_id)
+        device = causal_lm(model).device
+        config.max_new_tokens = longest[batch[0]]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=config,
+            tokenizer=tokenizer,
+        )
+        tokens: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        return tokens
+
     with inference(model):
-        for batch in (track or (lambda batches, what: batches))(batches, "generation"):
-            input_ids, attention_mask = left_pad([prompts[i] for i in batch], config.pad_token_id)
-            device = causal_lm(model).device
-            config.max_new_tokens = longest[batch[0]]
-            output = model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=config,
-                tokenizer=tokenizer,
-            )
-            for i, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                text = kept[i] if kept else ""
-                answers[i] = read(ids, tokenizer, config, {id for id, name in special.items() if name not in text})
+        found = processes.together(batches, continued, partial(track, what="generation"))
+    answers = [""] * len(prompts)
+    for batch, continuations in zip(batches, found, strict=True):
+        for i, ids in zip(batch, continuations, strict=True):
+            text = kept[i] if kept else ""
+            answers[i] = read(ids, tokenizer, config, {id for id, name in special.items() if name not in text})
     return answers
 
 

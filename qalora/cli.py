@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import qalora
-from qalora.errors import AnswerNo, InputError
+from qalora.errors import AnswerNo, EndedElsewhere, InputError
 from qalora.paths import with_expanded_flags
 from qalora.quiet import hide_noise
 
@@ -48,6 +48,8 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     except AnswerNo as error:
         say(f"error: {error}")
         return NO
+    except EndedElsewhere as error:
+        return error.code
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED

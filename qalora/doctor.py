@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qalora.cli import DONE, NO, Parser
-from qalora.environment import check_one_process, leave_to_the_recipe
+from qalora.environment import check_launcher, leave_to_the_recipe
 from qalora.errors import InputError
 from qalora.flags import add
 
@@ -203,7 +203,7 @@ def of_room(facts: Mapping[str, Any]) -> Iterator[Finding]:
 def of_environment(facts: Mapping[str, Any]) -> Iterator[Finding]:
     environ = dict(facts["environment"])
     try:
-        check_one_process(environ)
+        check_launcher(environ)
     except InputError as error:
         what, _, do = str(error).rpartition("; ")
         yield Finding("fails", what, do.rstrip("."))

@@ -1,4 +1,4 @@
-"""What launchers leave in the environment: one process trains, and the recipe decides how. Torch-free.
+"""What launchers leave in the environment: how many processes there are; the recipe decides how they train. Torch-free.
 
 `torchrun`, `accelerate launch` and MPI say by variables how many processes there are; accelerate takes its precision,
 accumulation, compiler and device from variables too, where a program does not insist.
@@ -17,7 +17,7 @@ RANKS = (
     "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK",
 )  # fmt: skip
 OTHERS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-# Ways to train that need several processes.
+# Ways to train that part a model over processes.
 WAYS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER", "PARALLELISM_CONFIG")
 # What accelerate would do otherwise → what decides it here.
 DECIDED = {
@@ -32,10 +32,51 @@ HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFF
 OFF = ("", "0", "no", "false", "none", "off")
 
 
+def check_launcher(environ: Mapping[str, str] = os.environ) -> int:
+    """How many processes `torchrun` or `accelerate launch` started, of which this is one.
+
+    Raises:
+        InputError: another launcher, a launch that does not say all of what it must, or a way to train that parts the
+            model.
+    """
+    _check_ways(environ)
+    found = _several(environ)
+    if found is None:
+        return 1
+    if int(environ.get("WORLD_SIZE") or 1) < 2 or not environ.get("RANK", "").strip():
+        raise InputError(
+            f"{found} in the environment: start several processes with torchrun or accelerate launch, which set RANK, "
+            f"WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for one process, unset {found.partition('=')[0]}."
+        )
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
+        raise InputError(
+            f"WORLD_SIZE={environ['WORLD_SIZE']} in the environment, and {missing[0]} is missing: torchrun and "
+            "accelerate launch set both; for one process, unset WORLD_SIZE."
+        )
+    size, rank = int(environ["WORLD_SIZE"]), int(environ["RANK"])
+    if not 0 <= rank < size:
+        raise InputError(f"RANK={rank} in the environment: WORLD_SIZE={size} has processes 0 to {size - 1}.")
+    return size
+
+
 def check_one_process(environ: Mapping[str, str] = os.environ) -> None:
     """
     Raises:
         InputError: the environment speaks of several processes, or of a way to train that needs them.
+    """
+    if found := _several(environ):
+        raise InputError(
+            f"{found} in the environment: this runs in one process on one device (`qalora finetune` alone takes "
+            f"several); start it without torchrun, mpirun or accelerate launch, or unset {found.partition('=')[0]}."
+        )
+    _check_ways(environ)
+
+
+def _several(environ: Mapping[str, str]) -> str | None:
+    """The variable that speaks of several processes, with its value.
+
+    Raises:
+        InputError: a value that is no number.
     """
     for name in (*SIZES, *RANKS):
         least = 1 if name in RANKS else 2
@@ -43,17 +84,27 @@ def check_one_process(environ: Mapping[str, str] = os.environ) -> None:
         if text and not text.lstrip("-").isdecimal():
             raise InputError(f"{name}={text} in the environment: no number of processes; unset it.")
         if text and int(text) >= least:
-            raise InputError(
-                f"{name}={text} in the environment: qalora trains in one process on one device; start it without "
-                f"torchrun, mpirun or several processes of accelerate launch, or unset {name}."
-            )
+            return f"{name}={text}"
+    return None
+
+
+def _check_ways(environ: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InputError: accelerate was told to part the model or its optimizer over processes.
+    """
     for way in WAYS:
         name = f"ACCELERATE_USE_{way}"
         if environ.get(name, "").lower() not in OFF:
             raise InputError(
-                f"{name}={environ[name]} in the environment: qalora trains in one process on one device; start it "
-                f"without accelerate launch, or unset {name}."
+                f"{name}={environ[name]} in the environment: each process holds the whole base, in 4 bits; start it "
+                f"with torchrun, or with accelerate launch without {way}, or unset {name}."
             )
+
+
+def taken_out(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Takes out of the environment what speaks of several processes, and returns it."""
+    return {name: environ.pop(name) for name in (*SIZES, *RANKS, *OTHERS) if name in environ}
 
 
 def leave_to_the_recipe(environ: MutableMapping[str, str] = os.environ, *, on_gpu: bool = True) -> list[str]:

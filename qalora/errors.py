@@ -1,4 +1,4 @@
-"""The two ways in which a command ends without its result; `qalora.cli.run` turns them into exit codes."""
+"""The ways in which a command ends without its result; `qalora.cli.run` turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 class AnswerNo(Exception):
     """The command ran and the answer is no (exit code 1): does not fit, over tolerance, never allocated."""
+
+
+class EndedElsewhere(Exception):
+    """Another process of the run ended it, and has said why.
+
+    Attributes:
+        code: its exit code.
+    """
+
+    def __init__(self, code: int):
+        super().__init__(f"another process ended the run with exit code {code}")
+        self.code = code

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from qalora import cli
-from qalora.environment import check_one_process, leave_to_the_recipe
+from qalora import cli, processes
+from qalora.environment import leave_to_the_recipe
+from qalora.errors import InputError
 from qalora.files import check_folder
 from qalora.flags import add
 from qalora.locking import locked
@@ -57,9 +58,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from qalora.recipe import load_recipe, parse_overrides, recipe_path
+    from qalora.recipe import recipe_path
 
     args, rest = parser().parse_known_args(argv)
+    with processes.joined():
+        with processes.agreeing():
+            recipe = asked_recipe(args, rest)
+            if args.dry_run:
+                dry_run(recipe)
+                return cli.DONE
+        return run_recipe(
+            recipe,
+            [recipe_path(args.recipe)],
+            overwrite=args.overwrite,
+            resume_from_checkpoint=args.resume_from_checkpoint,
+            command=argv,
+        )
+
+
+def asked_recipe(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
+    """The recipe with the settings of the command line, and the folder that its files go to.
+
+    Raises:
+        InputError: no such recipe, or a setting that it cannot have.
+    """
+    from qalora.recipe import load_recipe, parse_overrides
+
     flags = {
         "model": args.model,
         "output_dir": args.output_dir,
@@ -72,16 +96,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
     if recipe.output_dir is None:
         recipe = recipe.with_settings({"output_dir": f"outputs/{run_name(args.recipe, recipe.model)}"})
-    if args.dry_run:
-        dry_run(recipe)
-        return cli.DONE
-    return run_recipe(
-        recipe,
-        [recipe_path(args.recipe)],
-        overwrite=args.overwrite,
-        resume_from_checkpoint=args.resume_from_checkpoint,
-        command=argv,
-    )
+    return recipe
 
 
 def run_recipe(
@@ -108,19 +123,19 @@ def run_recipe(
     from qalora.results.hub import check_access
     from qalora.training.settling import as_it_began, check_targets, settled, with_its_own
 
-    check_one_process()
-    show(not recipe.logging.quiet)
-    say = teller(recipe)
-    source = resolve(recipe.model)
-    recipe, notes = settled(recipe, source)
-    for note in notes:
-        say(note)
-    check_targets(recipe, source)
-    if repo := recipe.repository():
-        check_access(repo)
-    with folder_of(recipe, reads, overwrite, resume_from_checkpoint) as (output_dir, continued):
-        recipe = with_its_own(recipe) if continued is None else as_it_began(recipe, continued)
-        return carry_out(recipe, source, output_dir, continued, command)
+    with processes.joined(), processes.agreeing():
+        show(processes.is_first() and not recipe.logging.quiet)
+        say = teller(recipe)
+        source = resolve(recipe.model)
+        recipe, notes = settled(recipe, source)
+        for note in notes:
+            say(note)
+        check_targets(recipe, source)
+        if processes.is_first() and (repo := recipe.repository()):
+            check_access(repo)
+        with folder_of(recipe, reads, overwrite, resume_from_checkpoint) as (output_dir, continued):
+            recipe = with_its_own(recipe) if continued is None else as_it_began(recipe, continued)
+            return carry_out(recipe, source, output_dir, continued, command)
 
 
 def carry_out(
@@ -140,18 +155,19 @@ def carry_out(
     tokenizer = load_tokenizer(source)
     known = None if continued is None or continued.identity is None else continued.identity.rows
     data = load_data(recipe, tokenizer, positions=shape_of(source).positions, known=known, say=say)
+    processes.check_same(data.digests(), "the rows", "give every node the same files.")
     with full_disk_named(output_dir):
         for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
             say(line)
         run = resolve_run(recipe, source, tokenizer, data, output_dir, continued, command=command)
         for line in run.warnings:
-            cli.say(line)
+            warn(line)
         for line in run.notes:
             say(line)
-        session = begin(run, say, cli.say)
+        session = begin(run, say, warn)
         if not train(run, session, say):
             return cli.INTERRUPTED
-        finish(run, session, say, cli.say)
+        finish(run, session, say, warn)
     return cli.DONE
 
 
@@ -159,7 +175,28 @@ def carry_out(
 def folder_of(
     recipe: Recipe, reads: Sequence[Path], overwrite: bool, resume_from_checkpoint: str | None
 ) -> Iterator[tuple[Path, Continued | None]]:
-    """(the run's folder, the checkpoint in it that is continued), nobody else's while the block runs.
+    """(the run's folder, the checkpoint in it that is continued), nobody else's while the block runs. Of several
+    processes the first looks after it, and the others are told.
+
+    Raises:
+        InputError: another run writes there, or it holds what is not to be replaced.
+    """
+    first = processes.is_first()
+    with own_folder(recipe, reads, overwrite, resume_from_checkpoint) if first else nullcontext() as own:
+        output_dir, continued = processes.from_first(lambda: cast(tuple[Path, Continued | None], own))
+        if continued is not None and not continued.checkpoint.is_dir():
+            raise InputError(
+                f"--resume-from-checkpoint: {continued.checkpoint} is not there for this process; put output_dir on a "
+                "file system that all nodes share."
+            )
+        yield output_dir, continued
+
+
+@contextmanager
+def own_folder(
+    recipe: Recipe, reads: Sequence[Path], overwrite: bool, resume_from_checkpoint: str | None
+) -> Iterator[tuple[Path, Continued | None]]:
+    """`folder_of`, in the process that writes.
 
     Raises:
         InputError: another run writes there, or it holds what is not to be replaced.
@@ -195,7 +232,6 @@ def dry_run(recipe: Recipe) -> None:
     from qalora.training.planning import planner
     from qalora.training.settling import check_targets, fitted_to_device, settled, with_its_own
 
-    check_one_process()
     say = teller(recipe)
     source = resolve(recipe.model)
     shape = shape_of(source)
@@ -211,13 +247,20 @@ def dry_run(recipe: Recipe) -> None:
         notes += fit
     for note in notes:
         say(note)
-    print(recipe.to_yaml())
-    print_plan(planner(recipe, shape)())
+    if processes.is_first():
+        print(recipe.to_yaml())
+        print_plan(planner(recipe, shape, processes=processes.size())(), processes.size())
 
 
 def teller(recipe: Recipe) -> Callable[[str], None]:
     """What tells the user a line, unless the run is a quiet one."""
-    return (lambda text: None) if recipe.logging.quiet else cli.say
+    return (lambda text: None) if recipe.logging.quiet else warn
+
+
+def warn(text: str) -> None:
+    """Tells the user a line, once, whatever the number of processes."""
+    if processes.is_first():
+        cli.say(text)
 
 
 cli.make_callable(__name__)

@@ -52,7 +52,7 @@ class Fit:
         return vars(self)
 
 
-def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None:
+def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int, most: int | None = None) -> Fit | None:
     """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward
     of any level. The rows of an optimizer step stay what they are.
 
@@ -60,17 +60,19 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None
         memory: bytes that may be used.
         batch_size: rows an optimizer step.
         seq_len: tokens of the longest row.
+        most: rows of a micro-batch; None: those of a step.
 
     Returns:
         None where even one row at the last level does not fit.
     """
     best: Fit | None = None
+    micro_batches = [rows for rows in range(most or batch_size, 0, -1) if batch_size % rows == 0]
     for level in LEVELS:
-        for rows in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0):
+        for rows in micro_batches:
             chosen = Fit(rows, batch_size // rows, level.checkpointing, level.mlp_tile)
             if plan(seq_len=seq_len, **chosen.settings()).total > HEADROOM * memory:
                 continue
-            if rows == batch_size or rows * seq_len >= FULL_FORWARD:
+            if rows == micro_batches[0] or rows * seq_len >= FULL_FORWARD:
                 return chosen
             if best is None or rows > best.micro_batch_size:
                 best = chosen

@@ -51,6 +51,7 @@ def plan_memory(
     dropout: float = 0.0,
     directions: int = 0,
     device: str = "cuda",
+    processes: int = 1,
 ) -> MemoryPlan:
     """Bytes by term of one training step, and what a start along the gradient takes beyond them.
 
@@ -67,7 +68,10 @@ def plan_memory(
         dropout: of the adapters' inputs.
         directions: of ∂L/∂W that are looked for in every module before the first step.
         device: cuda adds the context's own memory.
+        processes: that share the rows of an optimizer step; the plan is of each.
     """
+    step_rows = ceil(micro_batch_size * gradient_accumulation_steps / processes)
+    micro_batch_size = min(micro_batch_size, step_rows)
     size, maps = DTYPE_BYTES[compute_dtype], shape.linear_maps()
     rank_of = ranks if isinstance(ranks, Mapping) else dict.fromkeys(maps, ranks)
     matrices = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
@@ -97,7 +101,8 @@ def plan_memory(
         **step,
         # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is
         # left.
-        "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if gradient_accumulation_steps > 1 else 0,
+        "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if step_rows > micro_batch_size else 0,
+        "gradients to sum over processes": 4 * sum(adapters) if processes > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
     if directions:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qalora import processes
 from qalora.answers import ends_of, generate_answers, generation_config, inference, without_end
 from qalora.base.device import free_unused
 from qalora.data.batching import Collator
@@ -227,8 +229,8 @@ def item_losses(
     batch_size: int,
     track: Track = untracked,
 ) -> list[float]:
-    """Summed cross-entropy of each item over its supervised tokens: (rows,) floats, nats, in the order of
-    `items`."""
+    """Summed cross-entropy of each item over its supervised tokens: (rows,) floats, nats, in the order of `items`;
+    several processes share the batches."""
     collate = Collator(tokenizer.pad_token_id)
     order = _by_prompt(items)
     batches = [order[i : i + batch_size] for i in range(0, len(items), batch_size)]
@@ -240,9 +242,10 @@ def item_losses(
 
     losses = [0.0] * len(items)
     with inference(model):
-        for batch in track(batches, "loss"):
-            for i, loss in zip(batch, _in_halves(summed, batch), strict=True):
-                losses[i] = loss
+        found = processes.together(batches, partial(_in_halves, summed), partial(track, what="loss"))
+    for batch, of_batch in zip(batches, found, strict=True):
+        for i, loss in zip(batch, of_batch, strict=True):
+            losses[i] = loss
     return losses
 
 

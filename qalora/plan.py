@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from qalora.cli import Parser, say
+from qalora.errors import InputError
 from qalora.fitting import HEADROOM
 from qalora.flags import add
 from qalora.sizes import MLP_TILE, parse_size
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add(parser, "--recipe", default="alpaca")
     add(parser, "--profile")
     add(parser, "--gpu-memory", more="exit code 1 when the run does not fit")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="that share the rows of a step (default: 1)")
     add(parser, "--no-quantize", "--dtype", otherwise="the recipe's")
     add(parser, "--json", more="print the terms as JSON, in bytes")
     return parser
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> int:
 
     args, rest = parser().parse_known_args(argv)
     card = parse_size(args.gpu_memory) if args.gpu_memory else None
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus}: at least 1.")
     flags = {
         "model": args.model,
         "quantization.load_in_4bit": False if args.no_quantize else None,
@@ -53,29 +57,30 @@ def main(argv: list[str]) -> int:
     for note in notes:
         say(note)
     if recipe.training.fit and card is not None:
-        recipe, _ = fitted(recipe, shape, card)
-    planned = planner(recipe, shape)
+        recipe, _ = fitted(recipe, shape, card, processes=args.gpus)
+    planned = planner(recipe, shape, processes=args.gpus)
     plan = planned()
     fits = card is None or plan.total <= HEADROOM * card
     most = {} if card is None else limits(planned, card)
     if args.json:
-        print(as_json(plan, recipe, card, fits, most))
+        print(as_json(plan, recipe, card, fits, most, args.gpus))
     else:
-        print_plan(plan)
+        print_plan(plan, args.gpus)
         print_fit(plan, recipe, card, args.gpu_memory, most)
     return 0 if fits else 1
 
 
-def as_json(plan: MemoryPlan, recipe: Recipe, card: int | None, fits: bool, most: dict[str, int]) -> str:
+def as_json(plan: MemoryPlan, recipe: Recipe, card: int | None, fits: bool, most: dict[str, int], gpus: int = 1) -> str:
     """The terms in bytes, and what was fitted.
 
     Args:
         card: bytes of the GPU that was asked about.
         most: the limits on it.
+        gpus: that share a step; the terms are of each.
     """
     from qalora.training.planning import decided_by_fit
 
-    answer = {"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits, **most}
+    answer = {"terms": plan.terms, "total": plan.total, "gpus": gpus, "gpu_memory": card, "fits": fits, **most}
     return json.dumps({**answer, "training": decided_by_fit(recipe)}, indent=2)
 
 
@@ -97,11 +102,16 @@ def print_fit(plan: MemoryPlan, recipe: Recipe, card: int | None, asked: str | N
     )
 
 
-def print_plan(plan: MemoryPlan) -> None:
+def print_plan(plan: MemoryPlan, gpus: int = 1) -> None:
+    """
+    Args:
+        gpus: that share the step; the plan is of each.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("term", caption="memory of one training step\non CUDA, planned")
+    each = f", each of {gpus} GPUs" if gpus > 1 else ""
+    table = Table("term", caption=f"memory of one training step\non CUDA{each}, planned")
     table.add_column("MiB", justify="right")
     for term, size in plan.terms.items():
         table.add_row(term, f"{size / 2**20:,.1f}")

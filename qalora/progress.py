@@ -40,6 +40,11 @@ def show(wanted: bool) -> None:
     _wanted = wanted
 
 
+def is_wanted() -> bool:
+    """What `show` was last told."""
+    return _wanted
+
+
 def is_shown() -> bool:
     """Whether a bar would be drawn. FORCE_COLOR makes no terminal of a file, and a dumb one cannot take a bar back."""
     return _wanted and bool(getattr(sys.stderr, "isatty", bool)()) and not console.is_dumb_terminal

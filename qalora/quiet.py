@@ -26,6 +26,8 @@ LOGGED: dict[str, tuple[str, ...]] = {
     # How published tokenizer files are read: as tokenizer.json says.
     "transformers.models.auto.tokenization_auto": ("`tokenizer_class` is `",),
     "transformers.tokenization_utils_tokenizers": ("Ignoring clean_up_tokenization_spaces=True for BPE tokenizer",),
+    # Several processes each run a Trainer of one (processes.py).
+    "transformers.training_args": ("torch.distributed process group is initialized, but parallel_mode",),
     # The Trainer writes the tokenizer's ids into a config that nothing reads after it.
     "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",),
 }

@@ -9,9 +9,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import multiprocessing
+import socket
 import subprocess
 import sys
+import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -227,6 +231,77 @@ def run_python():
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    return run
+
+
+# What `launch` runs in each process: some code of a test first, then a command.
+LAUNCHED = """
+import os, sys
+sys.stdout = sys.stderr = open({log!r}, "w", buffering=1)
+os.dup2(sys.stderr.fileno(), 2)
+os.environ.update({variables!r})
+import torch
+torch.set_num_threads(1)
+from qalora import cli
+from qalora.finetune import main
+RANK, SIZE = {rank}, {size}
+{code}
+sys.exit(cli.run(main, {argv!r}))
+"""
+
+
+@dataclass
+class Launch:
+    """Attributes: codes: exit codes; said: what each process printed; seconds: until the last one ended."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qalora.training.begin", "qalora.training.finish", "qalora.finetune"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def launch(forkserver, tmp_path_factory):
+    """run(size, *argv, code) → `qalora finetune` in that many gloo processes, each with `code` before it, where RANK
+    and SIZE are known."""
+
+    def run(size: int, *argv: object, code: str = "", timeout: float = 240) -> Launch:
+        folder = tmp_path_factory.mktemp("launch")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        logs = [folder / f"{rank}.log" for rank in range(size)]
+        started = time.monotonic()
+        running = []
+        for rank, log in enumerate(logs):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            text = LAUNCHED.format(
+                log=str(log),
+                variables={name: str(value) for name, value in variables.items()},
+                rank=rank,
+                size=size,
+                code=code,
+                argv=list(map(str, argv)),
+            )
+            running.append(forkserver.Process(target=exec, args=(text, {"__name__": "__launched__"})))
+            running[-1].start()
+        for process in running:
+            process.join(max(0.0, timeout - (time.monotonic() - started)))
+        late = [process for process in running if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        said = [log.read_text() if log.exists() else "" for log in logs]
+        assert not late, f"still running after {timeout} s: {said}"
+        return Launch([process.exitcode for process in running], said, time.monotonic() - started)
 
     return run
 

@@ -449,9 +449,9 @@ def test_the_recipe_decides_whatever_a_launcher_left_in_the_environment(finetune
     )
 
 
-def test_several_processes_are_refused_before_anything_is_read(finetune, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="WORLD_SIZE=2 in the environment: qalora trains in one process"):
+def test_a_launch_that_is_not_torchruns_is_refused_before_anything_is_read(finetune, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="OMPI_COMM_WORLD_SIZE=2 in the environment: start several processes with tor"):
         finetune("data.train=nowhere.jsonl")
 
 

@@ -144,3 +144,21 @@ def test_it_answers_without_torch(run_python):
         "print(json.dumps(sorted({'torch', 'transformers', 'bitsandbytes', 'peft', 'datasets'} & set(sys.modules))))"
     )
     assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_gpus_share_the_rows_of_a_step(capsys):
+    """16 rows on 4 GPUs are 4 on each, whose plan is that of a micro-batch of 4 and the sum of the gradients."""
+    settings = ("training.micro_batch_size=16", "training.gradient_accumulation_steps=1")
+    answer = planned(capsys, "--gpus", "4", *settings)
+    one = planned(capsys, "training.micro_batch_size=4", "training.gradient_accumulation_steps=1")
+    further = {"gradients to sum over processes": one["terms"]["adapter"]}
+    assert answer["gpus"] == 4 and answer["terms"] == {**one["terms"], **further}
+    assert run(main, ["--model", "llama-7b", "--gpus", "0"]) == 2
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_a_fit_keeps_the_rows_of_a_step_on_any_number_of_gpus(capsys, gpus):
+    settings = ("training.micro_batch_size=4", "training.gradient_accumulation_steps=4", "training.fit=auto")
+    chosen = planned(capsys, "--gpus", str(gpus), "--gpu-memory", "80GiB", "data.max_seq_len=64", *settings)["training"]
+    assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 16
+    assert chosen["micro_batch_size"] == {1: 16, 2: 8, 3: 4, 8: 2}[gpus]

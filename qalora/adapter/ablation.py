@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qalora import processes
 from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.structure import final_norm
@@ -63,7 +64,7 @@ def ablate(
     memory: int = 0,
     gate: float = 0.0,
 ) -> Ablation:
-    """Closes the gate of each rank in turn, and opens it alone.
+    """Closes the gate of each rank in turn, and opens it alone; several processes share the ranks.
 
     Args:
         dtype: what activations are computed in, from the embeddings on; None: the base's own. Weights keep the values
@@ -73,16 +74,23 @@ def ablate(
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
     tokens = supervised_tokens(micro["labels"] for micro in batch)
-    with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
-        adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
-        base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
+
+    def losses(ranks: Sequence[Rank]) -> tuple[float, dict[Rank, float], float, dict[Rank, float]]:
+        with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
+            adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
+            return adapted, without, *_losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
+
+    shared = processes.together([ranks[start :: processes.size()] for start in range(processes.size())], losses)
+    adapted, _, base, _ = shared[0]
+    without = {rank: value for _, found, _, _ in shared for rank, value in found.items()}
+    alone = {rank: value for _, _, _, found in shared for rank, value in found.items()}
     blocks = len(_decoder(model).layers)
     suffixes = sum((blocks - _block_of(name)) / blocks for name, _ in ranks)
     return Ablation(
         loss=adapted / tokens,
         base_loss=base / tokens,
-        drop={rank: (value - adapted) / tokens for rank, value in without.items()},
-        alone={rank: (base - value) / tokens for rank, value in alone.items()},
+        drop={rank: (without[rank] - adapted) / tokens for rank in ranks},
+        alone={rank: (base - alone[rank]) / tokens for rank in ranks},
         forward_equivalents=2 + 2 * suffixes,
     )
 
@@ -281,7 +289,8 @@ def _block_of(name: str) -> int:
 def gate_gradients(
     model: PeftModel, batch: Sequence[MicroBatch], value: float, *, by_row: bool = True
 ) -> tuple[float, dict[str, Tensor], Tensor]:
-    """L with all gates at `value`, and ∂/∂α of every row's loss: one forward and backward of each micro-batch.
+    """L with all gates at `value`, and ∂/∂α of every row's loss: one forward and backward of each micro-batch, which
+    several processes share.
 
     A gate a row gives every row's own gradient from the same backward. It costs less than ⟨∂L/∂A_k, A_k⟩ (the same
     number at α = 1): the product with A x that it needs is there already, and ∂L/∂A is not formed.
@@ -293,9 +302,8 @@ def gate_gradients(
         (loss, module → (rows, or micro-batches, r) fp64 gradients of their summed losses, (rows,) supervised tokens).
     """
     layers = gated_layers(model)
-    gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
-    total, counts = 0.0, []
-    for micro in track(batch, "scoring"):
+
+    def gradients_of(micro: MicroBatch) -> tuple[float, dict[str, Tensor], Tensor]:
         shape = (len(micro["labels"]), 1) if by_row else ()
         gates = {
             name: torch.full((*shape, len(layer.A)), value, device=layer.A.device, requires_grad=True)
@@ -303,12 +311,16 @@ def gate_gradients(
         }
         with gated(layers, gates), torch.enable_grad():
             loss = row_losses(model, micro).sum()
-            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
-        total += float(loss.detach().double())
-        counts.append(targets(micro["labels"]).sum(1).cpu())
+            found = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
+        own = {name: gradient.view(-1, gradient.shape[-1]).double().cpu() for name, gradient in found.items()}
+        return float(loss.detach().double()), own, targets(micro["labels"]).sum(1).cpu()
+
+    losses, gradients, counts = zip(
+        *processes.together(batch, gradients_of, partial(track, what="scoring")), strict=True
+    )
     tokens = torch.cat(counts)
-    return total / int(tokens.sum()), {name: torch.cat(parts) for name, parts in gradients.items()}, tokens
+    joined = {name: torch.cat([found[name] for found in gradients]) for name in layers}
+    return sum(losses) / int(tokens.sum()), joined, tokens
 
 
 @contextmanager

@@ -12,10 +12,12 @@ import torch
 from peft import PeftModel
 from torch.optim import Optimizer
 
+from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, most_pruned, plan
 from qalora.adapter.certified import LEAST_CERTIFIED
 from qalora.adapter.model import rank_parameters, ranks
+from qalora.adapter.replicas import share_adapter
 from qalora.adapter.scores import Importance, Method, PerRank, RankScores
 from qalora.adapter.scoring import FIRST_ORDER, MIDPOINT, midpoint_shares, score_ranks
 from qalora.adapter.start.gradient import FORWARDS, gradient_directions
@@ -148,7 +150,7 @@ def allocation_round(
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     new_rows = {}
     if growth and decision.grown:
-        directions = gradient_directions(model, growth, decision.grown, generator)
+        directions = processes.from_first(lambda: gradient_directions(model, growth, decision.grown, generator))
         new_rows = {name: found.known for name, found in directions.items()}
     apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
     record: Record = {
@@ -195,6 +197,7 @@ def keep_best_corrections(
     candidates = {name: min(MOST * rank, max_rank or MOST * rank) for name, rank in even.items()}
     apply_plan(model, _moved(ranks(model), candidates), optimizer, generator=generator)
     start_at_quantization_error(model, batch, original, generator=generator)
+    share_adapter(model)
     importance = midpoint_shares(model, batch)
     cost = rank_parameters(model, even)
     # Every module keeps a rank, for only a round could give it one again, and a run may have none.

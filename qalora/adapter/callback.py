@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule, parse_duration, schedule
 from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
 from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks, to_fp32
+from qalora.adapter.replicas import check_replicas
 from qalora.adapter.scores import Importance, RankScores
 from qalora.arguments import whole
 from qalora.base.quantized import linear_maps
@@ -156,7 +158,8 @@ class AllocationCallback(TrainerCallback):
         self.file = Path(str(args.output_dir)) / HISTORY
         # A checkpoint's ranks are those of the rounds up to it; what a later, lost part of the run did never happened.
         if state.global_step:
-            self.history = [record for record in read_history(self.file) if record["step"] <= state.global_step]
+            known = processes.from_first(lambda: read_history(self.file))
+            self.history = [record for record in known if record["step"] <= state.global_step]
         else:
             self.history = []
             for record, scores in self._before:
@@ -208,7 +211,9 @@ class AllocationCallback(TrainerCallback):
                 scorer=self.scorer,
             )
 
-        record, scores = self.attempt(on_device(self.batch, args.device), round_of)
+        with processes.agreeing():
+            record, scores = self.attempt(on_device(self.batch, args.device), round_of)
+        check_replicas(model, optimizer, f"after the round at step {state.global_step}")
         names = ("method", "loss", "base_loss", "drop", "alone", "importance", "stderr", "exact")
         self._keep(record, {name: getattr(scores, name) for name in names})
         self._write()
@@ -249,11 +254,13 @@ class AllocationCallback(TrainerCallback):
 
     def _keep(self, record: Record, scores: Mapping[str, object]) -> None:
         scores_file = self.file.parent / "scores" / f"step-{record['step']}.json"
-        write_whole(scores_file, json.dumps(scores))
+        if processes.is_first():
+            write_whole(scores_file, json.dumps(scores))
         self.history.append({"step": record["step"], "scores": f"scores/{scores_file.name}", **record})
 
     def _write(self) -> None:
-        write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
+        if processes.is_first():
+            write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
 
 
 def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
+from qalora import processes
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import attach, load_adapter, ranks, settle_scalings
 from qalora.adapter.provenance import Provenance
@@ -72,8 +73,10 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
     model, start = first_model(run, base)
     session = Session(base, model, provenance, start)
     if run.continued is not None and run.continued.step >= run.total_steps:
-        session.finished = figures_of(run.output_dir)
-    open_folder(run, weights, start, warn)
+        session.finished = processes.from_first(lambda: figures_of(run.output_dir))
+    with processes.agreeing():
+        if processes.is_first():
+            open_folder(run, weights, start, warn)
     measure_before(run, session, say)
     session.trainer, session.allocator, session.interrupt = build_trainer(
         run.recipe,
@@ -134,8 +137,9 @@ def open_folder(run: Run, weights: str | None, start: dict[str, int], warn: Say)
 def measure_before(run: Run, session: Session, say: Say) -> None:
     """The evaluation before training, unless the run that is continued has made it, on the same rows."""
     file = run.output_dir / "metrics.json"
-    if run.continued is not None and file.is_file():
-        session.metrics = json.loads(file.read_text(encoding="utf-8"))
+    known = processes.from_first(lambda: file.read_text(encoding="utf-8") if file.is_file() else None)
+    if run.continued is not None and known is not None:
+        session.metrics = json.loads(known)
         if run.other_validation:
             session.metrics.pop("before", None)
     elif run.recipe.evaluation.before:
@@ -156,6 +160,8 @@ def measure(run: Run, session: Session, when: str, say: Say) -> None:
         **settings.asking(),
     )
     session.metrics[when] = figures
+    if not processes.is_first():
+        return
     say(f"{when + ':':7} " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     write_json(run.output_dir / "metrics.json", session.metrics)
     if any("answer" in line for line in predictions):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qalora import processes
 from qalora.adapter.callback import AllocationCallback
 from qalora.progress import Bar, console
+
+# Seconds within which a launcher passes on a signal that its processes have got already.
+ECHO = 5.0
 
 
 class LastValidation(TrainerCallback):
@@ -24,10 +29,17 @@ class LastValidation(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """On SIGINT or SIGTERM: the step under way is finished, a checkpoint is written, training ends."""
+    """On SIGINT or SIGTERM: the step under way is finished, a checkpoint is written, training ends.
+
+    Attributes:
+        signal: that came to this process.
+        agreed: whether one came to any of several processes, as of the last step; None: there is only this one.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.agreed: bool | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
@@ -41,7 +53,7 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.signal is not None:
+        if self.signal is not None if self.agreed is None else self.agreed:
             control.should_save = control.should_training_stop = True
             # With a limit of 1 the Trainer ends by removing all checkpoints but the best one.
             args.save_total_limit = None
@@ -53,8 +65,10 @@ class InterruptCallback(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # the second one means now
+            if processes.size() > 1 and time.monotonic() - self._since < ECHO:
+                return
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         console.print("interrupted: finishing the step and writing a checkpoint (once more to stop at once)")
 
 

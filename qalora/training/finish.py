@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qalora import processes
 from qalora.adapter.allocation_round import Record
 from qalora.adapter.model import ranks, save_adapter
 from qalora.base.checkpoint import Quantization
@@ -29,9 +30,10 @@ def train(run: Run, session: Session, say: Say) -> bool:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
     trainer = session.trainer
-    trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    with processes.in_sums():
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     step = trainer.state.global_step
-    if session.interrupt.signal is not None:
+    if processes.any_of(session.interrupt.signal is not None):
         say(f"interrupted after step {step}; continue with the same command and --resume-from-checkpoint auto")
         return False
     if run.rounds.steps and not session.allocator.done():
@@ -43,12 +45,24 @@ def train(run: Run, session: Session, say: Say) -> bool:
 
 
 def finish(run: Run, session: Session, say: Say, warn: Say) -> None:
-    """Writes metrics.json, the adapter, its pictures, card and page, and merges and pushes where that was asked for."""
+    """Writes metrics.json, the adapter, its pictures, card and page, and merges and pushes where that was asked for; of
+    several processes one writes, and all measure."""
     final = ranks(session.model)
     session.metrics.update(figures(run, session, final))
-    save_adapter(session.model, run.output_dir / "adapter", session.provenance)
+    if processes.is_first():
+        save_adapter(session.model, run.output_dir / "adapter", session.provenance)
     if run.recipe.evaluation.after:
         measure(run, session, "after", say)
+    if processes.is_first():
+        write_up(run, session, final, say, warn)
+
+
+def write_up(run: Run, session: Session, final: dict[str, int], say: Say, warn: Say) -> None:
+    """What is written when everything has been measured.
+
+    Args:
+        final: full module name → its ranks.
+    """
     write_json(run.output_dir / "metrics.json", session.metrics)
     log = session.trainer.state.log_history
     draw(run.output_dir, log, session.start, final, session.allocator.history)
@@ -94,7 +108,7 @@ def planned(run: Run, start: Mapping[str, int]) -> dict[str, Any]:
     """
     longest = run.recipe.data.max_seq_len if run.recipe.data.packing else run.data.longest
     device = device_kind()
-    plan = planner(run.recipe, shape_of(run.source), device, ranks=start)(seq_len=longest)
+    plan = planner(run.recipe, shape_of(run.source), device, ranks=start, processes=processes.size())(seq_len=longest)
     return {"device": device, "seq_len": longest, "terms": plan.terms, "total": plan.total}
 
 

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qalora import processes
 from qalora.base.device import free_unused
 from qalora.errors import AnswerNo
-from qalora.fitting import lower
+from qalora.fitting import LEVELS, lower
 from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
 
 Inputs = dict[str, Any]
@@ -57,7 +58,7 @@ class Ladder:
                 raise
 
         forget()
-        loss = self.attempt([inputs], summed)
+        loss = self._until_it_fits([inputs], summed)
         for parameter, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -65,11 +66,29 @@ class Ladder:
 
     def attempt(self, batch: Sequence[Inputs], work: Callable[[Sequence[Inputs]], T]) -> T:
         """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing
-        behind then.
+        behind then. Several processes begin on the same rung, and climb together.
 
         Raises:
             AnswerNo: memory ran out on the last rung.
         """
+        self._join_the_others()
+        return self._until_it_fits(batch, lambda parts: processes.in_step(lambda: work(parts)))
+
+    def _join_the_others(self) -> None:
+        """Takes the highest rung that one of the processes has come to in its steps."""
+        if processes.size() == 1:
+            return
+        order = [level.checkpointing for level in LEVELS]
+        reached = processes.exchange((self.halvings, order.index(checkpointing_of(self.model)), self.tiled))
+        halvings, kept, tiled = (max(values) for values in zip(*reached, strict=True))
+        self.halvings = halvings
+        if order[kept] != checkpointing_of(self.model):
+            set_checkpointing(self.model, order[kept])
+        if tiled and not self.tiled:
+            set_mlp_tile(self.model, LEVELS[-1].mlp_tile)
+            self.tiled = True
+
+    def _until_it_fits(self, batch: Sequence[Inputs], work: Callable[[Sequence[Inputs]], T]) -> T:
         while True:
             try:
                 return work([piece for inputs in batch for piece in pieces(inputs, self.halvings)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import ceil
 from typing import Any
 
 from qalora.adapter.given import given_adapter
@@ -15,13 +16,21 @@ from qalora.recipe import Recipe
 from qalora.sizes import MLP_TILE
 
 
-def planner(recipe: Recipe, shape: ModelShape, device: str = "cuda", *, ranks: Mapping[str, int] | None = None) -> Plan:
+def planner(
+    recipe: Recipe,
+    shape: ModelShape,
+    device: str = "cuda",
+    *,
+    ranks: Mapping[str, int] | None = None,
+    processes: int = 1,
+) -> Plan:
     """`plan_memory` with the recipe's settings, of which any can be set anew: its targets, and its longest rows.
 
     Args:
         shape: of the recipe's model.
         device: cuda or cpu.
         ranks: full module name → rank; None: as the recipe begins.
+        processes: that share the rows of a step.
     """
     dtype = recipe.quantization.bnb_4bit_compute_dtype
     return partial(
@@ -40,6 +49,7 @@ def planner(recipe: Recipe, shape: ModelShape, device: str = "cuda", *, ranks: M
         dropout=recipe.lora.dropout,
         directions=recipe.lora.r if recipe.chosen_init(sixteen_bit=True) == "gradient" else 0,
         device=device,
+        processes=processes,
     )
 
 
@@ -56,7 +66,13 @@ def first_ranks(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
 
 
 def fitted(
-    recipe: Recipe, shape: ModelShape, memory: int, *, seq_len: int | None = None, device: str = "cuda"
+    recipe: Recipe,
+    shape: ModelShape,
+    memory: int,
+    *,
+    seq_len: int | None = None,
+    device: str = "cuda",
+    processes: int = 1,
 ) -> tuple[Recipe, bool]:
     """(the recipe with the micro-batch, accumulation, checkpointing and tiling that fit the memory, True); where
     nothing fits, with those that need least, and False.
@@ -64,10 +80,12 @@ def fitted(
     Args:
         memory: bytes.
         seq_len: tokens of the longest row (default: data.max_seq_len).
+        processes: that share the rows of a step; a micro-batch has at most the rows of one of them.
     """
     training, seq_len = recipe.training, seq_len or recipe.data.max_seq_len
     batch_size = training.micro_batch_size * training.gradient_accumulation_steps
-    found = fit(planner(recipe, shape, device), memory, batch_size=batch_size, seq_len=seq_len)
+    planned = planner(recipe, shape, device, processes=processes)
+    found = fit(planned, memory, batch_size=batch_size, seq_len=seq_len, most=ceil(batch_size / processes))
     settings = (found or least(batch_size)).settings()
     return recipe.with_settings({f"training.{name}": value for name, value in settings.items()}), found is not None
 

@@ -31,6 +31,11 @@ class RunData:
         """Tokens of the longest training row."""
         return max(len(item["input_ids"]) for item in self.train.items)
 
+    def digests(self) -> dict[str, str]:
+        """Of the rows that are trained on, validate and score: name → digest."""
+        parts = {"data.train": self.train, "data.validation": self.validation, "B_val": self.scoring}
+        return {name: rows_of((), (), part.items).validation for name, part in parts.items()}
+
 
 def load_data(
     recipe: Recipe,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora import processes
 from qalora.adapter.given import given_adapter
 from qalora.base.registry import MODELS, ModelSource, check_packing, published_fields, said_of_family, shape_of
 from qalora.errors import InputError
@@ -134,10 +135,12 @@ def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
     from qalora.base.device import available_memory, device_kind
 
     recipe, device = with_dtype(recipe), device_kind()
-    memory = available_memory()
-    recipe, fits = fitted(recipe, shape, memory, seq_len=longest, device=device)
+    count = processes.size()
+    # On a CPU the processes of a machine share its memory.
+    memory = processes.least(available_memory() // (processes.on_this_machine() if device == "cpu" else 1))
+    recipe, fits = fitted(recipe, shape, memory, seq_len=longest, device=device, processes=count)
     if not fits:
-        needed = planner(recipe, shape, device)(seq_len=longest).total
+        needed = planner(recipe, shape, device, processes=count)(seq_len=longest).total
         raise InputError(
             f"training.fit=auto: one row of {longest} tokens of {recipe.model} needs {needed / 2**30:.2f} GiB, of "
             f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
@@ -155,7 +158,9 @@ def with_dtype(recipe: Recipe) -> Recipe:
     from qalora.base.device import device_kind
     from qalora.base.loading import choose_compute_dtype
 
-    dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device_kind())
+    asked = recipe.quantization.bnb_4bit_compute_dtype
+    # What is faster here is measured, and need not come out alike in every process.
+    dtype = processes.from_first(lambda: choose_compute_dtype(asked, device_kind()))
     return recipe.with_settings({"quantization.bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")})
 
 

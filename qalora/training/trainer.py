@@ -32,10 +32,12 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
+from qalora import processes
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
+from qalora.adapter.replicas import check_replicas, share_adapter
 from qalora.adapter.start.begin import start, starting_rows
 from qalora.adapter.surgery import restore
 from qalora.adapter.variable_ranks import VariableRanks
@@ -55,6 +57,7 @@ from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_go
 from qalora.training.ladder import Inputs, Ladder
 from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
+from qalora.training.sharing import SharedStep
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -105,6 +108,7 @@ class QaloraTrainer(VariableRanks, Trainer):
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
         ladder: Ladder,
+        interrupt: InterruptCallback,
         other_validation: bool = False,
         provenance: Provenance | None = None,
         label_smoothing: float = 0.0,
@@ -117,6 +121,7 @@ class QaloraTrainer(VariableRanks, Trainer):
         self.throughput = Throughput()
         self.ladder, self.provenance = ladder, provenance
         self.other_validation = other_validation
+        self.shared = SharedStep(interrupt, self.args.seed) if processes.size() > 1 else None
         self._writing_to: Path | None = None
         self.fused_loss = liger_loss() if torch.cuda.is_available() else None
         # The loss is divided by num_items_in_batch here, so the Trainer must not divide it by the micro-batches.
@@ -130,8 +135,15 @@ class QaloraTrainer(VariableRanks, Trainer):
                 if isinstance(callback, (InterruptCallback, ProgressLine)):
                     callback.close()
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Inputs], Tensor | int | None]:
+        samples, items = super().get_batch_samples(*args)
+        if self.shared is not None:
+            self.shared.begin(samples)
+        return samples, items
+
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """One micro-batch, forward and backward, in pieces where memory has run out (ladder.py).
+        """One micro-batch, forward and backward, in pieces where memory has run out (ladder.py). Of several processes
+        each computes its share (sharing.py), and the last micro-batch of a step returns the loss of them all.
 
         Raises:
             AnswerNo: the loss is not finite; names the step and the rows.
@@ -141,14 +153,30 @@ class QaloraTrainer(VariableRanks, Trainer):
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
         step = super().training_step
-        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
+
+        def work(part: Inputs) -> Tensor:
+            loss = self.ladder.run(part, lambda piece: step(model, piece, num_items_in_batch))
+            self._check_loss(loss, rows)
+            return loss
+
+        if self.shared is None:
+            return work(inputs)
+        self.shared.add(inputs, self.state.global_step, work)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        return self.shared.end([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def _check_loss(self, loss: Tensor, rows: Sequence[int]) -> None:
+        """
+        Raises:
+            AnswerNo: the loss is not finite; names the step and the rows.
+        """
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look "
                 f"at these rows, lower training.learning_rate (now {self.args.learning_rate:g}) or "
                 f"{'lower' if self.args.max_grad_norm else 'set'} training.max_grad_norm; {self._last_checkpoint()}"
             )
-        return loss
 
     def compute_loss(
         self,
@@ -194,17 +222,25 @@ class QaloraTrainer(VariableRanks, Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Writes a checkpoint beside its place and moves it there once it is whole and on the disk.
+        """Writes a checkpoint, once, of what all processes have alike.
 
         Raises:
-            AnswerNo: a weight is not finite.
+            AnswerNo: a weight is not finite, or another in one process than in the others.
         """
-        if not is_finite(self.model):
-            raise AnswerNo(
-                f"a weight of the adapter is not finite after step {self.state.global_step}; lower "
-                f"training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; "
-                f"{self._last_checkpoint()}"
-            )
+        step = self.state.global_step
+        check_replicas(self.model, self.optimizer, f"after step {step}")
+        with processes.agreeing():
+            if not is_finite(self.model):
+                raise AnswerNo(
+                    f"a weight of the adapter is not finite after step {step}; lower training.learning_rate (now "
+                    f"{self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+                )
+            if processes.is_first():
+                self._write_checkpoint(model, trial)
+        self.state.best_model_checkpoint = processes.from_first(lambda: self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Writes a checkpoint beside its place and moves it there once it is whole and on the disk."""
         with written_beside(self._checkpoint(self.state.global_step)) as partial:
             self._writing_to = partial
             try:
@@ -349,7 +385,7 @@ def build_trainer(
     set_checkpointing(base, training.gradient_checkpointing)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
-    ladder = Ladder(model, say=console.print)
+    ladder = Ladder(model, say=processes.tell)
     growth = starting_rows(rows, recipe.lora.init_rows, training.seed) if recipe.lora.init == "gradient" else ()
     allocator = AllocationCallback(
         scoring,
@@ -376,6 +412,7 @@ def build_trainer(
         validation=validation,
         eval_batch_size=recipe.evaluation.batch_size,
         ladder=ladder,
+        interrupt=interrupt,
         other_validation=other_validation,
         provenance=provenance,
         label_smoothing=training.label_smoothing_factor,
@@ -385,7 +422,7 @@ def build_trainer(
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if not recipe.logging.quiet:
+    if processes.is_first() and not recipe.logging.quiet:
         trainer.add_callback(ProgressLine(allocator))
     return trainer, allocator, interrupt
 
@@ -418,6 +455,7 @@ def begin_ranks(
         seed=recipe.training.seed,
         attempt=trainer.ladder.attempt,
     )
+    share_adapter(trainer.model)
     if shared_out is not None:
         allocator.record_start(*shared_out)
 
@@ -513,14 +551,14 @@ def _arguments(
         eval_steps=eval_steps,
         save_strategy="steps" if saved else "no",
         save_steps=eval_steps,  # the Trainer asks for a multiple of it; what is meant is set below
-        save_total_limit=training.save_total_limit,
+        save_total_limit=training.save_total_limit if processes.is_first() else None,
         load_best_model_at_end=validated and saved,
         restore_callback_states_from_checkpoint=True,  # how often early stopping has seen no gain
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=recipe.logging.steps,
         logging_nan_inf_filter=False,
-        report_to=list(training.report_to) or "none",
+        report_to=(list(training.report_to) if processes.is_first() else []) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -218,3 +221,28 @@ def test_liger_computes_our_loss():
     (ours, grad), (theirs, other) = results
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=0)
     assert (other - grad).norm() <= 2e-2 * grad.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_make_the_run_of_one(save_tiny_llama, tmp_path):
+    """Over NCCL, as torchrun starts it: the same ranks, losses up to rounding, and one line of output a step."""
+    base = save_tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512, max_position_embeddings=64)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i} ", "completion": "ab" * (1 + i % 9)}) + "\n" for i in range(64))
+    )
+    losses, ranks_of = [], []
+    for size in (1, 2):
+        words = [
+            "--model", str(base), "--recipe", "alpaca", "--output-dir", str(tmp_path / str(size)), "--dtype", "float32",
+            f"data.train={rows}", "data.format=auto", "training.max_steps=20", "allocation.rounds=2", "logging.steps=1",
+            "allocation.warmup=5", "allocation.interval=6", "training.micro_batch_size=4",
+        ]  # fmt: skip
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+        subprocess.run([*launcher, "-m", "qalora.finetune", *words], check=True, timeout=600)
+        log = (tmp_path / str(size) / "log_history.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, log) if "loss" in entry])
+        records = (tmp_path / str(size) / "allocation.jsonl").read_text().splitlines()
+        ranks_of.append([json.loads(line)["ranks"] for line in records])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert ranks_of[0] == ranks_of[1]
