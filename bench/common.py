@@ -30,17 +30,24 @@ def environment() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{torch.get_num_threads()} CPU threads, {_cpu()}"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         "device": device,
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+
+
+def commit() -> str | None:
+    """Of the checkout; None where there is no git, or no checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def random_llama(shape: ModelShape, *, device: str, compute_dtype: torch.dtype) -> PreTrainedModel:

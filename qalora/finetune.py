@@ -293,12 +293,12 @@ def train(
     Raises:
         AnswerNo: the loss was not finite, or a run that was to allocate never did.
     """
-    import torch
     from transformers import set_seed
 
     from qalora.adapter.its_base import said_of_base
     from qalora.adapter.model import ranks, save_adapter
     from qalora.adapter.saved import check_adapter
+    from qalora.base.device import plan_device
     from qalora.base.fingerprint import fingerprint
     from qalora.base.loading import load_base
     from qalora.base.precision import loaded_in_4bit
@@ -308,7 +308,7 @@ def train(
     from qalora.results.finish import finish, push_run
     from qalora.training.trainer import begin_ranks, build_trainer, check_rates, steps_of, training_items
 
-    for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
+    for line in leave_to_the_recipe(on_gpu=plan_device() != "cpu"):
         say(recipe, line)
     checkpoint = None if continued is None else continued.checkpoint
     begun = None if continued is None else continued.identity
@@ -668,12 +668,11 @@ def planned(recipe: Recipe, items: Sequence[dict[str, Any]], ranks: dict[str, in
         items: tokenized training rows.
         ranks: full module name → its ranks at the start.
     """
-    import torch
-
+    from qalora.base.device import plan_device
     from qalora.plan import planner
 
     longest = recipe.data.max_seq_len if recipe.data.packing else max(len(item["input_ids"]) for item in items)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = plan_device()
     plan = planner(recipe, device, ranks=ranks)(seq_len=longest)
     return {"device": device, "seq_len": longest, "terms": plan.terms, "total": plan.total}
 
@@ -709,14 +708,12 @@ def fit_to_device(recipe: Recipe, longest: int) -> None:
     Raises:
         InputError: nothing fits.
     """
-    import torch
-
-    from qalora.base.device import available_memory
+    from qalora.base.device import available_memory, best_device, plan_device
     from qalora.base.loading import choose_compute_dtype
     from qalora.plan import fit_recipe, fitted, planner
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
+    device = plan_device()
+    dtype = choose_compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, str(best_device()))
     memory = available_memory()
     name = str(dtype).removeprefix("torch.")
     recipe.quantization.bnb_4bit_compute_dtype = name  # type: ignore[assignment]

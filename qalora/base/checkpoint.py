@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qalora.base.gguf_config import gguf_config
+from qalora.base.device import best_device
 from qalora.base.registry import ModelSource, check_model_type
 from qalora.base.tensor_files import EMBEDDINGS, HEAD, Checkpoint, expected_shapes, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
@@ -96,7 +96,7 @@ def is_linear_layer(name: str) -> bool:
 
 
 def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
-    device, block = "cuda" if torch.cuda.is_available() else "cpu", BLOCK
+    device, block = best_device(), BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
@@ -214,7 +214,12 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
 
 def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
     try:
-        config = gguf_config(location, gguf_file) if gguf_file else AutoConfig.from_pretrained(location)
+        if gguf_file:
+            from qalora.base.gguf_config import gguf_config
+
+            config = gguf_config(location, gguf_file)
+        else:
+            config = AutoConfig.from_pretrained(location)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
-from qalora.base.gguf_reader import open_shards
 from qalora.base.weight_files import WeightFiles, short
 from qalora.errors import InputError
 
@@ -165,6 +164,8 @@ class GgufTensors:
     is_gguf = True
 
     def __init__(self, file: Path, config: PreTrainedConfig):
+        from qalora.base.gguf_reader import open_shards
+
         self.config = config
         self.stored: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -37,7 +37,7 @@ from qalora.adapter.start.begin import start, starting_rows
 from qalora.adapter.surgery import restore
 from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
-from qalora.base.device import peak_memory
+from qalora.base.device import best_device, device_module, peak_memory
 from qalora.data.batching import Collator, PackingCollator, pack
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
@@ -508,10 +508,10 @@ def _arguments(
         report_to=list(training.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device_module() is not None,
         # fp16 needs a GradScaler, which the Trainer brings with fp16; a bf16 or fp32 base computes in its own dtype.
         fp16=compute_dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
     )
     # The best weights are written whenever they are found, so checkpoints need not fall on validations.
     arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)
