@@ -316,7 +316,7 @@ def scoring(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[
     ranks = sum(len(layer.A) for layer in gated_layers(model).values())
     settings = RoundSettings(
         budget=ranks, prune=len(gated_layers(model)), scoring="auto", importance="sum", min_rank=0, max_rank=None,
-        seed=0, step_tokens=ROUND_TOKENS,
+        seed=0, step_tokens=ROUND_TOKENS, modules=tuple(gated_layers(model)),
     )  # fmt: skip
     (record, scores), whole = timed(device, lambda: allocation_round(model, optimizer, [batch], settings, ROUND_STEP))
     after = step(batch).item()
@@ -354,7 +354,7 @@ def base_of(case: Case, shape: ModelShape, device: str) -> Any:
     for index in range(1, shape.num_hidden_layers):
         one = replace(shape, num_hidden_layers=1, vocab_size=8)
         block = random_llama(one, device=device, compute_dtype=dtype).model.layers[0]  # type: ignore[operator]
-        block.self_attn.layer_idx = index
+        block.self_attn.layer_idx, block.self_attn.config = index, model.config
         model.model.layers.append(block)
     model.config.num_hidden_layers = shape.num_hidden_layers
     return model

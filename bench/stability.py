@@ -150,7 +150,7 @@ def started(base: Any, checkpoint: Checkpoint, batch: Sequence[dict[str, Any]], 
     cost = rank_parameters(model, even)
     settings = RoundSettings(
         budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0, scoring="first-order",
-        importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0,
+        importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0, modules=tuple(even),
     )  # fmt: skip
     record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings, even)
     model.unload()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qalora.base.device import free_unused
 from qalora.errors import AnswerNo
 from qalora.fitting import MLP_TILE
-from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.kernels.activations import checkpointing_of, forget_kept, set_checkpointing, set_mlp_tile
 from qalora.memory import Checkpointing
 
 Inputs = dict[str, Any]
@@ -82,6 +82,7 @@ class Ladder:
                 return work([piece for inputs in batch for piece in pieces(inputs, self.halvings)])
             except torch.OutOfMemoryError:
                 pass  # climbing waits until the error's frames have let go of their tensors
+            forget_kept(self.model)
             free_unused()
             self.say(f"out of memory: {self._climb(batch)}")
 

@@ -34,7 +34,7 @@ from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.start.begin import start, starting_rows
-from qalora.adapter.surgery import restore
+from qalora.adapter.surgery import page_again, restore
 from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
 from qalora.base.device import best_device, device_module, peak_memory
@@ -254,6 +254,7 @@ class QaloraTrainer(VariableRanks, Trainer):
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        page_again(optimizer)
         then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
         # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it had come to.

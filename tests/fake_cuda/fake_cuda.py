@@ -142,6 +142,7 @@ class Device(TorchDispatchMode):
         if any(not is_cuda(x) and x.ndim for x in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
         known, real_args, real_kwargs = self.behind(args, kwargs)
+        assert known or not self.values, f"fake CUDA: {func} of values that are not known"
         if func in DEPENDS_ON_VALUES:
             self.wait(func)
             return mapped(lambda x: self.like(x) if isinstance(x, torch.Tensor) else x, func(*real_args, **real_kwargs))
@@ -225,7 +226,7 @@ def _item(device, func, x):
     real = device.real(x)
     if real is None and not x.dtype.is_floating_point and x.dtype != torch.bool:
         raise RuntimeError("fake CUDA: an integer that is not known was asked for")
-    return func(real) if real is not None else True if x.dtype == torch.bool else 1.0
+    return func(real) if real is not None else True if x.dtype == torch.bool else 0.0
 
 
 def _to_copy(device, func, x, /, **options):
@@ -260,12 +261,13 @@ def _copy_(device, func, to, source, non_blocking=False):
     return to
 
 
-def _on_the_host(device, func, x, /, **options):
-    """empty_like and the like, of a tensor on the device, on the host."""
-    if options.get("device") is None or torch.device(options["device"]).type == "cuda":
+def _like(device, func, x, /, **options):
+    """empty_like and its kind, of a tensor on the other side."""
+    if torch.device(options.get("device") or x.device).type == x.device.type:
         return NotImplemented
     with torch._C._DisableTorchDispatch():
-        return func(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype), **{**options, "pin_memory": False})
+        out = func(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype), **{**options, "device": None, "pin_memory": False})
+    return out if is_cuda(x) else device.like(out)
 
 
 def _equal(device, func, a, b):
@@ -282,7 +284,7 @@ def _index(device, func, x, indices):
     for index in indices:
         mask = index is not None and index.dtype == torch.bool
         found += [device.like(p) for p in device.real(index).nonzero(as_tuple=True)] if mask else [index]
-    return func(x, found)
+    return device.__torch_dispatch__(func, (), (x, found))
 
 
 def _update(device, func, grad, parameter, state1, state2, *args, **kwargs):
@@ -309,7 +311,7 @@ SPECIAL = {
     aten.copy_.default: _copy_,
     aten.equal.default: _equal,
     aten.index.Tensor: _index,
-    **dict.fromkeys((aten.empty_like.default, aten.zeros_like.default), _on_the_host),
+    **dict.fromkeys((aten.empty_like.default, aten.zeros_like.default), _like),
 }
 PINNING = {aten.pin_memory.default, aten._pin_memory.default}
 DEPENDS_ON_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.bincount.default}
@@ -479,7 +481,7 @@ def cuda(device):
         get_device_capability=always((9, 0)), get_device_name=always(facts.name), get_device_properties=always(facts),
         is_bf16_supported=always(True), get_rng_state=always(state), get_rng_state_all=always([state]), Stream=Stream, Event=Stream,
         current_stream=always(stream), default_stream=always(stream), stream=lambda s: s or nullcontext(),
-        is_current_stream_capturing=always(False), **dict.fromkeys(nothing, always(None)),
+        is_current_stream_capturing=always(False), cudart=always(types.SimpleNamespace(cudaHostRegister=always(0), cudaHostUnregister=always(0))), **dict.fromkeys(nothing, always(None)),
     )  # fmt: skip
     functional, tensor = torch.nn.functional, torch.Tensor
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the host, and comes through the mode
