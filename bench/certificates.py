@@ -1,10 +1,12 @@
-"""Whether `certified` means what it says: its certificates against exhaustive ablation, on models made to mislead first order.
+"""Whether `certified` means what it says: its certificates against exhaustive ablation, on models made to mislead first
+order.
 
     python bench/certificates.py      # some minutes on 2 CPU cores
 
-A tiny random LLaMA has ranks of one size, and among them a few that are 150 times as large, or sizes without a mean (Cauchy). Nothing
-limits the forwards, so a scoring ends where it holds its pruned set for settled. Wrong is a certificate whose pruned set is not that of
-every rank ablated in fp32; a tie is one where the two sets differ only by ranks that rounding alone exchanges.
+A tiny random LLaMA has ranks of one size, and among them a few that are 150 times as large, or sizes without a mean
+(Cauchy). Nothing limits the forwards, so a scoring ends where it holds its pruned set for settled. Wrong is a
+certificate whose pruned set is not that of every rank ablated in fp32; a tie is one where the two sets differ only by
+ranks that rounding alone exchanges.
 """
 
 from __future__ import annotations
@@ -74,9 +76,11 @@ def main() -> None:
     total = {name: sum(row[name] for row in rows) for name in ("trials", "certified", "wrong", "ties")}
     ran = environment()
     head = (
-        f"# Certificates against exhaustive ablation\n\n{total['trials']} trials, {total['certified']} certified, {total['wrong']} of these "
-        f"wrong, {total['ties']} but for ties. {MODULES * R} ranks in {MODULES} modules, of which {MODULES} go; ablated: share of the ranks, "
-        f"mean.\n\n`{ran['command']}`, torch {ran['torch']}, {ran['device']}, {ran['date']}, commit {ran['commit']}.\n\n"
+        f"# Certificates against exhaustive ablation\n\n{total['trials']} trials, {total['certified']} certified, "
+        f"{total['wrong']} of these wrong, {total['ties']} but for ties. {MODULES * R} ranks in {MODULES} modules, of "
+        f"which {MODULES} go; ablated: share of the ranks, "
+        f"mean.\n\n`{ran['command']}`, torch {ran['torch']}, {ran['device']}, {ran['date']}, commit "
+        f"{ran['commit']}.\n\n"
     )
     write_results("certified-trials", {**ran, **total, "rows": rows}, head + table(rows))
 
@@ -91,8 +95,9 @@ def parser() -> argparse.ArgumentParser:
 def summary(world: World, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     what = f"{world.planted} planted" if world.planted else "heavy tails" if world.heavy else "nothing planted"
     return {
-        "ranks": what, "base": world.dtype, "std of B": world.std, "importance": world.importance, "min_rank": world.min_rank,
-        "trials": len(outcomes), **{name: sum(of[name] for of in outcomes) for name in ("certified", "wrong", "ties")},
+        "ranks": what, "base": world.dtype, "std of B": world.std, "importance": world.importance,
+        "min_rank": world.min_rank, "trials": len(outcomes),
+        **{name: sum(of[name] for of in outcomes) for name in ("certified", "wrong", "ties")},
         "ablated": sum(of["ablated"] for of in outcomes) / len(outcomes),
     }  # fmt: skip
 
@@ -118,8 +123,8 @@ def trial(world: World, seed: int) -> dict[str, Any]:
 def model_of(world: World, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=MODULES // 7, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, use_cache=False,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=MODULES // 7,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, use_cache=False,
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(getattr(torch, world.dtype)).requires_grad_(False)
     model = attach(base, r=R, alpha=2 * R, seed=seed)
@@ -147,7 +152,8 @@ def pruned(importance: PerRank, world: World) -> Iterator[tuple[str, int]]:
 
 
 def exchangeable(found: RankScores, truth: PerRank, ranks: set[tuple[str, int]]) -> bool:
-    """Whether ranks that one of the two prunes alone are, by exhaustive ablation, as important as one another up to rounding."""
+    """Whether ranks that one of the two prunes alone are, by exhaustive ablation, as important as one another up to
+    rounding."""
     values = [truth[name][rank] for name, rank in ranks]
     return found.residual is not None and max(values) - min(values) <= 2 * NOISES * found.residual.noise
 

@@ -1,10 +1,11 @@
 """What machines do to runs: kills, full disks, damaged checkpoints, two commands at one place; and what is left then.
 
-    python bench/faults.py      # some minutes on 2 CPU cores; Linux, as root or where user namespaces are allowed (full disks)
+    python bench/faults.py      # some minutes on 2 CPU cores; Linux, as root or with user namespaces (full disks)
 
-Every case is an ordinary command on a tiny random model. After a fault the same command is given once more, as a person or a restart
-loop would give it (`--resume-from-checkpoint auto`), and its result is compared with that of the undisturbed one, byte by byte: adapter,
-rounds, losses; or the merged weights. The bar: no result that had been written is lost, none differs, nobody sees a traceback.
+Every case is an ordinary command on a tiny random model. After a fault the same command is given once more, as a person
+or a restart loop would give it (`--resume-from-checkpoint auto`), and its result is compared with that of the
+undisturbed one, byte by byte: adapter, rounds, losses; or the merged weights. The bar: no result that had been written
+is lost, none differs, nobody sees a traceback.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ WORDS = "red green blue one two three four five six seven eight nine cat dog bir
 STEPS, SAVE_STEPS = 12, 3
 # What a kill fell into, by the innermost of these functions.
 PHASES = {
-    "write_model": "GGUF", "allocation_round": "round", "_save_checkpoint": "checkpoint", "save_adapter": "adapter", "merge": "merge",
-    "evaluate": "evaluation", "load_base": "loading", "training_step": "training", "train": "training",
+    "write_model": "GGUF", "allocation_round": "round", "_save_checkpoint": "checkpoint", "save_adapter": "adapter",
+    "merge": "merge", "evaluate": "evaluation", "load_base": "loading", "training_step": "training",
+    "train": "training",
 }  # fmt: skip
 NAMES = ["start", *dict.fromkeys(PHASES.values())]
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -84,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------------- the cases
+# ------------------------------------------------------------------------------------------------------------ the cases
 
 Case = dict[str, Any]
 
@@ -128,7 +130,7 @@ def pairs(count: int, draw: random.Random) -> list[Case]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- what is tried
+# -------------------------------------------------------------------------------------------------------- what is tried
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,11 @@ class Bench:
                 f"--model {self.folder}/model --recipe {self.folder}/recipe.yaml --dtype float32 --output-dir {output}"
             )
             settings = {
-                "data.train": self.folder / "rows.jsonl", "data.val_set_size": 16, "data.max_seq_len": 64, "lora.r": 2, "lora.alpha": 4,
-                "allocation.preset": "paper", "allocation.rounds": 2, "allocation.warmup": 4, "allocation.interval": 4,
-                "allocation.val_batch_size": 8, "training.max_steps": STEPS, "training.eval_steps": SAVE_STEPS,
-                "training.save_steps": SAVE_STEPS, "training.learning_rate": 5e-3, "training.save_total_limit": 3,
+                "data.train": self.folder / "rows.jsonl", "data.val_set_size": 16, "data.max_seq_len": 64, "lora.r": 2,
+                "lora.alpha": 4, "allocation.preset": "paper", "allocation.rounds": 2, "allocation.warmup": 4,
+                "allocation.interval": 4, "allocation.val_batch_size": 8, "training.max_steps": STEPS,
+                "training.eval_steps": SAVE_STEPS, "training.save_steps": SAVE_STEPS, "training.learning_rate": 5e-3,
+                "training.save_total_limit": 3,
             }  # fmt: skip
             argv = [*flags.split(), *(f"{key}={value}" for key, value in settings.items()), *more]
             return lambda: cli.run(qalora.finetune.main, argv)
@@ -326,7 +329,7 @@ def result(output: Path) -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- the machinery
+# -------------------------------------------------------------------------------------------------------- the machinery
 
 
 def steps_left(output: Path) -> int:
@@ -337,7 +340,8 @@ def steps_left(output: Path) -> int:
 class Child:
     """A function in a process of its own, with all that this one has imported.
 
-    Shared with it: the phase that it is in, the writes that it made (two bytes), and the last step whose checkpoint was saved.
+    Shared with it: the phase that it is in, the writes that it made (two bytes), and the last step whose checkpoint was
+    saved.
     """
 
     def __init__(self, run: Callable[[], int], folder: Path, *, name: str = "child", kill_at_write: int | None = None):
@@ -426,8 +430,8 @@ def make_model(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=1, initializer_range=0.2,
+        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=1, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)

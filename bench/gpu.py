@@ -3,11 +3,11 @@ planned bytes against the measured ones. Random weights in real shapes, made a b
 
     python bench/gpu.py                               # about 9 minutes on an H100; bench/results/gpu.json and gpu.md
     python bench/gpu.py --only 7b 33b                 # some of the cases, by the beginnings of their names
-    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; the figures mean nothing, nothing is kept
+    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; its figures mean nothing, and go
 
-In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own; one that fails leaves
-its error in the results. Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a
-CUDA context. That limits memory, not speed, and an imitated T4 still has this card's attention kernels.
+In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own; one that fails
+leaves its error in the results. Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less
+those of a CUDA context. That limits memory, not speed, and an imitated T4 still has this card's attention kernels.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from qalora.adapter.allocation_round import RoundSettings, allocation_round
 from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.scoring import score_ranks
 from qalora.base.registry import MODELS, ModelShape
-from qalora.fitting import MLP_TILE, fit, largest
+from qalora.fitting import fit, largest
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
+from qalora.sizes import MLP_TILE
 
 GIB, GB = 2**30, 10**9
 TINY = ModelShape(64, 192, 4, 4, 2, 16, 128)
@@ -158,7 +159,7 @@ def run(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ----------------------------------------------------------------------------------------------------------- in a worker
+# ---------------------------------------------------------------------------------------------------------- in a worker
 
 
 def work(name: str, shapes: str, device: str, seconds: float) -> dict[str, Any]:
@@ -230,8 +231,9 @@ def fitted(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[s
 def longest(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[str, Any]:
     """The longest row whose forward and backward fit the card.
 
-    Lengths are tried on the first few blocks, with the weights, gradients and moments of all of them there: a step holds
-    two block inputs and the insides of one block, however many blocks there are. What then counts is a step through all.
+    Lengths are tried on the first few blocks, with the weights, gradients and moments of all of them there: a step
+    holds two block inputs and the insides of one block, however many blocks there are. What then counts is a step
+    through all.
     """
     start = time.perf_counter()
     seconds = min(seconds, LONGEST_SECONDS)
@@ -295,7 +297,8 @@ def long_step(model: nn.Module, batch: Batch, blocks: int, device: str) -> dict[
 
 
 def scoring(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[str, Any]:
-    """A round of allocation, and first order alone, beside a training step on the same tokens; half of them supervised."""
+    """A round of allocation, and first order alone, beside a training step on the same tokens; half of them
+    supervised."""
     model = by_qalora(case, shape, device)
     for layer in gated_layers(model).values():
         nn.init.normal_(layer.B, std=0.01)
@@ -344,7 +347,7 @@ WORK: dict[str, Callable[[Case, ModelShape, str, float], dict[str, Any]]] = {
     "scoring": scoring,
 }
 
-# ------------------------------------------------------------------------------------------------------- models and steps
+# ----------------------------------------------------------------------------------------------------- models and steps
 
 
 def base_of(case: Case, shape: ModelShape, device: str) -> Any:
@@ -441,7 +444,7 @@ def paged_bytes(optimizer: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
 
 
-# ------------------------------------------------------------------------------------------------------- time and memory
+# ------------------------------------------------------------------------------------------------------ time and memory
 
 
 def timed(device: str, task: Callable[[], Any]) -> tuple[Any, float]:
@@ -482,7 +485,7 @@ def peaks(device: str) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- reporting
+# ------------------------------------------------------------------------------------------------------------ reporting
 
 Answer = tuple[str, bool]
 
@@ -538,11 +541,12 @@ def report(facts: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {facts.get(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     lines = [
         "# gpu\n",
-        f"{facts.get('device', facts.get('error'))}, {facts.get('memory_bytes', 0) / GIB:.1f} GiB, driver {facts.get('driver')}, CUDA "
+        f"{facts.get('device', facts.get('error'))}, {facts.get('memory_bytes', 0) / GIB:.1f} GiB, driver "
+        f"{facts.get('driver')}, CUDA "
         f"{facts.get('cuda')}; {versions}; {facts.get('date')}, commit {facts.get('commit')}.\n",
         f"    {facts['command']}\n",
-        "Random NF4 weights, every linear map adapted, all tokens supervised, AdamW with paged moments, gradients clipped; medians "
-        "of whole optimizer steps. Smaller cards are imitated by a limit on torch's memory. PEFT: "
+        "Random NF4 weights, every linear map adapted, all tokens supervised, AdamW with paged moments, gradients "
+        "clipped; medians of whole optimizer steps. Smaller cards are imitated by a limit on torch's memory. PEFT: "
         "`prepare_model_for_kbit_training`, non-reentrant checkpointing, autocast, the model's own loss.\n",
         table([bar_row(*bar) for bar in bars]),
     ]
@@ -550,7 +554,8 @@ def report(facts: Mapping[str, Any], cases: Mapping[str, Any]) -> str:
         lines += ["## Training steps\n", table([step_row(name, case) for name, case in steps.items()])]
     if planned:
         lines += [
-            "Planned is without the CUDA context and without paged moments, which torch does not count either; active is what "
+            "Planned is without the CUDA context and without paged moments, which torch does not count either; active "
+            "is what "
             "was allocated and what a stream could still read.\n"
         ]
     for case in measured.values():
@@ -605,8 +610,10 @@ def longest_section(case: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"## Longest context: {case['model']}, r = {case['r']}, {case['card'] / GIB:.3g} GiB\n",
-        f"The plan's answer is {case['planned_tokens']:,} tokens. Lengths are tried on {TRY_BLOCKS} blocks, with the weights, "
-        "gradients and moments of all; a step through all of them is what counts, at a length that there was time for.\n",
+        f"The plan's answer is {case['planned_tokens']:,} tokens. Lengths are tried on {TRY_BLOCKS} blocks, with the "
+        "weights, "
+        "gradients and moments of all; a step through all of them is what counts, at a length that there was time "
+        "for.\n",
         table(rows) if rows else "No time for a try.\n",
     ]
 
@@ -622,7 +629,8 @@ def scoring_section(case: Mapping[str, Any]) -> list[str]:
         for what, value in seconds.items()
     ]
     return [
-        f"## Scoring: {case['model']}, {case['ranks']} ranks, {case['rows']} × {case['tokens']} tokens, half of them supervised\n",
+        f"## Scoring: {case['model']}, {case['ranks']} ranks, {case['rows']} × {case['tokens']} tokens, half of them "
+        "supervised\n",
         table(rows),
         f"The round counts itself as {case['round_steps_counted']:.0f} training steps on these tokens, ablates "
         f"{case['exact_evaluations']} ranks exactly, and takes {case['round_share']:.1%} of the training before it.\n",

@@ -3,8 +3,8 @@
     python bench/merge.py --adapter outputs/bench/e2e/adapter            # SmolLM2-135M, each way in its own process
     python bench/merge.py --shape llama-7b --disk DIR --no-verify        # our memory and time alone; 30 GB of disk
 
-Memory is the peak resident set above what the imports took. The error is that of the logits on eight short texts, in fp32,
-against the 4-bit base with the adapter on top.
+Memory is the peak resident set above what the imports took. The error is that of the logits on eight short texts, in
+fp32, against the 4-bit base with the adapter on top.
 """
 
 from __future__ import annotations

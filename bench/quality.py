@@ -1,18 +1,19 @@
 """Does moving ranks pay? Methods of equal budget on real tasks: the same 4-bit base, rows, order and steps.
 
-    python bench/quality.py --data data                          # the core grid; runs that are in the file are skipped
-    python bench/quality.py --data data --grid long              # what rounds of allocation give in runs of hundreds of steps
-    python bench/quality.py --data data --grid budgets           # a quarter of the ranks, and twice as many
-    python bench/quality.py --data data --grid full              # everything, for a GPU
-    python bench/quality.py --data data --only e2e/lora '*/eva' # some of it, by patterns of names
-    python bench/quality.py --data data --jobs 2                # on a CPU: so many runs at a time, a thread each
-    python bench/quality.py --data data --smoke                  # minutes: every method for two steps; nothing is kept
-    python bench/quality.py --report                             # table and plot of what is there, at the core grid's rates
+    python bench/quality.py --data data                 # the core grid; runs that are in the file are skipped
+    python bench/quality.py --data data --grid long     # what rounds of allocation give in runs of hundreds of steps
+    python bench/quality.py --data data --grid budgets  # a quarter of the ranks, and twice as many
+    python bench/quality.py --data data --grid full     # everything, for a GPU
+    python bench/quality.py --data data --only e2e/lora '*/eva'  # some of it, by patterns of names
+    python bench/quality.py --data data --jobs 2        # on a CPU: so many runs at a time, a thread each
+    python bench/quality.py --data data --smoke         # minutes: every method for two steps; nothing is kept
+    python bench/quality.py --report                    # table and plot of what is there, at the core grid's rates
 
-First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test rows
-that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid can be
-filled in pieces and on several machines. `data` is a folder with e2e, sst2, boolq, gsm8k and alpaca, each with train.jsonl,
-test.jsonl and, but for gsm8k, validation.jsonl. PEFT's LoRA-GA is not among the methods: it refuses a quantized base.
+First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test
+rows that chose nothing. Each run is a process of its own and one line of bench/results/quality.jsonl, so that a grid
+can be filled in pieces and on several machines. `data` is a folder with e2e, sst2, boolq, gsm8k and alpaca, each with
+train.jsonl, test.jsonl and, but for gsm8k, validation.jsonl. PEFT's LoRA-GA is not among the methods: it refuses a
+quantized base.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ CHOSEN_ON = ("sst2", "e2e")  # in the core grid, a method's learning rate is cho
 
 @dataclass(frozen=True)
 class Method:
-    """`kind` builds and trains; the settings are the recipe's; a control, or another rank, has the rate of its original."""
+    """`kind` builds and trains; the settings are the recipe's; a control, or another rank, has the rate of its
+    original."""
 
     kind: str = "qalora"
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +155,8 @@ METHODS = FULL | LONG
 
 @dataclass(frozen=True)
 class Grid:
-    """`steps` of its tasks; `choosing`: the tasks whose validation rows choose a method's learning rate, None: each task its own."""
+    """`steps` of its tasks; `choosing`: the tasks whose validation rows choose a method's learning rate, None: each
+    task its own."""
 
     methods: Mapping[str, Method]
     steps: Mapping[str, int]
@@ -274,7 +277,8 @@ def complete(line: Mapping[str, Any]) -> bool:
 
 
 def best_rate(lines: Sequence[Mapping[str, Any]], method: str, tasks: Sequence[str]) -> float | None:
-    """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is missing."""
+    """The learning rate with the lowest mean of the tasks' validation losses, in nats a token; None where a run is
+    missing."""
     chosen = METHODS[method].rate_of or method
     found = [validation_losses(lines, chosen, task) for task in tasks]
     if None in found:
@@ -312,7 +316,7 @@ def processes(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[dict[st
         yield from pool.imap_unordered(partial(work, args=args, shared=Path(shared)), runs, chunksize=1)
 
 
-# ----------------------------------------------------------------------------------------------------------- in a worker
+# ---------------------------------------------------------------------------------------------------------- in a worker
 
 
 @cache
@@ -378,7 +382,8 @@ def work(run: Run, args: argparse.Namespace, shared: Path) -> dict[str, Any]:
 def answered(
     model: Any, tokenizer: PreTrainedTokenizerBase, data: TokenizedDataset, measures: Sequence[str], recipe: Recipe
 ) -> dict[str, float]:
-    """Greedy answers to 630 different prompts, or as many as there are, each against every reference that its prompt has."""
+    """Greedy answers to 630 different prompts, or as many as there are, each against every reference that its prompt
+    has."""
     references: dict[tuple[int, ...], list[str]] = {}
     for example in data.examples:
         references.setdefault(tuple(tokenize_prompt(example, tokenizer)), []).append(example.reference.strip())
@@ -464,7 +469,8 @@ class Setup:
         model = attach(self.base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=self.run.seed)
         trainer, allocator, _ = build_trainer(
             recipe, model, self.tokenizer, rows=items, train=items, validation=items[:1], scoring=self.scoring,
-            rounds=schedule_of(recipe, steps, steps), total_steps=steps, compute_dtype=self.base.compute_dtype, output_dir=self.folder,
+            rounds=schedule_of(recipe, steps, steps), total_steps=steps, compute_dtype=self.base.compute_dtype,
+            output_dir=self.folder,
         )  # fmt: skip
         begin_ranks(recipe, trainer, allocator, items, self.original if recipe.lora.init == "quantization" else None)
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
@@ -530,8 +536,8 @@ def by_peft(setup: Setup) -> Trained:
 
 
 def eva_directions(setup: Setup, model: Any, collate: Any) -> tuple[dict[str, Tensor], Seconds]:
-    """EVA's directions, and what they took if another run found them: base and rows decide them, not seed or rate, and on a CPU
-    they take as long as the training."""
+    """EVA's directions, and what they took if another run found them: base and rows decide them, not seed or rate, and
+    on a CPU they take as long as the training."""
     file = setup.shared / f"eva-{setup.run.task}-{setup.run.steps}.pt"
     if file.is_file():
         found = torch.load(file, weights_only=True)

@@ -43,8 +43,8 @@ def report(
     defaults: Mapping[str, str],
     plot: Path,
 ) -> str:
-    """Markdown: for every task median, points by seed and paired differences to LoRA, and seconds of runs on the default's processor;
-    then where the ranks went.
+    """Markdown: for every task median, points by seed and paired differences to LoRA, and seconds of runs on the
+    default's processor; then where the ranks went.
 
     Args:
         lines: of the runs that were measured on test rows, the rest is left out.
@@ -76,15 +76,18 @@ def report(
     added = [row for row in added if any(row[task] for task in tasks)]
     if added:
         parts += [
-            "## What allocation adds\n\nThe mean over the seeds of the difference to the same start without allocation, and with a "
-            "random one (95 % bootstrap interval), at the rate chosen for the method; below zero is better for a loss, above zero for an accuracy.\n",
+            "## What allocation adds\n\nThe mean over the seeds of the difference to the same start without "
+            "allocation, and with a "
+            "random one (95 % bootstrap interval), at the rate chosen for the method; below zero is better for a loss, "
+            "above zero for an accuracy.\n",
             table(added),
         ]
     ranks = [_ranks(task, method, list(by_seed.values())) for (task, method), by_seed in found.items()]
     ranks = [row for row in ranks if row is not None]
     if ranks:
         parts += [
-            "## Where the ranks are in the end\n\nOverlap is the share of the ranks that two seeds have in the same modules, on "
+            "## Where the ranks are in the end\n\nOverlap is the share of the ranks that two seeds have in the same "
+            "modules, on "
             "average over the pairs of seeds; methods that move nothing have 1.\n",
             table(ranks),
         ]
@@ -93,8 +96,8 @@ def report(
 
 
 def comparable(lines: Sequence[Line], defaults: Mapping[str, str]) -> list[Line]:
-    """Of every task and seed the lines of one dtype, that in which the default ran, or most methods: a seed's differences are between
-    runs that compute alike, and a seed counts once."""
+    """Of every task and seed the lines of one dtype, that in which the default ran, or most methods: a seed's
+    differences are between runs that compute alike, and a seed counts once."""
     methods: dict[tuple[str, int], dict[str, set[str]]] = {}
     for line in lines:
         run = line["run"]
@@ -170,7 +173,9 @@ def _ranks(task: str, method: str, lines: Sequence[Line]) -> dict[str, Any] | No
         "task": task,
         "method": method,
         **{
-            kind: f"{statistics.fmean(sum(r for name, r in ranks.items() if name.endswith(kind)) for ranks in maps):.0f}"
+            kind: format(
+                statistics.fmean(sum(r for name, r in ranks.items() if name.endswith(kind)) for ranks in maps), ".0f"
+            )
             for kind in TARGETS
         },
         "overlap": f"{statistics.fmean(overlap(a, b) for a, b in combinations(maps, 2)):.2f}"
@@ -185,8 +190,8 @@ def answer_measures(
     measures: Iterable[str],
     answer_pattern: str | None = None,
 ) -> dict[str, float]:
-    """Answers against all references of their prompts: corpus BLEU as sacrebleu has it, the best ROUGE-L F1 of each, and exact
-    match with the first reference; all in percent."""
+    """Answers against all references of their prompts: corpus BLEU as sacrebleu has it, the best ROUGE-L F1 of each,
+    and exact match with the first reference; all in percent."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -206,7 +206,8 @@ def measure(model: Any, batch: list[dict[str, Any]], args: argparse.Namespace) -
 
 
 def engines(model: Any, batch: list[dict[str, Any]]) -> str:
-    """The engines that never ablate every rank, as a table, and what the certificate rests on. A forward is timed for the scale."""
+    """The engines that never ablate every rank, as a table, and what the certificate rests on. A forward is timed for
+    the scale."""
     every, prune = sum(len(layer.A) for layer in gated_layers(model).values()), len(gated_layers(model))
     forward = timed(lambda: naive_loop(model, batch, []))[1] / 2
     rows, naive = [], 1 + 2 * every
@@ -332,14 +333,16 @@ def report(name: str, r: dict[str, Any]) -> str:
         lines.append(f"- path: the shares add up to L(base) − L(M) within {r['quadrature_error']:.2%}")
     if r["residual"]:
         lines.append(
-            f"- certified: {str(r['certified']).lower()}; first order errs by {r['residual']['std']:.1e} on the sample (largest "
-            f"{r['residual']['largest']:.1e}, band {r['residual']['band']:.1e}); rounding noise {r['residual']['noise']:.1e}; at most "
-            f"{r['residual']['missed']:.0%} of the ranks not ablated err by more than their band (95 % confidence)"
+            f"- certified: {str(r['certified']).lower()}; first order errs by {r['residual']['std']:.1e} on the sample "
+            f"(largest {r['residual']['largest']:.1e}, band {r['residual']['band']:.1e}); rounding noise "
+            f"{r['residual']['noise']:.1e}; at most {r['residual']['missed']:.0%} of the ranks not ablated err by more "
+            "than their band (95 % confidence)"
         )
     if r["same_pruned_set"] is not None:
         lines.append(
-            f"- the {r['prune']} pruned: certified {'identical to' if r['same_pruned_set'] else 'NOT those of'} exhaustive "
-            f"ablation ({r['certified_overlap']:.1%} the same), first order alone {r['first_order_overlap']:.1%}"
+            f"- the {r['prune']} pruned: certified {'identical to' if r['same_pruned_set'] else 'NOT those of'} "
+            f"exhaustive ablation ({r['certified_overlap']:.1%} the same), first order alone "
+            f"{r['first_order_overlap']:.1%}"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,11 @@
-"""What a rank map means: how much of it another validation batch, or another sample of training rows, would have drawn alike.
+"""What a rank map means: how much of it another validation batch, or another sample of training rows, would have drawn
+alike.
 
     python bench/stability.py --recipe e2e --data data/e2e      # half an hour on 2 CPU cores
 
-Scores: AB-LoRA's (first order) of one trained adapter (that of bench/scoring.py) on disjoint validation batches of growing size.
-Starts: the corrections of allocation.start=scores that are kept on disjoint samples of training rows. DATA is a folder with
-train.jsonl and validation.jsonl.
+Scores: AB-LoRA's (first order) of one trained adapter (that of bench/scoring.py) on disjoint validation batches of
+growing size. Starts: the corrections of allocation.start=scores that are kept on disjoint samples of training rows.
+DATA is a folder with train.jsonl and validation.jsonl.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 class RowScores:
-    """First-order scores of single rows, of which those of any batch are sums: one pass serves batches of every size."""
+    """First-order scores of single rows, of which those of any batch are sums: one pass serves batches of every
+    size."""
 
     def __init__(self, gradients: Mapping[str, Tensor], tokens: Tensor):
         self.gradients, self.tokens = gradients, tokens
@@ -149,8 +151,8 @@ def started(base: Any, checkpoint: Checkpoint, batch: Sequence[dict[str, Any]], 
     even = ranks(model)
     cost = rank_parameters(model, even)
     settings = RoundSettings(
-        budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0, scoring="first-order",
-        importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0, modules=tuple(even),
+        budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0,
+        scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0, modules=tuple(even),
     )  # fmt: skip
     record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings, even)
     model.unload()
@@ -165,13 +167,14 @@ def start_row(size: int, maps: Sequence[dict[str, int]]) -> dict[str, Any]:
     return {
         "rows": size,
         "map overlap": mean_of_pairs(maps, overlap),
-        "… of shuffled maps": statistics.fmean(overlap(a, b) for a, b in zip(maps, shuffled[1:] + shuffled[:1], strict=True)),
-        "correlation of ranks": mean_of_pairs(list(counts), lambda a, b: float(torch.corrcoef(torch.stack([a, b]))[0, 1])),
+        "… of shuffled maps": statistics.fmean(overlap(a, b) for a, b in zip(maps, shuffled[1:] + shuffled[:1],
+        strict=True)), "correlation of ranks": mean_of_pairs(list(counts), lambda a,
+        b: float(torch.corrcoef(torch.stack([a, b]))[0, 1])),
         "least … most ranks": f"{int(counts.min())} … {int(counts.max())}",
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ small parts
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 
 def mean_of_pairs(values: Sequence[Any], agreement: Callable[[Any, Any], float]) -> float:
@@ -183,14 +186,18 @@ def report(results: Mapping[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"# stability-{r['recipe']}\n",
-            f"SmolLM2-135M, r = 8 on every map, 1,680 ranks. {r['device']}; torch {r['torch']}, peft {r['peft']}; {r['date']}, "
+            f"SmolLM2-135M, r = 8 on every map, 1,680 ranks. {r['device']}; torch {r['torch']}, peft {r['peft']}; "
+            f"{r['date']}, "
             f"commit {r['commit']}.\n",
             f"    {r['command']}\n",
-            f"AB-LoRA scores (first order, drop + alone) of one trained adapter on {args.batches} disjoint validation batches, in "
-            "pairs: the share of the 210 pruned ranks that both prune (an eighth by chance), and the overlap of the two maps after "
-            "one round. The standard error is that of a rank's score between batches, over the spread of scores between ranks.\n",
+            f"AB-LoRA scores (first order, drop + alone) of one trained adapter on {args.batches} disjoint validation "
+            "batches, in pairs: the share of the 210 pruned ranks that both prune (an eighth by chance), and the "
+            "overlap of the two maps after "
+            "one round. The standard error is that of a rank's score between batches, over the spread of scores "
+            "between ranks.\n",
             table(r["scores"]),
-            f"Ranks at the start (allocation.start=scores, 1 to 16 a module) from {args.samples} disjoint samples of training "
+            f"Ranks at the start (allocation.start=scores, 1 to 16 a module) from {args.samples} disjoint samples of "
+            "training "
             "rows, in pairs, and against maps whose modules were shuffled.\n",
             table(r["starts"]),
             f"The same {args.sizes[0]} rows, other tokens of theirs: overlap {r['same_rows_other_tokens']:.3f}.\n",

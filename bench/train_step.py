@@ -70,7 +70,8 @@ def main() -> None:
     text = (
         f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, {args.steps} micro-batches of "
         f"{args.micro_batch_size} rows, step by step in turns. Memory is the peak over the loaded model.\n"
-        f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft {results['peft']}, "
+        f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft "
+        f"{results['peft']}, "
         f"bitsandbytes {results['bitsandbytes']}; {results['date']}, commit {results['commit']}.\n\n"
         f"    {results['command']}\n\n{table(rows)}\n"
         f"The losses of the steps differ from peft's, on the same batches, by at most {difference:.1e}.\n"
@@ -123,7 +124,8 @@ def hear(worker: subprocess.Popen[str], word: str) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """The steps of one backend in this process, each when the other side of the pipe says so, and a report in the end."""
+    """The steps of one backend in this process, each when the other side of the pipe says so, and a report in the
+    end."""
     steps = args.steps
     own_columns = [("data.columns", {})] if args.recipe == "e2e" else []
     with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +186,8 @@ def by_qalora(
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"gradient_checkpointing": kept})})
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
-        recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((), False),
-        total_steps=steps, start=ranks(model), compute_dtype=base.compute_dtype, output_dir=folder,
+        recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((),
+        False), total_steps=steps, start=ranks(model), compute_dtype=base.compute_dtype, output_dir=folder,
     )  # fmt: skip
     trainer.args.save_strategy = "no"
     return trainer

@@ -52,8 +52,10 @@ def settings_page() -> str:
     tables += [f"## {name}\n\n{flowing(model.__doc__)}{table(rows(model, f'{name}.'))}" for name, model in sections]
     return (
         f"{HEAD}# Which settings a recipe has\n\n"
-        "A recipe is a YAML file of the settings below. On the command line each can follow as `key=value` or `--key value`.\n"
-        "Many names of other tools (`lora_r`, `cutoff_len`, `epochs` …) are taken too; an unknown name is refused with advice.\n"
+        "A recipe is a YAML file of the settings below. On the command line each can follow as `key=value` or `--key "
+        "value`.\n"
+        "Many names of other tools (`lora_r`, `cutoff_len`, `epochs` …) are taken too; an unknown name is refused with "
+        "advice.\n"
         "`qalora recipes show NAME` prints a shipped recipe, and `--dry-run` prints the settings of a run.\n\n"
         + "\n".join(tables)
     )

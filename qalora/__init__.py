@@ -65,7 +65,8 @@ _HOMES = {
     "start": "qalora.adapter.start.begin",
 }
 __all__ = sorted(_HOMES)
-# Names of commands too, whose modules are called like the functions (cli.make_callable): whatever is imported first, a name is one thing.
+# Names of commands too, whose modules are called like the functions (cli.make_callable): whatever is imported first, a
+# name is one thing.
 _COMMANDS = ("evaluate", "finetune", "generate", "merge")
 
 

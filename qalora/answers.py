@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +18,14 @@ from qalora.base.registry import positions_of
 from qalora.data.ending import ending_of
 from qalora.errors import InputError
 from qalora.kernels.prefixes import causal_lm
+from qalora.progress import Track
 
 BROKEN = "\ufffd"  # the last bytes of a character that is not whole yet
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, adapter: str | Path | None) -> tuple[str, ...]:
-    """Gives the tokenizer the chat template that the adapter was trained with, and returns what it was taught to end with."""
+    """Gives the tokenizer the chat template that the adapter was trained with, and returns what it was taught to end
+    with."""
     provenance = read_provenance(adapter) if adapter else None
     if provenance is None:
         return ()
@@ -65,9 +67,10 @@ def generate_answers(
     batch_size: int = 8,
     taught: Sequence[str] = (),
     kept: Sequence[str] | None = None,
-    track: Callable[[list[Any], str], Iterable[Any]] | None = None,
+    track: Track | None = None,
 ) -> list[str]:
-    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's positions.
+    """Greedy continuations of tokenized prompts, left-padded in batches of like length; none goes beyond the model's
+    positions.
 
     Args:
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
@@ -113,7 +116,8 @@ def room(prompt: int, max_new_tokens: int, positions: int | None) -> int:
     """
     if positions is not None and prompt >= positions:
         raise InputError(
-            f"the prompt has {prompt} tokens, and the model {positions} positions, which leaves none for an answer; shorten the prompt."
+            f"the prompt has {prompt} tokens, and the model {positions} positions, which leaves none for an answer; "
+            "shorten the prompt."
         )
     return max_new_tokens if positions is None else min(max_new_tokens, positions - prompt)
 
@@ -154,7 +158,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
 
 
 class AnswerStreamer(BaseStreamer):
-    """Prints an answer as it grows, up to its end; what may be the beginning of a stop text waits until it is known not to be."""
+    """Prints an answer as it grows, up to its end; what may be the beginning of a stop text waits until it is known not
+    to be."""
 
     def __init__(self, read: Callable[[list[int]], str], stops: Sequence[str]):
         self.read, self.stops = read, stops

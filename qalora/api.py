@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
 import json
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qalora.adapter.scores import Importance, Method, RankScores
-    from qalora.data.batching import Row
+    from qalora.data.rows import Row
     from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
 
@@ -32,17 +37,18 @@ def load_rows(
     max_seq_len: int = 2048,
     **reading: Any,
 ) -> list[Row]:
-    """Rows of text, rendered and tokenized as `qalora finetune` does it, for `AllocationCallback`, `start`, `score_ranks`,
-    `evaluate` and any trainer.
+    """Rows of text, rendered and tokenized as `qalora finetune` does it, for `AllocationCallback`, `start`,
+    `score_ranks`, `evaluate` and any trainer.
 
     Args:
-        source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any format of
-            docs/data.md.
+        source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any
+            format of docs/data.md.
         tokenizer: of the base.
         split: of a set that has splits.
         limit: rows at most.
         max_seq_len: tokens per row; longer rows are cut.
-        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs …
+        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs
+            …
 
     Returns:
         A dictionary per row: `input_ids` and `labels` (−100 where no loss), lists of integers, and `row`, its number.
@@ -53,11 +59,11 @@ def load_rows(
     from qalora.data.tokenization import load_dataset
 
     where: Any = str(source) if isinstance(source, Path) else source
-    return load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items  # type: ignore[return-value]
+    return list(load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items)
 
 
 def score_ranks(
-    model: Any,
+    model: PeftModel,
     rows: Iterable[Mapping[str, Any]],
     method: Method = "first-order",
     *,
@@ -68,15 +74,15 @@ def score_ranks(
     memory: int | None = None,
     seed: int = 0,
 ) -> RankScores:
-    """AB-LoRA: the importance of every rank of an adapter on some rows (ALoRA, arXiv 2403.16187, §3.3, eq. 6). The model is left as
-    it was.
+    """AB-LoRA: the importance of every rank of an adapter on some rows (ALoRA, arXiv 2403.16187, §3.3, eq. 6). The
+    model is left as it was.
 
     Args:
         model: from `attach` or `load_adapter`.
-        rows: `input_ids` and `labels` (−100 where no loss), lists of integers; also micro-batches, whose values are (rows, tokens)
-            tensors.
-        method: first-order: two forward-backward passes for all ranks; exact: two forwards per rank; certified: exact where first
-            order leaves the pruned set in doubt; path: integrated from base to adapter.
+        rows: `input_ids` and `labels` (−100 where no loss), lists of integers; also micro-batches, whose values are
+            (rows, tokens) tensors.
+        method: first-order: two forward-backward passes for all ranks; exact: two forwards per rank; certified: exact
+            where first order leaves the pruned set in doubt; path: integrated from base to adapter.
         importance: which score decides: sum (eq. 6), drop, alone, or path with the method path; None: path or sum.
         prune: ranks that will go, whose threshold `certified` settles; None: one per module.
         min_rank: ranks that every module keeps.
@@ -147,8 +153,8 @@ def evaluate(
         reading: as `load_rows` takes it.
 
     Returns:
-        `rows`, `supervised_tokens`, and per metric: `loss` (nats per supervised token) and `perplexity`; `exact_match`, `accuracy`,
-        `rougeL` in percent.
+        `rows`, `supervised_tokens`, and per metric: `loss` (nats per supervised token) and `perplexity`; `exact_match`,
+        `accuracy`, `rougeL` in percent.
 
     Raises:
         InputError: rows that cannot be read, or a metric that they cannot answer.
@@ -199,7 +205,8 @@ def generate(
         The answer, or one per prompt.
 
     Raises:
-        InputError: a system message that the template leaves out, an empty prompt, or one that leaves no position for an answer.
+        InputError: a system message that the template leaves out, an empty prompt, or one that leaves no position for
+            an answer.
     """
     from qalora.answers import generate_answers
     from qalora.generate import prompt_ids
@@ -217,9 +224,9 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
 
     Args:
         model: a registered name, a folder, a GGUF file, or a Hub id.
-        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row), load_in_4bit
-            (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"), gradient_checkpointing (True), mlp_tile,
-            dropout, device ("cuda").
+        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row),
+            load_in_4bit (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"),
+            gradient_checkpointing (True), mlp_tile, dropout, device ("cuda").
 
     Returns:
         `.terms`, bytes by name, and `.total`, bytes.
@@ -251,8 +258,8 @@ def merge(
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Merges a plain PEFT LoRA into the weights that it was trained on, a tensor at a time, and compares the result with base +
-    adapter.
+    """Merges a plain PEFT LoRA into the weights that it was trained on, a tensor at a time, and compares the result
+    with base + adapter.
 
     Args:
         model: the base: a registered name, a folder, a GGUF file, or a Hub id.
@@ -270,7 +277,8 @@ def merge(
         What merge.json in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or memory.
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or
+            memory.
         AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
     """
     import torch
@@ -282,16 +290,12 @@ def merge(
 
     source = resolve(str(model))
     refuse_other_base(str(adapter), source)
-    asked = Namespace(
-        model=str(model), adapter=str(adapter), base=base, no_quantize=False, bnb_4bit_quant_type=None, no_double_quant=False,
-        bnb_4bit_compute_dtype=None,
-    )  # fmt: skip
     stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
     return merged(
         source,
         adapter,
         output_dir,
-        quantization=trained_quantization(asked, source),
+        quantization=trained_quantization(str(adapter), source, base, {}),
         format=format,
         overwrite=overwrite,
         verify=verify,
@@ -330,7 +334,7 @@ def export_adapter(
 
 def finetune(
     recipe: Recipe | str | Path,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     *,
     profile: str | None = None,
     overwrite: bool = False,
@@ -354,18 +358,22 @@ def finetune(
         KeyboardInterrupt: interrupted, after a checkpoint.
     """
     from qalora.cli import DONE
-    from qalora.finetune import run_name, run_recipe
+    from qalora.finetune import run_recipe
     from qalora.recipe import Recipe, load_recipe, recipe_path
+    from qalora.recipe.rules import disagreements
+    from qalora.training.run_folder import run_name
 
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        recipe = recipe.model_copy(deep=True)
+        if problems := "; ".join(disagreements(recipe)):
+            raise InputError(f"recipe: {problems}.")
     else:
         name = str(recipe)
         recipe = load_recipe(name, overrides or {}, profile)
-        recipe.output_dir = recipe.output_dir or f"outputs/{run_name(name, recipe.model)}"
+        own = recipe.output_dir or f"outputs/{run_name(name, recipe.model)}"
+        recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
     resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)

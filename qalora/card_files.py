@@ -1,6 +1,8 @@
-"""README.md of an adapter or a merged folder: whose words it holds, and how a user's outlive what is written around them. Torch-free.
+"""README.md of an adapter or a merged folder: whose words it holds, and how a user's outlive what is written around
+them. Torch-free.
 
-A card that this package wrote ends with a digest of the text above it; a text without one, or that was changed, is a user's.
+A card that this package wrote ends with a digest of the text above it; a text without one, or that was changed, is a
+user's.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def is_users_text(text: str) -> bool:
 
 
 def keep_users_card(old: Path, new: Path) -> bool:
-    """Copies a user's README.md from a folder into the one that is about to take its place, and says whether there was one."""
+    """Copies a user's README.md from a folder into the one that is about to take its place, and says whether there was
+    one."""
     kept = is_users(old / CARD)
     if kept:
         shutil.copyfile(old / CARD, new / CARD)

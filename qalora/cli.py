@@ -23,7 +23,8 @@ UNREAD = 141  # as shells say of a program that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted, 141 its reader left."""
+    """Runs a command's `main` on the arguments; 0 done, 1 the answer is no, 2 bad input, 130 interrupted, 141 its
+    reader left."""
     hide_noise(verbose="--verbose" in (sys.argv[1:] if argv is None else argv))
     print_in_any_encoding()
     try:
@@ -54,8 +55,9 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does without
             raise
         say(
-            f"error: out of memory ({' '.join(str(error).split())[:160]}); `qalora plan` says what fits. Use a smaller model, or shorter "
-            "rows, or fewer of them a forward (data.max_seq_len, training.micro_batch_size, evaluation.batch_size)."
+            f"error: out of memory ({' '.join(str(error).split())[:160]}); `qalora plan` says what fits. Use a smaller "
+            "model, or shorter rows, or fewer of them a forward (data.max_seq_len, training.micro_batch_size, "
+            "evaluation.batch_size)."
         )
         return NO
 
@@ -63,7 +65,7 @@ def _ended(main: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
 class _Callable(ModuleType):
     """A command's module that is called like the function of the same name in the API: `qalora.merge(…)`."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         name = self.__name__.rpartition(".")[2]
         return getattr(import_module(qalora._HOMES[name]), name)(*args, **kwargs)
 
@@ -74,7 +76,8 @@ def make_callable(name: str) -> None:
 
 
 def say(text: str) -> None:
-    """To standard error, or to nobody: Ctrl-C ends the reader of a pipe too (`| tee log`), and the command has still work to do."""
+    """To standard error, or to nobody: Ctrl-C ends the reader of a pipe too (`| tee log`), and the command has still
+    work to do."""
     with suppress(BrokenPipeError):
         print(text, file=sys.stderr)
 
@@ -114,7 +117,8 @@ def _decoded(word: str) -> str:
 
 
 def print_in_any_encoding() -> None:
-    """A character that the encoding of an output lacks is escaped, so that no answer is lost for it; ASCII input is read as UTF-8."""
+    """A character that the encoding of an output lacks is escaped, so that no answer is lost for it; ASCII input is
+    read as UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, UnsupportedOperation):  # a stream that a program put in their place
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -124,8 +128,8 @@ def print_in_any_encoding() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a flag is not abbreviated, and not given twice with two values, of which argparse takes the last. Every command
-    takes --verbose, which `run` looks for."""
+    """argparse's, but a flag is not abbreviated, and not given twice with two values, of which argparse takes the last.
+    Every command takes --verbose, which `run` looks for."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
@@ -138,7 +142,7 @@ class _Once(argparse.Action):
     _given: tuple[str, Any] | None = None
 
     def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self, parser: object, namespace: argparse.Namespace, values: object, option_string: str | None = None
     ) -> None:
         flag, value = self._given or (option_string, values)
         if value != values and values == values:  # not a number is no other than itself

@@ -1,4 +1,5 @@
-"""`qalora doctor`: this machine, what would fail or be slow on it, and what to do. Works where a package is broken or missing."""
+"""`qalora doctor`: this machine, what would fail or be slow on it, and what to do. Works where a package is broken or
+missing."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from qalora.cli import DONE, NO, Parser
 from qalora.environment import check_one_process, leave_to_the_recipe
 from qalora.errors import InputError
+from qalora.flags import add
 
 GIB = 2**30
 LEAST_DISK = 1 * GIB  # checkpoints, adapters and figures of a small run
@@ -24,7 +26,8 @@ INSTALL = "pip install --upgrade qalora"
 class Finding:
     """
     Attributes:
-        level: fails: a command would; slow: it would work, and slower than it could; note: what a reader of figures should know.
+        level: fails: a command would; slow: it would work, and slower than it could; note: what a reader of figures
+            should know.
         what: the fact; do: what to do about it.
     """
 
@@ -36,10 +39,10 @@ class Finding:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora doctor",
-        description="Says what this machine has for a run, what would fail or be slow on it, and what to do. Exit code 1 when something "
-        "would fail.",
+        description="Says what this machine has for a run, what would fail or be slow on it, and what to do. Exit code "
+        "1 when something would fail.",
     )
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for a bug report; no tokens are in it")
+    add(parser, "--json", more="print all of it as JSON, for a bug report; no tokens are in it")
     return parser
 
 
@@ -89,7 +92,8 @@ def of_devices(facts: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "fails",
             f"4 bits do not work on {compute['device']}: {compute['error']}",
-            "install the bitsandbytes that goes with torch's CUDA or ROCm (pip install --upgrade bitsandbytes), or pass --no-quantize",
+            "install the bitsandbytes that goes with torch's CUDA or ROCm (pip install --upgrade bitsandbytes), or "
+            "pass --no-quantize",
         )
     for device in facts["devices"]:
         if "error" in device:
@@ -101,7 +105,8 @@ def of_devices(facts: Mapping[str, Any]) -> Iterator[Finding]:
         elif device.get("free", 1) < 0.5 * device.get("total", 0):
             yield Finding(
                 "note",
-                f"{device['device']}: {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB are free, other processes have the rest",
+                f"{device['device']}: {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB are free, other "
+                "processes have the rest",
                 "end them, or let training.fit=auto plan with what is free",
             )
     if len(facts["devices"]) > 1:
@@ -176,7 +181,8 @@ def of_room(facts: Mapping[str, Any]) -> Iterator[Finding]:
     elif cache["free"] < LEAST_CACHE:
         yield Finding(
             "note",
-            f"{cache['free'] / GIB:.1f} GiB free for the Hugging Face cache ({cache['path']}); llama-7b is a download of 13.5 GB",
+            f"{cache['free'] / GIB:.1f} GiB free for the Hugging Face cache ({cache['path']}); llama-7b is a download "
+            "of 13.5 GB",
             "set HF_HOME to a larger disk",
         )
     if memory and memory["available"] < LEAST_MEMORY:
@@ -228,7 +234,10 @@ def described(facts: Mapping[str, Any]) -> Iterator[str]:
     """The facts in lines."""
     versions, where = facts["versions"], facts["platform"]
     names = [f"{name} {version or 'missing'}" for name, version in versions.items() if name not in ("qalora", "python")]
-    yield f"qalora      {versions['qalora']}, Python {versions['python']}, {where['system']}{' (WSL)' if where['wsl'] else ''}"
+    yield (
+        f"qalora      {versions['qalora']}, Python {versions['python']}, "
+        f"{where['system']}{' (WSL)' if where['wsl'] else ''}"
+    )
     yield from _wrapped("packages", names)
     yield _line("CPU", f"{where['cpu']}, {where['cores']} cores{_flags(where['cpu_flags'])}")
     for device in facts["devices"]:
@@ -296,7 +305,11 @@ def _gpu(device: Mapping[str, Any]) -> str:
     if "error" in device:
         return f"{device['device']}: {device['error']}"
     kind = ", ".join(filter(None, (device["kind"], _capability(device))))
-    free = f"{device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free" if "free" in device else "memory is the machine's"
+    free = (
+        f"{device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free"
+        if "free" in device
+        else "memory is the machine's"
+    )
     return f"{device['device']} {device['name']} ({kind}), {free}"
 
 

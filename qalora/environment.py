@@ -1,7 +1,7 @@
 """What launchers leave in the environment: one process trains, and the recipe decides how. Torch-free.
 
-`torchrun`, `accelerate launch` and MPI say by variables how many processes there are; accelerate takes its precision, accumulation,
-compiler and device from variables too, where a program does not insist.
+`torchrun`, `accelerate launch` and MPI say by variables how many processes there are; accelerate takes its precision,
+accumulation, compiler and device from variables too, where a program does not insist.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from qalora.errors import InputError
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = (
-    "RANK", "LOCAL_RANK", "PMI_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_RANK",
-    "MV2_COMM_WORLD_LOCAL_RANK",
+    "RANK", "LOCAL_RANK", "PMI_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK",
 )  # fmt: skip
 OTHERS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 # Ways to train that need several processes.
@@ -44,15 +44,15 @@ def check_one_process(environ: Mapping[str, str] = os.environ) -> None:
             raise InputError(f"{name}={text} in the environment: no number of processes; unset it.")
         if text and int(text) >= least:
             raise InputError(
-                f"{name}={text} in the environment: qalora trains in one process on one device; start it without torchrun, mpirun or "
-                f"several processes of accelerate launch, or unset {name}."
+                f"{name}={text} in the environment: qalora trains in one process on one device; start it without "
+                f"torchrun, mpirun or several processes of accelerate launch, or unset {name}."
             )
     for way in WAYS:
         name = f"ACCELERATE_USE_{way}"
         if environ.get(name, "").lower() not in OFF:
             raise InputError(
-                f"{name}={environ[name]} in the environment: qalora trains in one process on one device; start it without accelerate "
-                f"launch, or unset {name}."
+                f"{name}={environ[name]} in the environment: qalora trains in one process on one device; start it "
+                f"without accelerate launch, or unset {name}."
             )
 
 

@@ -6,38 +6,37 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable
+from qalora.errors import InputError
+from qalora.flags import add
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qalora.base.registry import ModelSource
+    from qalora.data.tokenization import TokenizedDataset
+    from qalora.recipe import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora evaluate",
         description="Evaluates a base, with an adapter or without, or a merged model.",
-        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. data.columns={output: "
+        epilog="Any setting of a recipe's data and evaluation can follow, as key=value or --key value, e.g. "
+        "data.columns={output: "
         "answer}.",
     )
-    parser.add_argument("--model", required=True, help="registry name, Hub id, folder or .gguf file")
-    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="to compute in (default: by device)",
-    )
-    parser.add_argument("--recipe", help="name or path: its data and evaluation settings, such as a run's recipe.yaml")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="file, pattern, folder or Hub id, or several with commas (default: the recipe's validation rows)",
-    )
-    parser.add_argument(
-        "--data-format",
-        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
-    )
-    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, validation)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    add(parser, "--model", required=True)
+    add(parser, "--adapter", "--no-quantize")
+    add(parser, "--dtype", otherwise="by device")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its data and evaluation settings")
+    add(parser, "--data", otherwise="the recipe's validation rows")
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--split", otherwise="the recipe's, validation")
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     parser.add_argument("--rows", type=int, help="use the first N rows (default: all)")
     parser.add_argument("--metrics", help="any of loss,exact_match,accuracy,rougeL (default: loss)")
     parser.add_argument(
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated completions that accuracy chooses from (default: those of the data)",
     )
     parser.add_argument("--answer-pattern", help="regular expression; its first group is what exact_match compares")
-    parser.add_argument("--batch-size", type=int, help="rows a forward pass")
+    add(parser, "--batch-size", otherwise="the recipe's, else 8")
     parser.add_argument("--max-new-tokens", type=int, help="length of the answers for exact_match and rougeL")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
     parser.add_argument(
@@ -53,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write each row there, as a line of JSON: prompt, answer, reference and its own scores",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add(parser, "--quiet")
     return parser
 
 
@@ -81,18 +80,42 @@ def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
 def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
+    from qalora.base.registry import resolve
+    from qalora.cli import say
+    from qalora.files import write_json, write_json_lines
+    from qalora.progress import show
+    from qalora.training.settling import settled
+
+    recipe = recipe_of(args, rest)
+    show(not args.quiet)
+    source = resolve(recipe.model)
+    recipe, notes = settled(recipe, source)
+    for note in notes:
+        say(note)
+    result, predictions = evaluated(recipe, source, args.adapter, progress=not args.quiet)
+    if args.output:
+        write_json(args.output, result)
+    if args.predictions:
+        write_json_lines(args.predictions, predictions)
+    print(json.dumps(result, indent=2))  # at the end, for its reader may have left
+    return 0
+
+
+def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
+    """The recipe that the flags make, or the one that they change.
+
+    Raises:
+        InputError: no data, or a file that cannot be written or would replace one that is read.
+    """
     from qalora.data.reading import paths_of
-    from qalora.errors import InputError
-    from qalora.files import check_writable, write_json, write_json_lines
-    from qalora.plan import keep_to_positions, keep_to_stored
-    from qalora.recipe import check_once, load_recipe, parse_overrides
-    from qalora.recipe import resolve as resolve_recipe
+    from qalora.files import check_writable
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
     asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora evaluate")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")
     read = [*([args.recipe] if args.recipe else []), *paths_of(recipe.data.validation)]
@@ -100,44 +123,64 @@ def main(argv: list[str]) -> int:
         check_writable(args.output, others=read)
     if args.predictions:
         check_writable(args.predictions, "--predictions", others=[*read, *([args.output] if args.output else [])])
+    return recipe
 
-    from qalora.adapter.its_base import loading_as_trained, said_of_base
+
+def evaluated(
+    recipe: Recipe, source: ModelSource, adapter: str | None, *, progress: bool
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(the figures, a record per row) of a base, with an adapter or without, as `data` and `evaluation` of the recipe
+    say.
+
+    Raises:
+        InputError: an adapter that does not fit, rows that cannot be read, or a metric that they cannot answer.
+    """
+    from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter
-    from qalora.adapter.saved import check_adapter
     from qalora.answers import prepare_tokenizer
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.precision import loaded_in_4bit
-    from qalora.base.registry import resolve, shape_of
     from qalora.cli import say
-    from qalora.data.tokenization import load_dataset
     from qalora.kernels.install import install
-    from qalora.metrics import check, predict, several_references, with_room
-    from qalora.progress import show
+    from qalora.metrics import predict
 
-    show(not args.quiet)
-    source = resolve(recipe.model)
-    notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
-    loading = recipe.quantization.loading()
-    if args.adapter:
-        check_adapter(args.adapter, source)
-        notes.append(said_of_base(args.adapter, source))
-        loading, note = loading_as_trained(args.adapter, source, loading, recipe.quantization.given())
-        notes.append(note)
-    for note in filter(None, notes):
+    evaluation, quantization = recipe.evaluation, recipe.quantization
+    loading, notes = how_to_load(source, adapter, quantization.loading(), quantization.given())
+    for note in notes:
         say(note)
     tokenizer = load_tokenizer(source)
-    taught = prepare_tokenizer(tokenizer, args.adapter)
-    evaluation = recipe.evaluation
-    dataset = load_dataset(
-        recipe.data.validation,
+    taught = prepare_tokenizer(tokenizer, adapter)
+    dataset = rows_of(recipe, source, tokenizer)
+    model = load_base(source, tokenizer=tokenizer, **loading).model
+    install(model)
+    return predict(
+        load_adapter(model, adapter) if adapter else model,
         tokenizer,
-        split=recipe.data.validation_split,
-        limit=evaluation.rows,
-        **recipe.data.reading(),
+        dataset,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        taught=taught,
+        progress=progress,
+        **evaluation.asking(),
     )
-    print(dataset.report, file=sys.stderr)
+
+
+def rows_of(recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> TokenizedDataset:
+    """The validation rows, of which each leaves an answer room; says what they are and what was left out.
+
+    Raises:
+        InputError: they cannot be read, or cannot answer a metric.
+    """
+    from qalora.base.registry import shape_of
+    from qalora.cli import say
+    from qalora.data.tokenization import load_dataset
+    from qalora.metrics import check, several_references, with_room
+
+    data, evaluation = recipe.data, recipe.evaluation
+    where = data.validation or data.train
+    dataset = load_dataset(where, tokenizer, split=data.validation_split, limit=evaluation.rows, **data.reading())
+    say(str(dataset.report))
     if said := several_references(dataset):
-        print(said, file=sys.stderr)
+        say(said)
     dataset, line = with_room(
         dataset,
         tokenizer,
@@ -148,29 +191,7 @@ def main(argv: list[str]) -> int:
     )
     if line:
         say(line)
-
-    in_4bit, told = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
-    loading["load_in_4bit"] = in_4bit
-    if told:
-        say(told)
-    model = load_base(source, tokenizer=tokenizer, **loading).model
-    install(model)
-    result, predictions = predict(
-        load_adapter(model, args.adapter) if args.adapter else model,
-        tokenizer,
-        dataset,
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-        taught=taught,
-        progress=not args.quiet,
-        **evaluation.asking(),
-    )
-    if args.output:
-        write_json(args.output, result)
-    if args.predictions:
-        write_json_lines(args.predictions, predictions)
-    print(json.dumps(result, indent=2))  # at the end, for its reader may have left
-    return 0
+    return dataset
 
 
 make_callable(__name__)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 
@@ -107,16 +106,17 @@ def write_whole(file: str | Path, text: str) -> None:
     sync(path.parent)
 
 
-def write_json(file: str | Path, value: Any, *, indent: int = 2) -> None:
+def write_json(file: str | Path, value: object, *, indent: int = 2) -> None:
     write_whole(file, json.dumps(value, indent=indent) + "\n")
 
 
-def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(file: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
     write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk: a rename may reach it before the content does."""
+    """Waits until a file, or the entries of a folder, are on the disk: a rename may reach it before the content
+    does."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -138,8 +138,8 @@ def sync_tree(folder: Path) -> None:
 def written_beside(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, that takes the place of `folder` at the end, or vanishes after an error.
 
-    Killed at any moment, it leaves the old content or the new, never a part; where the system cannot exchange two folders, for a
-    moment nothing. What lies beside it then is put back or cleared away by the next attempt.
+    Killed at any moment, it leaves the old content or the new, never a part; where the system cannot exchange two
+    folders, for a moment nothing. What lies beside it then is put back or cleared away by the next attempt.
 
     Raises:
         InputError: the disk is full, or nothing can be written there.
@@ -171,7 +171,8 @@ def written_beside(folder: str | Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Two folders take each other's place at once, so that no kill finds a place empty; False where the system cannot."""
+    """Two folders take each other's place at once, so that no kill finds a place empty; False where the system
+    cannot."""
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -7,19 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.memory import Checkpointing, MemoryPlan
+from qalora.sizes import MLP_TILE
 
 Plan = Callable[..., MemoryPlan]  # plan_memory with everything set but what is chosen here
 
-MLP_TILE = 1024  # tokens; from there on one tile's tensors are small beside one block input
 FULL_FORWARD = 1024  # tokens of a forward from which on more of them hardly raise the tokens a second
 HEADROOM = 0.92  # of the memory; the rest is the allocator's, and the plan's error
-# From fast to frugal: nothing is computed twice; all but the maps is; blocks are; block inputs wait in host memory; MLPs go piece by piece.
-LEVELS: tuple[tuple[Checkpointing, int | None], ...] = (
-    (False, None),
-    ("selective", None),
-    (True, None),
-    ("offload", None),
-    ("offload", MLP_TILE),
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a step keeps of its blocks, and how much an MLP works on at a time.
+
+    Attributes:
+        what: it does, in the words of a message.
+    """
+
+    checkpointing: Checkpointing
+    mlp_tile: int | None
+    what: str
+
+
+# From fast to frugal.
+LEVELS = (
+    Level(False, None, "nothing is computed twice"),
+    Level("selective", None, "norms and attention are computed again in the backward"),
+    Level(True, None, "blocks are computed again in the backward"),
+    Level("offload", None, "block inputs wait in host memory"),
+    Level("offload", MLP_TILE, f"MLPs work on {MLP_TILE} tokens at a time"),
 )
 
 
@@ -38,8 +53,8 @@ class Fit:
 
 
 def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None:
-    """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward of
-    any level. The rows of an optimizer step stay what they are.
+    """The fastest settings that fit: the first level whose largest forward fills the device, else the largest forward
+    of any level. The rows of an optimizer step stay what they are.
 
     Args:
         memory: bytes that may be used.
@@ -50,9 +65,9 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None
         None where even one row at the last level does not fit.
     """
     best: Fit | None = None
-    for checkpointing, tile in LEVELS:
+    for level in LEVELS:
         for rows in (rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0):
-            chosen = Fit(rows, batch_size // rows, checkpointing, tile)
+            chosen = Fit(rows, batch_size // rows, level.checkpointing, level.mlp_tile)
             if plan(seq_len=seq_len, **chosen.settings()).total > HEADROOM * memory:
                 continue
             if rows == batch_size or rows * seq_len >= FULL_FORWARD:
@@ -65,7 +80,19 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int) -> Fit | None
 
 def least(batch_size: int) -> Fit:
     """What needs the least memory of all: a row at a time, at the last level."""
-    return Fit(1, batch_size, *LEVELS[-1])
+    return Fit(1, batch_size, LEVELS[-1].checkpointing, LEVELS[-1].mlp_tile)
+
+
+def lower(checkpointing: Checkpointing, tiled: bool) -> Level | None:
+    """The next level where memory ran out; None at the last.
+
+    Args:
+        checkpointing: of the step that ran out.
+        tiled: its MLPs worked in tiles already, whatever it kept of its blocks.
+    """
+    at = next(place for place, level in enumerate(LEVELS) if level.checkpointing == checkpointing)
+    below = LEVELS[at + 1]
+    return None if below.mlp_tile is not None and tiled else below
 
 
 def largest(plan: Plan, memory: int, setting: str) -> int:

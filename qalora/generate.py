@@ -1,4 +1,5 @@
-"""`qalora generate`: answer a prompt or an instruction, or chat, with a base, a base and an adapter, or a merged model."""
+"""`qalora generate`: answer a prompt or an instruction, or chat, with a base, a base and an adapter, or a merged
+model."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable, say
 from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbers
 
@@ -22,22 +25,12 @@ GREEDY_BELOW = 1e-5  # a temperature; scores divided by less are no longer numbe
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora generate",
-        description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the lines of "
-        "standard input (--chat).",
+        description="Answers one prompt (--prompt, --prompt-file) or instruction (--instruction), or chats over the "
+        "lines of standard input (--chat).",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="registry name, Hub id, folder or .gguf file",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument("--no-quantize", action="store_true", help="keep the base in 16 or 32 bit")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="to compute in (default: by device)",
-    )
+    add(parser, "--model", required=True)
+    add(parser, "--adapter", "--no-quantize")
+    add(parser, "--dtype", default="auto", otherwise="by device")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; through the chat template when the model has one")
     what.add_argument(
@@ -88,36 +81,21 @@ def main(argv: list[str]) -> int:
 
     from transformers import set_seed
 
-    from qalora.adapter.its_base import loading_as_trained, said_of_base
+    from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter
-    from qalora.adapter.saved import check_adapter
     from qalora.answers import generation_config, prepare_tokenizer, room
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.precision import loaded_in_4bit
     from qalora.base.registry import resolve, shape_of
 
     source = resolve(args.model)
     loading: dict[str, Any] = {"load_in_4bit": not args.no_quantize, "dtype": args.dtype}
-    if args.adapter:
-        check_adapter(args.adapter, source)
-        given = ["load_in_4bit"] if args.no_quantize else []
-        loading, note = loading_as_trained(args.adapter, source, loading, given)
-        for told in filter(None, (said_of_base(args.adapter, source), note)):
-            say(told)
+    loading, notes = how_to_load(source, args.adapter, loading, ["load_in_4bit"] if args.no_quantize else [])
+    for note in notes:
+        say(note)
     tokenizer = load_tokenizer(source)
     taught = prepare_tokenizer(tokenizer, args.adapter)
-    ids: list[int] = []
-    if args.instruction is not None:
-        ids = instruction_ids(args.instruction, args.input, tokenizer)
-    elif not args.chat:
-        ids = prompt_ids([prompt], tokenizer, raw=args.raw, system=args.system)
-    elif args.system is not None:
-        prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
-
+    ids = first_ids(args, prompt, tokenizer)
     room(len(ids), args.max_new_tokens, shape_of(source).positions)  # refused before the weights load
-    loading["load_in_4bit"], line = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=args.adapter is not None)
-    if line:
-        say(line)
     base = load_base(source, tokenizer=tokenizer, **loading).model
     model: Any = load_adapter(base, args.adapter) if args.adapter else base
     config = generation_config(model, tokenizer, [*args.stop, *taught], **options)
@@ -132,8 +110,9 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ what the flags say
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for none.
+def generation_options(args: argparse.Namespace) -> dict[str, object]:
+    """The flags as arguments of GenerationConfig: a sampling setting asks for sampling, and a temperature of 0 for
+    none.
 
     Raises:
         InputError: a value out of its range.
@@ -277,7 +256,8 @@ def prompt_ids(
         system: the system message before them.
 
     Raises:
-        InputError: a system message without a chat template, or one that the template leaves out; a prompt without a token.
+        InputError: a system message without a chat template, or one that the template leaves out; a prompt without a
+            token.
     """
     from qalora.data.formats import Example, Turn
     from qalora.data.tokenization import tokenize_prompt
@@ -302,6 +282,21 @@ def prompt_ids(
     return found
 
 
+def first_ids(args: argparse.Namespace, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the flags ask; none of a chat, whose questions come later.
+
+    Raises:
+        InputError: a system message that the template leaves out, or a prompt without a token.
+    """
+    if args.instruction is not None:
+        return instruction_ids(args.instruction, args.input, tokenizer)
+    if not args.chat:
+        return prompt_ids([prompt], tokenizer, raw=args.raw, system=args.system)
+    if args.system is not None:
+        prompt_ids(["a question"], tokenizer, chat=True, system=args.system)  # refused before the weights load
+    return []
+
+
 def instruction_ids(instruction: str, input: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids up to the response, in Stanford's Alpaca prompt as in training."""
     from qalora.data.formats import to_example
@@ -319,8 +314,8 @@ def answer(
     *,
     keep_special_tokens: bool = False,
 ) -> str:
-    """Streams the continuation of the token ids to standard output as it grows, up to the model's last position, and returns its
-    text.
+    """Streams the continuation of the token ids to standard output as it grows, up to the model's last position, and
+    returns its text.
 
     Raises:
         InputError: the prompt leaves no position for an answer.
@@ -351,7 +346,7 @@ def answer(
 
 
 def chat(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: Iterable[str],
     config: GenerationConfig,
@@ -376,7 +371,7 @@ def chat(
     return history
 
 
-def positions(model: Any) -> int | None:
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
     """Tokens of a prompt and its answer at most; None where it is not known."""
     from qalora.base.registry import positions_of
 

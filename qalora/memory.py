@@ -13,18 +13,15 @@ from math import ceil
 from typing import Literal
 
 from qalora.base.registry import ModelShape
+from qalora.sizes import FP32_TEMPORARY, LOGITS_CHUNK, OVERSAMPLING, QUANT_BLOCK
 
 # What a step keeps of its blocks: all; block inputs and what maps put out; block inputs; those, in host memory.
 Checkpointing = bool | Literal["selective", "offload"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-QUANT_BLOCK = 64  # weights that share one absmax in NF4
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
 MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
-LOGITS_CHUNK = 64 * 2**20  # of fp32 logits
-FP32_TEMPORARY = 128 * 2**20  # of the adapters' and norms' fp32 arithmetic on 16-bit activations
 CUDA_CONTEXT = 500 * 2**20
-OVERSAMPLING = 4  # ranks of the gradient's sketch beyond the directions asked for
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ def plan_memory(
         shape: the base.
         ranks: of every module, or full module name → rank.
         micro_batch_size: rows a forward.
-        gradient_accumulation_steps: forwards an optimizer step; from the second on there are earlier gradients to add to.
+        gradient_accumulation_steps: forwards an optimizer step; from the second on there are earlier gradients to add
+            to.
         seq_len: tokens a row.
         gradient_checkpointing: "selective" keeps the outputs of maps beside the block inputs; "offload" keeps the
             inputs in host memory, all but two.
@@ -102,7 +100,8 @@ def plan_memory(
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
         **step,
-        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is left.
+        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is
+        # left.
         "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if gradient_accumulation_steps > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
@@ -166,12 +165,16 @@ def _activations(
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
     down = inner + tile * f * size + hidden + max(weight, product)
     norm = 2 * hidden + 3 * wide(tokens, d)
-    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product too.
+    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product
+    # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
     block = dropped + attention + rotation + max(down, norm) + transposed
     # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them.
-    attended = 2 * hidden + rotation + tokens * (
-        size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size, device)
+    attended = (
+        2 * hidden
+        + rotation
+        + tokens
+        * (size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size, device))
     )
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
@@ -205,8 +208,9 @@ def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
 def _sketch(
     maps: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], longer: Mapping[str, int], step: dict[str, int]
 ) -> int:
-    """What the second pass of the gradient's sketch holds beside the adapter (adapter/start/gradient.py): longer A and B in its
-    place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward, the gradients to add."""
+    """What the second pass of the gradient's sketch holds beside the adapter (adapter/start/gradient.py): longer A and
+    B in its place, the span and the rows made of it, sums of the gradients, and, where the first block goes backward,
+    the gradients to add."""
     matrices = spans = of_A = of_B = 0
     for name, count in longer.items():
         fan_in, fan_out = maps[name]
@@ -223,15 +227,16 @@ def _matrices(rank: int, fan_in: int, fan_out: int) -> tuple[tuple[int, int], ..
 
 
 def _constants(weights: int, double_quant: bool) -> int:
-    """Of one 4-bit map: its absmax values in fp32, or in uint8 with fp32 constants and an offset, and its code tables."""
+    """Of one 4-bit map: its absmax values in fp32, or in uint8 with fp32 constants and an offset, and its code
+    tables."""
     blocks = ceil(weights / QUANT_BLOCK)
     nested = blocks + 4 * ceil(blocks / STATE_BLOCK) + 4 + 4 * 256
     return 4 * 16 + (nested if double_quant else 4 * blocks)
 
 
 def _moments(rows: int, columns: int, optim: str) -> int:
-    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of means
-    and the size of the weights."""
+    """What the optimizer keeps of one matrix: two moments of each element, Lion one, Adafactor a row and a column of
+    means and the size of the weights."""
     if optim == "adafactor":
         return 4 * (rows + columns + 1)
     elements, kinds = rows * columns, 1 if "lion" in optim else 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -17,17 +17,18 @@ from qalora.answers import ends_of, generate_answers, generation_config, inferen
 from qalora.base.device import free_unused
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
+from qalora.data.rows import IGNORE, Row, Tokenized, supervised_tokens
 from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
 from qalora.errors import InputError
 from qalora.kernels.loss import row_losses
 from qalora.kernels.prefixes import causal_lm
-from qalora.progress import track
+from qalora.progress import Track, track, untracked
 from qalora.text_scores import Normalize, compared, exact_match, rouge_l, said
 
 Figures = dict[str, float]
+Key = tuple[tuple[int, ...], tuple[int, ...]]  # tokens and labels of a row
 METRICS = ("loss", "exact_match", "accuracy", "rougeL")
 MOST_CHOICES = 10
-IGNORE = -100
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: TokenizedDataset, **asked: Any) -> Figures:
@@ -48,7 +49,7 @@ def predict(
     normalize: Normalize | None = None,
     taught: Sequence[str] = (),
     progress: bool = False,
-) -> tuple[Figures, list[dict[str, Any]]]:
+) -> tuple[Figures, list[dict[str, object]]]:
     """Evaluates a causal LM, with or without an adapter, on every row of `dataset`.
 
     Args:
@@ -62,10 +63,11 @@ def predict(
         taught: texts that end an answer, besides what ends a turn of the model and its chat template.
 
     Returns:
-        The figures: `rows` and `supervised_tokens`, and for the metrics asked for: `loss` (nats, mean over all supervised
-        tokens) and `perplexity`; `exact_match`, `accuracy` and `rougeL` (mean F1), all three in percent.
-        And for each row: `row`, `prompt`, `answer` (for accuracy alone, the choice), `reference`, `references` where there are
-        several, and its own loss and scores, whose mean is the figure; of losses it is the mean by supervised tokens.
+        The figures: `rows` and `supervised_tokens`, and for the metrics asked for: `loss` (nats, mean over all
+        supervised tokens) and `perplexity`; `exact_match`, `accuracy` and `rougeL` (mean F1), all three in percent.
+        And for each row: `row`, `prompt`, `answer` (for accuracy alone, the choice), `reference`, `references` where
+        there are several, and its own loss and scores, whose mean is the figure; of losses it is the mean by supervised
+        tokens.
 
     Raises:
         InputError: an unknown metric, or a metric that these rows cannot answer (see `check`).
@@ -75,14 +77,14 @@ def predict(
     rows = [examples[item["row"]] for item in dataset.items]
     prompts = [tokenize_prompt(example, tokenizer) for example in rows]
     found: list[dict[str, Any]] = [_described(row, ids, tokenizer) for row, ids in zip(rows, prompts, strict=True)]
-    tracked = track if progress else _untracked
-    tokens = [predicted_tokens(item["labels"]) for item in dataset.items]
+    tracked = track if progress else untracked
+    tokens = [supervised_tokens([item["labels"]]) for item in dataset.items]
     result: Figures = {"rows": len(rows), "supervised_tokens": sum(tokens)}
     with inference(model):
-        own: Sequence[Mapping[str, Any]] = dataset.items if "loss" in metrics else []
+        own: Sequence[Row] = dataset.items if "loss" in metrics else []
         choices_of = _choices_of(rows, options, tokenizer) if "accuracy" in metrics else []
         # A row's reference is one of its choices, so most of `own` is among them.
-        distinct = {_key(item): item for item in [*own, *choices_of]}
+        distinct: dict[Key, Row] = {_key(item): item for item in [*own, *choices_of]}
         losses = dict(
             zip(distinct, item_losses(model, tokenizer, list(distinct.values()), batch_size, tracked), strict=True)
         )
@@ -175,8 +177,8 @@ def with_room(
     max_new_tokens: int,
     options: Sequence[str] = (),
 ) -> tuple[TokenizedDataset, str]:
-    """The rows that the model has positions to answer, and a line on the others and on answers that have to be shorter; empty where
-    there are none.
+    """The rows that the model has positions to answer, and a line on the others and on answers that have to be shorter;
+    empty where there are none.
 
     Args:
         positions: of the model; None: not known.
@@ -194,8 +196,8 @@ def with_room(
     kept = [i for i, prompt in enumerate(prompts) if prompt + needed <= positions]
     if not kept:
         raise InputError(
-            f"none of the {len(prompts)} rows leaves an answer room in the model's {positions} positions: the shortest prompt has "
-            f"{min(prompts)} tokens; shorten the prompts, or measure the loss alone."
+            f"none of the {len(prompts)} rows leaves an answer room in the model's {positions} positions: the shortest "
+            f"prompt has {min(prompts)} tokens; shorten the prompts, or measure the loss alone."
         )
     lines = []
     if dropped := len(prompts) - len(kept):
@@ -223,9 +225,9 @@ def several_references(dataset: TokenizedDataset) -> str:
 def item_losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Mapping[str, Any]],
+    items: Sequence[Row],
     batch_size: int,
-    track: Callable[[list[Any], str], Iterable[Any]] | None = None,
+    track: Track = untracked,
 ) -> list[float]:
     """Summed cross-entropy of each item over its supervised tokens: (rows,) floats, nats, in the order of
     `items`."""
@@ -240,7 +242,7 @@ def item_losses(
 
     losses = [0.0] * len(items)
     with inference(model):
-        for batch in (track or _untracked)(batches, "loss"):
+        for batch in track(batches, "loss"):
             for i, loss in zip(batch, _in_halves(summed, batch), strict=True):
                 losses[i] = loss
     return losses
@@ -263,7 +265,8 @@ def _in_halves(work: Callable[[Sequence[int]], list[float]], batch: Sequence[int
 
 
 def with_answer(example: Example, answer: str) -> Example:
-    """The example up to its reference, with `answer` in the place of that, alone supervised; the white space around it is kept."""
+    """The example up to its reference, with `answer` in the place of that, alone supervised; the white space around it
+    is kept."""
     before, last = example.prompt, example.turns[len(example.prompt)]
     stripped = last.text.strip()
     start = last.text.find(stripped) if stripped else len(last.text)
@@ -272,9 +275,7 @@ def with_answer(example: Example, answer: str) -> Example:
     return replace(example, turns=turns)
 
 
-def _choices_of(
-    rows: Sequence[Example], options: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
+def _choices_of(rows: Sequence[Example], options: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
     """Every row with every option in the place of its reference, row by row."""
     return [tokenize(with_answer(row, option), tokenizer, max_seq_len=10**9) for row in rows for option in options]
 
@@ -290,14 +291,15 @@ def _likeliest(options: Sequence[str], losses: Sequence[float]) -> list[str]:
     return [options[own.index(min(own))] for own in by_row]
 
 
-def _described(row: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _described(row: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What a row asks: its prompt as the model sees it, and what would be right."""
     several = {"references": list(row.references)} if len(row.references) > 1 else {}
     return {"row": row.row, "prompt": tokenizer.decode(list(prompt)), "reference": row.reference, **several}
 
 
-def _by_prompt(items: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Indices of the items, longest first, but those of one prompt together: a batch computes it once for all of them."""
+def _by_prompt(items: Sequence[Row]) -> list[int]:
+    """Indices of the items, longest first, but those of one prompt together: a batch computes it once for all of
+    them."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, item in enumerate(items):
         prompt = sum(1 for _ in takewhile(lambda label: label == IGNORE, item["labels"]))
@@ -306,14 +308,5 @@ def _by_prompt(items: Sequence[Mapping[str, Any]]) -> list[int]:
     return [i for group in groups for i in group]
 
 
-def _key(item: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _key(item: Row) -> Key:
     return tuple(item["input_ids"]), tuple(item["labels"])
-
-
-def predicted_tokens(labels: Sequence[int]) -> int:
-    """Supervised tokens that a position before them predicts; the first token of a row has none."""
-    return sum(label != IGNORE for label in labels[1:])
-
-
-def _untracked(batches: list[Any], what: str) -> Iterable[Any]:
-    return batches

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qalora.base.registry import MODELS, ModelShape
 from qalora.cli import Parser
+from qalora.flags import add
+from qalora.sizes import parse_size
 
 if TYPE_CHECKING:
-    from qalora.fitting import Plan
     from qalora.recipe import Recipe
 
 GATED = "meta-llama/"  # owners whose licence has to be accepted on the Hub
@@ -21,19 +21,18 @@ GATED = "meta-llama/"  # owners whose licence has to be accepted on the Hub
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora models",
-        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any other LLaMA-class "
-        "model too: a Hub id, a folder or a .gguf file.",
+        description="The models that have a name here, with the memory of a run on a GPU, planned. --model takes any "
+        "other LLaMA-class model too: a Hub id, a folder or a .gguf file.",
         epilog="Settings of the recipe can follow, e.g. training.micro_batch_size=1 data.max_seq_len=512.",
     )
-    parser.add_argument("--recipe", default="alpaca", help="name or path of what is planned (default: %(default)s)")
-    parser.add_argument("--profile", help="settings for a kind of machine: 24gb, t4, cpu")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="e.g. 24GiB: also which runs fit it")
-    parser.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
+    add(parser, "--recipe", default="alpaca", more="that is planned")
+    add(parser, "--profile")
+    add(parser, "--gpu-memory", more="also which runs fit it")
+    add(parser, "--json", more="print it as JSON, sizes in bytes")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    from qalora.plan import parse_size
     from qalora.recipe import load_recipe, parse_overrides
 
     args, rest = parser().parse_known_args(argv)
@@ -47,24 +46,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, Any]:
+def described(name: str, recipe: Recipe, card: int | None = None) -> dict[str, object]:
     """A registered model, and the memory of a step of the recipe on it, in bytes.
 
     Args:
         card: bytes of a GPU, for `fits`; with training.fit the step is fitted to it first.
     """
-    from qalora.fitting import HEADROOM, fit
-    from qalora.plan import planner
+    from qalora.fitting import HEADROOM
+    from qalora.training.planning import fitted, planner
 
     hub_id, shape = MODELS[name]
-    positions = shape.positions or recipe.data.max_seq_len
-    training, seq_len = recipe.training, min(recipe.data.max_seq_len, positions)
-    plan: Plan = partial(planner(recipe, shape=shape), seq_len=seq_len)
-    if training.fit and card is not None:
-        rows = training.micro_batch_size * training.gradient_accumulation_steps
-        if fitted := fit(plan, card, batch_size=rows, seq_len=seq_len):
-            plan = partial(plan, **fitted.settings())
-    total = plan().total
+    seq_len = min(recipe.data.max_seq_len, shape.positions or recipe.data.max_seq_len)
+    if recipe.training.fit and card is not None:
+        chosen, fits = fitted(recipe, shape, card, seq_len=seq_len)
+        recipe = chosen if fits else recipe
+    total = planner(recipe, shape)(seq_len=seq_len).total
     return {
         "name": name,
         "hub_id": hub_id,
@@ -110,8 +106,9 @@ def print_models(found: list[dict[str, Any]], recipe: Recipe, args: argparse.Nam
     training = recipe.training
     rows_a_forward = "as many" if training.fit and args.gpu_memory else str(training.micro_batch_size)
     print(
-        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to {recipe.data.max_seq_len} tokens a "
-        f"forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora plan` has it by term."
+        f"\nplanned: one step of recipe {args.recipe} on a GPU, with {rows_a_forward} rows of up to "
+        f"{recipe.data.max_seq_len} tokens a forward{' as fit' if training.fit and args.gpu_memory else ''}; `qalora "
+        "plan` has it by term."
         "\n*: gated; accept its licence on the Hub and set HF_TOKEN."
     )
 

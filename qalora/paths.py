@@ -10,13 +10,14 @@ T = TypeVar("T", bound=str | list[str] | None)
 
 # The flags of all commands that name a file or a folder.
 PATH_FLAGS = (
-    "--model", "--recipe", "--output-dir", "--resume-from-checkpoint", "--adapter", "--data", "--output", "--predictions",
-    "--prompt-file", "--original",
+    "--model", "--recipe", "--output-dir", "--resume-from-checkpoint", "--adapter", "--data", "--output",
+    "--predictions", "--prompt-file", "--original",
 )  # fmt: skip
 
 
 def expanded(where: T) -> T:
-    """A path, or several, also in one text with commas, with `~`, $NAME and ${NAME} replaced; what is no path has none of them and stays as it is.
+    """A path, or several, also in one text with commas, with `~`, $NAME and ${NAME} replaced; what is no path has none
+    of them and stays as it is.
 
     Raises:
         ValueError: a variable that is not set.

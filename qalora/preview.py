@@ -6,17 +6,21 @@ import argparse
 import json
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qalora.cli import Parser
+from qalora.cli import Parser, say
+from qalora.data.rows import Row, Tokenized
+from qalora.errors import InputError
+from qalora.flags import add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qalora.data.tokenization import TokenizedDataset
+    from qalora.recipe import Recipe
 
 MARKS = "⟦", "⟧"
 ASCII_MARKS = "[[", "]]"
@@ -26,33 +30,52 @@ LEARNED = "\x1b[1;32m", "\x1b[0m"  # bold green
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora preview",
-        description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ elsewhere.",
-        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.train_on_inputs=true.",
+        description="Prints rows as a run trains on them. What is learned is green on a terminal, and in ⟦ ⟧ "
+        "elsewhere.",
+        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. "
+        "data.train_on_inputs=true.",
     )
-    parser.add_argument("--model", help="registry name, Hub id, folder or .gguf file (default: the recipe's)")
-    parser.add_argument("--recipe", help="name or path: its data settings, such as a run's recipe.yaml")
-    parser.add_argument(
-        "--data", metavar="FILE", help="file, pattern, folder or Hub id, or several with commas (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--data-format",
-        help="alpaca, sharegpt, messages, prompt-completion or text (default: found from the rows)",
-    )
-    parser.add_argument("--split", help="of a set that has splits, or a slice (default: the recipe's, train)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row; longer rows are cut and counted")
+    add(parser, "--model", otherwise="the recipe's")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its data settings")
+    add(parser, "--data", otherwise="the recipe's")
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--split", otherwise="the recipe's, train")
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     parser.add_argument("--rows", type=int, default=3, help="rows that are printed (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    add(parser, "--json", more="print all of it as JSON")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    from qalora.errors import InputError
-    from qalora.recipe import check_once, load_recipe, parse_overrides
-    from qalora.recipe import resolve as resolve_recipe
+    from qalora.base.loading import load_tokenizer
+    from qalora.base.registry import resolve
+    from qalora.data.tokenization import load_dataset
+    from qalora.training.settling import within_positions
 
     args, rest = parser().parse_known_args(argv)
     if args.rows < 0:
         raise InputError(f"--rows {args.rows}: must be 0 or more.")
+    recipe = recipe_of(args, rest)
+    source = resolve(recipe.model)
+    recipe, notes = within_positions(recipe, source)
+    for note in notes:
+        say(note)
+    tokenizer, data = load_tokenizer(source), recipe.data
+    dataset = load_dataset(data.train, tokenizer, split=data.split, limit=data.max_rows, **data.reading())
+    shown = [preview_of(item, tokenizer) for item in dataset.items[: args.rows]]
+    if args.json:
+        # Escaped, so that any encoding of standard output holds it.
+        print(json.dumps({"rows": shown, "data": summary(dataset)}, indent=2))
+    else:
+        print_rows(shown, data.max_seq_len)
+        write("── " + described(summary(dataset), data.max_seq_len))
+    return 0
+
+
+def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
+    """The recipe that the flags make, or the one that they change."""
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+
     flags = {
         "model": args.model,
         "data.train": args.data,
@@ -63,37 +86,22 @@ def main(argv: list[str]) -> int:
     asked = [(key, value) for key, value in flags.items() if value is not None]
     asked += parse_overrides(rest, ("data",))
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora preview")
+    return load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora preview")
 
-    from qalora.base.loading import load_tokenizer
-    from qalora.base.registry import resolve
-    from qalora.data.tokenization import load_dataset
-    from qalora.plan import keep_to_positions
 
-    if note := keep_to_positions(recipe):
-        print(note, file=sys.stderr)
-    tokenizer = load_tokenizer(resolve(recipe.model))
-    dataset = load_dataset(
-        recipe.data.train, tokenizer, split=recipe.data.split, limit=recipe.data.max_rows, **recipe.data.reading()
-    )
-    shown = [preview_of(item, tokenizer) for item in dataset.items[: args.rows]]
-    if args.json:
-        # Escaped, so that any encoding of standard output holds it.
-        print(json.dumps({"rows": shown, "data": summary(dataset)}, indent=2))
-        return 0
+def print_rows(shown: Sequence[Mapping[str, Any]], max_seq_len: int) -> None:
+    """Each row's text under a line that says how much of it there is."""
     from rich.console import Console
 
     console = Console()
     color = console.is_terminal and not console.no_color
     for row in shown:
-        cut = f", cut at data.max_seq_len={recipe.data.max_seq_len}" if row["cut"] else ""
+        cut = f", cut at data.max_seq_len={max_seq_len}" if row["cut"] else ""
         write(f"── row {row['row']}: {row['tokens']} tokens, {row['share_learned']:.0%} learned{cut}\n")
         write(marked(row, LEARNED if color else marks(sys.stdout.encoding)) + "\n")
-    write("── " + described(summary(dataset), recipe.data.max_seq_len))
-    return 0
 
 
-def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def preview_of(item: Tokenized, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What there is to say of a tokenized row: row, tokens, share_learned, cut, and its text in segments."""
     segments = [{"text": text, "learned": learned} for text, learned in decoded(item, tokenizer)]
     return {
@@ -105,15 +113,16 @@ def preview_of(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def learned_tokens(item: Mapping[str, Any]) -> int:
+def learned_tokens(item: Row) -> int:
     """Tokens that carry loss."""
     return sum(label >= 0 for label in item["labels"])
 
 
-def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def decoded(item: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """(text, learned) of the stretches of tokens, as the tokens say it, the special ones too.
 
-    A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins with.
+    A stretch's text is what it adds to the text before it: by itself a tokenizer may drop the blank that it begins
+    with.
     """
     ids, end, before = list(item["input_ids"]), 0, ""
     for learned, labels in groupby(item["labels"], lambda label: label >= 0):
@@ -123,7 +132,7 @@ def decoded(item: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iter
         before = text
 
 
-def summary(dataset: TokenizedDataset) -> dict[str, Any]:
+def summary(dataset: TokenizedDataset) -> dict[str, object]:
     """The report of the data set, with the share that is learned."""
     report = asdict(dataset.report)
     return {**report, "share_learned": dataset.report.supervised_tokens / dataset.report.tokens}
@@ -132,7 +141,8 @@ def summary(dataset: TokenizedDataset) -> dict[str, Any]:
 def described(data: Mapping[str, Any], max_seq_len: int) -> str:
     """The summary in lines."""
     lines = [
-        f"{data['rows']} rows, {data['tokens']} tokens, {data['share_learned']:.0%} learned; longest row {data['longest']} tokens",
+        f"{data['rows']} rows, {data['tokens']} tokens, {data['share_learned']:.0%} learned; longest row "
+        f"{data['longest']} tokens",
         f"cut: {data['truncated']} rows, at data.max_seq_len={max_seq_len}",
         f"dropped: {data['dropped']} rows",
     ]

@@ -1,13 +1,14 @@
-"""Progress bars in one style, on a terminal alone; several at a time share it, as a round of allocation does with its training."""
+"""Progress bars in one style, on a terminal alone; several at a time share it, as a round of allocation does with its
+training."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,7 +22,8 @@ class _Console(Console):
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no markup."""
+        """A line stays a line where there is no terminal whose width it should fit, and brackets in it are no
+        markup."""
         settings = {"soft_wrap": not self.is_terminal, "markup": False, "highlight": False, **options}
         with suppress(OSError):  # a log on a full disk is no reason to end a run
             super().print(*objects, **settings)
@@ -103,6 +105,17 @@ class Bar:
         self.close()
 
 
+class Track(Protocol):
+    """How a long work goes through its batches: `track`, or `untracked`."""
+
+    def __call__(self, items: Collection[T], what: str) -> Iterable[T]: ...
+
+
+def untracked(items: Collection[T], what: str) -> Collection[T]:
+    """The items, without a bar."""
+    return items
+
+
 def track(items: Collection[T], what: str) -> Iterator[T]:
     """The items one after the other, with a bar while they last."""
     with Bar(what, len(items)) as bar:
@@ -120,7 +133,7 @@ def in_place_of_transformers(what: str | None) -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    def hook(bar: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def hook(bar: Any, args: tuple[Any, ...], options: dict[str, Any]) -> object:
         # Theirs is made all the same, and draws nothing: it is an object that their code calls.
         if what is not None and args and hasattr(args[0], "__len__"):
             args = (track(args[0], what), *args[1:])

@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from qalora.cli import DONE, Parser, say
+from qalora.flags import add
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora push",
-        description="Commits an adapter or a merged folder to a model repository on the Hub: weights, settings, tokenizer and card; "
-        "never checkpoints or optimizer states.",
+        description="Commits an adapter or a merged folder to a model repository on the Hub: weights, settings, "
+        "tokenizer and card; never checkpoints or optimizer states.",
     )
     parser.add_argument(
         "folder", metavar="DIR", help="adapter/ or merged/ of a run, any plain PEFT LoRA, or a run's folder"
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("repo", metavar="REPO", help="OWNER/NAME; made where it is missing")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     parser.add_argument("--revision", metavar="BRANCH", help="made where it is missing (default: main)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be pushed, and exit")
+    add(parser, "--dry-run", more="print what would be pushed, and exit")
     return parser
 
 

@@ -1,4 +1,5 @@
-"""Lines of other libraries that ask nothing of a user, each by its text; whatever else the libraries say comes through. Torch-free.
+"""Lines of other libraries that ask nothing of a user, each by its text; whatever else the libraries say comes through.
+Torch-free.
 
 `--verbose`, or TRANSFORMERS_VERBOSITY in the environment, brings them back.
 """

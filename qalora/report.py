@@ -15,7 +15,8 @@ PAGE = "report.html"
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora report",
-        description="Writes a run's report.html: losses, ranks round by round, speed, memory, answers and settings in one file.",
+        description="Writes a run's report.html: losses, ranks round by round, speed, memory, answers and settings in "
+        "one file.",
     )
     parser.add_argument("run", metavar="RUN", help="output folder of a run, finished or not")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html")

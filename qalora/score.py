@@ -6,32 +6,36 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
+from qalora.errors import InputError
+from qalora.flags import add
+
+if TYPE_CHECKING:
+    from qalora.adapter.scores import Importance, RankScores
+    from qalora.base.registry import ModelSource
+    from qalora.recipe import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora score",
-        description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it would prune.",
-        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: answer}.",
+        description="Scores every rank of an adapter by ablation (AB-LoRA, arXiv 2403.16187, eq. 6) and says which it "
+        "would prune.",
+        epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: "
+        "answer}.",
     )
-    parser.add_argument("--model", required=True, help="the base: registry name, Hub id, folder or .gguf file")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="any plain PEFT LoRA")
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help="file, pattern, folder or Hub id, or several with commas"
-    )
-    parser.add_argument("--data-format", help="alpaca, sharegpt, messages, prompt-completion or text (default: found)")
-    parser.add_argument(
-        "--recipe", help="name or path, such as a run's recipe.yaml: its columns, templates and labels read the rows"
-    )
+    add(parser, "--model", "--adapter", "--data", required=True)
+    add(parser, "--data-format", otherwise="found from the rows")
+    add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
     parser.add_argument(
         "--method",
         choices=("exact", "first-order", "certified", "path"),
         default="certified",
-        help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first order "
-        "leaves a doubt about --prune, given how far it errs on ranks drawn at random; path: shares of what the adapter achieved (default: %(default)s)",
+        help="exact: every rank ablated; first-order: all ranks from two backward passes; certified: exact where first "
+        "order leaves a doubt about --prune, given how far it errs on ranks drawn at random; path: shares of what the "
+        "adapter achieved (default: %(default)s)",
     )
     parser.add_argument(
         "--importance",
@@ -41,16 +45,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
     )
-    parser.add_argument(
-        "--split", default="validation", help="of a set that has splits, or a slice (default: %(default)s)"
-    )
+    add(parser, "--split", default="validation")
     parser.add_argument("--rows", type=int, default=32, help="rows of the data that score (default: %(default)s)")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a row (default: the recipe's, else 2048)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: %(default)s)")
-    parser.add_argument("--no-quantize", action="store_true", help="16- or 32-bit base")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="to compute in (default: by device)"
-    )
+    add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
+    add(parser, "--batch-size", default=8)
+    add(parser, "--no-quantize")
+    add(parser, "--dtype", otherwise="by device")
     parser.add_argument("--output", required=True, metavar="FILE", help="where the JSON goes")
     return parser
 
@@ -72,63 +72,79 @@ def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
     from qalora.base.registry import resolve
-    from qalora.errors import InputError
+    from qalora.cli import say
     from qalora.files import check_writable, write_json
-    from qalora.plan import keep_to_positions, keep_to_stored
-    from qalora.recipe import check_once, load_recipe, parse_overrides
-    from qalora.recipe import resolve as resolve_recipe
+    from qalora.recipe import check_once, load_recipe, make_recipe, parse_overrides
+    from qalora.training.settling import settled
 
     asked = [*settings(args), *parse_overrides(rest, ("data",))]
     check_once(asked)
-    recipe = load_recipe(args.recipe, asked) if args.recipe else resolve_recipe(asked, origin="qalora score")
+    recipe = load_recipe(args.recipe, asked) if args.recipe else make_recipe(asked, origin="qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
         raise InputError("--rows, --batch-size and --prune must be at least 1.")
     if args.method == "path" and args.importance:
         raise InputError(f"--importance {args.importance}: --method path has a measure of its own; leave it out.")
     check_writable(args.output)
+    recipe, notes = settled(recipe, source)
+    for note in notes:
+        say(note)
+    result = scored(recipe, source, args)
+    write_json(args.output, result, indent=1)
+    print(
+        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; "
+        f"{_summary(result)}"
+    )
+    return 0
 
-    from qalora.adapter.allocation import least_important
-    from qalora.adapter.its_base import loading_as_trained, said_of_base
+
+def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dict[str, Any]:
+    """What the JSON holds: the scores of an adapter's ranks on some rows, and which are least important.
+
+    Raises:
+        InputError: an adapter that does not fit, rows that cannot be read, or --prune of every rank.
+    """
+    from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter, ranks
     from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
     from qalora.base.device import memory_to_score
     from qalora.base.loading import load_base, load_tokenizer
-    from qalora.base.precision import loaded_in_4bit
     from qalora.cli import say
     from qalora.data.batching import Collator, micro_batches, on_device
     from qalora.data.tokenization import load_dataset
     from qalora.kernels.activations import set_checkpointing
 
-    notes = [keep_to_positions(recipe), keep_to_stored(recipe)]
     of_ranks = check_adapter(args.adapter, source).total_rank
     if args.prune and args.prune >= of_ranks:
         raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
-    loading, note = loading_as_trained(args.adapter, source, recipe.quantization.loading(), recipe.quantization.given())
-    for told in filter(None, (*notes, said_of_base(args.adapter, source), note)):
-        say(told)
+    settings = recipe.quantization
+    loading, notes = how_to_load(source, args.adapter, settings.loading(), settings.given())
+    for note in notes:
+        say(note)
     tokenizer = load_tokenizer(source)
     data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
-    if line := loaded_in_4bit(source, loading["load_in_4bit"], trained_on=True)[1]:
-        say(line)
     base = load_base(source, tokenizer=tokenizer, **loading)
     model = load_adapter(base.model, args.adapter, trainable=True)
     set_checkpointing(base.model, True)
     batch = on_device(micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id)), base.model.device)
+    importance: Importance = "path" if args.method == "path" else args.importance or "sum"
     prune = args.prune or len(ranks(model))
     start = time.perf_counter()
-    scores = score_ranks(
-        model,
-        batch,
-        args.method,
-        importance="path" if args.method == "path" else args.importance or "sum",
-        prune=prune,
-        memory=memory_to_score(),
-    )
-    seconds = time.perf_counter() - start
-    pruned = least_important(scores.importance, prune)
+    scores = score_ranks(model, batch, args.method, importance=importance, prune=prune, memory=memory_to_score())
+    return as_json(scores, prune, time.perf_counter() - start)
+
+
+def as_json(scores: RankScores, prune: int, seconds: float) -> dict[str, Any]:
+    """
+    Args:
+        prune: ranks to name as least important.
+        seconds: that the scoring took.
+    """
+    from qalora.adapter.allocation import least_important
+
     stderr = scores.stderr
+    pruned = least_important(scores.importance, prune)
     result: dict[str, Any] = {
         "method": scores.method,
         "rows": scores.rows,
@@ -157,23 +173,22 @@ def main(argv: list[str]) -> int:
         ],
     }
     if scores.method == "path":
-        total = sum(score["importance"] for score in result["scores"])
-        result["quadrature_error"] = (
-            abs(total / (scores.base_loss - scores.loss) - 1) if scores.base_loss != scores.loss else None
-        )
-    write_json(args.output, result, indent=1)
-    print(f"{args.output}: {len(result['scores'])} ranks on {scores.rows} rows, {seconds:.1f} s; {_summary(result)}")
-    return 0
+        achieved, total = scores.base_loss - scores.loss, sum(score["importance"] for score in result["scores"])
+        result["quadrature_error"] = abs(total / achieved - 1) if achieved else None
+    return result
 
 
 def _summary(result: dict[str, Any]) -> str:
-    text = f"loss {result['loss']:.4f}, of the base {result['base_loss']:.4f}; {result['forward_equivalents']:.0f} forwards"
+    text = (
+        f"loss {result['loss']:.4f}, of the base {result['base_loss']:.4f}; {result['forward_equivalents']:.0f} "
+        "forwards"
+    )
     residual = result["residual"]
     if residual is not None:
         text += (
-            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by {residual['std']:.1e} on "
-            f"{residual['drawn']} drawn at random (largest {residual['largest']:.1e}), rounding by {residual['noise']:.1e}; the "
-            f"{result['prune']} to prune are {_certainty(result)}"
+            f", {result['exact_evaluations']} ranks ablated in {residual['dtype']}; first order errs by "
+            f"{residual['std']:.1e} on {residual['drawn']} drawn at random (largest {residual['largest']:.1e}), "
+            f"rounding by {residual['noise']:.1e}; the {result['prune']} to prune are {_certainty(result)}"
         )
     if result.get("quadrature_error") is not None:
         text += f"; the shares add up to what the adapter achieved within {result['quadrature_error']:.2%}"
@@ -188,8 +203,8 @@ def _certainty(result: dict[str, Any]) -> str:
         return "settled: every rank was ablated"
     ties = f", but for {residual['tied']} that rounding alone could exchange" if residual["tied"] else ""
     return (
-        f"settled{ties}, given the residuals seen (with 95 % confidence, at most {residual['missed']:.0%} of the ranks that were not "
-        "ablated err by more than the band that is left to them)"
+        f"settled{ties}, given the residuals seen (with 95 % confidence, at most {residual['missed']:.0%} of the ranks "
+        "that were not ablated err by more than the band that is left to them)"
     )
 
 

@@ -24,7 +24,8 @@ def exact_match(
 
     Args:
         pattern: regular expression; the first group of its first match is compared. An answer without a match is wrong.
-        normalize: numbers: compared without commas, blanks, dollar signs and a full stop at the end, as GSM8K is scored.
+        normalize: numbers: compared without commas, blanks, dollar signs and a full stop at the end, as GSM8K is
+            scored.
     """
     found = compared(answer, pattern, normalize)
     return 100.0 * (found is not None and any(found == compared(text, pattern, normalize) for text in references))
@@ -34,7 +35,8 @@ def said(answer: str, references: Sequence[str], prompt: str = "") -> str:
     """What an answer says after its thought; all of it where a reference has a thought too.
 
     Args:
-        prompt: what the model was asked to go on from: it may have begun a thought, and an answer that never closes it says nothing.
+        prompt: what the model was asked to go on from: it may have begun a thought, and an answer that never closes it
+            says nothing.
     """
     opened = re.search(r"<(\w+)>\s*$", prompt)
     end = f"</{opened[1] if opened else 'think'}>"
@@ -57,7 +59,8 @@ def compared(text: str, pattern: str | None, normalize: Normalize | None) -> str
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words, in percent: the rouge_score library's, over `words`, without stemming.
+    """F1 of the longest common subsequence of words, in percent: the rouge_score library's, over `words`, without
+    stemming.
 
     Texts without a word, such as "!" or "🙂", score 100 where they are equal, and 0 otherwise.
     """
@@ -69,7 +72,8 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 def words(text: str) -> list[str]:
     """Runs of letters, digits and the marks on them, in lower case; letters of `UNSPACED` scripts one by one.
 
-    Of ASCII texts these are rouge_score's own words. Composed and decomposed accents are the same, full-width forms too.
+    Of ASCII texts these are rouge_score's own words. Composed and decomposed accents are the same, full-width forms
+    too.
     """
     found: list[str] = []
     in_word = grows = False  # whether the letter before belongs to a word, and whether a letter after it would too

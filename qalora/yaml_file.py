@@ -13,7 +13,7 @@ class TwiceError(ValueError):
     """A key stands twice in one mapping."""
 
 
-def read_yaml(text: str) -> tuple[Any, dict[str, list[int]]]:
+def read_yaml(text: str) -> tuple[object, dict[str, list[int]]]:
     """Reads one document, with YAML's own rule that PyYAML does not keep: the keys of a mapping are unique.
 
     A key beside a merge (`<<`) is no second one, for that is how a merged value is replaced.

@@ -69,7 +69,8 @@ def build_llama(
 
 @pytest.fixture(scope="session")
 def save_tiny_llama():
-    """save(path, **config) → path: a tiny random LLaMA in fp32 on disk, with a tokenizer of bytes and a chat template."""
+    """save(path, **config) → path: a tiny random LLaMA in fp32 on disk, with a tokenizer of bytes and a chat
+    template."""
 
     def save(path: Path, **config) -> Path:
         torch.manual_seed(0)
@@ -154,7 +155,8 @@ def randomize_B():
 
 @pytest.fixture
 def make_batch():
-    """make(rows, tokens, seed) → dict of input_ids, attention_mask, labels; prompts of different lengths carry no label."""
+    """make(rows, tokens, seed) → dict of input_ids, attention_mask, labels; prompts of different lengths carry no
+    label."""
 
     def make(rows: int = 4, tokens: int = 12, seed: int = 3) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +172,7 @@ def make_batch():
 @pytest.fixture(params=[1, 128 * 2**20], ids=["token by token", "at once"])
 def stretch(request, monkeypatch):
     """fp32 temporaries of a single token, and of all of them: loops over stretches take many turns, and one."""
-    monkeypatch.setattr("qalora.kernels.stretches.FP32_BYTES", request.param)
+    monkeypatch.setattr("qalora.kernels.stretches.FP32_TEMPORARY", request.param)
 
 
 @pytest.fixture

@@ -12,32 +12,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from qalora import __version__
-from qalora.__main__ import main
 from qalora.adapter.callback import console
 from qalora.cli import Parser, run
 from qalora.errors import AnswerNo, InputError
 from qalora.memory import MemoryPlan
 from qalora.plan import print_plan
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "text"),
-    [
-        (["--version"], 0, __version__),
-        ([], 0, "usage: qalora COMMAND"),
-        (["recipes"], 0, "quickstart"),
-        (["recipes", "show", "sst2"], 0, "The sentiment of the given sentence is:"),
-        (["recipes", "show"], 2, "usage: qalora recipes"),
-        (["tune"], 2, "tune: unknown command"),
-        (["plan", "--model", "llama-7b", "--gpu-memory", "1GiB"], 1, "does not fit"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_commands(monkeypatch, capsys, words, code, text):
-    monkeypatch.setattr(sys, "argv", ["qalora", *words])
-    assert main() == code
-    assert text in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(("error", "code"), [(AnswerNo("no"), 1), (InputError("bad"), 2), (KeyboardInterrupt(), 130)])

@@ -1,4 +1,5 @@
-"""The private names of other libraries that this project leans on: an upgrade that takes one away fails here first, by its name."""
+"""The private names of other libraries that this project leans on: an upgrade that takes one away fails here first, by
+its name."""
 
 from __future__ import annotations
 

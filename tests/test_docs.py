@@ -1,4 +1,5 @@
-"""The documentation holds: links, settings, flags, names, lengths, generated pages; and shell blocks that need nothing are run."""
+"""The documentation holds: links, settings, flags, names, lengths, generated pages; and shell blocks that need nothing
+are run."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def test_generated_pages_are_what_the_sources_say(name):
 
 @written
 def test_sentences_are_short(page):
-    """Of paragraphs and list items; tables, equations, lists of links and the citations of the README have no sentences."""
+    """Of paragraphs and list items; tables, equations, lists of links and the citations of the README have no
+    sentences."""
     text = re.sub(FENCE, "", read(page)).partition("\n## Cite\n")[0]
     text = re.sub(r"^(\||#|    |<).*$", "", text, flags=re.M)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))

@@ -30,15 +30,16 @@ from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
 from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
-from qalora.finetune import load_data, main
+from qalora.finetune import main
 from qalora.recipe import load_recipe
 from qalora.training import trainer
 from qalora.training.checkpoints import find_checkpoint
+from qalora.training.rows import load_data
 from qalora.training.run_folder import check_output_dir, run_name
 
 WORDS = [
-    "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog", "bird",
-    "fish", "sun", "moon", "star", "sky",
+    "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "cat", "dog",
+    "bird", "fish", "sun", "moon", "star", "sky",
 ]  # fmt: skip
 WATCHED = ("training.eval_steps=1", "training.save_steps=1")
 
@@ -432,8 +433,9 @@ def test_a_run_without_validations_or_checkpoints_ends_with_its_last_weights(
 def test_the_recipe_decides_whatever_a_launcher_left_in_the_environment(finetune, default_run, monkeypatch, capsys):
     """As `torchrun --nproc-per-node 1` and `accelerate launch --mixed_precision bf16` leave it."""
     left = {
-        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "eager",
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "SLURM_NTASKS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "eager", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "SLURM_NTASKS": "4",
     }  # fmt: skip
     for name, value in left.items():
         monkeypatch.setenv(name, value)
@@ -511,7 +513,8 @@ def test_a_start_along_the_gradient_begins_at_the_base_and_resumes_exactly(finet
     assert losses(straight)[3] != losses(plain)[3]  # the first step has a learning rate of zero
     assert sum(records(straight)[0]["grown"].values()) > 0
     _, resumed = finetune(
-        "lora.init=gradient", "lora.init_rows=8", "--resume-from-checkpoint", str(straight / "checkpoint-3"), output="resumed",
+        "lora.init=gradient", "lora.init_rows=8", "--resume-from-checkpoint", str(straight / "checkpoint-3"),
+        output="resumed",
     )  # fmt: skip
     assert losses(resumed) == losses(straight)
     assert_same_adapter(resumed, straight)
@@ -590,7 +593,8 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_ends_as_ever(finetune, 
 
 
 def test_a_moved_run_keeps_its_best_weights_and_takes_no_other_runs(finetune, tmp_path, monkeypatch):
-    """The first validation is the best one; at the place where the run was lies another run's checkpoint of that step."""
+    """The first validation is the best one; at the place where the run was lies another run's checkpoint of that
+    step."""
     worse = itertools.count(1)
     monkeypatch.setattr("qalora.training.trainer.item_losses", lambda *args: [float(next(worse))])
     short = ("training.max_steps=6", "allocation.rounds=0", "training.lr_scheduler_type=constant")
@@ -704,7 +708,7 @@ def test_a_longer_run_makes_no_more_rounds_and_takes_its_own_intervals(finetune,
     assert "training.max_steps=24 (was 12)" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------- from an adapter
+# ------------------------------------------------------------------------------------------------------ from an adapter
 
 
 def save_rslora(model_dir: Path, folder: Path) -> Path:
@@ -712,7 +716,10 @@ def save_rslora(model_dir: Path, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], rank_pattern={"1.self_attn.q_proj": 3}, task_type="CAUSAL_LM")  # fmt: skip
+    config = LoraConfig(
+        r=5, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"],
+        rank_pattern={"1.self_attn.q_proj": 3}, task_type="CAUSAL_LM",
+    )  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -778,7 +785,8 @@ def test_what_contradicts_the_given_adapter_is_refused_before_loading(
         "lora.r=8": r"lora\.r=8: the adapter in lora\.adapter=.*theirs has 5",
         "lora.alpha=16": r"lora\.alpha=16: .* has 8",
         "lora.target_modules=q_proj": r"lora\.target_modules=q_proj: .* has q_proj,v_proj",
-        "lora.layers_to_transform=0,1": r"lora\.layers_to_transform=0,1 chooses blocks .* lora\.adapter=.* brings its own",
+        "lora.layers_to_transform=0,1": r"lora\.layers_to_transform=0,1 chooses blocks .* lora\.adapter=.* brings its "
+        r"own",
         "lora.target_modules=.*q_proj": r"lora\.target_modules=.*q_proj: .* has other modules",
         "lora.init=gradient": r"lora\.init=gradient places new ranks, and lora\.adapter=.* brings trained ones",
         f"lora.adapter={default_run}": r"there is no adapter_config\.json; did you mean lora\.adapter=.*run/adapter\?",
@@ -1292,7 +1300,10 @@ def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_leaves_the_earlier_ones
         monkeypatch.setattr("qalora.training.trainer.write_manifest", full_disk)
     else:
         monkeypatch.setattr(trainer.QaloraTrainer, "_save_checkpoint", limited)
-    said = r"checkpoint-\d+: cannot be written \((File too large|No space left on device)\); nothing was kept\. .* make room"
+    said = (
+        r"checkpoint-\d+: cannot be written \((File too large|No space left on device)\); nothing was kept\. .* "
+        r"make room"
+    )
     with pytest.raises(InputError, match=said):
         finetune()
     folder = finetune.folder
@@ -1463,8 +1474,8 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(finetune, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, tmp_path, number):
-    """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`, and where one checkpoint is kept, the best one,
-    which is not the newest."""
+    """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`, and where one checkpoint is kept, the
+    best one, which is not the newest."""
     recipe = yaml.safe_load((default_run / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "stopped")}
     recipe["training"]["save_total_limit"] = 1 if number == signal.SIGTERM else 12
     (tmp_path / "stopped.yaml").write_text(yaml.safe_dump(recipe))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora.base.registry import MODELS
-from qalora.fitting import FULL_FORWARD, HEADROOM, LEVELS, MLP_TILE, fit, largest, least
+from qalora.fitting import FULL_FORWARD, HEADROOM, LEVELS, fit, largest, least, lower
 from qalora.memory import MemoryPlan, plan_memory
+from qalora.sizes import MLP_TILE
 
 LLAMA = partial(plan_memory, MODELS["llama-7b"][1])
 
@@ -33,7 +34,18 @@ def test_what_is_chosen_fits_and_keeps_the_batch(memory, batch_size, seq_len):
     settings = found.settings()
     assert settings["gradient_accumulation_steps"] * settings["micro_batch_size"] == batch_size
     assert LLAMA(seq_len=seq_len, **settings).total <= HEADROOM * memory
-    assert (settings["gradient_checkpointing"], settings["mlp_tile"]) in LEVELS
+    assert (settings["gradient_checkpointing"], settings["mlp_tile"]) in [
+        (at.checkpointing, at.mlp_tile) for at in LEVELS
+    ]
+
+
+def test_a_step_that_runs_out_goes_down_the_levels_that_a_fit_tries():
+    taken, checkpointing, tiled = [(False, None)], False, False
+    while level := lower(checkpointing, tiled):
+        checkpointing, tiled = level.checkpointing, level.mlp_tile is not None
+        taken.append((checkpointing, level.mlp_tile))
+    assert taken == [(False, None), ("selective", None), (True, None), ("offload", None), ("offload", 1024)]
+    assert taken == [(level.checkpointing, level.mlp_tile) for level in LEVELS]
 
 
 def test_a_faster_level_is_taken_only_where_its_forward_is_full():

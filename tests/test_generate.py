@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qalora import cli, generate
 from qalora.adapter.model import gated_layers
-from qalora.answers import AnswerStreamer, generation_config
+from qalora.answers import generation_config
 from qalora.data.formats import to_example
 from qalora.data.tokenization import tokenize
 from qalora.errors import InputError
@@ -244,24 +244,6 @@ def test_a_system_message_that_is_the_template_s_default_is_no_error(tokenizer):
     tokenizer.chat_template = default + TEMPLATE
     text = tokenizer.decode(generate.prompt_ids(["hi"], tokenizer, system="Be brief."))
     assert text == "<system>Be brief.</system><user>hi</user><assistant>"
-
-
-@pytest.mark.parametrize("words", [["He", "llo #", "## E", "nd", " more"], ["no stop #", "#"], ["é", "ü", "###"]])
-def test_a_stream_shows_no_part_of_a_stop_text(capsys, words):
-    whole, stops = "".join(words), ["### End", "##x"]
-    expected = whole.split("### End")[0]
-
-    def read(ids):
-        return "".join(words[i] for i in ids).split("### End")[0]
-
-    streamer, shown = AnswerStreamer(read, stops), []
-    streamer.put(torch.tensor([[9, 9]]))  # the prompt
-    for i in range(len(words)):
-        streamer.put(torch.tensor([i]))
-        shown.append(capsys.readouterr().out)
-        assert expected.startswith("".join(shown))
-    streamer.end()
-    assert "".join(shown) + capsys.readouterr().out == expected + "\n"
 
 
 def test_answer_streams_the_greedy_continuation(model, tokenizer, capsys):

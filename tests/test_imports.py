@@ -1,5 +1,5 @@
-"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ← training, deploy,
-results, pictures ← commands. Only commands and training/trainer.py see a Recipe."""
+"""Imports run one way: recipe, memory, adapter.allocation (no torch) ← base, data ← kernels ← adapter ← metrics ←
+training, deploy, results, pictures ← commands. Only commands and training/ see a Recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ FOUNDATION = {
     "errors": 0,
     "environment": 0,
     "paths": 0,
-    "spellings": 0,
     "files": 0,
     "locking": 0,
     "quiet": 0,
@@ -29,9 +28,16 @@ FOUNDATION = {
     "yaml_file": 0,
     "text_scores": 0,
     "recipe": 1,
+    "recipe.advice": 0,
+    "recipe.rules": 1,
+    "recipe.settings": 1,
+    "recipe.spellings": 1,
+    "recipe.reading": 1,
     "adapter.allocation": 0,
     "adapter.targets": 0,
     "adapter.provenance": 0,
+    "sizes": 1,
+    "flags": 0,
     "memory": 1,
     "fitting": 1,
     "terminal": 0,
@@ -63,6 +69,8 @@ TORCH_FREE = [
     "base.registry",
     "base.weight_files",
     "memory",
+    "sizes",
+    "flags",
     "fitting",
     "base.precision",
     "adapter.allocation",
@@ -74,15 +82,19 @@ TORCH_FREE = [
     "data.prompts",
     "data.reading",
     "data.references",
+    "data.rows",
     "text_scores",
     "environment",
     "paths",
     "progress",
     "quiet",
-    "spellings",
+    "recipe.advice",
+    "recipe.reading",
     "adapter.targets",
     "adapter.given",
     "base.fingerprint",
+    "training.planning",
+    "training.settling",
     "training.run_folder",
     "training.resume",
     "card_files",
@@ -123,7 +135,8 @@ def level(module: str) -> int:
 
 
 def imports(path: Path, *, at_import_only: bool) -> set[str]:
-    """Modules that a file imports: all of them, or those that run with its import (not in functions or TYPE_CHECKING)."""
+    """Modules that a file imports: all of them, or those that run with its import (not in functions or
+    TYPE_CHECKING)."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -173,11 +186,18 @@ def test_no_arrow_points_back(module):
     assert not back, f"{module} imports {sorted(back)}, which stand above it"
 
 
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+def test_every_module_has_its_file_of_tests(module):
+    *folders, name = short(module).split(".")
+    file = Path(__file__).parent.joinpath(*folders, f"test_{name}.py")
+    assert file.is_file(), f"{module}: there is no {file.relative_to(Path(__file__).parents[1])}"
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if short(name)])
-def test_only_commands_and_the_trainer_see_a_recipe(module):
-    if level(module) == COMMANDS or short(module) in ("recipe", "training.trainer"):
+def test_only_commands_and_runs_see_a_recipe(module):
+    if level(module) == COMMANDS or short(module).split(".")[0] in ("recipe", "training"):
         return
-    assert "qalora.recipe" not in imports(MODULES[module], at_import_only=False)
+    assert not {name for name in imports(MODULES[module], at_import_only=False) if name.startswith("qalora.recipe")}
 
 
 @pytest.mark.parametrize("name", ["", *TORCH_FREE, *COMMAND_NAMES])

@@ -1,5 +1,5 @@
-"""Planned bytes against the bytes of real tensors: adapters, gradients, moments and 4-bit weights exactly, and what is alive
-at the worst moment of a real step within 5 %."""
+"""Planned bytes against the bytes of real tensors: adapters, gradients, moments and 4-bit weights exactly, and what is
+alive at the worst moment of a real step within 5 %."""
 
 from __future__ import annotations
 

@@ -196,7 +196,8 @@ def test_an_adapter_that_says_nothing_needs_the_flag(asked, folder, adapter, tmp
 def test_a_base_that_is_stored_in_4_bits_says_it_itself(asked, folder, adapter, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     quantization = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float16"
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_compute_dtype": "float16"
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     assert asked(adapter, model=tmp_path) == Quantization("fp4", True, torch.float16)
@@ -231,7 +232,7 @@ def test_a_rank_that_no_vllm_takes_is_said(folder, tmp_path, capsys):
     assert "None" not in out
 
 
-# ------------------------------------------------------------------------------------- flags against what is known already
+# ---------------------------------------------------------------------------------- flags against what is known already
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,8 @@ def test_rows_of_one_prompt_are_together_and_the_longest_come_first():
         return {"input_ids": [*prompt, *answer], "labels": [metrics.IGNORE] * len(prompt) + [*answer]}
 
     items = [
-        item([1, 2], [3]), item([1, 2, 4], [5, 6]), item([1, 2], [7, 8, 9]), item([1, 3], [3, 3]), item([1, 2, 4], [5, 6, 7, 8])
+        item([1, 2], [3]), item([1, 2, 4], [5, 6]), item([1, 2], [7, 8, 9]), item([1, 3], [3, 3]), item([1, 2, 4], [5,
+        6, 7, 8])
     ]  # fmt: skip
     assert metrics._by_prompt(items) == [1, 4, 0, 2, 3]
 

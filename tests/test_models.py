@@ -16,8 +16,8 @@ from qalora.plan import main as plan
 @pytest.mark.parametrize(("config", "model"), [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)])
 def test_parameters_are_those_of_the_model(config, model, tied):
     small = config(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     shape = ModelShape.from_config(small.to_dict())
     assert parameters(shape) == sum(parameter.numel() for parameter in model(small).parameters())

@@ -20,7 +20,10 @@ from qalora.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("hatchling"), reason="needs hatchling, the build backend")
-BUILD = "import sys; from hatchling import build as b; print((b.build_sdist if sys.argv[1] == 'sdist' else b.build_wheel)(sys.argv[2]))"
+BUILD = (
+    "import sys; from hatchling import build as b; print((b.build_sdist if sys.argv[1] == 'sdist' else "
+    "b.build_wheel)(sys.argv[2]))"
+)
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:

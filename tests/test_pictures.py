@@ -3,11 +3,9 @@ from __future__ import annotations
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from qalora.pictures import draw_loss, draw_ranks, grid, signed
+from qalora.pictures import draw_loss, draw_ranks
 
 MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MAPS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -79,29 +77,6 @@ def test_empty_module_is_dark_whatever_the_colour_map_says(tmp_path):
     draw_ranks(start, start, tmp_path / "full.png")
     dark = [(matplotlib.image.imread(tmp_path / f"{n}.png")[..., :3] < 0.25).all(-1).mean() for n in ("empty", "full")]
     assert dark[0] > 0.05 > 2 * dark[1]
-
-
-@given(st.integers(1, 90), st.randoms())
-def test_grid_places_every_module_in_its_own_cell(blocks, random):
-    names = list(llama(blocks))
-    random.shuffle(names)
-    rows, columns, place = grid(names)
-    assert rows == [str(i) for i in range(blocks)]
-    assert columns == ["q", "k", "v", "o", "gate", "up", "down"]
-    assert len(set(place.values())) == len(names)
-    assert place["model.layers.0.mlp.up_proj"] == (0, 5)
-
-
-def test_grid_takes_any_names():
-    rows, columns, place = grid(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "lm.head"])
-    assert rows == ["0", "1", "lm"]
-    assert columns == ["attn.c_proj", "mlp.c_proj", "head"]
-    assert place["lm.head"] == (2, 2)
-
-
-@pytest.mark.parametrize(("change", "text"), [(3, "+3"), (-2, "−2"), (0, "")])
-def test_signed(change, text):
-    assert signed(change) == text
 
 
 def test_loss_curves_and_marks(tmp_path, drawn):

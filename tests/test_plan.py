@@ -8,13 +8,15 @@ import re
 
 import pytest
 
-from qalora.base.registry import MODELS
+from qalora.base.registry import MODELS, resolve
 from qalora.cli import run
-from qalora.errors import InputError
-from qalora.fitting import HEADROOM, MLP_TILE
+from qalora.fitting import HEADROOM
 from qalora.memory import plan_memory
-from qalora.plan import keep_to_stored, main, parse_size, planner
-from qalora.recipe import load_recipe, parse_overrides, resolve
+from qalora.plan import main
+from qalora.recipe import load_recipe, make_recipe, parse_overrides
+from qalora.sizes import MLP_TILE
+from qalora.training.planning import planner
+from qalora.training.settling import as_stored
 
 
 def planned(capsys, *arguments: str) -> dict:
@@ -48,7 +50,7 @@ def test_the_exit_code_says_whether_it_fits(capsys):
 
 
 def test_the_table_shows_every_term_and_the_verdict(capsys):
-    plan = planner(load_recipe("alpaca", [("model", "llama-7b")]))()
+    plan = planner(load_recipe("alpaca", [("model", "llama-7b")]), MODELS["llama-7b"][1])()
     assert main(["--model", "llama-7b", "--recipe", "alpaca", "--gpu-memory", "1GiB"]) == 1
     out = capsys.readouterr().out
     for term, size in {**plan.terms, "total": plan.total}.items():
@@ -82,28 +84,6 @@ def test_rows_are_planned_no_longer_than_the_models_positions(capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == longest
     assert captured.err == "data.max_seq_len=2049: llama-7b has 2048 positions; longer rows are cut there\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("24GiB", 24 * 2**30),
-        ("24 gib", 24 * 2**30),
-        ("15.9GB", 15_900_000_000),
-        ("512MiB", 2**29),
-        ("8MB", 8_000_000),
-        ("1KiB", 1024),
-        ("12345", 12345),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "24", "0GB", "-1GB", "24G", "GiB", "1e9", "24 GiB of it", "nan"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(InputError, match=f"^gpu_memory {re.escape(text)}: give a size"):
-        parse_size(text)
 
 
 def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
@@ -150,11 +130,11 @@ def test_a_base_that_is_stored_in_4_bits_keeps_its_form(save_tiny_llama, tmp_pat
     config = json.loads((folder / "config.json").read_text())
     stored = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
-    recipe = resolve([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
-    line = keep_to_stored(recipe)
+    recipe = make_recipe([("model", str(folder)), ("data.train", "x"), *parse_overrides(asked)], origin="a test")
+    recipe, notes = as_stored(recipe, resolve(recipe.model))
     settings = recipe.quantization
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("fp4", False)
-    assert line is None if said is None else said in line and str(folder) in line
+    assert notes == [] if said is None else said in notes[0] and str(folder) in notes[0]
 
 
 def test_it_answers_without_torch(run_python):

@@ -18,7 +18,8 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """open() → standard error as a terminal that keeps what is written; within the test, for pytest captures anew for each phase."""
+    """open() → standard error as a terminal that keeps what is written; within the test, for pytest captures anew for
+    each phase."""
 
     def opened(stream=None):
         stream = Terminal() if stream is None else stream

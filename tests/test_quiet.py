@@ -123,15 +123,17 @@ def odd_llama(save_tiny_llama, tmp_path_factory):
 def finetune(folder: Path, *flags: str, **environ: str) -> tuple[str, list[str]]:
     """(standard output, lines of standard error) of a finetune in a process of its own, as a user starts it."""
     settings = [
-        "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=256", "training.max_steps=4", "training.eval_steps=2",
-        "training.micro_batch_size=4", "training.gradient_accumulation_steps=1", "allocation.rounds=1", "logging.steps=2",
-        "allocation.warmup=0.4", "allocation.interval=0.2", "allocation.val_batch_size=4",
-        "evaluation.metrics=[loss, exact_match]", "evaluation.rows=4", "evaluation.max_new_tokens=4",
+        "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=256", "training.max_steps=4",
+        "training.eval_steps=2", "training.micro_batch_size=4", "training.gradient_accumulation_steps=1",
+        "allocation.rounds=1", "logging.steps=2", "allocation.warmup=0.4", "allocation.interval=0.2",
+        "allocation.val_batch_size=4", "evaluation.metrics=[loss, exact_match]", "evaluation.rows=4",
+        "evaluation.max_new_tokens=4",
     ]  # fmt: skip
     inherited = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
-        [sys.executable, "-m", "qalora", "finetune", "--model", "model", "--recipe", "alpaca", "--output-dir", "run", "--overwrite",
+        [sys.executable, "-m", "qalora", "finetune", "--model", "model", "--recipe", "alpaca", "--output-dir", "run",
+        "--overwrite",
          *settings, *flags],
         cwd=folder, capture_output=True, text=True, timeout=600,
         env={**inherited, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", **environ},

@@ -63,7 +63,8 @@ if hasattr(transformers, "GgufConfig"):
 model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options).float()
 for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]:
     new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    new.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+    weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    new.weight = weight.to("cpu")
     new.support_avx512bf16_for_cpu = False
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

@@ -48,10 +48,10 @@ class Learned:
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "recipe.yaml").write_text("lora: {r: 16, alpha: 32, init: kaiming}\n")
         settings = [
-            f"data.train={self.rows}", f"data.validation={self.rows}", "training.max_steps=60", "training.learning_rate=1e-2",
-            "training.gradient_accumulation_steps=1", "training.eval_steps=60", "training.save_steps=60",
-            "training.gradient_checkpointing=false", "allocation.rounds=0", "evaluation.metrics=loss,exact_match",
-            "evaluation.max_new_tokens=16", "logging.quiet=true",
+            f"data.train={self.rows}", f"data.validation={self.rows}", "training.max_steps=60",
+            "training.learning_rate=1e-2", "training.gradient_accumulation_steps=1", "training.eval_steps=60",
+            "training.save_steps=60", "training.gradient_checkpointing=false", "allocation.rounds=0",
+            "evaluation.metrics=loss,exact_match", "evaluation.max_new_tokens=16", "logging.quiet=true",
         ]  # fmt: skip
         flags = ["--model", str(self.base), "--recipe", str(folder / "recipe.yaml"), "--output-dir", str(self.run)]
         assert finetune.main([*flags, "--dtype", "float32", *settings]) == 0

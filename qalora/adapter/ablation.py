@@ -3,21 +3,22 @@
 A batch here is a list of micro-batches (dicts of input_ids, attention_mask, labels …) whose rows are all scored
 together; losses are means over all their supervised tokens, summed in fp64, so they do not depend on the split.
 
-`ablate` closes one gate after another. Closing a gate in block ℓ leaves every block before it unchanged, so a variant of
-the model starts at its own block, from an input that one forward kept; variants of one block share a forward:
+`ablate` closes one gate after another. Closing a gate in block ℓ leaves every block before it unchanged, so a variant
+of the model starts at its own block, from an input that one forward kept; variants of one block share a forward:
 
-    embeddings → block 0 → … → block ℓ ─ kept input ─┬─ rank (ℓ, q_proj, 0) closed → blocks ℓ … → norm → head where labels are
+    embeddings → block 0 → … → block ℓ ─ kept input ─┬─ rank (ℓ, q_proj, 0) closed → blocks ℓ … → norm → head where
+    labels are
                                                       ├─ rank (ℓ, q_proj, 1) closed → …
                                                       └─ …                              one batch of N copies
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -27,16 +28,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
 from qalora.base.quantized import linear_maps
+from qalora.data.rows import supervised_tokens, targets
 from qalora.kernels.loss import label_only_loss, row_losses
 from qalora.kernels.low_rank import frozen_forward
+from qalora.kernels.prefixes import causal_lm
 from qalora.progress import Bar, track
 
 MicroBatch = Mapping[str, Tensor]
 Rank = tuple[str, int]  # full module name, row of A
-
-
-def supervised_tokens(batch: Sequence[MicroBatch]) -> int:
-    return sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in batch)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def ablate(
             not fit are kept in host memory, and a forward has at least one variant.
         gate: what "closed" sets the probed gate to: L(M∖r) with part of r left.
     """
-    tokens = supervised_tokens(batch)
+    tokens = supervised_tokens(micro["labels"] for micro in batch)
     with _in_dtype_of_input(model), Bar("ablating", 2 * len(ranks) * len(batch)) as bar:
         adapted, without = _losses(model, batch, ranks, 1.0, gate, dtype, memory, bar)
         base, alone = _losses(model, batch, ranks, 0.0, 1.0 - gate, dtype, memory, bar)
@@ -153,7 +152,7 @@ class _Kept:
 
 
 def _run_and_keep(
-    decoder: Any, micro: MicroBatch, wanted: Mapping[int, Any], dtype: torch.dtype | None, memory: int
+    decoder: Decoder, micro: MicroBatch, wanted: Container[int], dtype: torch.dtype | None, memory: int
 ) -> tuple[_Kept, Tensor]:
     """One forward of the decoder; (what it kept, final hidden states before the last norm).
 
@@ -162,8 +161,8 @@ def _run_and_keep(
     kept = _Kept({}, [])
     last: list[Tensor] = []
 
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             if index in wanted:
                 fits = kept.bytes_on_device + args[0].nbytes <= memory
                 kept.inputs[index] = args[0] if fits else args[0].cpu()
@@ -186,7 +185,7 @@ def _run_and_keep(
     return kept, last[0]
 
 
-def _resume(decoder: Any, kept: _Kept, block: int, copies: int) -> Tensor:
+def _resume(decoder: Decoder, kept: _Kept, block: int, copies: int) -> Tensor:
     """The final hidden states of `copies` variants, from the kept input of a block on."""
     rows, device = len(kept.inputs[block]), decoder.get_input_embeddings().weight.device
     hidden = kept.inputs[block].to(device).repeat(copies, 1, 1)
@@ -195,7 +194,7 @@ def _resume(decoder: Any, kept: _Kept, block: int, copies: int) -> Tensor:
     return hidden
 
 
-def _repeated(value: Any, rows: int, copies: int) -> Any:
+def _repeated(value: object, rows: int, copies: int) -> object:
     """An argument of a block for `copies` times as many rows; what has one row for all of them broadcasts."""
     if isinstance(value, Tensor):
         return value.repeat(copies, *[1] * (value.ndim - 1)) if len(value) == rows > 1 else value
@@ -231,8 +230,18 @@ def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
     )
 
 
-def _decoder(model: PeftModel) -> Any:
-    return model.get_base_model().base_model
+class Decoder(Protocol):
+    """The decoder of a LLaMA-class model of transformers."""
+
+    layers: nn.ModuleList
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def __call__(self, **inputs: object) -> object: ...
+
+
+def _decoder(model: PeftModel) -> Decoder:
+    return cast(Decoder, causal_lm(model).base_model)
 
 
 def _block_of(name: str) -> int:
@@ -268,7 +277,7 @@ def gate_gradients(
             for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
                 gradients[name].append(gradient.view(-1, gradient.shape[-1]).double().cpu())
         total += float(loss.detach().double())
-        counts.append((micro["labels"][:, 1:] != -100).sum(1).cpu())
+        counts.append(targets(micro["labels"]).sum(1).cpu())
     tokens = torch.cat(counts)
     return total / int(tokens.sum()), {name: torch.cat(parts) for name, parts in gradients.items()}, tokens
 

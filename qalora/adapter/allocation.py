@@ -41,11 +41,12 @@ def plan(
     cost: Mapping[str, int] | None = None,
     parameters: int | None = None,
 ) -> AllocationPlan:
-    """One round of Algorithm 1: the least important ranks go, the modules that lost none share what is left of the budget.
+    """One round of Algorithm 1: the least important ranks go, the modules that lost none share what is left of the
+    budget.
 
-    A module without ranks lost none either, so it can be given some; where an average decides, its own counts as that of all
-    ranks. The total after the round is never above the budget. It is below when every module lost a rank, or when `max_rank` or
-    `parameters` leave no room, and then the next round makes up for it where it can.
+    A module without ranks lost none either, so it can be given some; where an average decides, its own counts as that
+    of all ranks. The total after the round is never above the budget. It is below when every module lost a rank, or
+    when `max_rank` or `parameters` leave no room, and then the next round makes up for it where it can.
 
     Args:
         importance: module → importance of each of its ranks, higher is better (eq. 6); none for a module without ranks.
@@ -83,7 +84,8 @@ def plan(
 
 
 def most_pruned(ranks: Iterable[int], asked: int) -> int:
-    """How many of the modules' ranks a round prunes: as many as asked for, but at most one per module that has any, and half of all.
+    """How many of the modules' ranks a round prunes: as many as asked for, but at most one per module that has any, and
+    half of all.
 
     So what n_A was fixed at, when every module had ranks, never eats an adapter whose modules have fewer.
     """
@@ -94,7 +96,8 @@ def most_pruned(ranks: Iterable[int], asked: int) -> int:
 def least_important(
     importance: Mapping[str, Sequence[float]], count: int, min_rank: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    """The `count` ranks of lowest importance, at most all but `min_rank` of a module; ties go by module and rank order."""
+    """The `count` ranks of lowest importance, at most all but `min_rank` of a module; ties go by module and rank
+    order."""
     order = {module: position for position, module in enumerate(importance)}
     ascending = sorted(
         (score, order[module], rank, module)
@@ -182,7 +185,8 @@ def keep_best(
         importance: module → importance of each of its ranks, higher is better.
         cost: module → parameters of one of its ranks.
         ranks: how many stay, in all.
-        parameters: what they have together at most, and then importance counts by the parameter; None: only their number counts.
+        parameters: what they have together at most, and then importance counts by the parameter; None: only their
+            number counts.
         least: ranks of every module, its best, that stay before any others, where it has so many.
     """
     order = {module: position for position, module in enumerate(importance)}
@@ -213,8 +217,8 @@ def keep_best(
 def affordable(
     grown: Mapping[str, int], cost: Mapping[str, int], parameters: int, average: Mapping[str, float]
 ) -> dict[str, int]:
-    """The new ranks that together have at most so many parameters: one after another is given up, each time in the module with
-    the lowest average importance of those that still gain."""
+    """The new ranks that together have at most so many parameters: one after another is given up, each time in the
+    module with the lowest average importance of those that still gain."""
     left = dict(grown)
     excess = sum(cost[module] * n for module, n in grown.items()) - parameters
     while excess > 0 and left:
@@ -234,8 +238,8 @@ def topped_up(
     parameters: int,
     average: Mapping[str, float],
 ) -> dict[str, int]:
-    """`grown`, and as many ranks more as `count` and the parameters allow: one after another, to a module that has gained
-    fewest, and of these to the one with the highest average importance."""
+    """`grown`, and as many ranks more as `count` and the parameters allow: one after another, to a module that has
+    gained fewest, and of these to the one with the highest average importance."""
     more = dict(grown)
     spare = parameters - sum(cost[module] * n for module, n in grown.items())
     for _ in range(count - sum(grown.values())):
@@ -259,7 +263,8 @@ class Schedule:
 def schedule(
     *, total_steps: int, steps_per_epoch: float, rounds: int, warmup: int | float | str, interval: int | float | str
 ) -> Schedule:
-    """K1 steps, then a round, then a round every K2 steps, at most `rounds` of them, each followed by K2 steps to recover.
+    """K1 steps, then a round, then a round every K2 steps, at most `rounds` of them, each followed by K2 steps to
+    recover.
 
     A run shorter than K1 + N_A·K2 shrinks both in proportion, and drops rounds that would fall on the same step.
 

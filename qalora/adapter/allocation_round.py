@@ -1,15 +1,16 @@
-"""One round of Algorithm 1: score every rank, decide, apply, record. And one before the first step, among ranks that start at their
-map's quantization error."""
+"""One round of Algorithm 1: score every rank, decide, apply, record. And one before the first step, among ranks that
+start at their map's quantization error."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from peft import PeftModel
+from torch.optim import Optimizer
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import MOST, AllocationPlan, keep_best, most_pruned, plan
@@ -39,7 +40,8 @@ class RoundSettings:
         scoring: auto is first order, then exact evaluations nearest the threshold as far as 3 % of the training so far
             allow. Cost is counted in tokens through the model, not in seconds, so that a run repeats exactly.
         step_tokens: tokens of an optimizer step, on average.
-        modules: those that had ranks at the start, in the model's order; one that lost all of them can be given some again.
+        modules: those that had ranks at the start, in the model's order; one that lost all of them can be given some
+            again.
     """
 
     budget: int
@@ -54,16 +56,52 @@ class RoundSettings:
     parameters: int | None = None
 
 
+class Applied(TypedDict):
+    """What a round did.
+
+    Attributes:
+        step: optimizer steps before it.
+        pruned: module → the ranks that left, by their rows of A.
+        grown: module → how many ranks entered.
+        ranks: module → ranks afterwards.
+        parameters: of all ranks afterwards.
+    """
+
+    step: int
+    pruned: dict[str, list[int]]
+    grown: dict[str, int]
+    ranks: dict[str, int]
+    total_rank: int
+    budget: int
+    parameters: int
+
+
+class Record(Applied):
+    """A line of allocation.jsonl.
+
+    Attributes:
+        forward_equivalents: what scoring took, in forwards of its batch.
+        certified: the pruned set is settled, not estimated.
+        scores: the file beside it that has them.
+    """
+
+    seconds: float
+    forward_equivalents: float
+    certified: bool
+    exact_evaluations: int
+    scores: NotRequired[str]
+
+
 def allocation_round(
     model: PeftModel,
-    optimizer: Any,
+    optimizer: Optimizer | None,
     batch: Sequence[MicroBatch],
     settings: RoundSettings,
     step: int,
     spent: float = 0.0,
     growth: Sequence[MicroBatch] = (),
     scorer: Scorer | None = None,
-) -> tuple[dict[str, Any], RankScores]:
+) -> tuple[Record, RankScores]:
     """Runs one round on the model and its optimizer.
 
     Args:
@@ -113,7 +151,8 @@ def allocation_round(
         directions = gradient_directions(model, growth, decision.grown, generator)
         new_rows = {name: found.known for name, found in directions.items()}
     apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
-    record = _applied(model, decision, settings, step, cost) | {
+    record: Record = {
+        **_applied(model, decision, settings, step, cost),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents
         + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),
@@ -125,15 +164,15 @@ def allocation_round(
 
 def keep_best_corrections(
     model: PeftModel,
-    optimizer: Any,
+    optimizer: Optimizer | None,
     batch: Sequence[MicroBatch],
     original: Weights,
     settings: RoundSettings,
     even: Mapping[str, int],
-) -> tuple[dict[str, Any], PerRank]:
-    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that lower the loss
-    most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero. An attempt that broke off can
-    be begun anew.
+) -> tuple[Record, PerRank]:
+    """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that
+    lower the loss most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero.
+    An attempt that broke off can be begun anew.
 
     Args:
         batch: training rows.
@@ -141,7 +180,8 @@ def keep_best_corrections(
         original: the 16-bit weights (quantization_start.py).
 
     Returns:
-        (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see `midpoint_shares`).
+        (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see
+        `midpoint_shares`).
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -154,7 +194,8 @@ def keep_best_corrections(
     least = max(1, settings.min_rank)
     decision = keep_best(importance, cost, ranks=settings.budget, parameters=settings.parameters, least=least)
     apply_plan(model, decision, optimizer)
-    record = _applied(model, _moved(even, ranks(model)), settings, 0, cost) | {
+    record: Record = {
+        **_applied(model, _moved(even, ranks(model)), settings, 0, cost),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": 1 + MIDPOINT,
         "certified": False,
@@ -173,7 +214,7 @@ def _moved(before: Mapping[str, int], after: Mapping[str, int]) -> AllocationPla
 
 def _applied(
     model: PeftModel, decision: AllocationPlan, settings: RoundSettings, step: int, cost: Mapping[str, int]
-) -> dict[str, Any]:
+) -> Applied:
     """The part of a record that says what was done.
 
     Raises:

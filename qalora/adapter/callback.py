@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from peft import PeftModel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Schedule, schedule
-from qalora.adapter.allocation_round import RoundSettings, Scorer, Scoring, allocation_round
+from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.scores import Importance, RankScores
 from qalora.base.quantized import linear_maps
-from qalora.data.batching import IGNORE, Collator, micro_batches, on_device
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.rows import IGNORE, Row
 from qalora.errors import AnswerNo, InputError
 from qalora.files import write_whole
 from qalora.progress import console
@@ -32,17 +36,19 @@ def once(batch: Sequence[MicroBatch], work: Callable[[Sequence[MicroBatch]], T])
 
 
 class AllocationCallback(TrainerCallback):
-    """Rounds of Algorithm 1 (ALoRA, arXiv 2403.16187, §3.3): after some optimizer steps the ranks are scored on `rows`, the least
-    important leave, and modules that lost none are given theirs, never above the budget that the adapter began with.
+    """Rounds of Algorithm 1 (ALoRA, arXiv 2403.16187, §3.3): after some optimizer steps the ranks are scored on `rows`,
+    the least important leave, and modules that lost none are given theirs, never above the budget that the adapter
+    began with.
 
-    It wires itself when training begins, under `transformers.Trainer` or a subclass such as TRL's SFTTrainer: from the model, the
-    number of steps, and the trainer's arguments. A round falls at the end of a step, so that the log line, the validation and the
-    checkpoint of that step see the new ranks. Its record is `allocation.jsonl` in the trainer's output folder, with the scores beside
-    it. To load the best checkpoint, or to resume, across a round, give the trainer `VariableRanks` as a mixin.
+    It wires itself when training begins, under `transformers.Trainer` or a subclass such as TRL's SFTTrainer: from the
+    model, the number of steps, and the trainer's arguments. A round falls at the end of a step, so that the log line,
+    the validation and the checkpoint of that step see the new ranks. Its record is `allocation.jsonl` in the trainer's
+    output folder, with the scores beside it. To load the best checkpoint, or to resume, across a round, give the
+    trainer `VariableRanks` as a mixin.
 
     Args:
-        rows: B_val, the rows that score the ranks and that training does not see: `input_ids` and `labels` (−100 where no loss), a
-            list of integers each.
+        rows: B_val, the rows that score the ranks and that training does not see: `input_ids` and `labels` (−100 where
+            no loss), a list of integers each.
         rounds: N_A, at most.
         warmup: K1, before the first round: optimizer steps (20), a share of the run (0.3), or epochs ("1 epoch").
         interval: K2, between rounds, likewise.
@@ -81,7 +87,7 @@ class AllocationCallback(TrainerCallback):
         seed: int | None = None,
         schedule: Schedule | None = None,
         scorer: Scorer | None = None,
-        attempt: Attempt[Any] = once,
+        attempt: Attempt[tuple[Record, RankScores]] = once,
     ):
         self.rows = tokenized(rows, "rows")
         self.growth_rows = tokenized(growth_rows, "growth_rows") if growth_rows else []
@@ -97,10 +103,10 @@ class AllocationCallback(TrainerCallback):
         self.budget, self.batch_size, self.seed = budget, batch_size, seed
         self.scorer, self.attempt = scorer, attempt
         self.rounds = schedule or Schedule((), False)
-        self.history: list[dict[str, Any]] = []
-        self._before: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
+        self.history: list[Record] = []
+        self._before: list[tuple[Record, Mapping[str, object]]] = []
 
-    def record_start(self, record: dict[str, Any], scores: Mapping[str, Any]) -> None:
+    def record_start(self, record: Record, scores: Mapping[str, object]) -> None:
         """Takes what shared out the budget before the first step into the history."""
         self._before = [(record, scores)]
 
@@ -108,15 +114,16 @@ class AllocationCallback(TrainerCallback):
         """Rounds of Algorithm 1 so far; the sharing out before the first step is none."""
         return sum(record["step"] > 0 for record in self.history)
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
-        processing_class: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        *,
+        model: PeftModel,
+        processing_class: object = None,
+        train_dataloader: DataLoader[object] | None = None,
+        **kwargs: object,
     ) -> None:
         """
         Raises:
@@ -154,21 +161,22 @@ class AllocationCallback(TrainerCallback):
         )
         self._write()
 
-    def on_step_end(
+    def on_step_end(  # type: ignore[override]
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        *,
+        model: PeftModel,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
         if state.global_step not in self.rounds.steps:
             return
         growth = on_device(self.growth, args.device)
         spent = sum(earlier["forward_equivalents"] for earlier in self.history)
 
-        def round_of(batch: Sequence[MicroBatch]) -> tuple[dict[str, Any], RankScores]:
+        def round_of(batch: Sequence[MicroBatch]) -> tuple[Record, RankScores]:
             # Nothing changes before the scores are there, so a round that ran out of memory can begin anew.
             return allocation_round(
                 model,
@@ -187,7 +195,7 @@ class AllocationCallback(TrainerCallback):
         self._write()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """
         Raises:
@@ -195,8 +203,8 @@ class AllocationCallback(TrainerCallback):
         """
         if self.given_schedule is None and self.rounds.steps and not self.done():  # else who gave it looks after it
             raise AnswerNo(
-                f"the run ended after step {state.global_step}, before its first round of allocation (step {self.rounds.steps[0]}); "
-                "lower warmup, or train longer."
+                f"the run ended after step {state.global_step}, before its first round of allocation (step "
+                f"{self.rounds.steps[0]}); lower warmup, or train longer."
             )
 
     def _schedule(self, args: TrainingArguments, state: TrainerState) -> Schedule:
@@ -204,11 +212,12 @@ class AllocationCallback(TrainerCallback):
         planned = schedule(total_steps=state.max_steps, steps_per_epoch=per_epoch, **self.durations)  # type: ignore[arg-type]
         if self.durations["rounds"] and not planned.steps:
             raise InputError(
-                f"AllocationCallback: a run of {state.max_steps} optimizer steps has no room for a round; train longer, or pass rounds=0."
+                f"AllocationCallback: a run of {state.max_steps} optimizer steps has no room for a round; train "
+                "longer, or pass rounds=0."
             )
         return planned
 
-    def _row_tokens(self, train_dataloader: Any) -> float:
+    def _row_tokens(self, train_dataloader: DataLoader[object] | None) -> float:
         """Tokens of a training row on average; of a scoring row, where the training rows do not say."""
         dataset: Any = getattr(train_dataloader, "dataset", ())
         try:
@@ -219,7 +228,7 @@ class AllocationCallback(TrainerCallback):
         lengths = lengths or [len(row["input_ids"]) for row in self.rows]
         return sum(lengths) / len(lengths)
 
-    def _keep(self, record: dict[str, Any], scores: Mapping[str, Any]) -> None:
+    def _keep(self, record: Record, scores: Mapping[str, object]) -> None:
         scores_file = self.file.parent / "scores" / f"step-{record['step']}.json"
         write_whole(scores_file, json.dumps(scores))
         self.history.append({"step": record["step"], "scores": f"scores/{scores_file.name}", **record})
@@ -228,7 +237,7 @@ class AllocationCallback(TrainerCallback):
         write_whole(self.file, "".join(json.dumps(record) + "\n" for record in self.history))
 
 
-def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     """Rows as they are batched: input_ids and labels of each.
 
     Args:
@@ -243,8 +252,8 @@ def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, An
         masks = [row[mask] for mask in ("completion_mask", "assistant_masks") if row.get(mask) is not None]
         if "input_ids" not in row or ("labels" not in row and not masks):
             raise InputError(
-                f"{name}: row {i} has no {'labels' if 'input_ids' in row else 'input_ids'}; qalora.load_rows makes rows with both, "
-                "from files and from rows of text."
+                f"{name}: row {i} has no {'labels' if 'input_ids' in row else 'input_ids'}; qalora.load_rows makes "
+                "rows with both, from files and from rows of text."
             )
         ids = list(row["input_ids"])
         labels = (
@@ -252,14 +261,15 @@ def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, An
             if "labels" in row
             else [t if all(m) else IGNORE for t, *m in zip(ids, *masks, strict=True)]
         )
-        found.append({"input_ids": ids, "labels": labels, "row": row.get("row", i)})
+        found.append(Row(input_ids=ids, labels=labels, row=row.get("row", i)))
     if not found:
         raise InputError(f"{name}: it holds no row; qalora.load_rows makes some, from files and from rows of text.")
     return found
 
 
-def to_fp32(model: Any) -> None:
-    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in 16."""
+def to_fp32(model: PeftModel) -> None:
+    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in
+    16."""
     cast = [
         parameter
         for layer in gated_layers(model).values()
@@ -273,9 +283,7 @@ def to_fp32(model: Any) -> None:
         console.print("the adapter's weights had been cast to 16 bits: they are trained in fp32")
 
 
-def ranks_at_start(
-    history: Sequence[Mapping[str, Any]], now: Mapping[str, int], order: Sequence[str]
-) -> dict[str, int]:
+def ranks_at_start(history: Sequence[Record], now: Mapping[str, int], order: Sequence[str]) -> dict[str, int]:
     """Module → its ranks before the first record of a history, in `order`; `now`, where there is no record yet."""
     if not history:
         return dict(now)
@@ -286,7 +294,7 @@ def ranks_at_start(
     return {name: before[name] for name in order if before.get(name)}
 
 
-def read_history(file: Path) -> list[dict[str, Any]]:
+def read_history(file: Path) -> list[Record]:
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

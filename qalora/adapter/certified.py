@@ -4,11 +4,12 @@
                      [──┼──]     [──┼──]      [──┼──]                    its rounding noise alone
                                   threshold
 
-The band of a rank is what its residual, exact − first order, is taken not to exceed. Residuals grow with what a rank does: they
-are of second order in it. So each is measured in the rank's own scale, and the band is a multiple of the largest that was seen,
-in that scale. The residuals seen are those of a random sample, of the ranks that do most, and of every rank ablated since. No sample
-proves a bound for the ranks outside it; how much it says is a tolerance limit (Wilks 1941): with n drawn at random, the share of ranks
-beyond the largest of them is at most 1 − 0.05^(1/n), with 95 % confidence.
+The band of a rank is what its residual, exact − first order, is taken not to exceed. Residuals grow with what a rank
+does: they are of second order in it. So each is measured in the rank's own scale, and the band is a multiple of the
+largest that was seen, in that scale. The residuals seen are those of a random sample, of the ranks that do most, and of
+every rank ablated since. No sample proves a bound for the ranks outside it; how much it says is a tolerance limit
+(Wilks 1941): with n drawn at random, the share of ranks beyond the largest of them is at most 1 − 0.05^(1/n), with 95 %
+confidence.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def certify(
     budget: float,
     seed: int,
 ) -> RankScores:
-    """Ablates a random sample, the ranks with the largest estimates, and then whatever could fall on the other side of the
-    threshold, give or take its band, until no rank could or the budget is spent.
+    """Ablates a random sample, the ranks with the largest estimates, and then whatever could fall on the other side of
+    the threshold, give or take its band, until no rank could or the budget is spent.
 
     Args:
         estimate: first order's scores.
@@ -121,8 +122,8 @@ def certify(
 
 
 def _scales(model: PeftModel, estimate: RankScores) -> PerRank:
-    """How far first order may err on a rank, compared with the others. Residuals are of second order, so by the square of how much
-    the rank seems to matter, and of its size s ‖A_k‖ ‖B_k‖, which does not cancel where slopes do."""
+    """How far first order may err on a rank, compared with the others. Residuals are of second order, so by the square
+    of how much the rank seems to matter, and of its size s ‖A_k‖ ‖B_k‖, which does not cancel where slopes do."""
     matters = {
         name: [abs(d) + abs(a) for d, a in zip(estimate.drop[name], estimate.alone[name], strict=True)]
         for name in estimate.drop
@@ -143,8 +144,8 @@ def _noise(
     model: PeftModel, batch: Sequence[MicroBatch], estimate: RankScores, ranks: Sequence[Rank], memory: int
 ) -> tuple[float, float]:
     """(rounding noise of one exact evaluation, forwards that it took): what closing a gate by a 256th changes the loss
-    beyond the gradient's 256th. Curvature is in it by its 65,536th part only; rounding is in it whole. By the median, so that one
-    rank of great curvature does not pass for noise."""
+    beyond the gradient's 256th. Curvature is in it by its 65,536th part only; rounding is in it whole. By the median,
+    so that one rank of great curvature does not pass for noise."""
     found = ablate(model, batch, ranks, dtype=DTYPE, memory=memory, gate=1 - NOISE_STEP)
     errors = [found.drop[rank] - NOISE_STEP * _of(estimate.drop, rank) for rank in ranks]
     errors += [found.alone[rank] - NOISE_STEP * _of(estimate.alone, rank) for rank in ranks]

@@ -34,7 +34,7 @@ class GivenAdapter:
     alpha: float
     target_modules: Literal["all-linear"] | list[str]
 
-    def check_settings(self, given: Mapping[str, Any]) -> None:
+    def check_settings(self, given: Mapping[str, object]) -> None:
         """
         Args:
             given: those settings of the section `lora` that somebody gave.
@@ -48,15 +48,15 @@ class GivenAdapter:
             own.pop("target_modules")
             if set(targeted(self.ranks, targets)) != set(self.ranks):
                 raise InputError(
-                    f"lora.target_modules={targets}: the adapter in lora.adapter={self.path} has other modules, and it stays as it "
-                    "is; leave lora.target_modules out."
+                    f"lora.target_modules={targets}: the adapter in lora.adapter={self.path} has other modules, and it "
+                    "stays as it is; leave lora.target_modules out."
                 )
         for name, value in own.items():
             asked = given.get(name, value)
             if _comparable(asked) != _comparable(value):
                 raise InputError(
-                    f"lora.{name}={_shown(asked)}: the adapter in lora.adapter={self.path} has {_shown(value)}, and it stays as it "
-                    f"is; leave lora.{name} out, or set it to {_shown(value)}."
+                    f"lora.{name}={_shown(asked)}: the adapter in lora.adapter={self.path} has {_shown(value)}, and it "
+                    f"stays as it is; leave lora.{name} out, or set it to {_shown(value)}."
                 )
 
 
@@ -103,9 +103,9 @@ def _weights(folder: Path, path: str | Path) -> Path:
     raise InputError(f"lora.adapter={path}: there is no adapter_model.safetensors; {hint}.")
 
 
-def _comparable(value: Any) -> Any:
+def _comparable(value: object) -> object:
     return sorted(value) if isinstance(value, list) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,5 +1,5 @@
-"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter has one, else by
-names. Torch-free."""
+"""Is the base that an adapter is put on the one that it was trained on? By fingerprints of the files where the adapter
+has one, else by names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora.adapter.provenance import read_provenance
+from qalora.adapter.saved import check_adapter
 from qalora.base.fingerprint import fingerprint, stored_as
-from qalora.base.precision import MERGED, is_merged
+from qalora.base.precision import MERGED, is_merged, loaded_in_4bit
 from qalora.base.registry import ModelSource, published_fields, read_fields, resolve
 from qalora.base.weight_files import base_folder
 from qalora.errors import InputError
@@ -21,7 +22,8 @@ class OtherBase:
     """
     Attributes:
         said: one sentence, without an end, on what the adapter was trained on and what is given.
-        certain: the files have other weights; False: only the names differ, or the forms that the weights are stored in.
+        certain: the files have other weights; False: only the names differ, or the forms that the weights are stored
+            in.
     """
 
     said: str
@@ -77,17 +79,17 @@ def refuse_other_base(adapter: str | Path, source: ModelSource) -> str | None:
     found = other_base(adapter, source)
     if found is not None and found.certain:
         raise InputError(
-            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder without "
-            "qalora.json."
+            f"{found.said}; pass the model that it was trained on. To put it on this one all the same, copy its folder "
+            "without qalora.json."
         )
     return None if found is None else found.line
 
 
 def loading_as_trained(
-    adapter: str | Path, source: ModelSource, loading: Mapping[str, Any], given: Collection[str] = ()
+    adapter: str | Path, source: ModelSource, loading: Mapping[str, object], given: Collection[str] = ()
 ) -> tuple[dict[str, Any], str | None]:
-    """Keyword arguments of `load_base`, with the base quantized as it was when the adapter was trained, and a line where that is not
-    the default, or where another was asked for.
+    """Keyword arguments of `load_base`, with the base quantized as it was when the adapter was trained, and a line
+    where that is not the default, or where another was asked for.
 
     Args:
         given: names of the arguments that the user gave, which stay.
@@ -110,6 +112,29 @@ def loading_as_trained(
         if result[name] != trained[name]:
             return result, f"{adapter}: was trained with {name}={trained[name]}, and this base has {result[name]}"
     return result, None
+
+
+def how_to_load(
+    source: ModelSource, adapter: str | Path | None, loading: Mapping[str, Any], given: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments of `load_base` for a base that an adapter, or nothing, is put on, and lines for the user.
+
+    Args:
+        adapter: its folder; None: the base alone.
+        loading: what the settings say.
+        given: names of those that the user gave, which stay.
+
+    Raises:
+        InputError: no plain LoRA, or one that does not fit the base.
+    """
+    loading, notes = dict(loading), list[str | None]()
+    if adapter is not None:
+        check_adapter(adapter, source)
+        notes.append(said_of_base(adapter, source))
+        loading, note = loading_as_trained(adapter, source, loading, given)
+        notes.append(note)
+    in_4bit, note = loaded_in_4bit(source, loading["load_in_4bit"], trained_on=adapter is not None)
+    return {**loading, "load_in_4bit": in_4bit}, [line for line in (*notes, note) if line]
 
 
 def _merged_already(adapter: Path, source: ModelSource) -> bool:

@@ -92,14 +92,14 @@ class GatedLinear(nn.Module, LoraLayer):
         """Adds s · B A to the weight, as PEFT's `merge_and_unload` asks for, where that is not in 4 bits.
 
         Raises:
-            InputError: a 4-bit weight, whose rounding would take most of the adapter away; or a sum that is not finite, with
-                safe_merge.
+            InputError: a 4-bit weight, whose rounding would take most of the adapter away; or a sum that is not finite,
+                with safe_merge.
         """
         base: Any = self.base_layer
         if is_4bit(base):
             raise InputError(
-                "merge_and_unload: the base is in 4 bits, which would round most of the adapter away; qalora.merge(model, adapter, "
-                "output_dir) merges into its dequantized weights, and verifies them."
+                "merge_and_unload: the base is in 4 bits, which would round most of the adapter away; "
+                "qalora.merge(model, adapter, output_dir) merges into its dequantized weights, and verifies them."
             )
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
             total = base.weight.data + self.get_delta_weight(adapter).to(base.weight.dtype)

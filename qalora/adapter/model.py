@@ -39,16 +39,20 @@ def attach(
     layers_to_transform: Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """Puts an adapter of ours on every targeted linear layer, and the kernels of ours into the model, which `print(model)` shows.
+    """Puts an adapter of ours on every targeted linear layer, and the kernels of ours into the model, which
+    `print(model)` shows.
 
-    A layer computes z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2): rows of A Kaiming-uniform as in PEFT, B zero, both fp32.
+    A layer computes z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2): rows of A Kaiming-uniform as in PEFT, B zero,
+    both fp32.
 
     Args:
-        model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is frozen.
+        model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is
+            frozen.
         r: ranks per module; the budget of a run is r times the modules.
         alpha: the scaling is alpha / r, and stays so whatever the ranks become.
         dropout: of the adapter's inputs while training.
-        target_modules: all-linear; names or their ends (["q_proj", "v_proj"]); or a regular expression that matches whole names.
+        target_modules: all-linear; names or their ends (["q_proj", "v_proj"]); or a regular expression that matches
+            whole names.
         layers_to_transform: blocks that get adapters, from 0; None: all.
         seed: of A.
 
@@ -103,8 +107,8 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | None = None) -> None:
-    """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal. A README.md that a
-    user wrote there stays.
+    """Writes the adapter as a plain PEFT LoRA, beside its place and moved there once it has been read back equal. A
+    README.md that a user wrote there stays.
 
     Args:
         model: from `attach` or `load_adapter`.
@@ -120,7 +124,8 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
         raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
     if not is_finite(model):
         raise AnswerNo(
-            "the adapter holds weights that are not finite, and is not saved; lower training.learning_rate, or continue an earlier checkpoint."
+            "the adapter holds weights that are not finite, and is not saved; lower training.learning_rate, or "
+            "continue an earlier checkpoint."
         )
     if not any(bool(layer.B.any()) for layer in layers.values()):
         raise AnswerNo("the adapter is untrained (every B is zero), and is not saved; train for more steps.")
@@ -228,7 +233,8 @@ def add_layer(model: PeftModel, name: str) -> GatedLinear:
 
 
 def settle_scalings(model: PeftModel) -> None:
-    """Gives each module a scaling that alpha over rank is exactly, whatever its rank becomes; the function stays the same.
+    """Gives each module a scaling that alpha over rank is exactly, whatever its rank becomes; the function stays the
+    same.
 
     rsLoRA's alpha / √r, for one, may not be: the nearest power of two takes its place, and B the factor between them.
     """

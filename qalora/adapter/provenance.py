@@ -1,7 +1,8 @@
 """What an adapter was trained on and taught, in a file of its own beside PEFT's two. Torch-free.
 
-PEFT's config has no place for the precision of the base, for the tokens that end a turn, or for a chat template that the base's
-tokenizer lacks; and keys that it does not know get a warning from it. Whoever copies the adapter's folder copies this along.
+PEFT's config has no place for the precision of the base, for the tokens that end a turn, or for a chat template that
+the base's tokenizer lacks; and keys that it does not know get a warning from it. Whoever copies the adapter's folder
+copies this along.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class Provenance:
         double_quant: whether the constants of the 4-bit blocks were quantized too.
         compute_dtype: bfloat16, float16 or float32: the base was quantized from it and computed in it.
         stop_tokens: texts of the tokens that the run taught to end an answer, the likeliest first.
-        chat_template: the one that rows were rendered with, where the base's tokenizer has none; None: the tokenizer's own, or none.
-        prompt: the text around what a user says, {prompt}, in rows that are no chats; None: a chat, or a prompt of several columns.
+        chat_template: the one that rows were rendered with, where the base's tokenizer has none; None: the tokenizer's
+            own, or none.
+        prompt: the text around what a user says, {prompt}, in rows that are no chats; None: a chat, or a prompt of
+            several columns.
         base: fingerprint of the base (base/fingerprint.py); None: not known.
         stored_as: the form that the base's files have its weights in; two forms of one model have two fingerprints.
     """

@@ -20,8 +20,8 @@ from qalora.errors import InputError
 
 PREFIX = "base_model.model."  # of every name in the file
 MERGED_BY_PEFT = (
-    "; what works: merge it into the 16-bit base with PEFT (PeftModel.from_pretrained(base, DIR).merge_and_unload()), save that model "
-    "with its tokenizer, and pass its folder as --model"
+    "; what works: merge it into the 16-bit base with PEFT (PeftModel.from_pretrained(base, DIR).merge_and_unload()), "
+    "save that model with its tokenizer, and pass its folder as --model"
 )
 # PEFT merges into the one weight that a tied head and the embeddings share.
 UNTIED = f"{MERGED_BY_PEFT} (where head and embeddings are tied, PEFT merges them wrongly: train without them)"
@@ -65,17 +65,19 @@ class SavedAdapter:
             maps: full module name → (in, out) of every linear map of the model's blocks.
 
         Raises:
-            InputError: the adapter has a module that the model lacks, or another shape for it, or a rank that is another by its config.
+            InputError: the adapter has a module that the model lacks, or another shape for it, or a rank that is
+                another by its config.
         """
         for name, (A, B) in self.pairs.items():
             if name not in maps:
                 raise InputError(
-                    f"{self.path}: the adapter has weights for {name}, which the model lacks; it was made for another model."
+                    f"{self.path}: the adapter has weights for {name}, which the model lacks; it was made for another "
+                    "model."
                 )
             if (A.shape[1], B.shape[0]) != maps[name]:
                 raise InputError(
-                    f"{self.path}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {maps[name][::-1]} in the model (out, in); "
-                    "it was made for another model."
+                    f"{self.path}: {name} is {(B.shape[0], A.shape[1])} in the adapter and {maps[name][::-1]} in the "
+                    "model (out, in); it was made for another model."
                 )
             if len(A) != rank_of(self.config, name):
                 raise InputError(
@@ -123,8 +125,9 @@ def read_config(path: str | Path) -> LoraConfig:
     start = str(fields.get("init_lora_weights")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
-            f"{file}: init_lora_weights={start} took weights out of the base, and the adapter only fits what it left; save it "
-            "with PEFT's path_initial_model_for_weight_conversion, or set it to true if --model is the base that was left."
+            f"{file}: init_lora_weights={start} took weights out of the base, and the adapter only fits what it left; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, or set it to true if --model is the base "
+            "that was left."
         )
     _check_numbers(fields, file)
     return LoraConfig.from_pretrained(str(path))
@@ -246,8 +249,8 @@ def _paired(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[
             r"\.lora_[AB]\.(\w+)\.weight$", key
         ):  # a state dict, which PEFT too would read nothing of
             raise InputError(
-                f"{path}: {key} has the name of the adapter in it ({named[1]}), as a model's state dict has; save with PEFT's "
-                "save_pretrained, or take the name out of the keys."
+                f"{path}: {key} has the name of the adapter in it ({named[1]}), as a model's state dict has; save with "
+                "PEFT's save_pretrained, or take the name out of the keys."
             )
         module, kind = _module_of(key), key.removesuffix(".weight").rpartition(".")[2]
         if kind not in ("lora_A", "lora_B") or tensor.ndim != 2 or module.endswith("lm_head"):

@@ -20,8 +20,10 @@ class Residual:
     Attributes:
         std, largest: root mean square and largest, over the ranks that were drawn at random.
         drawn: how many those are.
-        band: what the residual of a rank of median scale is taken not to exceed; of others, in proportion to their scale.
-        missed: the share of the ranks not ablated that err by more than their band is at most this, with 95 % confidence.
+        band: what the residual of a rank of median scale is taken not to exceed; of others, in proportion to their
+            scale.
+        missed: the share of the ranks not ablated that err by more than their band is at most this, with 95 %
+            confidence.
         noise: rounding noise of one exact evaluation, root mean square.
         tied: ablated ranks that could change sides by that noise alone.
         dtype: what the exact evaluations were computed in.
@@ -47,8 +49,8 @@ class RankScores:
         stderr: standard error of the importance over the rows of B_val; None where ablation alone gave it.
         exact: ablated, not estimated.
         forward_equivalents: cost in forwards of the batch; a backward (with its recomputation) counts as two.
-        certified: the pruned set is that of exhaustive ablation: every rank was ablated, or none of the others can change sides
-            while first order errs by no more than their bands, which `residual` says how far to trust.
+        certified: the pruned set is that of exhaustive ablation: every rank was ablated, or none of the others can
+            change sides while first order errs by no more than their bands, which `residual` says how far to trust.
         residual: what a certified scoring rests on.
     """
 
@@ -90,8 +92,8 @@ def check_finite(importance: PerRank, *losses: float) -> None:
         return
     what = f"the score of rank {odd[0][1]} of {odd[0][0]}" if odd else "the loss on the rows that score"
     raise AnswerNo(
-        f"{what} is not finite, so ranks cannot be ordered: the adapter has diverged (take an earlier checkpoint, or lower "
-        "training.learning_rate), or float16 overflows (compute in bfloat16 or float32)."
+        f"{what} is not finite, so ranks cannot be ordered: the adapter has diverged (take an earlier checkpoint, or "
+        "lower training.learning_rate), or float16 overflows (compute in bfloat16 or float32)."
     )
 
 

@@ -23,10 +23,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qalora.adapter.ablation import MicroBatch, ablate, gate_gradients, scoring_mode, supervised_tokens
+from qalora.adapter.ablation import MicroBatch, ablate, gate_gradients, scoring_mode
 from qalora.adapter.certified import DTYPE, certify
 from qalora.adapter.model import gated_layers
 from qalora.adapter.scores import Importance, Method, PerRank, RankScores, check_finite, decides
+from qalora.data.rows import supervised_tokens
 
 PATH_POINTS = (4, 8, 16)  # K of the Gauss-Legendre rule, raised until the sum is within PATH_ERROR of L(base) − L(M)
 PATH_ERROR = 0.01
@@ -87,7 +88,8 @@ def score_ranks(
 def midpoint_shares(model: PeftModel, batch: Sequence[MicroBatch]) -> PerRank:
     """path(r) by the midpoint rule, −∂L/∂α_r with every gate at ½: half of first order's time.
 
-    It is exact while the loss is quadratic in the gates: for ranks that correct a quantization error, which move it little.
+    It is exact while the loss is quadratic in the gates: for ranks that correct a quantization error, which move it
+    little.
 
     Raises:
         AnswerNo: the loss or a share is not finite.
@@ -162,7 +164,7 @@ def _path(model: PeftModel, batch: Sequence[MicroBatch]) -> RankScores:
     return replace(ends, method="path", importance=shares, stderr=_stderr(rows, tokens), forward_equivalents=spent)
 
 
-# ------------------------------------------------------------------------------------------------------------ small parts
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 
 def _mean(rows: Mapping[str, Tensor], tokens: Tensor) -> PerRank:
@@ -188,5 +190,5 @@ def _stderr(rows: Mapping[str, Tensor], tokens: Tensor) -> PerRank | None:
 def _size(batch: Sequence[MicroBatch]) -> dict[str, Any]:
     return {
         "rows": sum(len(micro["labels"]) for micro in batch),
-        "supervised_tokens": supervised_tokens(batch),
+        "supervised_tokens": supervised_tokens(micro["labels"] for micro in batch),
     }

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qalora.adapter.allocation import AllocationPlan
 from qalora.adapter.layer import GatedLinear
@@ -28,21 +29,23 @@ PAGED = 100_000  # elements of a parameter from which on bitsandbytes pages its 
 def apply_plan(
     model: PeftModel,
     plan: AllocationPlan,
-    optimizer: Any = None,
+    optimizer: Optimizer | None = None,
     *,
     generator: torch.Generator | None = None,
     new_rows: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prunes and grows the layers, their moments, and the LoraConfig.
 
-    A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function unchanged, but for the
-    order in which a processor sums. A module that loses all its ranks leaves the model and the optimizer; one that had lost them
-    comes back with new parameters, which the optimizer takes as it takes those of a first step.
+    A new rank has a random row of A, or one of `new_rows`, and a zero column of B, so growing leaves the function
+    unchanged, but for the order in which a processor sums. A module that loses all its ranks leaves the model and the
+    optimizer; one that had lost them comes back with new parameters, which the optimizer takes as it takes those of a
+    first step.
 
     Args:
         model: the adapter model.
         plan: what leaves and what enters.
-        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper of one.
+        optimizer: torch's or bitsandbytes' AdamW, bitsandbytes' Lion, transformers' Adafactor, or accelerate's wrapper
+            of one.
         generator: CPU generator for the random rows of A, for runs that can be repeated.
         new_rows: module → (n, in), the first rows of A of its new ranks.
     """
@@ -67,7 +70,8 @@ def apply_plan(
 
 
 def restore(model: PeftModel, path: str | Path) -> None:
-    """Gives the model's adapter the ranks and the weights of a saved one, whatever ranks it has; layers come and go as they must.
+    """Gives the model's adapter the ranks and the weights of a saved one, whatever ranks it has; layers come and go as
+    they must.
 
     Args:
         model: made for the same base.
@@ -105,7 +109,7 @@ def _random_rows(count: int, fan_in: int, generator: torch.Generator | None) -> 
     return (torch.rand(count, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
 
 
-def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], new_rows: Tensor) -> None:
+def _resize(layer: GatedLinear, optimizer: Optimizer | None, keep: Sequence[int], new_rows: Tensor) -> None:
     """Keeps some ranks and adds one for each of the new rows of A."""
     scaling, grow = layer.s, len(new_rows)
     for parameter, rank_dim, new in (
@@ -125,7 +129,7 @@ def _resize(layer: GatedLinear, optimizer: Any, keep: Sequence[int], new_rows: T
 
 
 def _resize_moments(
-    optimizer: Any, parameter: nn.Parameter, shape: torch.Size, rank_dim: int, keep: Tensor, grow: int
+    optimizer: Optimizer | None, parameter: nn.Parameter, shape: torch.Size, rank_dim: int, keep: Tensor, grow: int
 ) -> None:
     """Cuts and extends whatever moments the optimizer holds for a parameter that had `shape`.
 
@@ -146,9 +150,9 @@ def _resize_moments(
         _resize_factors(state, rank_dim, keep, grow)
 
 
-def _resize_factors(state: dict[str, Any], rank_dim: int, keep: Tensor, grow: int) -> None:
-    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those of the ranks
-    that stay do not change, and those of new ranks are their mean."""
+def _resize_factors(state: dict[str, Tensor], rank_dim: int, keep: Tensor, grow: int) -> None:
+    """Adafactor's second moments, row_i · col_j / mean(row), where row and col are means over each other's axis: those
+    of the ranks that stay do not change, and those of new ranks are their mean."""
     of_ranks, beside = ("exp_avg_sq_row", "exp_avg_sq_col")[:: 1 if rank_dim == 0 else -1]
     old = state[of_ranks]
     live = old.index_select(0, keep.to(old.device))
@@ -157,7 +161,7 @@ def _resize_factors(state: dict[str, Any], rank_dim: int, keep: Tensor, grow: in
     state[beside] = state[beside] * (mean / old.mean())
 
 
-def _to_fp32(state: dict[str, Any], key: str) -> Tensor:
+def _to_fp32(state: dict[str, Tensor], key: str) -> Tensor:
     """A moment in fp32. bitsandbytes' 8-bit moments are uint8 codes with one absmax per 256 *flattened* elements:
     cut by shape, codes would part from their scales."""
     if state[key].dtype != torch.uint8:
@@ -166,13 +170,13 @@ def _to_fp32(state: dict[str, Any], key: str) -> Tensor:
     return dequantize_blockwise(state[key].to(absmax.device), absmax=absmax, code=code, blocksize=256)
 
 
-def _store(optimizer: Any, parameter: nn.Parameter, state: dict[str, Any], key: str, value: Tensor) -> None:
+def _store(optimizer: object, parameter: nn.Parameter, state: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Puts a moment back in the form it had: torch's fp32, or bitsandbytes' 32- or 8-bit, paged or not."""
     old = state[key]
     if old.dtype == torch.uint8:
         value, quantized = quantize_blockwise(value, code=state[f"qmap{key[-1]}"], blocksize=256)
         state[f"absmax{key[-1]}"] = quantized.absmax
-    if hasattr(optimizer, "get_state_buffer"):
+    if hasattr(optimizer, "get_state_buffer") and hasattr(optimizer, "page_mng"):
         _give_up(optimizer, [old])
         state[key] = _buffer(optimizer, parameter, old.dtype)
         state[key].copy_(value)
@@ -218,7 +222,7 @@ def page_again(optimizer: Any) -> None:
                 state[key] = _buffer(optimizer, parameter, loaded.dtype).copy_(loaded)
 
 
-def _forget(optimizer: Any, *parameters: nn.Parameter) -> None:
+def _forget(optimizer: Optimizer | None, *parameters: nn.Parameter) -> None:
     if optimizer is None:
         return
     gone = {id(parameter) for parameter in parameters}
@@ -230,7 +234,7 @@ def _forget(optimizer: Any, *parameters: nn.Parameter) -> None:
             _give_up(optimizer, state.values())
 
 
-def _admit(optimizer: Any, model: PeftModel, layer: GatedLinear) -> None:
+def _admit(optimizer: Optimizer | None, model: PeftModel, layer: GatedLinear) -> None:
     """Has a new layer trained with the settings of the others, each matrix with those of its kind.
 
     Parameters stand in the model's order: a checkpoint numbers them by their place, and a resumed run lists them so.

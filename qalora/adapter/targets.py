@@ -40,7 +40,8 @@ def targeted(
     blocks = {name: _block_of(name) for name in names}
     if missing := sorted(set(layers or ()) - set(blocks.values())):
         raise InputError(
-            f"lora.layers_to_transform={', '.join(map(str, missing))}: the model has blocks 0 to {max(blocks.values())}."
+            f"lora.layers_to_transform={', '.join(map(str, missing))}: the model has blocks 0 to "
+            f"{max(blocks.values())}."
         )
     if isinstance(targets, str):
         chosen = [name for name in names if targets == EVERY or re.fullmatch(targets, name)]
@@ -56,8 +57,9 @@ def targeted(
     chosen = [name for name in chosen if layers is None or blocks[name] in layers]
     if not chosen:
         raise InputError(
-            f"lora.target_modules={targets if isinstance(targets, str) else ', '.join(targets)}: matches no linear layer"
-            f"{'' if layers is None else ' of these blocks'}; a regular expression matches whole names, such as {names[0]}."
+            f"lora.target_modules={targets if isinstance(targets, str) else ', '.join(targets)}: matches no linear "
+            f"layer{'' if layers is None else ' of these blocks'}; a regular expression matches whole names, such as "
+            f"{names[0]}."
         )
     return chosen
 

@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from qalora.adapter.callback import HISTORY
 from qalora.adapter.model import verify_saved
 from qalora.adapter.surgery import restore
 
 
 class VariableRanks:
-    """A mixin for `transformers.Trainer` and its subclasses: the best checkpoint is loaded, and a run is resumed, across rounds of
-    allocation.
+    """A mixin for `transformers.Trainer` and its subclasses: the best checkpoint is loaded, and a run is resumed,
+    across rounds of allocation.
 
         class Trainer(qalora.VariableRanks, SFTTrainer): ...
 
@@ -24,14 +26,14 @@ class VariableRanks:
     args: Any
     state: Any
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         folder = Path(str(output_dir or self.args.output_dir))
         verify_saved(self.model, folder)
         if (history := Path(str(self.args.output_dir)) / HISTORY).is_file() and history.parent != folder:
             shutil.copy(history, folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.model, resume_from_checkpoint)
         history, own = Path(resume_from_checkpoint) / HISTORY, Path(str(self.args.output_dir)) / HISTORY
         if history.is_file() and history.resolve() != own.resolve():

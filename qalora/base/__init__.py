@@ -1,1 +1,2 @@
-"""The frozen base: where its weights are, how they are loaded in 4 bits, how it computes (prefixes, norms, loss), what it costs."""
+"""The frozen base: where its weights are, how they are loaded in 4 bits, how it computes (prefixes, norms, loss), what
+it costs."""

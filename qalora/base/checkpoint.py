@@ -1,4 +1,5 @@
-"""The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for merging.
+"""The frozen weights as a training computed with them, a tensor at a time and never a whole model: for loading, and for
+merging.
 
     files ─ Checkpoint ─ quantized and dequantized, or cast, as the training did ─ pieces of rows in fp32
 
@@ -30,11 +31,11 @@ from qalora.base.registry import ModelSource, check_model_type
 from qalora.base.tensor_files import EMBEDDINGS, HEAD, Checkpoint, expected_shapes, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
+from qalora.sizes import QUANT_BLOCK
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows
 Weights = Callable[[str], Tensor]  # name of a linear layer → its (out, in) weight before quantization
 
-BLOCK = 64  # weights that share one absmax
 STRETCH = 1 << 22  # weights that are quantized or dequantized at a time; whole blocks
 
 
@@ -96,7 +97,7 @@ def is_linear_layer(name: str) -> bool:
 
 
 def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
-    device, block = best_device(), BLOCK
+    device, block = str(best_device()), QUANT_BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
@@ -122,15 +123,15 @@ def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantiz
 
 def _from_storage(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
     """Flat parts of whole blocks, in the dtype that the weight was loaded in before it was quantized."""
-    whole_blocks = checkpoint.shapes[name][1] % BLOCK == 0
+    whole_blocks = checkpoint.shapes[name][1] % QUANT_BLOCK == 0
     for piece in checkpoint.pieces(name) if whole_blocks else [checkpoint.tensor(name)]:
         piece = piece.to(storage_dtype(quantization, is_gguf=checkpoint.is_gguf))
         yield from piece.reshape(-1).split(STRETCH)
 
 
 def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str) -> tuple[Tensor, Tensor]:
-    """Flat parts of a map → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes makes
-    of the whole.
+    """Flat parts of a map → (4-bit codes, absmax of every block as it is dequantized), bit for bit what bitsandbytes
+    makes of the whole.
 
     Its own call takes some six fp32 copies of the weight at a time. By parts it takes as many of a part; the absmax are
     quantized together, as they would be.
@@ -140,7 +141,7 @@ def _quantized(parts: Iterator[Tensor], quantization: Quantization, device: str)
         # As one row: bitsandbytes on a CPU lays blocks along rows, but quantizes the flattened matrix.
         data, state = quantize_4bit(
             part.to(device, quantization.compute_dtype).view(1, -1),
-            blocksize=BLOCK, compress_statistics=False, quant_type=quantization.quant_type,
+            blocksize=QUANT_BLOCK, compress_statistics=False, quant_type=quantization.quant_type,
         )  # fmt: skip
         codes.append(data.view(-1))
         absmax.append(state.absmax.view(-1))
@@ -184,8 +185,8 @@ def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
 def _decide_tying(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Sets `config.tie_word_embeddings` to what transformers makes of config and files.
 
-    Only what the config ties is tied, and of that nothing whose two matrices are both in the files and differ; where the head
-    alone is there, it is the embeddings too.
+    Only what the config ties is tied, and of that nothing whose two matrices are both in the files and differ; where
+    the head alone is there, it is the embeddings too.
     """
     if not config.tie_word_embeddings:
         return
@@ -244,7 +245,8 @@ def check_positions(config: PreTrainedConfig, where: str) -> None:
         ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise InputError(
-            f"{where}: rope_type={kind}: its settings are not such that positions can be computed ({type(error).__name__}: {short(error)})."
+            f"{where}: rope_type={kind}: its settings are not such that positions can be computed "
+            f"({type(error).__name__}: {short(error)})."
         ) from None
 
 
@@ -256,7 +258,7 @@ def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
     """
     if checkpoint.packed:
         raise InputError(
-            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the 16-bit model "
-            "that it was made from, or another lora.init."
+            f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the "
+            "16-bit model that it was made from, or another lora.init."
         )
     return lambda name: checkpoint.tensor(f"{name}.weight")

@@ -35,8 +35,8 @@ def device_module(device: torch.device | None = None) -> Any:
     return module if hasattr(module, "mem_get_info") else None
 
 
-def plan_device() -> str:
-    """The device by whose terms a plan counts (memory.py): cuda, which has a context's memory of its own, or cpu."""
+def device_kind() -> str:
+    """cuda where a run trains on a device with memory of its own, which a plan counts like CUDA's; else cpu."""
     return "cpu" if device_module() is None else "cuda"
 
 

@@ -1,4 +1,5 @@
-"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same. Torch-free."""
+"""Which weights a base has, told from the files and not from their place: a copied or renamed model is the same.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qalora.base.registry import ModelSource, read_fields
 from qalora.base.weight_files import WeightFiles, weight_files
@@ -16,9 +17,15 @@ WHOLE = 1 << 20  # bytes of a tensor, or a file, up to which all of it counts
 SAMPLES, SAMPLE = 16, 1 << 16  # what counts of a larger one: so many stretches of so many bytes
 
 
+class Digest(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
 def fingerprint(source: ModelSource) -> str | None:
-    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its config says of
-    heads, norms and positions. None: a model that is not on this machine yet.
+    """Hexadecimal digest of the function that a base computes: samples of all weights that are read, and what its
+    config says of heads, norms and positions. None: a model that is not on this machine yet.
 
     Tensors of safetensors and GGUF files count by name, in whatever files they lie.
 
@@ -42,8 +49,8 @@ def fingerprint(source: ModelSource) -> str | None:
 
 
 def stored_as(source: ModelSource) -> str | None:
-    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of different forms
-    have different fingerprints, though they may be one model. None: not on this machine yet."""
+    """The form in which a base has its weights, such as BF16, F32, BF16 + U8 (4-bit codes), GGUF or torch; two of
+    different forms have different fingerprints, though they may be one model. None: not on this machine yet."""
     found = _files(source)
     if found is None:
         return None
@@ -60,7 +67,8 @@ def stored_as(source: ModelSource) -> str | None:
 
 
 def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing else is read.
+    """Name → dtype, shape and data_offsets (from the start of the file) of each tensor of a safetensors file; nothing
+    else is read.
 
     Raises:
         InputError: not such a file, or one that was cut.
@@ -138,7 +146,7 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
     return json.dumps(kept).encode()
 
 
-def _add_file(digest: Any, file: Path) -> None:
+def _add_file(digest: Digest, file: Path) -> None:
     size = file.stat().st_size
     digest.update(f"{size};".encode())
     # A pickle has no tensor that stands for itself, so it is sampled as densely as the tensors of a model would be.
@@ -148,7 +156,7 @@ def _add_file(digest: Any, file: Path) -> None:
         _add(digest, file, start, end - start)
 
 
-def _add(digest: Any, file: Path, start: int, size: int) -> None:
+def _add(digest: Digest, file: Path, start: int, size: int) -> None:
     with file.open("rb") as handle:
         if size <= WHOLE:
             handle.seek(start)

@@ -1,7 +1,8 @@
-"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled, biases, and
-whether the head is tied where the tensors lie in several files.
+"""The config of a GGUF file's model, with what transformers leaves out when it reads one: how positions are scaled,
+biases, and whether the head is tied where the tensors lie in several files.
 
-llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.cpp, src/llama-model.cpp, ggml's rope_yarn):
+llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.cpp, src/llama-model.cpp, ggml's
+rope_yarn):
 
     freq_base                                θ
     scaling.type, .factor                    linear, yarn or none; linear where there is a factor alone
@@ -9,8 +10,8 @@ llama.cpp computes with these keys, under ARCHITECTURE.rope. (src/llama-context.
     scaling.attn_factor                      what cos and sin are multiplied by, over yarn's own 1 + 0.1 ln factor
     rope_freqs.weight                        a tensor: what each frequency is divided by (Llama 3.1, or any other way)
 
-Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor. A model that
-needs them is refused.
+Not read by llama.cpp for these architectures, though there are keys: yarn_beta_fast, yarn_beta_slow, yarn_attn_factor.
+A model that needs them is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import RopeScalingType
+from gguf import GGUFWriter, RopeScalingType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -42,7 +43,8 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
         gguf_file: the first file of a split model.
 
     Raises:
-        InputError: a scaling of positions that would be left out in silence, or a file of a split model that is not there.
+        InputError: a scaling of positions that would be left out in silence, or a file of a split model that is not
+            there.
         OSError, ValueError, KeyError: no GGUF file of a model that transformers knows.
     """
     file = Path(folder) / gguf_file
@@ -64,14 +66,14 @@ def yarn_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Of older configs, which do not say it, the share of the hidden size."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_divisors(config: Any) -> Any:
-    """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers' rope type llama3),
-    or divisors as they were read from a file; None of another type."""
+def rope_divisors(config: PreTrainedConfig) -> np.ndarray | None:
+    """(head_dim / 2,) what each frequency is divided by: Llama 3.1's scaling (arXiv 2407.21783, §3.2; transformers'
+    rope type llama3), or divisors as they were read from a file; None of another type."""
     rope = config.rope_parameters
     if not _is_divided(rope):
         return None
@@ -81,9 +83,9 @@ def rope_divisors(config: Any) -> Any:
     return (plain / scaled).float().numpy()
 
 
-def add_positions(writer: Any, config: Any) -> None:
-    """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama 3.1's
-    scaling the tensor is written by whoever writes tensors (`rope_divisors`).
+def add_positions(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    """Writes the keys from which llama.cpp computes the positions that transformers computes from the config; of Llama
+    3.1's scaling the tensor is written by whoever writes tensors (`rope_divisors`).
 
     Raises:
         InputError: there are no such keys.
@@ -102,7 +104,7 @@ def add_positions(writer: Any, config: Any) -> None:
         _add_yarn(writer, config)
 
 
-def _add_yarn(writer: Any, config: Any) -> None:
+def _add_yarn(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     rope, original = config.rope_parameters, config.rope_parameters["original_max_position_embeddings"]
     factor = rope["factor"] or config.max_position_embeddings / original
     frequencies, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
@@ -161,18 +163,19 @@ def _scaling(reader: GGUFReader, tensors: dict[str, Any], config: PreTrainedConf
     return found | ({} if attention is None else {"attention_factor": attention * own})
 
 
-def _is_divided(rope: dict[str, Any]) -> bool:
+def _is_divided(rope: dict[str, object]) -> bool:
     """Whether frequencies are divided by constants, whatever the length of the text, and nothing else is scaled."""
     if rope.get("rope_type") == "longrope":
         return rope["short_factor"] == rope["long_factor"] and rope.get("attention_factor") == 1.0
     return rope.get("rope_type") == "llama3"
 
 
-def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, Any]:
-    """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is longrope."""
+def _divided(divisors: np.ndarray, config: PreTrainedConfig) -> dict[str, object]:
+    """Llama 3.1's scaling where it has these divisors; else they themselves, for which transformers' name is
+    longrope."""
     guess = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3}
     scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | guess})
-    if np.allclose(rope_divisors(scaled), divisors, rtol=1e-3):
+    if (known := rope_divisors(scaled)) is not None and np.allclose(known, divisors, rtol=1e-3):
         return guess
     return {
         "rope_type": "longrope",

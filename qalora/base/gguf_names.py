@@ -1,13 +1,20 @@
 """transformers' names and row order of a LLaMA-class model ↔ those of GGUF.
 
-llama.cpp rotates neighbouring pairs of a head's rows, transformers its halves: under the architecture `llama` the rows of
-q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py
+llama.cpp rotates neighbouring pairs of a head's rows, transformers its halves: under the architecture `llama` the rows
+of q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml-org/llama.cpp/blob/master/conversion/llama.py
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
+
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +22,7 @@ from qalora.base.families import FAMILIES, Family
 from qalora.errors import InputError
 
 
-def family(config: Any) -> Family:
+def family(config: PreTrainedConfig) -> Family:
     """The family of a model.
 
     Raises:
@@ -28,37 +35,37 @@ def family(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def architecture(config: Any) -> str:
+def architecture(config: PreTrainedConfig) -> str:
     """GGUF's name for the architecture."""
     return family(config).gguf
 
 
-def gguf_name(name: str, config: Any) -> str:
+def gguf_name(name: str, config: PreTrainedConfig) -> str:
     """model.layers.3.self_attn.q_proj.weight → blk.3.attn_q.weight"""
     stem, _, kind = name.rpartition(".")
     return f"{_names(architecture(config), config.num_hidden_layers).get_name(stem)}.{kind}"
 
 
-def is_permuted(name: str, config: Any) -> bool:
+def is_permuted(name: str, config: PreTrainedConfig) -> bool:
     """Whether the rows of this weight or bias (or of the B of its adapter) have another order in GGUF."""
     return family(config).gguf_pairs and _projection(name) in ("q_proj", "k_proj")
 
 
-def permuted(name: str, tensor: Tensor, config: Any) -> Tensor:
+def permuted(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     """Rows in GGUF's order."""
     if not is_permuted(name, config):
         return tensor
     return tensor.unflatten(0, (_heads(name, config), 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def unpermuted(name: str, tensor: Tensor, config: Any) -> Tensor:
+def unpermuted(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
     """The inverse of `permuted`."""
     if not is_permuted(name, config):
         return tensor
     return tensor.unflatten(0, (_heads(name, config), -1, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _heads(name: str, config: Any) -> int:
+def _heads(name: str, config: PreTrainedConfig) -> int:
     return config.num_attention_heads if _projection(name) == "q_proj" else config.num_key_value_heads
 
 
@@ -68,7 +75,7 @@ def _projection(name: str) -> str:
 
 
 @lru_cache
-def _names(arch: str, blocks: int) -> Any:
+def _names(arch: str, blocks: int) -> TensorNameMap:
     import gguf
 
     return gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), blocks)

@@ -1,8 +1,8 @@
 """GGUF files, opened in a third of the time that the gguf library takes by itself.
 
 It slices an `np.memmap` for every string of the vocabulary, which runs Python code that slicing a plain array does not
-(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load, and so do config, weights and
-tokenizer of ours: what was read of a file is kept for the next one.
+(https://github.com/ggml-org/llama.cpp/pull/13378). transformers opens a file several times a load, and so do config,
+weights and tokenizer of ours: what was read of a file is kept for the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -21,31 +21,33 @@ from qalora.base.registry import shards_of
 from qalora.errors import InputError
 from qalora.progress import Bar
 
+Mode = Literal["r", "r+", "c"]
+
 
 class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
     """The library's reader over the same mapped bytes, as a plain array."""
 
-    def __init__(self, path: Any, *options: Any):
+    def __init__(self, path: str | Path, mode: Mode = "r"):
         self.path = Path(path)
-        super().__init__(path, *options)
+        super().__init__(path, mode)
 
-    @property
-    def data(self) -> Any:
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
         return self._data
 
     @data.setter
-    def data(self, mapped: Any) -> None:
+    def data(self, mapped: np.ndarray) -> None:
         self._data = np.asarray(mapped)
 
 
-def open_gguf(path: Any, mode: str = "r") -> GGUFReader:
+def open_gguf(path: str | Path, mode: Mode = "r") -> GGUFReader:
     """The reader of a file, read once for as long as the file stays as it is."""
     file = os.stat(path)
     return _read(str(path), mode, (file.st_ino, file.st_size, file.st_mtime_ns))
 
 
 @lru_cache(maxsize=2)
-def _read(path: str, mode: str, identity: tuple[int, ...]) -> GGUFReader:
+def _read(path: str, mode: Mode, identity: tuple[int, ...]) -> GGUFReader:
     with Bar(f"reading {Path(path).name}"):
         return GGUFReader(path, mode)
 
@@ -71,8 +73,8 @@ def open_shards(file: Path) -> list[GGUFReader]:
         number = _shard_field(readers[-1], "split.no", 0) + 1
         if count != len(files) or (count > 1 and files[number - 1] != shard):
             raise InputError(
-                f"{shard}: file {number} of {count} of a split model by its metadata, which its name does not say; give the files the "
-                f"names NAME-00001-of-{count:05d}.gguf and so on."
+                f"{shard}: file {number} of {count} of a split model by its metadata, which its name does not say; "
+                f"give the files the names NAME-00001-of-{count:05d}.gguf and so on."
             )
     return readers
 
@@ -95,8 +97,8 @@ def check_tokenizer(file: Path, name: str) -> None:
     if missing := [key for key in needed if key not in fields]:
         what = "holds no tokenizer" if kind is None else f"holds a tokenizer ({kind}) that cannot split text"
         raise InputError(
-            f"--model {name}: {file.name} {what}, for it lacks {' and '.join(missing)}; make the file anew from the original model, or "
-            "pass that."
+            f"--model {name}: {file.name} {what}, for it lacks {' and '.join(missing)}; make the file anew from the "
+            "original model, or pass that."
         )
 
 
@@ -107,7 +109,8 @@ def _shard_field(reader: GGUFReader, name: str, default: int) -> int:
 
 @contextmanager
 def fast_gguf() -> Iterator[None]:
-    """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every call."""
+    """While it lasts, libraries open GGUF files so too: transformers takes the reader from the gguf library at every
+    call."""
     library = gguf.GGUFReader
     gguf.GGUFReader = open_gguf  # type: ignore[misc, assignment]
     try:

@@ -81,8 +81,8 @@ def load_base(
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
-        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; or there are several
-            processes.
+        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; or
+            there are several processes.
     """
     check_one_process()
     if not isinstance(source, ModelSource):
@@ -111,7 +111,8 @@ def load_model(
     attention: str = "sdpa",
     gguf: tuple[Checkpoint, PreTrainedConfig] | None = None,
 ) -> PreTrainedModel:
-    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files. The whole comes with a bar.
+    """The frozen model as it is trained on; transformers decides what it reads, but for GGUF files. The whole comes
+    with a bar.
 
     Args:
         part: None: the whole.
@@ -130,7 +131,8 @@ def load_model(
 def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     """
     Raises:
-        InputError: no such model, no LLaMA-class decoder, a file of it is missing, or it is stored in another precision.
+        InputError: no such model, no LLaMA-class decoder, a file of it is missing, or it is stored in another
+            precision.
     """
     folder = base_folder(source)
     published = {} if source.gguf_file else read_fields(folder / "config.json")
@@ -206,9 +208,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
     if beyond := sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows):
         named = ", ".join(f"{token!r} is {i}" for i, token in beyond[:3])
         raise InputError(
-            f"--model {source.name}: the tokenizer has {len(beyond)} tokens that the model has no embeddings for ({named}; the last "
-            f"embedding is {rows - 1}); take them out of the tokenizer's files, or resize the embeddings once with transformers' "
-            "resize_token_embeddings and save the model."
+            f"--model {source.name}: the tokenizer has {len(beyond)} tokens that the model has no embeddings for "
+            f"({named}; the last embedding is {rows - 1}); take them out of the tokenizer's files, or resize the "
+            "embeddings once with transformers' resize_token_embeddings and save the model."
         )
 
 
@@ -378,8 +380,9 @@ def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str
         block = module.weight.quant_state.blocksize if is_4bit(module) else 1
         if module.in_features % block:
             raise InputError(
-                f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows that are no "
-                f"multiple of {block}, its block, wrongly on a CPU; use a GPU, or the 16-bit model with --no-quantize."
+                f"--model {source.name}: {name} has {module.in_features} inputs, and bitsandbytes dequantizes rows "
+                f"that are no multiple of {block}, its block, wrongly on a CPU; use a GPU, or the 16-bit model with "
+                "--no-quantize."
             )
 
 

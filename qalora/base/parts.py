@@ -1,4 +1,5 @@
-"""A model, or some blocks of it, by the very loader that loads the whole: what is read piece by piece is what a reader of all has."""
+"""A model, or some blocks of it, by the very loader that loads the whole: what is read piece by piece is what a reader
+of all has."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def from_checkpoint(
     convert: Callable[[nn.Linear], nn.Module] | None = None,
     progress: str | None = None,
 ) -> PreTrainedModel:
-    """A part of a model whose files transformers does not load: GGUF in several files, with biases, or with scaled positions.
+    """A part of a model whose files transformers does not load: GGUF in several files, with biases, or with scaled
+    positions.
 
     Args:
         dtype: of the weights.

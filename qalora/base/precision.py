@@ -20,8 +20,8 @@ def loaded_in_4bit(source: ModelSource, asked: bool, *, trained_on: bool) -> tup
 
     Args:
         asked: by the recipe, or by default.
-        trained_on: an adapter is, or was, trained on it: then its weights are those of the training. Otherwise a merged model is
-            taken as it is, for its weights are what was trained.
+        trained_on: an adapter is, or was, trained on it: then its weights are those of the training. Otherwise a merged
+            model is taken as it is, for its weights are what was trained.
     """
     if not asked:
         return False, None
@@ -31,8 +31,8 @@ def loaded_in_4bit(source: ModelSource, asked: bool, *, trained_on: bool) -> tup
     if rounded is None:
         return True, None
     return True, (
-        f"--model {source.name}: its weights ({rounded}) are quantized again, to 4 bits, which changes them; --no-quantize takes "
-        "them as they are"
+        f"--model {source.name}: its weights ({rounded}) are quantized again, to 4 bits, which changes them; "
+        "--no-quantize takes them as they are"
     )
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from qalora.errors import InputError
 
+if TYPE_CHECKING:
 
-def is_4bit(module: nn.Module) -> bool:
+    class Weight4bit(Params4bit):
+        quant_state: QuantState
+
+    class Map4bit(Linear4bit):
+        """bitsandbytes' 4-bit layer, whose own annotations leave out what it holds."""
+
+        weight: Weight4bit
+
+
+def is_4bit(module: nn.Module) -> TypeGuard[Map4bit]:
     return isinstance(module, Linear4bit)
 
 
@@ -86,7 +96,7 @@ def quantized(
     return module
 
 
-def dequantize(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (out, in) weight: the exact values of a 4-bit map, or those of a plain one, in `dtype`."""
     if not is_4bit(module):
         return module.weight.detach().to(dtype)
@@ -113,7 +123,7 @@ def guard_cpu_packing(model: nn.Module) -> None:
             _refuse_packed(module)
 
 
-def _refuse_packed(module: Any) -> None:
+def _refuse_packed(module: Map4bit) -> None:
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise InputError(
             "the 4-bit weights were repacked for CPU decoding by an evaluation before qalora had them, which ruins "

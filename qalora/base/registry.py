@@ -68,8 +68,8 @@ class ModelShape:
 def positions_of(config: Mapping[str, Any]) -> int | None:
     """The positions that a config claims: its own number where scaling is within it, else that times the factor.
 
-    The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading counts,
-    for a row is cut only where no reading has room for it.
+    The number beside a linear, dynamic or YaRN factor is in some configs the scaled one already: the larger reading
+    counts, for a row is cut only where no reading has room for it.
     """
     claimed = config.get("max_position_embeddings")
     if not isinstance(claimed, int):
@@ -239,8 +239,9 @@ def _on_the_hub(name: str, hub_id: str, shape: ModelShape | None) -> ModelSource
 
 
 def offline_snapshot(hub_id: str) -> Path | None:
-    """The folder of a model in a cache that huggingface_hub cannot follow offline: one made or copied by hand, whose refs/main is
-    missing, or ends in a newline. None online, and where the cache is in order or has nothing of the model.
+    """The folder of a model in a cache that huggingface_hub cannot follow offline: one made or copied by hand, whose
+    refs/main is missing, or ends in a newline. None online, and where the cache is in order or has nothing of the
+    model.
 
     Raises:
         InputError: refs/main does not say which of several snapshots it is.
@@ -259,7 +260,8 @@ def offline_snapshot(hub_id: str) -> Path | None:
         return snapshots.get(written.strip())
     if len(snapshots) > 1:
         raise InputError(
-            f"--model {hub_id}: offline, and {main} does not say which snapshot is meant; write one of {', '.join(snapshots)} into it."
+            f"--model {hub_id}: offline, and {main} does not say which snapshot is meant; write one of "
+            f"{', '.join(snapshots)} into it."
         )
     return next(iter(snapshots.values()))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qalora.base.registry import ModelSource, hub_hint, read_fields, shards_of
 from qalora.errors import InputError
@@ -87,7 +87,8 @@ def shards_in(index: Path) -> list[str]:
 
 
 def base_folder(source: ModelSource) -> Path:
-    """Where the files of a base lie; those of one on the Hub are downloaded first, in the layout that is read and in no other.
+    """Where the files of a base lie; those of one on the Hub are downloaded first, in the layout that is read and in no
+    other.
 
     Raises:
         InputError: no such model, or it cannot be downloaded.
@@ -127,12 +128,13 @@ def refuse_adapter_beside(folder: Path, name: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"--model {name}: {folder} holds a whole model and an adapter (adapter_config.json), and transformers would add the one to "
-            "the other in silence; move the adapter_* files to a folder of their own, and pass that as --adapter where it is wanted."
+            f"--model {name}: {folder} holds a whole model and an adapter (adapter_config.json), and transformers "
+            "would add the one to the other in silence; move the adapter_* files to a folder of their own, and pass "
+            "that as --adapter where it is wanted."
         )
 
 
-def short(error: Any) -> str:
+def short(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-
-
-class Row(TypedDict):
-    """A row as it is batched.
-
-    Attributes:
-        labels: input_ids where the token is learned, else −100.
-        row: its number in its source, for messages.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    row: NotRequired[int]
+from qalora.data.rows import IGNORE, Packed, Row
 
 
 class Collator:
@@ -30,34 +17,34 @@ class Collator:
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Row]) -> dict[str, Tensor]:
         """items with input_ids, labels, row → input_ids, attention_mask, labels: (rows, longest); rows: (rows,)."""
         width = max(len(item["input_ids"]) for item in items)
 
-        def padded(name: str, value: int) -> Tensor:
-            return torch.tensor([list(item[name]) + [value] * (width - len(item[name])) for item in items])
+        def padded(values: Iterable[Sequence[int]], value: int) -> Tensor:
+            return torch.tensor([[*each, *[value] * (width - len(each))] for each in values])
 
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         return {
-            "input_ids": padded("input_ids", self.pad_token_id),
+            "input_ids": padded((item["input_ids"] for item in items), self.pad_token_id),
             "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-            "labels": padded("labels", IGNORE),
+            "labels": padded((item["labels"] for item in items), IGNORE),
             "rows": torch.tensor([item["row"] for item in items]),
         }
 
 
-def micro_batches(items: Sequence[Mapping[str, Any]], size: int, collate: Collator) -> list[dict[str, Tensor]]:
+def micro_batches(items: Sequence[Row], size: int, collate: Collator) -> list[dict[str, Tensor]]:
     """The rows, shortest first so that little is padded, `size` of them to a batch."""
     ordered = sorted(items, key=lambda item: len(item["input_ids"]))
     return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
-def on_device(batch: Sequence[Mapping[str, Tensor]], device: Any) -> list[dict[str, Tensor]]:
+def on_device(batch: Sequence[Mapping[str, Tensor]], device: torch.device | str) -> list[dict[str, Tensor]]:
     """What a model takes of the micro-batches of a collator, which number their rows."""
     return [{key: value.to(device) for key, value in micro.items() if key != "rows"} for micro in batch]
 
 
-def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str, Any]]:
+def pack(items: Sequence[Row], max_seq_len: int) -> list[Packed]:
     """Several rows in one sequence of at most `max_seq_len` tokens: the longest row first, each into the first
     sequence that has room for it (first-fit decreasing).
 
@@ -71,7 +58,7 @@ def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str,
     """
     ordered = sorted(items, key=lambda item: -len(item["input_ids"]))
     places = first_fit([len(item["input_ids"]) for item in ordered], max_seq_len)
-    sequences: list[list[Mapping[str, Any]]] = [[] for _ in range(max(places, default=-1) + 1)]
+    sequences: list[list[Row]] = [[] for _ in range(max(places, default=-1) + 1)]
     for item, place in zip(ordered, places, strict=True):
         sequences[place].append(item)
     return [
@@ -88,8 +75,8 @@ def pack(items: Sequence[Mapping[str, Any]], max_seq_len: int) -> list[dict[str,
 def first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     """Puts each length into the first bin that has room for it, in O(n log n).
 
-    A tree over as many bins as there are lengths knows the most room in each of its halves, so the first bin with room is
-    found on one way down:
+    A tree over as many bins as there are lengths knows the most room in each of its halves, so the first bin with room
+    is found on one way down:
 
                8                 node i: the larger of nodes 2i and 2i + 1
            3       8             leaves: the room of each bin; a length of 5 goes down to the third
@@ -124,10 +111,10 @@ class PackingCollator:
     without, it derives the borders from where position_ids restart.
     """
 
-    def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, sequences: Sequence[Packed]) -> dict[str, Tensor]:
         """→ input_ids, labels, position_ids: (1, tokens); rows: (rows,)."""
-        joined = {
-            name: torch.tensor([[value for sequence in sequences for value in sequence[name]]])
-            for name in ("input_ids", "labels", "position_ids")
+        names: tuple[Literal["input_ids", "labels", "position_ids"], ...] = ("input_ids", "labels", "position_ids")
+        joined: dict[str, Tensor] = {
+            name: torch.tensor([[value for sequence in sequences for value in sequence[name]]]) for name in names
         }
         return {**joined, "rows": torch.tensor([row for sequence in sequences for row in sequence["rows"]])}

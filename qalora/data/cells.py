@@ -11,8 +11,8 @@ from qalora.errors import InputError
 
 
 class Cells(dict[str, Any]):
-    """The cells of a row under the names that a format reads them by. It remembers which were read, so that no other goes
-    unmentioned."""
+    """The cells of a row under the names that a format reads them by. It remembers which were read, so that no other
+    goes unmentioned."""
 
     def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str):
         self.where = where
@@ -22,8 +22,8 @@ class Cells(dict[str, Any]):
             renamed = columns.get(name, name)
             if self.get(renamed) is not None and value is not None:
                 raise InputError(
-                    f"{where}: the columns {self.named[renamed]!r} and {name!r} are both {renamed} (data.columns); give one "
-                    "of them another name there."
+                    f"{where}: the columns {self.named[renamed]!r} and {name!r} are both {renamed} (data.columns); "
+                    "give one of them another name there."
                 )
             if renamed in self and value is None:  # of two columns for one name, a null one gives way
                 continue
@@ -80,14 +80,15 @@ class Cells(dict[str, Any]):
 
 
 def label_of(text: str, labels: Mapping[str, str]) -> str | None:
-    """What data.labels has for a value: for str(True) is "True", while a file may say "true", case counts only where it decides."""
+    """What data.labels has for a value: for str(True) is "True", while a file may say "true", case counts only where it
+    decides."""
     if text in labels:
         return labels[text]
     alike = {label for value, label in labels.items() if value.casefold() == text.casefold()}
     return alike.pop() if len(alike) == 1 else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return "empty (null)"
     return "bytes that are no UTF-8" if isinstance(value, bytes) else type(value).__name__

@@ -34,7 +34,7 @@ OPENED = re.compile(r"(<(\w+)>)\s*$")  # a generation prompt that begins the ans
 
 
 def set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None = None, switches: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, switches: Mapping[str, object] | None = None
 ) -> None:
     """Gives the tokenizer a chat template, so that it goes wherever the tokenizer goes.
 
@@ -79,8 +79,8 @@ class ChatTemplate:
     """The chat template of a tokenizer. What it can do is found by trying.
 
     Attributes:
-        source: its text; of several templates all texts, one after the other. ChatML where the tokenizer has none, with the
-            BOS that the tokenizer puts before a text.
+        source: its text; of several templates all texts, one after the other. ChatML where the tokenizer has none, with
+            the BOS that the tokenizer puts before a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -110,7 +110,8 @@ class ChatTemplate:
         return str(text)
 
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """The turns as the template wants them: in roles that it writes, with reasoning and arguments as it reads them."""
+        """The turns as the template wants them: in roles that it writes, with reasoning and arguments as it reads
+        them."""
         return [self._message(turn) for turn in turns]
 
     def names(self, word: str) -> bool:
@@ -167,7 +168,7 @@ class ChatTemplate:
         ends = [self.end[:edge] for edge in sorted({len(self.end), *edges}, reverse=True)]
         return next((end for end in ends if after.startswith(end)), "")
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
+    def _message(self, turn: Turn) -> dict[str, object]:
         role, fields = turn.role, dict(turn.fields)
         if turn.thought:  # templates differ in what they call it
             fields |= dict.fromkeys(REASONING, turn.thought)
@@ -179,12 +180,13 @@ class ChatTemplate:
 
     @cached_property
     def writes_tools(self) -> tuple[bool, bool]:
-        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has them."""
+        """Whether the rendered chat has signatures of tools that are given by themselves, and as OpenAI's API has
+        them."""
         tool = {"name": SENTINEL, "description": "b", "parameters": {"type": "object", "properties": {}}}
         asked = [_said("user", "a")]
         return self._writes(asked, [tool]), self._writes(asked, [{"type": "function", "function": tool}])
 
-    def tools(self, tools: Sequence[Any]) -> list[Any]:
+    def tools(self, tools: Sequence[Any]) -> list[object]:
         """The signatures in the form that the template reads."""
         flat, nested = self.writes_tools
         if nested and not flat:
@@ -206,7 +208,8 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether arguments of a call have to be JSON already. Most templates write JSON of an object, as Hugging Face asks."""
+        """Whether arguments of a call have to be JSON already. Most templates write JSON of an object, as Hugging Face
+        asks."""
         objects, text = (self._called(as_text) for as_text in (False, True))
         return text is not None and (objects is None or "{'key'" in objects)
 
@@ -216,15 +219,15 @@ class ChatTemplate:
             return self.apply([_said("user", "a"), call])
         return None
 
-    def _writes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> bool:
+    def _writes(self, messages: Sequence[Mapping[str, object]], tools: Sequence[object] = ()) -> bool:
         with suppress(Exception):  # jinja's own errors, raise_exception() of the template, or of the tokenizer
             return SENTINEL in self.apply(messages, tools)
         return False
 
 
 def _set_anyway(tree: nodes.Template) -> set[str]:
-    """Variables that the template sets itself, whatever a caller says: in a branch, Jinja counts them as not declared. Those that it
-    sets where they are not given ({% if x is not defined %}{% set x = … %}) are a caller's."""
+    """Variables that the template sets itself, whatever a caller says: in a branch, Jinja counts them as not declared.
+    Those that it sets where they are not given ({% if x is not defined %}{% set x = … %}) are a caller's."""
     from jinja2 import nodes
 
     def names(node: nodes.Node, ctx: str) -> set[str]:
@@ -242,11 +245,11 @@ def _set_anyway(tree: nodes.Template) -> set[str]:
 CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
 
 
-def _said(role: str, text: str) -> dict[str, Any]:
+def _said(role: str, text: str) -> dict[str, object]:
     return {"role": role, "content": text}
 
 
-def _call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, object]:
     """The call as OpenAI has it, with its arguments as JSON, or as the object that the JSON says."""
     flat = {key: value for key, value in call.items() if key in ("name", "arguments")}
     rest = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
@@ -278,6 +281,6 @@ def _template_text(template: str) -> str:
         ) from None
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """A value as Jinja writes it."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

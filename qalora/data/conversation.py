@@ -46,7 +46,7 @@ class Turn:
 
 
 def read_turns(
-    value: Any, column: str, where: str, *, columns: Mapping[str, str] | None = None, roles: Collection[str] = ()
+    value: object, column: str, where: str, *, columns: Mapping[str, str] | None = None, roles: Collection[str] = ()
 ) -> tuple[Turn, ...]:
     """The turns of a list of messages, of pairs of question and answer, or of such a list as JSON.
 
@@ -70,7 +70,7 @@ def read_turns(
     return tuple(turns)
 
 
-def pairs(value: Any, column: str, where: str) -> list[tuple[str, str]]:
+def pairs(value: object, column: str, where: str) -> list[tuple[str, str]]:
     """[[question, answer], …], or such a list as JSON; nothing for null.
 
     Raises:
@@ -82,8 +82,9 @@ def pairs(value: Any, column: str, where: str) -> list[tuple[str, str]]:
     return [(entry[0], entry[1]) for entry in value]
 
 
-def parse_json(value: Any, column: str, where: str) -> Any:
-    """The value, or what its JSON says where it is a text, or its literal of Python: what pandas writes of lists into a CSV.
+def parse_json(value: object, column: str, where: str) -> object:
+    """The value, or what its JSON says where it is a text, or its literal of Python: what pandas writes of lists into a
+    CSV.
 
     Raises:
         InputError: a text that is neither.
@@ -98,12 +99,12 @@ def parse_json(value: Any, column: str, where: str) -> Any:
         return without_nan(ast.literal_eval(value.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise InputError(
-            f"{where}: {column} is a text that is no list in JSON ({value.strip()[:40]!r} …); write it with json.dumps, or "
-            "the rows with DataFrame.to_json(orient='records', lines=True)."
+            f"{where}: {column} is a text that is no list in JSON ({value.strip()[:40]!r} …); write it with "
+            "json.dumps, or the rows with DataFrame.to_json(orient='records', lines=True)."
         ) from None
 
 
-def without_nan(value: Any) -> Any:
+def without_nan(value: object) -> object:
     """The value with null for every NaN: what pandas writes where a cell is empty."""
     if isinstance(value, float) and value != value:
         return None
@@ -115,7 +116,7 @@ def without_nan(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- a message
 
 
-def _entries(value: Any, column: str, where: str) -> list[Any]:
+def _entries(value: object, column: str, where: str) -> list[object]:
     if not isinstance(value, (list, tuple)) or not value:
         raise InputError(f"{where}: {column} is not a list with at least one entry.")
     if len(value) == 1 and isinstance(value[0], list) and all(isinstance(entry, Mapping) for entry in value[0]):
@@ -127,11 +128,11 @@ def _entries(value: Any, column: str, where: str) -> list[Any]:
     return list(value)
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
-def _turn(message: dict[str, Any], where: str, roles: Collection[str]) -> Turn:
+def _turn(message: dict[str, object], where: str, roles: Collection[str]) -> Turn:
     speaker = _first(message, ("role", "from"), where)
     name = str(speaker).strip().lower()
     role = ROLES.get(re.sub(r"[\s-]+", "_", name)) or (name if name in roles else None)
@@ -156,7 +157,7 @@ def _turn(message: dict[str, Any], where: str, roles: Collection[str]) -> Turn:
     return Turn(role, text, learned, message)
 
 
-def _first(message: dict[str, Any], names: Sequence[str], where: str) -> Any:
+def _first(message: dict[str, object], names: Sequence[str], where: str) -> object:
     """Takes the first of these fields out of the message."""
     for name in names:
         if name in message:
@@ -167,12 +168,12 @@ def _first(message: dict[str, Any], names: Sequence[str], where: str) -> Any:
     )
 
 
-def _is_call(call: Any) -> bool:
+def _is_call(call: object) -> bool:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
-def _learned(message: dict[str, Any], role: str, where: str) -> bool:
+def _learned(message: dict[str, object], role: str, where: str) -> bool:
     """Whether the turn is learned: an assistant's, unless a field of it says no."""
     learned = role == "assistant"
     if "train_detail" in message:
@@ -195,7 +196,7 @@ def _learned(message: dict[str, Any], role: str, where: str) -> bool:
     return learned
 
 
-def _texts(content: Any, role: str, where: str) -> tuple[str, str]:
+def _texts(content: object, role: str, where: str) -> tuple[str, str]:
     """(text, thought) of a message's content: a text, or typed parts; a tool may answer with an object."""
     if isinstance(content, (list, tuple)):
         parts = [_part(part, where) for part in content]
@@ -207,7 +208,7 @@ def _texts(content: Any, role: str, where: str) -> tuple[str, str]:
     raise InputError(f"{where}: content of a {role} message is neither a text nor a list of text parts.")
 
 
-def _part(part: Any, where: str) -> tuple[str, str]:
+def _part(part: object, where: str) -> tuple[str, str]:
     kind = part.get("type") or "text" if isinstance(part, Mapping) else type(part).__name__
     if isinstance(part, Mapping):
         text = next((part[name] for name in ("text", "value", kind) if isinstance(part.get(name), str)), None)

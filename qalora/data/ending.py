@@ -1,7 +1,7 @@
 """What ends a turn: the tokens, and the texts of several tokens, after which a model has answered.
 
-A tokenizer's eos need not be among them: ChatML over a base model ends with <|im_end|>, and a template in plain words with
-"### End". One that is missing makes a model that learned its answers perfectly talk on after them.
+A tokenizer's eos need not be among them: ChatML over a base model ends with <|im_end|>, and a template in plain words
+with "### End". One that is missing makes a model that learned its answers perfectly talk on after them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from qalora.data.chat_template import chat_template
-from qalora.data.tokenization import IGNORE, TokenizedDataset
+from qalora.data.rows import IGNORE, Tokenized
+from qalora.data.tokenization import TokenizedDataset
 
 T = TypeVar("T")
 ANSWER = "an answer of a few words"
@@ -78,7 +79,8 @@ def taught_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -
 
 
 def template_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or nothing."""
+    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or
+    nothing."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = chat_template(tokenizer).apply(turns)
@@ -106,8 +108,9 @@ def _distinct(*values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(itertools.chain(*values)))
 
 
-def _learned(item: Mapping[str, Any]) -> Iterator[tuple[list[int], bool]]:
-    """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been cut."""
+def _learned(item: Tokenized) -> Iterator[tuple[list[int], bool]]:
+    """(token ids, whether its end was seen) of each stretch of learned tokens; the last one of a row may have been
+    cut."""
     stretch: list[int] = []
     for token, label in zip(item["input_ids"], item["labels"], strict=True):
         if label != IGNORE:

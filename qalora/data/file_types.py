@@ -1,4 +1,5 @@
-"""One file → its rows, each with its place for messages: JSON, CSV, Parquet, Arrow and plain text, compressed or not. Torch-free."""
+"""One file → its rows, each with its place for messages: JSON, CSV, Parquet, Arrow and plain text, compressed or not.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def read_content(content: bytes, path: Path) -> Iterator[Row]:
     kind = ending(path)
     if kind not in READERS:
         raise InputError(
-            f"{path}: {kind or 'no'} ending; give a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, as it is "
-            f"or compressed ({', '.join(DECOMPRESS)}), or a .zip of such."
+            f"{path}: {kind or 'no'} ending; give a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, as it "
+            f"is or compressed ({', '.join(DECOMPRESS)}), or a .zip of such."
         )
     for row, place in READERS[kind](_decompressed(content, path), path):
         yield {name: _plain(value) for name, value in row.items()}, place
@@ -121,8 +122,8 @@ def _decoded(data: bytes, path: Path) -> str:
         line = data[: error.start].count(b"\n") + 1
         kind = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
         raise InputError(
-            f"{path}, line {line}: not {kind} (byte {error.start}); save the file as UTF-8, in a spreadsheet as CSV UTF-8, or "
-            "convert it: iconv -f WINDOWS-1252 -t UTF-8."
+            f"{path}, line {line}: not {kind} (byte {error.start}); save the file as UTF-8, in a spreadsheet as CSV "
+            "UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8."
         ) from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
@@ -132,7 +133,7 @@ def _decoded(data: bytes, path: Path) -> str:
     return text
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Non-finite numbers → null, UTF-8 in bytes → text; other bytes stay what they are, and no text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -192,8 +193,8 @@ def _document(text: str, path: Path) -> Iterator[Row]:
         raise InputError(f"{path}{row}: {message}.")
     if not isinstance(rows, list):
         raise InputError(
-            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, and "
-            "orient='records' in pandas' to_json."
+            f"{path}: a .json file holds a list of rows (or an object with such a list as data); use .jsonl for lines, "
+            "and orient='records' in pandas' to_json."
         )
     for number, row in enumerate(rows):
         place = f"{path}, row {number}"
@@ -214,11 +215,11 @@ def _lines(text: str, path: Path) -> Iterator[Row]:
             yield _object(value, place), place
 
 
-def _loads(text: str, where: str) -> tuple[Any, list[tuple[dict[str, Any], str]]]:
+def _loads(text: str, where: str) -> tuple[object, list[tuple[dict[str, object], str]]]:
     """(value, the objects in it that have a key twice, each with a message)."""
     twice: list[tuple[dict[str, Any], str]] = []
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         row = dict(pairs)
         if len(row) < len(pairs):
             names = [name for name, _ in pairs]
@@ -235,18 +236,18 @@ def _loads(text: str, where: str) -> tuple[Any, list[tuple[dict[str, Any], str]]
         raise InputError(f"{where}: JSON that cannot be read ({_short(error)}).") from None
 
 
-def _excerpt(value: Any) -> str:
+def _excerpt(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
-def _holds(tree: Any, part: dict[str, Any]) -> bool:
+def _holds(tree: object, part: dict[str, object]) -> bool:
     """Whether the very object is in the tree."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return tree is part or any(_holds(child, part) for child in children)
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: object, where: str) -> dict[str, object]:
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):  # a conversation
         return {"messages": value}
     if not isinstance(value, dict):
@@ -313,12 +314,12 @@ def _arrow(data: bytes, path: Path) -> Iterator[Row]:
     yield from table_rows(table, str(path))
 
 
-def _values(column: pyarrow.ChunkedArray) -> list[Any]:
+def _values(column: pyarrow.ChunkedArray) -> list[object]:
     cells = column.to_pylist()
     return [_from_json(cell, column.type) for cell in cells] if "arrow.json" in str(column.type) else cells
 
 
-def _from_json(value: Any, type: pyarrow.DataType) -> Any:
+def _from_json(value: Any, type: pyarrow.DataType) -> object:
     """`datasets` stores values of mixed types as JSON, anywhere in a column."""
     from pyarrow import types
 

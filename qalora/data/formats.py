@@ -22,7 +22,10 @@ CONVERSATIONS = {"sharegpt": ("conversations", "messages"), "messages": ("messag
 ASKED = ("prompt", "question", "query", "instruction", "problem", "input", "user", "source")
 ANSWERED = ("completion", "answer", "response", "output", "solution", "assistant", "target", "label")
 PAIR = {"chosen", "rejected"}
-PREFERENCES = " Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set data.columns={{chosen: {}}}."
+PREFERENCES = (
+    " Pairs of chosen and rejected answers teach preferences; to learn the chosen ones, set "
+    "data.columns={{chosen: {}}}."
+)
 
 # Stanford's prompts; https://github.com/tatsu-lab/stanford_alpaca#data-release
 ALPACA_WITH_INPUT = (
@@ -156,7 +159,7 @@ def to_example(
 
 
 def detect_format(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None, *, source: str = "data"
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None = None, *, source: str = "data"
 ) -> str:
     """The format that the columns of the first row suggest.
 
@@ -181,7 +184,7 @@ def detect_format(
     )
 
 
-def _mapping(row: Mapping[str, Any], columns: Mapping[str, str], names: Collection[str]) -> str:
+def _mapping(row: Mapping[str, object], columns: Mapping[str, str], names: Collection[str]) -> str:
     """A guess of what data.columns is to say, for a message."""
     if turned := {name: column for column, name in columns.items() if name in row and column not in row}:
         return f", which says COLUMN: NAME and not the other way round: {_written(turned)}"
@@ -269,7 +272,7 @@ def _earlier(cells: Cells, format: str, chat: bool) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
+def _tools(cells: Cells, chat: bool, where: str) -> tuple[object, ...]:
     older = cells.get("tools") is None and _are_objects(cells.get("functions"))
     name = "functions" if older else "tools"  # OpenAI's older name
     if not chat and not isinstance(cells.get(name), list):
@@ -290,7 +293,7 @@ def _tools(cells: Cells, chat: bool, where: str) -> tuple[Any, ...]:
     return tools
 
 
-def _are_objects(value: Any) -> bool:
+def _are_objects(value: object) -> bool:
     """Whether it is a list of objects, or the text of one."""
     if isinstance(value, str):
         return "".join(value.split()).startswith("[{")

@@ -30,7 +30,8 @@ def served_prompt(examples: Sequence[Example], prompt_template: str | None = Non
 
 
 def _of_template(template: str) -> str | None:
-    """With its one field named prompt, and braces of the text as they are read; None where it has several fields, or none."""
+    """With its one field named prompt, and braces of the text as they are read; None where it has several fields, or
+    none."""
     parts = list(string.Formatter().parse(template))
     if sum(name is not None for _, name, _, _ in parts) != 1:
         return None

@@ -2,11 +2,13 @@
 
 What a source may be, and what its splits are:
 
-    rows.jsonl, rows.csv.gz, .zip one file                                               one split, whatever it is called
-    part-*.parquet, a list        several files, end to end                              likewise
-    a folder of files             splits by the names of files, as `datasets` finds them likewise where the names say none
-    a folder of save_to_disk      a DatasetDict's splits                                 likewise for a Dataset
-    owner/name                    a data set of the Hub, or one in the cache             its own
+    rows.jsonl, rows.csv.gz, .zip one file                              one split, whatever it is called
+    part-*.parquet, a list        several files, end to end             likewise
+    a folder of files             splits by the names of files,         likewise where the names say none
+                                  as `datasets` finds them
+    a folder of save_to_disk      a DatasetDict's splits                likewise for a Dataset
+    owner/name                    a data set of the Hub, or one in      its own
+                                  the cache
 """
 
 from __future__ import annotations

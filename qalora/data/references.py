@@ -27,8 +27,9 @@ def read_example(row: Mapping[str, Any], number: int, **settings: Any) -> Exampl
 
 def one_answer_each(
     row: Mapping[str, Any], columns: Mapping[str, str] | None = None, completion_template: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(the row with each of its completions alone, the learned one first; references of a row that has no completion)."""
+) -> tuple[list[dict[str, object]], list[str]]:
+    """(the row with each of its completions alone, the learned one first; references of a row that has no
+    completion)."""
     names = {(columns or {}).get(name, name): name for name in row}
     wanted = [name for name in _fields(completion_template) or COMPLETIONS if name in names]
     listed = [names[name] for name in REFERENCES if name in names and name not in wanted and texts_of(row[names[name]])]
@@ -51,7 +52,7 @@ def texts_of(value: Any) -> list[str]:
     return list(value) if several else []
 
 
-def _distinct(values: list[Any]) -> list[Any]:
+def _distinct(values: list[Any]) -> list[object]:
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
 

@@ -64,8 +64,8 @@ def _plain(turns: Sequence[Turn], example: Example, tokenizer: PreTrainedTokeniz
     for i, turn in enumerate(turns):
         if turn.thought or "tool_calls" in turn.fields:
             raise InputError(
-                f"{example.where}: turn {i} ({turn.role}) has a thought or a tool call in a field of its own, which a chat "
-                "template alone can write; leave data.chat=false out."
+                f"{example.where}: turn {i} ({turn.role}) has a thought or a tool call in a field of its own, which a "
+                "chat template alone can write; leave data.chat=false out."
             )
         learned = turn.supervised or (None if turn.role == "assistant" else False)
         segments.append((turn.text, learned))
@@ -113,7 +113,7 @@ class _Chat:
         """The rendered chat."""
         return self._written(self.messages)
 
-    def _written(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _written(self, messages: Sequence[Mapping[str, object]]) -> str:
         """The rendered messages; a last answer follows the generation prompt, whatever thought that opens."""
         text = self.text(messages)
         if self.turns[-1].role != "assistant" or len(messages) == 1:
@@ -122,9 +122,10 @@ class _Chat:
         following = _following(prompt, text)
         return following if following.startswith(prompt) else self._asked(prompt, messages, text)
 
-    def _asked(self, prompt: str, messages: Sequence[Mapping[str, Any]], text: str) -> str:
-        """The last answer after the prompt that a server makes, of a template that writes what stands before it in another way once
-        the answer is there: Mistral's puts a system text before the last question, if that is the last turn."""
+    def _asked(self, prompt: str, messages: Sequence[Mapping[str, object]], text: str) -> str:
+        """The last answer after the prompt that a server makes, of a template that writes what stands before it in
+        another way once the answer is there: Mistral's puts a system text before the last question, if that is the last
+        turn."""
         mark = f"{SENTINEL}last"
         before, found, after = self.text([*messages[:-1], {"role": "assistant", "content": mark}]).partition(mark)
         border, asked = before.rstrip(), prompt.rstrip()
@@ -149,9 +150,9 @@ class _Chat:
         if last and asked and self.turns[i].supervised:
             same = next((k for k, pair in enumerate(zip(prompt, self.whole, strict=False)) if len(set(pair)) > 1), 0)
             raise InputError(
-                f"{self.example.where}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot "
-                f"be trained on together: it asks {_short(prompt[same:])} where it later has {_short(self.whole[same:])}; "
-                "data.chat_template=FILE takes another template."
+                f"{self.example.where}: the tokenizer's chat template rewrites earlier turns as the chat grows, so "
+                f"they cannot be trained on together: it asks {_short(prompt[same:])} where it later has "
+                f"{_short(self.whole[same:])}; data.chat_template=FILE takes another template."
             )
         return self._found(i)
 
@@ -162,9 +163,10 @@ class _Chat:
         start, end = len(before), len(self.whole) - len(after)
         if not found or start > end or not (self.whole.startswith(before) and self.whole.endswith(after)):
             raise InputError(
-                f"{self.example.where}: the tokenizer's chat template rewrites earlier turns as the chat grows, so they cannot "
-                f"be trained on together: turn {i} is not found in {_short(self.whole)}; split the conversation into rows that "
-                "end with one answer each, or take another template with data.chat_template=FILE."
+                f"{self.example.where}: the tokenizer's chat template rewrites earlier turns as the chat grows, so "
+                f"they cannot be trained on together: turn {i} is not found in {_short(self.whole)}; split the "
+                "conversation into rows that end with one answer each, or take another template with "
+                "data.chat_template=FILE."
             )
         prompt = self.prompt(i)
         if self.template.header.strip():
@@ -192,7 +194,8 @@ class _Chat:
             name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
             if not any(self.template.writes_tools) or (isinstance(name, str) and _dense(name) not in whole):
                 raise InputError(
-                    f"{self.example.where}: the chat template has no place for tools ({name}); data.chat_template=FILE takes "
+                    f"{self.example.where}: the chat template has no place for tools ({name}); data.chat_template=FILE "
+                    "takes "
                     "one that has, data.columns={tools: other_tools} leaves them out."
                 )
         position = 0
@@ -256,8 +259,8 @@ class _Chat:
 
 
 def _following(prompt: str, text: str) -> str:
-    """The rendered chat, where the generation prompt opens a thought that it lacks: the thought is empty then, for that is
-    what a model that is asked so has to write before the answer."""
+    """The rendered chat, where the generation prompt opens a thought that it lacks: the thought is empty then, for that
+    is what a model that is asked so has to write before the answer."""
     opened = OPENED.search(prompt)
     if text.startswith(prompt) or opened is None or not text.startswith(prompt[: opened.start()]):
         return text

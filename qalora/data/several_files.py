@@ -19,7 +19,8 @@ def read_files(files: Sequence[Path], source: str) -> Iterator[Row]:
     """The rows of files, end to end; of zips, those of the files in them.
 
     Raises:
-        InputError: files of several types, or one file twice, which may well be the same rows twice; whatever `read_content` raises.
+        InputError: files of several types, or one file twice, which may well be the same rows twice; whatever
+            `read_content` raises.
     """
     _check_one_kind(files, source)
     return chain.from_iterable(map(_rows, files))
@@ -64,8 +65,8 @@ def _check_one_kind(files: Sequence[Path], source: str) -> None:
     kinds = sorted({ending(file) for file in files})
     if len(kinds) > 1:
         raise InputError(
-            f"{source}: holds {' and '.join(kinds)} files, which may be the same rows twice; name those that are meant, such "
-            f"as *{kinds[0]}."
+            f"{source}: holds {' and '.join(kinds)} files, which may be the same rows twice; name those that are "
+            f"meant, such as *{kinds[0]}."
         )
     seen: dict[str, Path] = {}
     for file in files:

@@ -16,9 +16,8 @@ from qalora.data.formats import Example, detect_format
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
+from qalora.data.rows import IGNORE, Tokenized, supervised_tokens
 from qalora.errors import InputError
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ class Report:
 class TokenizedDataset:
     """Rows ready for batching: `items[i]` (input_ids, labels, row) is the tokens of `examples[i]`."""
 
-    items: list[dict[str, Any]]
+    items: list[Tokenized]
     examples: list[Example]
     report: Report
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Tokenized:
         return self.items[index]
 
     def subset(self, indices: Sequence[int]) -> TokenizedDataset:
@@ -131,7 +130,7 @@ def load_dataset(
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))
         unused |= dict.fromkeys([*example.unused, *_unused_fields(example, template)])
-        if any(label != IGNORE for label in item["labels"][1:]):
+        if supervised_tokens([item["labels"]]):
             items.append(item)
             examples.append(example)
         elif not (train_on_inputs or any(turn.supervised for turn in example.turns)):
@@ -139,8 +138,8 @@ def load_dataset(
     if not items:
         if masked == len(rows):
             raise InputError(
-                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or all its "
-                "turns are masked (weight, loss_weight, train …)."
+                f"{source}: none of its {len(rows)} rows has a turn that is learned: no assistant speaks in them, or "
+                "all its turns are masked (weight, loss_weight, train …)."
             )
         if not truncated:
             raise InputError(
@@ -149,15 +148,15 @@ def load_dataset(
             )
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a supervised token within data.max_seq_len={max_seq_len}"
-            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, or check "
-            f"data.format={of_source} and the completions."
+            f" ({truncated} were cut); raise data.max_seq_len as far as the model has positions, shorten the prompts, "
+            f"or check data.format={of_source} and the completions."
         )
     report = Report(
         rows=len(items),
         truncated=truncated,
         dropped=len(rows) - len(items),
         tokens=sum(len(item["input_ids"]) for item in items),
-        supervised_tokens=sum(label != IGNORE for item in items for label in item["labels"]),
+        supervised_tokens=supervised_tokens(item["labels"] for item in items),
         max_seq_len=max_seq_len,
         longest=longest,
         masked=masked,
@@ -167,7 +166,8 @@ def load_dataset(
 
 
 def _unused_fields(example: Example, template: ChatTemplate) -> list[str]:
-    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not used."""
+    """Fields of messages that go unread. The template is given them all; a name that does not stand in it is not
+    used."""
     fields = {name for turn in example.turns for name in turn.fields if name not in (*REASONING, "tool_calls")}
     return [f"messages.{name}" for name in sorted(fields) if not (example.chat and template.names(name))]
 
@@ -183,8 +183,8 @@ def split_validation(
     count = max(1, round(size * len(dataset))) if size < 1 else int(size)
     if len(dataset) == 1:
         raise InputError(
-            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, which may be "
-            "the same file if the run is only to learn the row, or more rows."
+            "one row alone cannot be held back and trained on too (data.val_set_size): give data.validation=FILE, "
+            "which may be the same file if the run is only to learn the row, or more rows."
         )
     if count >= len(dataset):
         raise InputError(
@@ -204,7 +204,7 @@ def same_rows(train: TokenizedDataset, other: TokenizedDataset) -> int:
 
 def tokenize(
     example: Example, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, train_on_inputs: bool = False
-) -> dict[str, Any]:
+) -> Tokenized:
     """Token ids and labels of an example.
 
     A token is supervised when it starts inside a supervised segment of the text. What ends an assistant's turn is
@@ -268,8 +268,8 @@ def _encode_segments(
 
 
 def _continued(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
-    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of this
-    one's: there, what they make of it after a line break."""
+    """`_encode` of a text that stands after another one. Some tokenizers put a blank before any text, which is none of
+    this one's: there, what they make of it after a line break."""
     ids, starts = _encode(text, tokenizer, special_tokens=False)
     pieces = "".join(tokenizer.convert_ids_to_tokens(ids))
     if len(pieces) - len(pieces.lstrip("▁Ġ")) <= len(text) - len(text.lstrip(" ")):

@@ -4,8 +4,8 @@
     peft-uniform   one rank, zero-padded, alpha = rank, scaling folded into B: PEFT, vLLM, and llama.cpp's converter
     gguf-lora      the same as GGUF: llama.cpp (--lora) and Ollama (ADAPTER)
 
-PEFT divides alpha by each module's rank, vLLM by the one global r, llama.cpp by each tensor's own rank: of one rank, all
-three compute the same function.
+PEFT divides alpha by each module's rank, vLLM by the one global r, llama.cpp by each tensor's own rank: of one rank,
+all three compute the same function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +47,12 @@ def export_adapter(
     *,
     source: ModelSource,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Writes the adapter in another form, reads it back, and compares every module's s · B A.
 
     Returns:
-        What `merge.json` in the folder holds: among others the rank, and the largest difference of an element of s · B A
-        relative to the largest element.
+        What `merge.json` in the folder holds: among others the rank, and the largest difference of an element of s · B
+        A relative to the largest element.
 
     Raises:
         InputError: no plain LoRA, made for another model, or an output folder that holds something else.

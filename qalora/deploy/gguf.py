@@ -6,7 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; keys, names and numbe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,16 @@ def write_model(
     writer.close()
 
 
-def narrower(config: Any) -> str | None:
-    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None: nothing."""
+def narrower(config: PreTrainedConfig) -> str | None:
+    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None:
+    nothing."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if not window or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
         return None
     return (
-        f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file answers as "
-        f"trained up to {window} tokens, and otherwise beyond; --format hf keeps the window"
+        f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file "
+        f"answers as trained up to {window} tokens, and otherwise beyond; --format hf keeps the window"
     )
 
 
@@ -144,7 +145,7 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantizationType:
@@ -185,10 +186,10 @@ def _encoded(
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------ metadata
+# ------------------------------------------------------------------------------------------------------------- metadata
 
 
-def _add_shape(writer: GGUFWriter, config: Any, gguf_type: str) -> None:
+def _add_shape(writer: GGUFWriter, config: PreTrainedConfig, gguf_type: str) -> None:
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act={config.hidden_act}: there is no GGUF form of it here; use --format hf.")
     writer.add_type("model")
@@ -221,7 +222,7 @@ def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
     return [int(fields[key].contents()) for key in TURN_ENDS if key in fields]
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """From tokenizer.json: byte-level BPE (gpt2 in GGUF), or SentencePiece's BPE with byte fallback (llama)."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
@@ -266,7 +267,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
 
 
-def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+def _scores(tokens: list[str], merges: Sequence[str | Sequence[str]]) -> list[float]:
     """SentencePiece merges what scores highest first, a merge list what comes first: score = −rank of the merge."""
     made: dict[str, float] = {}
     for rank, merge in enumerate(merges):
@@ -276,7 +277,8 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how text is split before BPE; a name that does not fit would split it differently, and say nothing.
+    """llama.cpp's name for how text is split before BPE; a name that does not fit would split it differently, and say
+    nothing.
 
     Raises:
         InputError: a way that has no name here.
@@ -299,7 +301,7 @@ def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
             name = "gpt-2"
     if name is None:
         raise InputError(
-            f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format hf and "
-            "llama.cpp's own converter."
+            f"the tokenizer splits text in a way that has no GGUF name here ({json.dumps(whole)[:200]}); use --format "
+            "hf and llama.cpp's own converter."
         )
     return name

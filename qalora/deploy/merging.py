@@ -1,9 +1,10 @@
 """Adapter + frozen base → one model for deployment, a tensor at a time.
 
-    W_merged = round( W + s · B A )        per linear map: W as the training computed with it, the sum in fp32, one rounding
+    W_merged = round( W + s · B A )  per linear layer: W as the training computed with it, the sum in fp32, one rounding
 
     checkpoint ─ trained_pieces ─ + s·B A ─ round ─┐
-               └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file ─ compared (verification.py)
+               └ embeddings, head, norms, biases ──┴─ pieces ─ safetensors shards, or a GGUF file
+                                                               └ compared (verification.py)
 
 While writing, no more than some rows of one tensor are in memory at a time, and of a linear layer its 4-bit codes.
 """
@@ -90,8 +91,8 @@ def merge(
         quantization = as_stored(checkpoint, quantization)
     elif checkpoint.packed:
         raise InputError(
-            f"--model {source.name}: stored in 4 bits, and --base original asks for 16-bit weights; leave it out, or pass the 16-bit "
-            "model that it was made from."
+            f"--model {source.name}: stored in 4 bits, and --base original asks for 16-bit weights; leave it out, or "
+            "pass the 16-bit model that it was made from."
         )
     updates = low_rank_updates(adapter)
     served = served_after(source, config, adapter_dir)
@@ -181,7 +182,7 @@ def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
     return {name: (A.float(), B.float(), scaling_of(adapter.config, name)) for name, (A, B) in adapter.pairs.items()}
 
 
-# ------------------------------------------------------------------------------------------------ before anything is written
+# ------------------------------------------------------------------------------------------- before anything is written
 
 
 def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:
@@ -217,7 +218,7 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------ writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_safetensors(

@@ -1,7 +1,7 @@
 """A Modelfile, with which Ollama asks a model as it was trained: https://docs.ollama.com/modelfile
 
-Ollama reads no Jinja. What a chat template writes around the turns is found by rendering a few, and written as a Go template, of which
-Ollama renders one exchange after the other:
+Ollama reads no Jinja. What a chat template writes around the turns is found by rendering a few, and written as a Go
+template, of which Ollama renders one exchange after the other:
 
     {{ if .System }}head{{ .System }}tail{{ end }}before{{ .Prompt }}opening{{ .Response }}end
 """
@@ -67,7 +67,8 @@ def write_modelfile(folder: Path, served: Served, *, adapter_of: str | None = No
     """`ollama create NAME -f Modelfile` in the folder.
 
     Args:
-        adapter_of: the base of an adapter: a name, or a file, whose relative path Ollama would look for beside the Modelfile.
+        adapter_of: the base of an adapter: a name, or a file, whose relative path Ollama would look for beside the
+            Modelfile.
     """
     if adapter_of is None:
         text = "FROM ./model.gguf\n"
@@ -89,7 +90,8 @@ def write_modelfile(folder: Path, served: Served, *, adapter_of: str | None = No
 
 
 def trained_exchange(served: Served) -> Exchange | None:
-    """By the prompt that was trained, or by the chat template; None: there is neither, or none that can be written so."""
+    """By the prompt that was trained, or by the chat template; None: there is neither, or none that can be written
+    so."""
     if served.prompt is None:
         return chat_exchange(served.tokenizer)
     before, _, opening = served.prompt.partition("{prompt}")
@@ -97,8 +99,9 @@ def trained_exchange(served: Served) -> Exchange | None:
 
 
 def chat_exchange(tokenizer: PreTrainedTokenizerBase) -> Exchange | None:
-    """What the chat template writes around turns, without the token that llama.cpp puts in front itself; None: there is no template,
-    or one that writes more than an exchange after the other, such as the system text into the last turn."""
+    """What the chat template writes around turns, without the token that llama.cpp puts in front itself; None: there is
+    no template, or one that writes more than an exchange after the other, such as the system text into the last
+    turn."""
 
     def rendered(*turns: tuple[str, str], start: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -148,5 +151,6 @@ def quoted(text: str, *, whole: bool = False) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text of a Go template: two braces begin an action, one may be the first of two, and three quotes end a Modelfile's value."""
+    """Text of a Go template: two braces begin an action, one may be the first of two, and three quotes end a
+    Modelfile's value."""
     return re.sub(r'\{{2,}|\{\Z|"{3,}', lambda found: "{{ " + json.dumps(found[0]) + " }}", text)

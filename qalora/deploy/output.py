@@ -24,8 +24,8 @@ T = TypeVar("T")
 def one_at_a_time(write: Callable[P, T]) -> Callable[P, T]:
     """A function with an `output_dir`, of which only one call writes to the same folder at a time, in any process.
 
-    The decorated function raises InputError where another one is at work there. It holds the lock from its first check on, so
-    what it found there is what it replaces.
+    The decorated function raises InputError where another one is at work there. It holds the lock from its first check
+    on, so what it found there is what it replaces.
     """
 
     @wraps(write)
@@ -43,8 +43,8 @@ def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool
     """Refuses a folder whose content is not ours to replace.
 
     Raises:
-        InputError: a file; a folder that holds the adapter, the base, the current folder or folders; without `overwrite`, a
-            folder with anything but a previous merge of the same model and adapter.
+        InputError: a file; a folder that holds the adapter, the base, the current folder or folders; without
+            `overwrite`, a folder with anything but a previous merge of the same model and adapter.
     """
     for source in (adapter, Path(model).expanduser()):
         if source.exists() and holds(output_dir, source):

@@ -1,7 +1,8 @@
 """What stands beside the weights of a merged folder: config, tokenizer and generation defaults, as the base has them.
 
-Servers are pinned to either major version of transformers, and what one writes the other may misread in silence. So the base's own
-files are copied, and only what training added is written on top. A GGUF file has none: what is written for it, both can read.
+Servers are pinned to either major version of transformers, and what one writes the other may misread in silence. So the
+base's own files are copied, and only what training added is written on top. A GGUF file has none: what is written for
+it, both can read.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from qalora.errors import InputError
 from qalora.files import write_json, write_whole
 
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "chat_template.*", "additional_chat_templates/*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
 
 
@@ -106,19 +107,19 @@ def published_folder(source: ModelSource) -> Path | None:
         ) from None
 
 
-# ------------------------------------------------------------------------------------------------------------------ config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
-def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, Any]:
+def _config_fields(published: Path | None, config: PreTrainedConfig) -> dict[str, object]:
     """config.json as published; of a GGUF file, as it would be."""
     return dict(json.loads(config.to_json_string())) if published is None else read_fields(published / "config.json")
 
 
-def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, object]:
     """The fields of a config.json, such that transformers 4 and 5 read the same model.
 
-    Version 5 keeps everything about positions in rope_parameters, which version 4 does not know: it reads rope_theta, or takes 10,000,
-    and rope_scaling. The names of the dtype differ likewise.
+    Version 5 keeps everything about positions in rope_parameters, which version 4 does not know: it reads rope_theta,
+    or takes 10,000, and rope_scaling. The names of the dtype differ likewise.
 
     Args:
         fields: as published.
@@ -148,7 +149,7 @@ def served_config(fields: Mapping[str, Any], config: PreTrainedConfig, dtype: to
     return served
 
 
-# -------------------------------------------------------------------------------------------------------- generation defaults
+# -------------------------------------------------------------------------------------------------- generation defaults
 
 
 def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, Any]:
@@ -158,8 +159,9 @@ def base_generation(source: ModelSource, config: PreTrainedConfig) -> dict[str, 
     return _implied_generation(_config_fields(published, config)) if own is None else own
 
 
-def _write_generation(folder: Path, published: Path | None, config: Mapping[str, Any], ending: Ending) -> None:
-    """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its config's.
+def _write_generation(folder: Path, published: Path | None, config: Mapping[str, object], ending: Ending) -> None:
+    """The base's own file, with the tokens that end an answer. A base without one gets one only where they are not its
+    config's.
 
     As it stands: saving it through transformers would refuse what it loads, such as a temperature without do_sample.
     """
@@ -172,12 +174,12 @@ def _write_generation(folder: Path, published: Path | None, config: Mapping[str,
         shutil.copyfile(published / "generation_config.json", folder / "generation_config.json")
 
 
-def _published_generation(published: Path | None) -> dict[str, Any] | None:
+def _published_generation(published: Path | None) -> dict[str, object] | None:
     file = published / "generation_config.json" if published else None
     return read_fields(file) if file is not None and file.is_file() else None
 
 
-def _implied_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+def _implied_generation(config: Mapping[str, object]) -> dict[str, object]:
     """What transformers makes of config.json where there is no file: token ids, and older configs' sampling."""
     fields = GenerationConfig.from_model_config(dict(config)).to_diff_dict()
     internal = ("_from_model_config", "transformers_version", "use_cache", "output_attentions", "output_hidden_states")
@@ -188,7 +190,7 @@ def _ids(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value or ())
 
 
-# ------------------------------------------------------------------------------------------------------------------ tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 def _copy_tokenizer(folder: Path, published: Path) -> None:

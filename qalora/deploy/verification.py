@@ -4,7 +4,8 @@
                                    + adapter, each sum rounded ────┤ must be equal
     the result as a reader that knows nothing of us loads it ──────┘
 
-Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the disk.
+Neither side takes anything from the merge: files, tied heads, positions and dtypes are what its own loader makes of the
+disk.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def compare(
     rounding: Rounding,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] = TEXTS,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Distances of the merged model from base + adapter over every position of the texts, in fp32 on the CPU.
 
     Returns:
@@ -139,8 +140,9 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
     return None
 
 
-def rotation_difference(left: Any, right: Any) -> float:
-    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their context."""
+def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
+    """Of the frequencies and the factor that two models rotate positions with, at the start and the end of their
+    context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
         at = torch.tensor([[0, length - 1]])
@@ -161,8 +163,9 @@ def streamed(
     """A model that computes in fp32 and loads each block when it is due, to drop it again.
 
     Args:
-        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear layers, the
-            second none, and the third has them added to the weights, which are rounded then; None: one group, as the weights are.
+        n: rows of a group: of three groups in a batch the first has the updates added to the outputs of its linear
+            layers, the second none, and the third has them added to the weights, which are rounded then; None: one
+            group, as the weights are.
     """
     model: Any = parts(Part((), ends=True))
     wrapped = partial(_wrapped, updates=updates or {}, rounding=rounding, n=n)
@@ -209,7 +212,7 @@ class _Block(nn.Module):
         self.load = lambda: parts(Part((index,), ends=False)).model.layers._modules[str(index)]
         self.name, self.wrapped = f"model.layers.{index}", wrapped
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> object:
         block: Any = self.load()
         for name, module in list(block.named_modules()):
             if next(module.parameters(recurse=False), None) is not None:

@@ -3,9 +3,10 @@
 False      everything that a block's backward needs
 selective  the input of every block and what its maps put out; norms and attention are computed again in the backward
 True       the input of every block; its inside is computed again
-offload    the same inputs, in host memory, pinned where it can be: copied out behind the forward, fetched one block ahead of the
-           backward
-mlp_tile   the input of an MLP alone, whose inner tensors are computed again a stretch of tokens at a time: a long context's widest
+offload    the same inputs, in host memory, pinned where it can be: copied out behind the forward, fetched one block
+           ahead of the backward
+mlp_tile   the input of an MLP alone, whose inner tensors, a long context's widest, are computed again a stretch of
+           tokens at a time
 
 forward    block 0 → block 1 → … → block n        backward    block n → … → block 1 → block 0
               │         │             │                         ↑            ↑         ↑
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ from qalora.errors import InputError
 from qalora.kernels import swiglu
 from qalora.kernels.recompute import both_runs
 from qalora.memory import Checkpointing
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]  # of the forward, and of its repetition
 
 
 def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
@@ -62,20 +66,30 @@ def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
     """
     for block in blocks_of(model):
         if getattr(block.mlp, "kernel", None) == swiglu.NAME:  # which alone can go by tiles
-            block.mlp.mlp_tile = tokens
+            cast(swiglu.TiledMLP, block.mlp).mlp_tile = tokens
         elif tokens is not None:
             raise InputError(f"training.mlp_tile={tokens}: {type(block.mlp).__name__} cannot be tiled; leave it out.")
 
 
-def blocks_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+class Block(Protocol):
+    """A decoder block of transformers, with what is set on it here."""
+
+    kept: Checkpointing
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor] | None
+    mlp: nn.Module
 
 
-def _recomputed(contexts: Callable[[], Any], block: Callable[..., Any], *inputs: Any) -> Any:
+def blocks_of(model: nn.Module) -> list[Block]:
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return cast(list[Block], blocks)
+
+
+def _recomputed(contexts: Callable[[], Contexts], block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _offloaded(store: _HostStore, block: Callable[..., Any], *inputs: Any) -> Any:
+def _offloaded(store: _HostStore, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     # The hooks see what checkpoint saves, which is the inputs: inside the block it sets hooks of its own.
     with torch.autograd.graph.saved_tensors_hooks(store.keep, store.fetched):
         return _recomputed(partial(both_runs, keep=False), block, *inputs)
@@ -96,7 +110,9 @@ class HostMemory:
         Raises:
             torch.OutOfMemoryError: host memory has run out too.
         """
-        self.free = [piece for piece in self.free if len(piece) >= tensor.nbytes]  # longer rows came, and they stay the longest
+        self.free = [
+            piece for piece in self.free if len(piece) >= tensor.nbytes
+        ]  # longer rows came, and they stay the longest
         if self.free:
             return self.free.pop()
         try:
@@ -135,7 +151,9 @@ class _Kept:
 
     def fetch(self) -> None:
         if self.host is None:
-            raise RuntimeError("block inputs wait in host memory for one backward; keep them with gradient_checkpointing=True")
+            raise RuntimeError(
+                "block inputs wait in host memory for one backward; keep them with gradient_checkpointing=True"
+            )
         if self.back is None:
             with self.streams.stream(self.stream):
                 self.back = self.host.to(self.device, non_blocking=True)
@@ -150,20 +168,20 @@ class _HostStore:
         self.memory = HostMemory()
         self.last: _Kept | None = None
 
-    def keep(self, tensor: Tensor) -> Any:
+    def keep(self, tensor: Tensor) -> Tensor | _Kept:
         if self.stream is None or tensor.device.type == "cpu":
             return tensor
         self.last = _Kept(tensor, self.streams, self.stream, self.memory, below=self.last)
         return self.last
 
-    def fetched(self, kept: Any) -> Tensor:
+    def fetched(self, kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         self.last = None  # the next forward begins a chain of its own
         kept.fetch()
         current = kept.streams.current_stream()
         current.wait_stream(kept.stream)
-        tensor, kept.back, kept.host = kept.back, None, None
+        tensor, kept.back, kept.host = cast(Tensor, kept.back), None, None
         kept.give_back()
         tensor.record_stream(current)
         if kept.below is not None:

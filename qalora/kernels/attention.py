@@ -2,8 +2,9 @@
 
     q, k = rotate(map(x)), v = map(x)        each map: W x + s · B diag(α) A x (low_rank.py)
 
-Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x are made and
-added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one another.
+Composed of single maps, x is kept for each, every rotation is done again where the block is, and three gradients of x
+are made and added. Here x is kept once, what is kept is rotated already, and the gradients are written onto one
+another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qalora.base.families import FAMILIES
+from qalora.kernels.context import Context
 from qalora.kernels.low_rank import (
     Frozen,
     can_fuse,
@@ -70,12 +72,17 @@ def forward(
     return self.o_proj(out.flatten(2).contiguous()), weights
 
 
+class _Kept(Context):
+    frozen: Frozen
+    head_dim: int
+
+
 class _RotatedQKV(torch.autograd.Function):
     """x, cos, sin → q, k, v: (rows, tokens, heads · head_dim)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Kept,
         x: Tensor,
         head_dim: int,
         cos: Tensor,
@@ -97,7 +104,7 @@ class _RotatedQKV(torch.autograd.Function):
         return states[:3]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin, *rest = ctx.saved_tensors
         low, trained = rest[:3], rest[3:]
         need_x, *_ = ctx.needs_input_grad

@@ -1,4 +1,5 @@
-"""One table of the forwards that we compute ourselves, and one door through which a model gets them, and gives them back.
+"""One table of the forwards that we compute ourselves, and one door through which a model gets them, and gives them
+back.
 
     kernel            in the place of                what it saves
     RMSNorm           every frozen RMSNorm           fp32 copies kept for the backward (norm.py)
@@ -6,7 +7,8 @@
     fused q, k, v     attention of a known family    gradients and rotations of each by itself (attention.py)
     shared prefixes   torch's fused attention        tokens that rows begin with alike, and padding (prefixes.py)
 
-Each gives what the model's own forward gives, to rounding. A module whose forward somebody else has replaced keeps theirs.
+Each gives what the model's own forward gives, to rounding. A module whose forward somebody else has replaced keeps
+theirs.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Installed:
 
 
 def install(model: nn.Module) -> Installed:
-    """Gives a model every kernel that fits it; `print(model)` shows where. A second call adds what the first could not reach.
+    """Gives a model every kernel that fits it; `print(model)` shows where. A second call adds what the first could not
+    reach.
 
     Args:
         model: a causal LM of transformers, or a PeftModel around one, with frozen norms.
@@ -79,7 +82,7 @@ def install(model: nn.Module) -> Installed:
     return installed
 
 
-def _replace(module: Any, name: str, forward: Callable[..., Any]) -> None:
+def _replace(module: Any, name: str, forward: Callable[..., object]) -> None:
     shown = module.extra_repr()
     module.kernel = name
     module.forward = MethodType(forward, module)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from qalora.data.rows import targets as supervised
+from qalora.kernels.context import Context
 from qalora.kernels.prefixes import causal_lm, final_hidden
+from qalora.sizes import LOGITS_CHUNK
 
-CHUNK_BYTES = 64 * 2**20
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, states (n, d), targets (n,)) → summed loss
 
 
-def row_losses(model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy of each row of a batch, with or without an adapter on the model.
 
     Args:
@@ -37,7 +38,7 @@ def row_losses(model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.
 
 
 def summed_loss(
-    model: Any, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, fused: Fused | None = None
+    model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, fused: Fused | None = None
 ) -> Tensor:
     """The sum of `row_losses`, (), in nats: what a training step needs, and `fused` computes where it is given."""
     hidden, labels, head = _before_the_head(model, batch)
@@ -46,7 +47,7 @@ def summed_loss(
     return fused_loss(hidden, labels, head, fused)
 
 
-def _before_the_head(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _before_the_head(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(final hidden states (rows, tokens, d), labels (rows, tokens), the head (vocabulary, d))."""
     base = causal_lm(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -81,13 +82,13 @@ def fused_loss(hidden: Tensor, labels: Tensor, head: Tensor, fused: Fused) -> Te
 
 def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n,) rows, (n, d) states and (n,) targets of the supervised tokens."""
-    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    rows, positions = supervised(labels).nonzero(as_tuple=True)
     return rows, hidden[rows, positions], labels[rows, positions + 1]
 
 
 def liger_loss() -> Fused | None:
-    """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that the
-    losses of rows, which scores are made of, stay our own."""
+    """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that
+    the losses of rows, which scores are made of, stay our own."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -102,10 +103,10 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Tensor, smoothing: float) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, targets: Tensor, head: Tensor, smoothing: float) -> Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, CHUNK_BYTES // (4 * len(head)))
+        chunk = max(1, LOGITS_CHUNK // (4 * len(head)))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
@@ -129,7 +130,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_losses[:, None].to(grad.dtype), None, None, None
 
@@ -137,6 +138,6 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 def _cross_entropy_by_vocabulary(hidden: Tensor, targets: Tensor, head: Tensor) -> Tensor:
     """(n, d), (n,), (V, d) → (n,) in the dtype of hidden, which the head has not: a slice of it is cast at a time."""
     log_sum = torch.full((len(hidden),), -torch.inf, dtype=hidden.dtype, device=hidden.device)
-    for part in head.split(max(1, CHUNK_BYTES // (4 * max(head.shape[1], len(hidden))))):
+    for part in head.split(max(1, LOGITS_CHUNK // (4 * max(head.shape[1], len(hidden))))):
         log_sum = torch.logaddexp(log_sum, F.linear(hidden, part.to(hidden.dtype)).logsumexp(-1))
     return log_sum - (hidden * head[targets].to(hidden.dtype)).sum(-1)

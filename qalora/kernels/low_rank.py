@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qalora.base.quantized import is_4bit
+from qalora.kernels.context import Context
 from qalora.kernels.recompute import kept
 from qalora.kernels.stretches import stretches
 
@@ -19,7 +20,7 @@ Part = tuple[Any, ...]  # an index of stretches.py
 THIN = 32  # rows: from there on it makes no difference which of two factors is transposed
 
 
-def frozen_forward(base: Any, x: Tensor) -> Tensor:
+def frozen_forward(base: nn.Linear, x: Tensor) -> Tensor:
     """W x, computed in the dtype of x, with the weights' values as they are in theirs."""
     return F.linear(x, _weight(base, x.dtype).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
@@ -45,7 +46,8 @@ Frozen = Sequence[tuple[nn.Module, float]]  # of several maps: the base and s of
 
 
 def can_fuse(layers: Sequence[nn.Module]) -> bool:
-    """Whether `LowRank` says all about these layers: nothing drops out, and nobody else put layers of their own in place."""
+    """Whether `LowRank` says all about these layers: nothing drops out, and nobody else put layers of their own in
+    place."""
     return all(isinstance(layer, nn.Linear) or getattr(layer, "drops", True) is False for layer in layers)
 
 
@@ -59,19 +61,24 @@ def put_together(frozen: Frozen, trained: Sequence[Tensor | None]) -> list[LowRa
     return [LowRank(base, s, *trained[3 * i : 3 * i + 3]) for i, (base, s) in enumerate(frozen)]
 
 
+class _Kept(Context):
+    base: nn.Linear
+    s: float
+
+
 class LowRankLinear(torch.autograd.Function):
     """Base and update in one node: x is kept once, in its own dtype, with the (…, r) product A x; the 4-bit weight is
     dequantized for the forward and again for the backward, and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_low: Tensor | None, m: LowRank, *trained: Tensor | None) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, x_low: Tensor | None, m: LowRank, *trained: Tensor | None) -> Tensor:
         z, low = kept(lambda: map_forward(x, m, x_low))
         ctx.base, ctx.s = m.base, m.s
         ctx.save_for_backward(x, x_low, low, *trained)
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, low, *trained = ctx.saved_tensors
         need_x, need_x_low, _, *needs = ctx.needs_input_grad
         grad_x = frozen_backward(grad_z, ctx.base) if need_x else None
@@ -96,7 +103,7 @@ def map_forward(x: Tensor, m: LowRank, x_low: Tensor | None = None) -> tuple[Ten
     return z, None if m.A is None else add_low_rank(z, x if x_low is None else x_low, m)
 
 
-def frozen_backward(grad_z: Tensor, base: Any, onto: Tensor | None = None) -> Tensor:
+def frozen_backward(grad_z: Tensor, base: nn.Linear, onto: Tensor | None = None) -> Tensor:
     """grad_z W, in the dtype of grad_z; added to `onto`, in place, where it is given."""
     with torch.autocast(grad_z.device.type, enabled=False):
         weight = _weight(base, grad_z.dtype)
@@ -153,7 +160,8 @@ def low_rank_backward(
 
 
 def add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
-    """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A x."""
+    """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A
+    x."""
     A, B, gate = m.A, m.B, m.gate
     low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
     # In 16 bit as PEFT does it, to the bit: so that rounding hides no error of ours.
@@ -175,8 +183,8 @@ def add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
 def thin_product(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ, for an A (r, in) of few rows.
 
-    BLAS on a CPU takes about half the time for the transposed product, and no longer for 7 or 11 rows than their share of that for 8:
-    so ranks of all sizes cost what they are worth.
+    BLAS on a CPU takes about half the time for the transposed product, and no longer for 7 or 11 rows than their share
+    of that for 8: so ranks of all sizes cost what they are worth.
     """
     if x.device.type != "cpu" or len(A) >= THIN:
         return F.linear(x, A)
@@ -191,8 +199,9 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, s: float = 1.0) -> None:
         z += (a @ b).mul_(s)
 
 
-def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    """The frozen (out, in) weight in `dtype`; a 4-bit one is dequantized, which costs its 16- or 32-bit size for a moment."""
+def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The frozen (out, in) weight in `dtype`; a 4-bit one is dequantized, which costs its 16- or 32-bit size for a
+    moment."""
     if not is_4bit(base):
         return base.weight
     from bitsandbytes.functional import dequantize_4bit

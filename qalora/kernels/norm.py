@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qalora.kernels.context import Context
 from qalora.kernels.stretches import stretches
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
     """w · x / √(mean x² + ε), computed in fp32 and rounded before w, as transformers does (arXiv 1910.07467, eq. 4).
 
-    transformers' own keeps x and its product in fp32, four times the bytes of a bf16 x that the residual keeps anyway, and
-    its backward holds five more. w is frozen.
+    transformers' own keeps x and its product in fp32, four times the bytes of a bf16 x that the residual keeps anyway,
+    and its backward holds five more. w is frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         for part in stretches(x, x.shape[-1]):
@@ -30,7 +31,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad_out: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         grad = torch.empty_like(x)
         for part in stretches(x, x.shape[-1]):

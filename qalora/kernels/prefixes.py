@@ -1,12 +1,14 @@
 """What rows of a batch begin with alike is worked through once, and padding not at all.
 
-In a causal model a token's hidden state depends on the tokens before it and on nothing else, so two rows with one prompt, or one
-template, have the same states as far as they agree. The maps of a block see each distinct state once, in one sequence without
-padding; attention alone sees rows, whose queries, keys and values it gathers:
+In a causal model a token's hidden state depends on the tokens before it and on nothing else, so two rows with one
+prompt, or one template, have the same states as far as they agree. The maps of a block see each distinct state once, in
+one sequence without padding; attention alone sees rows, whose queries, keys and values it gathers:
 
-    rows      A b c d        tokens    A b c d   e f   x y z        places    0 1 2 3      where in `tokens` a position of
-              A b e f                  (1, 9)                                 0 1 4 5      a row is; of padding, anywhere
+    rows      A b c d        tokens    A b c d   e f   x y z        places    0 1 2 3
+              A b e f                  (1, 9)                                 0 1 4 5
               x y z ·                                                         6 7 8 0
+
+A place says where in `tokens` a position of a row is; of padding, anywhere.
 
 Gradients of the rows add up in what they share, as they do in a padded batch.
 """
@@ -14,12 +16,13 @@ Gradients of the rows add up in what they share, as they do in a padded batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -43,20 +46,21 @@ class Shared:
     places: Tensor
 
 
-def causal_lm(model: Any) -> Any:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside of a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def final_hidden(
-    model: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
+    model: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: object
 ) -> Tensor:
-    """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix where that pays.
+    """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix
+    where that pays.
 
     Args:
         model: with the attention `ATTENTION` (install.py); every other one computes row by row.
-        input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the positions 0, 1, 2 …,
-            share their prefixes.
+        input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the
+            positions 0, 1, 2 …, share their prefixes.
 
     Returns:
         (rows, width, d); what stands at padding means nothing.
@@ -84,7 +88,8 @@ def final_hidden(
 
 
 def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
-    """Finds the distinct prefixes of a batch; None where there is too little to save, or padding elsewhere than on the right."""
+    """Finds the distinct prefixes of a batch; None where there is too little to save, or padding elsewhere than on the
+    right."""
     rows, width = input_ids.shape
     if rows**2 * width > MOST_COMPARED:
         return None
@@ -102,9 +107,9 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
     return Shared(tokens, numbers.gather(0, first).masked_fill(~alive, 0))
 
 
-def can_share(model: Any, width: int) -> bool:
-    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention reaches back
-    to a row's first token."""
+def can_share(model: PreTrainedModel, width: int) -> bool:
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention
+    reaches back to a row's first token."""
     config = model.config
     window = getattr(config, "sliding_window", None)
     if config._attn_implementation != ATTENTION or (window is not None and width > window):
@@ -112,7 +117,7 @@ def can_share(model: Any, width: int) -> bool:
     return not any(_differs_by_row(module) for module in model.modules())
 
 
-def _differs_by_row(module: Any) -> bool:
+def _differs_by_row(module: nn.Module) -> bool:
     if getattr(module, "differs_by_row", False):
         return True
     dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)

@@ -1,8 +1,9 @@
-"""A checkpointed block runs twice: in the forward, and again when the backward reaches it. What the second run need not do.
+"""A checkpointed block runs twice: in the forward, and again when the backward reaches it. What the second run need not
+do.
 
-What a block puts out is read by nobody the second time, so its last map is left out. And where memory is there for it, the
-forward keeps what the frozen maps put out, in the order in which they run, so that the second run computes no map at all:
-of norms and attention alone it makes the rest.
+What a block puts out is read by nobody the second time, so its last map is left out. And where memory is there for it,
+the forward keeps what the frozen maps put out, in the order in which they run, so that the second run computes no map
+at all: of norms and attention alone it makes the rest.
 """
 
 from __future__ import annotations

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import EllipsisType
 
 from torch import Tensor
 
-FP32_BYTES = 128 * 2**20  # of one fp32 temporary
+from qalora.sizes import FP32_TEMPORARY
 
 
-def stretches(x: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
-    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_BYTES hold at that width."""
+def stretches(x: Tensor, width: int) -> Iterator[tuple[EllipsisType, slice, slice]]:
+    """Indices that cut x: (…, tokens, features) into stretches of tokens, each as long as FP32_TEMPORARY hold at that
+    width."""
     tokens, rows = x.shape[-2], x[..., 0, 0].numel()
-    step = max(1, FP32_BYTES // (4 * width * rows))
+    step = max(1, FP32_TEMPORARY // (4 * width * rows))
     for start in range(0, tokens, step):
         yield ..., slice(start, start + step), slice(None)

@@ -2,19 +2,20 @@
 
     z = down(silu(gate x) ∘ up x)        gate, up, down: W x + s · B diag(α) A x each (low_rank.py)
 
-Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their product.
-Two of them give the others, so two are kept, and the backward writes their gradients into them.
+Composed of single maps, an MLP keeps four tensors of its inner width for the backward: gate x, its silu, up x and their
+product. Two of them give the others, so two are kept, and the backward writes their gradients into them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qalora.kernels.context import Context
 from qalora.kernels.low_rank import (
     Frozen,
     LowRank,
@@ -34,6 +35,16 @@ BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SILU = ("SiLU", "SiLUActivation")
 NAME = "fused SwiGLU"
+Inner = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate x, up x, and their low-rank products
+
+
+class TiledMLP(Protocol):
+    """An MLP of a LLaMA block, and what `forward` reads of it."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    mlp_tile: int | None
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
@@ -44,11 +55,11 @@ def replaceable(model: nn.Module) -> Iterator[nn.Module]:
             yield block.mlp
 
 
-def _children(module: Any) -> set[str]:
+def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def forward(self: Any, x: Tensor) -> Tensor:
+def forward(self: TiledMLP, x: Tensor) -> Tensor:
     """x: (rows, tokens, d) → (rows, tokens, d); at most `self.mlp_tile` tokens at a time."""
     layers = (self.gate_proj, self.up_proj, self.down_proj)
     tile = getattr(self, "mlp_tile", None)
@@ -65,12 +76,18 @@ def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return down(F.silu(gate(x)) * up(x))
 
 
+class _Kept(Context):
+    frozen: Frozen
+    tile: int | None
+
+
 class _GatedSwiGLU(torch.autograd.Function):
-    """Keeps gate x and up x, or, in tiles, x alone: each tile's are computed again when its turn in the backward comes."""
+    """Keeps gate x and up x, or, in tiles, x alone: each tile's are computed again when its turn in the backward
+    comes."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Kept,
         x: Tensor,
         frozen: Frozen,
         tile: int | None,
@@ -90,21 +107,22 @@ class _GatedSwiGLU(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        inner, trained = saved[:4], saved[4:]
+        trained = saved[4:]
         need_x, _, _, *needs = ctx.needs_input_grad
         maps = put_together(ctx.frozen, trained)
         if ctx.tile is None:
-            grad_x, *grads = _backward(grad_z, x, inner, maps, need_x, needs)
-            return grad_x, None, None, *grads
+            inner = (saved[0], saved[1], saved[2], saved[3])
+            own, *more = _backward(grad_z, x, inner, maps, need_x, needs)
+            return own, None, None, *more
         grad_x = torch.empty_like(x) if need_x else None
-        grads = [None] * len(trained)
+        grads: list[Tensor | None] = [None] * len(trained)
         for part in _tiles(x, ctx.tile):
             own, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
-            if grad_x is not None:
+            if grad_x is not None and own is not None:
                 grad_x[part] = own
-            grads = [b if a is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
+            grads = [b if a is None or b is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
         return grad_x, None, None, *grads
 
 
@@ -113,24 +131,24 @@ def _tiles(x: Tensor, tile: int) -> list[Part]:
     return [(slice(None), slice(start, start + tile)) for start in range(0, x.shape[1], tile)]
 
 
-def _inner(x: Tensor, maps: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _inner(x: Tensor, maps: Sequence[LowRank]) -> Inner:
     """gate x and up x, and their low-rank products."""
     (gate, low_gate), (up, low_up) = map_forward(x, maps[0]), map_forward(x, maps[1])
     return gate, up, low_gate, low_up
 
 
-def _down(inner: Sequence[Any], maps: Sequence[LowRank]) -> Tensor:
+def _down(inner: Inner, maps: Sequence[LowRank]) -> Tensor:
     return map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
 
 
 def _backward(
     grad_z: Tensor,
     x: Tensor,
-    inner: Sequence[Any],
+    inner: Inner,
     maps: Sequence[LowRank],
     need_x: bool,
     needs: Sequence[bool],
-) -> tuple[Any, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the trained tensors; `inner` is written over."""
     (to_gate, to_up, to_down), (gate, up, low_gate, low_up) = maps, inner
 

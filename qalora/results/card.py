@@ -1,4 +1,5 @@
-"""Model cards: README.md of an adapter or a merged folder, made of what the files beside it say, and nothing else. Torch-free.
+"""Model cards: README.md of an adapter or a merged folder, made of what the files beside it say, and nothing else.
+Torch-free.
 
 adapter_config.json, qalora.json ─ base, precision, what ends an answer ┐
 the run around the adapter ─ rows, steps, figures, ranks, command ──────┼─ metadata for the Hub + sections

@@ -209,7 +209,7 @@ model = PeftModel.from_pretrained(base, "{HERE}")"""
     return f"## Load\n\n```python\n{code}\n```\n\n```bash\n{command}\n```"
 
 
-def loading_merged(report: Mapping[str, Any]) -> str:
+def loading_merged(report: Mapping[str, object]) -> str:
     dtype = report.get("dtype", "auto")
     asked = '"auto"' if dtype == "auto" else f"torch.{dtype}"
     code = f"""import torch
@@ -244,7 +244,7 @@ def again(run: RunFacts | None) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- the words
+# ------------------------------------------------------------------------------------------------------------ the words
 
 
 def link(base: Base) -> str:
@@ -287,7 +287,7 @@ def _table(head: list[str], rows: list[list[str]], *, right: bool = False) -> st
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _named(value: Any, key: str = "") -> Any:
+def _named(value: object, key: str = "") -> object:
     """Settings with the paths among them reduced to their last names."""
     if isinstance(value, dict):
         return {name: _named(item, name) for name, item in value.items()}

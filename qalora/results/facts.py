@@ -24,7 +24,8 @@ from qalora.training.run_folder import is_run
 
 LOG = "log_history.jsonl"
 HEADING = "# qalora finetune "
-# What concerns one attempt: where it writes, from where it goes on, where its result is sent. Those of `BARE` have no value.
+# What concerns one attempt: where it writes, from where it goes on, where its result is sent. Those of `BARE` have no
+# value.
 ATTEMPT = (
     "overwrite",
     "resume_from_checkpoint",
@@ -43,7 +44,8 @@ class RunFacts:
     Attributes:
         name: of the run's folder.
         recipe: the resolved settings.
-        command: the words of the command after `qalora finetune`, without those that concern one attempt; None: not known.
+        command: the words of the command after `qalora finetune`, without those that concern one attempt; None: not
+            known.
         metrics: what metrics.json holds.
         start: full module name → rank at the start, whose sum is the budget.
         rounds: the records of allocation.jsonl.
@@ -75,7 +77,8 @@ class RunFacts:
 
     @property
     def states(self) -> list[tuple[str, dict[str, int]]]:
-        """(label, full module name → rank) at the start, after each round, and of the saved adapter where it has others."""
+        """(label, full module name → rank) at the start, after each round, and of the saved adapter where it has
+        others."""
         found = [("start", dict(self.start))] if self.start else []
         for record in self.rounds:
             ranks = {name: int(record["ranks"].get(name, 0)) for name in self.start or record["ranks"]}
@@ -131,7 +134,7 @@ def run_of(adapter: str | Path) -> RunFacts | None:
         return None
 
 
-def write_log(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+def write_log(folder: Path, history: Sequence[Mapping[str, object]]) -> None:
     """The Trainer's log history, a record per line."""
     write_json_lines(folder / LOG, history)
 
@@ -209,7 +212,7 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[dict[str, object]]:
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

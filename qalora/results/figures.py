@@ -20,7 +20,9 @@ RANKS = ("#2166ac", "#8bbbdd", "#f1f3f6", "#f2a284", "#b2182b")
 DARK = {
     INK: "#e8ebf1", MUTED: "#98a2b3", GRID: "#2c3442", PANEL: "#171d27",
     BLUE: "#6fa8ff", ORANGE: "#ff8f5e",
-    **dict(zip(SERIES, ("#5a97ee", "#86bdf0", "#3dbdac", "#9ccc65", "#f2c14e", "#ff8f5e", "#c97fc0", "#a9b0be"), strict=True)),
+    **dict(zip(
+        SERIES, ("#5a97ee", "#86bdf0", "#3dbdac", "#9ccc65", "#f2c14e", "#ff8f5e", "#c97fc0", "#a9b0be"), strict=True,
+    )),
     **dict(zip(RANKS, ("#5aa2ec", "#33608f", "#232b38", "#9c4a2e", "#ff7a4d"), strict=True)),
 }  # fmt: skip
 MIB = 2**20
@@ -109,8 +111,9 @@ def memory(run: RunFacts) -> go.Figure | None:
     return _laid_out(figure, 170)
 
 
-def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, Any]]] | None:
-    """(the map of the first state, for each state its label, its total, and its ranks): a column per block, a row per kind."""
+def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, object]]] | None:
+    """(the map of the first state, for each state its label, its total, and its ranks): a column per block, a row per
+    kind."""
     states = run.states
     if not states:
         return None
@@ -149,7 +152,7 @@ def rank_map(run: RunFacts) -> tuple[go.Figure, list[dict[str, Any]]] | None:
 
 def _cells(
     ranks: Mapping[str, int], first: Mapping[str, int], place: Mapping[str, tuple[int, int]], rows: int, columns: int
-) -> dict[str, list[list[Any]]]:
+) -> dict[str, list[list[object]]]:
     found: dict[str, list[list[Any]]] = {
         name: [[None] * columns for _ in range(rows)] for name in ("ranks", "changes", "texts")
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qalora.card_files import CARD, write_card
 from qalora.errors import AnswerNo
@@ -14,7 +13,7 @@ from qalora.results.facts import read_run, write_log
 from qalora.results.page import render
 
 
-def finish(output_dir: Path, log_history: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+def write_results(output_dir: Path, log_history: Sequence[Mapping[str, object]], say: Callable[[str], None]) -> None:
     """Writes log_history.jsonl, adapter/README.md and report.html, once metrics.json and adapter/ are written.
 
     Args:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 # What a server or a tokenizer reads beside the weights.
 BESIDE = (
-    CARD, REPORT, PROVENANCE, "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*", "additional_chat_templates/*",
+    CARD, REPORT, PROVENANCE, "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*",
+    "additional_chat_templates/*",
 )  # fmt: skip
 WEIGHTS = {
     "adapter": ("adapter_model*.safetensors",),
@@ -78,8 +79,8 @@ def contents(folder: str | Path, repo: str) -> Upload:
     kind = kind_of(path)
     if kind is None:
         raise InputError(
-            f"{folder}: neither an adapter (adapter_config.json and adapter_model.safetensors) nor a merged folder (config.json and "
-            "model.safetensors, or a .gguf file); pass the adapter/ or merged/ of a run."
+            f"{folder}: neither an adapter (adapter_config.json and adapter_model.safetensors) nor a merged folder "
+            "(config.json and model.safetensors, or a .gguf file); pass the adapter/ or merged/ of a run."
         )
     patterns = (*WEIGHTS[kind], *SETTINGS[kind], *BESIDE)
     found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
@@ -128,7 +129,7 @@ def _card(folder: Path, repo: str) -> bytes | None:
     return sealed(text.replace(HERE, repo)).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------------- the commit
+# ----------------------------------------------------------------------------------------------------------- the commit
 
 
 def check_access(repo: str) -> None:

@@ -1,7 +1,7 @@
 """The page of a run: one HTML file that needs no network, of what the run's folder says.
 
-`render` is a pure function of the facts. plotly draws, with its script inside the file; style and script of the page lie beside this
-module.
+`render` is a pure function of the facts. plotly draws, with its script inside the file; style and script of the page
+lie beside this module.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _rank_section(run: RunFacts, count: int) -> str:
     slider = ""
     if count > 1:
         slider = (
-            f'<div class="slider"><input type="range" id="round" min="0" max="{count - 1}" step="1" value="{count - 1}" '
+            f'<div class="slider"><input type="range" id="round" min="0" max="{count - 1}" step="1" '
+            f'value="{count - 1}" '
             'aria-label="state of the ranks"><output for="round" id="round-said"></output></div>'
         )
     moved = (
@@ -178,7 +179,7 @@ def _answers(run: RunFacts) -> str:
     return _section("Answers before and after", f"The first {len(lines)} validation rows.", shown)
 
 
-def _answer(line: Mapping[str, Any], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+def _answer(line: Mapping[str, object], before: Mapping[str, object] | None, after: Mapping[str, object] | None) -> str:
     cells = [
         _cell(when, found) for when, found in (("before", before), ("after", after)) if found and "answer" in found
     ]
@@ -187,7 +188,7 @@ def _answer(line: Mapping[str, Any], before: Mapping[str, Any] | None, after: Ma
     return f'<div class="answer"><p class="text prompt">{prompt}</p><div class="pair">{"".join(cells)}</div></div>'
 
 
-def _cell(when: str, found: Mapping[str, Any]) -> str:
+def _cell(when: str, found: Mapping[str, object]) -> str:
     score = next(((label, found[name]) for name, label in SCORES.items() if name in found), None)
     right = score is not None and score[1] == 100.0
     said = "" if score is None else f" · {score[0]} {score[1]:.0f} %"
@@ -204,10 +205,13 @@ def _settings(run: RunFacts) -> str:
     sections = {"run": {name: value for name, value in run.recipe.items() if not isinstance(value, dict)}}
     sections |= {name: value for name, value in run.recipe.items() if isinstance(value, dict)}
     tables = "".join(_settings_table(name, settings) for name, settings in sections.items() if settings)
-    return f'<section><details open><summary>Settings</summary>{command}<div class="settings">{tables}</div></details></section>'
+    return (
+        f"<section><details open><summary>Settings</summary>{command}<div "
+        f'class="settings">{tables}</div></details></section>'
+    )
 
 
-def _settings_table(name: str, settings: Mapping[str, Any]) -> str:
+def _settings_table(name: str, settings: Mapping[str, object]) -> str:
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(_shown(value))}</td></tr>" for key, value in settings.items()
     )
@@ -223,7 +227,7 @@ def _pair(left: str, right: str) -> str:
     return f'<div class="two">{left}{right}</div>' if left and right else left + right
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -245,7 +249,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _embedded(data: Any) -> str:
+def _embedded(data: object) -> str:
     """JSON that may stand in a script element, whatever texts are in it."""
     return json.dumps(data).replace("<", "\\u003c")
 

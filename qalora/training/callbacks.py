@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,7 +15,9 @@ from qalora.progress import Bar, console
 class LastValidation(TrainerCallback):
     """Validates after the last step, else the last weights could not be the best."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
@@ -27,12 +30,14 @@ class InterruptCallback(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
             # With a limit of 1 the Trainer ends by removing all checkpoints but the best one.
@@ -43,7 +48,7 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # the second one means now
             raise KeyboardInterrupt
         self.signal = number
@@ -58,27 +63,31 @@ class ProgressLine(TrainerCallback):
         self.bar: Bar | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         for record in self.allocator.history[:1]:
             if record["step"] == state.global_step == 0:
                 console.print(
-                    f"budget shared out before the first step: {min(record['ranks'].values())} to {max(record['ranks'].values())} ranks a "
-                    f"module, total {record['total_rank']} of {record['budget']} ({record['seconds']:.1f} s)",
+                    f"budget shared out before the first step: {min(record['ranks'].values())} to "
+                    f"{max(record['ranks'].values())} ranks a module, total {record['total_rank']} of "
+                    f"{record['budget']} ({record['seconds']:.1f} s)",
                 )
         self.bar = Bar("training", total=state.max_steps, done=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.bar is not None:
             self.bar.reach(state.global_step)
         history = self.allocator.history
         if history and history[-1]["step"] == state.global_step:
             pruned = sum(len(indices) for indices in history[-1]["pruned"].values())
             console.print(
-                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: {pruned} ranks pruned, "
-                f"{sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} modules, "
-                f"total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} s, "
-                f"{history[-1]['forward_equivalents']:.0f} forwards, {'certified' if history[-1]['certified'] else 'estimated'})",
+                f"round {self.allocator.done()}/{len(self.allocator.rounds.steps)} after step {state.global_step}: "
+                f"{pruned} ranks pruned, {sum(history[-1]['grown'].values())} grown in {len(history[-1]['grown'])} "
+                f"modules, total {history[-1]['total_rank']} of {history[-1]['budget']} ({history[-1]['seconds']:.1f} "
+                f"s, {history[-1]['forward_equivalents']:.0f} forwards, "
+                f"{'certified' if history[-1]['certified'] else 'estimated'})",
             )
 
     def on_log(
@@ -87,7 +96,7 @@ class ProgressLine(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         logs = logs or {}
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
@@ -95,8 +104,8 @@ class ProgressLine(TrainerCallback):
             console.print(f"{step}  validation loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             console.print(
-                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr {logs['learning_rate']:.2e}  "
-                f"ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
+                f"{step}  loss {logs['loss']:.4f}  grad norm {logs.get('grad_norm', 0.0):.3f}  lr "
+                f"{logs['learning_rate']:.2e}  ranks {logs['total_rank']}  {logs['tokens_per_second']:.0f} tokens/s",
             )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints on the disk: which are whole, which is the newest, the best and the last good one. Torch-free.
 
-The last file of a checkpoint lists all others with their sizes and hashes, and the folder gets its name after that; so a
-checkpoint is whole, or can be told from one. Those of earlier versions have no list, and each of their files is read.
+The last file of a checkpoint lists all others with their sizes and hashes, and the folder gets its name after that; so
+a checkpoint is whole, or can be told from one. Those of earlier versions have no list, and each of their files is read.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoint(
     output_dir: Path, asked: str | None, *, anew: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Path | None:
-    """The checkpoint to continue from: a folder, or for "auto" the newest whole one of the output folder, None where it holds none.
+    """The checkpoint to continue from: a folder, or for "auto" the newest whole one of the output folder, None where it
+    holds none.
 
     Args:
         anew: begin anew where all checkpoints are damaged.
@@ -108,14 +109,16 @@ def find_checkpoint(
         say(f"{flag}: {path} is damaged and passed over: {problem}")
     if damaged and not anew:
         raise InputError(
-            f"{flag}: every checkpoint of {output_dir} is damaged ({'; '.join(damaged)}); put one back, or begin anew with --overwrite."
+            f"{flag}: every checkpoint of {output_dir} is damaged ({'; '.join(damaged)}); put one back, or begin anew "
+            "with --overwrite."
         )
     say(f"{flag}: {output_dir} holds no {'whole ' if damaged else ''}checkpoint; the run begins")
     return None
 
 
 def best_beside(checkpoint: Path) -> Path | None:
-    """The checkpoint of the same run, itself or in the same folder, that had the best validation loss so far; None: it is gone."""
+    """The checkpoint of the same run, itself or in the same folder, that had the best validation loss so far; None: it
+    is gone."""
     best = _state(checkpoint).get("best_global_step")
     if best == step_of(checkpoint):
         return checkpoint
@@ -124,7 +127,8 @@ def best_beside(checkpoint: Path) -> Path | None:
 
 
 def belongs(one: Path, other: Path) -> bool:
-    """Whether `one` is a whole checkpoint at the step of its name, of the same run as the checkpoint or run folder `other`."""
+    """Whether `one` is a whole checkpoint at the step of its name, of the same run as the checkpoint or run folder
+    `other`."""
     if problem_with(one) is not None or step_of(one) != int(one.name.removeprefix(PREFIX)):
         return False
     runs = [read_identity(folder) for folder in (one, other)]
@@ -159,7 +163,8 @@ def _check_asked(path: Path, flag: str, output_dir: Path) -> None:
         raise InputError(f"{flag}: no checkpoint there (no {STATE}); {hint}")
     if not (path / "recipe.yaml").is_file():
         raise InputError(
-            f"{flag}: no run of qalora began it (no recipe.yaml); lora.adapter={path} starts a new run from its adapter."
+            f"{flag}: no run of qalora began it (no recipe.yaml); lora.adapter={path} starts a new run from its "
+            "adapter."
         )
     problem = problem_with(path)
     if problem is not None:
@@ -173,7 +178,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _entry(file: Path) -> list[Any]:
+def _entry(file: Path) -> list[object]:
     with file.open("rb") as handle:
         return [file.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
 

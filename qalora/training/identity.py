@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qalora.data.rows import Row
+
+
 import base64
 import hashlib
 import json
@@ -10,7 +16,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 from qalora.files import write_json
@@ -77,17 +82,17 @@ def read_identity(folder: Path) -> Identity | None:
         raise InputError(f"{file}: not what qalora wrote of a run ({error}).") from None
 
 
-def row_digests(items: Sequence[dict[str, Any]]) -> tuple[bytes, ...]:
+def row_digests(items: Sequence[Row]) -> tuple[bytes, ...]:
     """Of each tokenized row (input_ids, labels): rows of the same tokens and labels have the same."""
 
-    def digest(item: dict[str, Any]) -> bytes:
+    def digest(item: Row) -> bytes:
         numbers = array("q", [*item["input_ids"], *item["labels"]])
         return hashlib.blake2b(numbers.tobytes(), digest_size=DIGEST).digest()
 
     return tuple(map(digest, items))
 
 
-def rows_of(train: Sequence[Any], held_back: Sequence[Any], validation: Sequence[Any]) -> Rows:
+def rows_of(train: Sequence[Row], held_back: Sequence[Row], validation: Sequence[Row]) -> Rows:
     """The `Rows` of tokenized rows."""
     measured = hashlib.sha256(b"".join(row_digests(validation))).hexdigest()
     return Rows(row_digests(train), row_digests(held_back), measured)

@@ -15,19 +15,11 @@ from torch import Tensor, nn
 
 from qalora.base.device import free_unused
 from qalora.errors import AnswerNo
-from qalora.fitting import MLP_TILE
+from qalora.fitting import lower
 from qalora.kernels.activations import checkpointing_of, forget_kept, set_checkpointing, set_mlp_tile
-from qalora.memory import Checkpointing
 
 Inputs = dict[str, Any]
 T = TypeVar("T")
-
-# gradient_checkpointing → the next setting, and what that does.
-LOWER: dict[Checkpointing, tuple[Checkpointing, str]] = {
-    False: ("selective", "norms and attention are computed again in the backward"),
-    "selective": (True, "blocks are computed again in the backward"),
-    True: ("offload", "block inputs wait in host memory"),
-}
 
 
 class Ladder:
@@ -72,7 +64,8 @@ class Ladder:
         return loss
 
     def attempt(self, batch: Sequence[Inputs], work: Callable[[Sequence[Inputs]], T]) -> T:
-        """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing behind then.
+        """`work` on micro-batches, or on their pieces; it is begun anew where memory runs out, so it leaves nothing
+        behind then.
 
         Raises:
             AnswerNo: memory ran out on the last rung.
@@ -91,19 +84,18 @@ class Ladder:
         if any(_halves(piece) for inputs in batch for piece in pieces(inputs, self.halvings)):
             self.halvings += 1
             return f"micro-batches are worked through in {2**self.halvings} pieces from now on, with the same result"
-        lower = LOWER.get(checkpointing_of(self.model))
-        if lower is not None:
-            setting, what = lower
-            set_checkpointing(self.model, setting)
-            return f"{what} from now on (training.gradient_checkpointing={str(setting).lower()})"
-        if not self.tiled:
-            set_mlp_tile(self.model, MLP_TILE)
+        level = lower(checkpointing_of(self.model), self.tiled)
+        if level is not None and level.mlp_tile is None:
+            set_checkpointing(self.model, level.checkpointing)
+            return f"{level.what} from now on (training.gradient_checkpointing={str(level.checkpointing).lower()})"
+        if level is not None:
+            set_mlp_tile(self.model, level.mlp_tile)
             self.tiled = True
-            return f"MLPs work on {MLP_TILE} tokens at a time from now on (training.mlp_tile={MLP_TILE})"
+            return f"{level.what} from now on (training.mlp_tile={level.mlp_tile})"
         tokens = max(inputs["input_ids"].shape[1] for inputs in batch)
         raise AnswerNo(
-            f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; lower "
-            "data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "
+            f"out of memory with one row of {tokens} tokens, its block inputs in host memory and its MLPs in tiles; "
+            "lower data.max_seq_len or lora.r, keep training.optim=paged_adamw_8bit, or take a smaller model "
             "(`qalora plan` says what fits)."
         )
 

@@ -19,15 +19,15 @@ OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "ve
 
 
 def warmup_of(total_steps: int, *, ratio: float | None, steps: int | float | None) -> int:
-    """Optimizer steps of the warm-up, from a share of the run or a count; a share leaves the last step its full rate, for the
-    first step of a warm-up has a rate of zero."""
+    """Optimizer steps of the warm-up, from a share of the run or a count; a share leaves the last step its full rate,
+    for the first step of a warm-up has a rate of zero."""
     share = steps if steps is not None and steps < 1 else ratio
     if steps is not None and steps >= 1:
         return int(steps)
     return min(math.ceil((share or 0) * total_steps), total_steps - 1)
 
 
-def check_schedule(name: str, settings: Mapping[str, Any], *, rate: float, warmup: int, total_steps: int) -> None:
+def check_schedule(name: str, settings: Mapping[str, object], *, rate: float, warmup: int, total_steps: int) -> None:
     """
     Args:
         name, settings: the recipe's lr_scheduler_type and lr_scheduler_kwargs.
@@ -39,7 +39,8 @@ def check_schedule(name: str, settings: Mapping[str, Any], *, rate: float, warmu
     """
     if name not in [kind.value for kind in SchedulerType]:
         raise InputError(
-            f"training.lr_scheduler_type={name}: the installed transformers has no such schedule; upgrade it, or choose another."
+            f"training.lr_scheduler_type={name}: the installed transformers has no such schedule; upgrade it, or "
+            "choose another."
         )
     takes = _settings_of(name)
     if unknown := [key for key in settings if key not in takes]:

@@ -26,22 +26,20 @@ Settings = Mapping[str, Any]
 class Continued:
     """
     Attributes:
-        settings: the recipe of the checkpoint.
+        step: the optimizer steps behind it.
+        settings: its recipe.
         identity: what its run is made of; None: of an earlier version, which did not say.
     """
 
     checkpoint: Path
+    step: int
     settings: Settings
     identity: Identity | None
 
     @staticmethod
     def at(checkpoint: Path) -> Continued:
         settings = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-        return Continued(checkpoint, settings, read_identity(checkpoint))
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
+        return Continued(checkpoint, step_of(checkpoint), settings, read_identity(checkpoint))
 
     def rounds_done(self) -> list[int]:
         """The steps of the rounds before the checkpoint."""
@@ -58,8 +56,8 @@ FIXED = (
 )  # fmt: skip
 # Decided when the run began, or said elsewhere.
 UNSAID = (
-    "output_dir", "model", "merge", "push_to_hub", "hub_model_id", "hub_private_repo", "lora.init", "allocation.start", "training.fit",
-    "training.mlp_tile",
+    "output_dir", "model", "merge", "push_to_hub", "hub_model_id", "hub_private_repo", "lora.init", "allocation.start",
+    "training.fit", "training.mlp_tile",
 )  # fmt: skip
 
 
@@ -71,8 +69,8 @@ def check_settings(now: Settings, begun: Settings, checkpoint: Path) -> None:
     given, first = _get(now, "lora.adapter"), _get(begun, "lora.adapter")
     if first is not MISSING and given != first:
         raise InputError(
-            f"--resume-from-checkpoint: lora.adapter={given} begins a new run, and {checkpoint} continues one that began "
-            f"{'without one' if first is None else f'from {first}'}: leave lora.adapter out, or start anew."
+            f"--resume-from-checkpoint: lora.adapter={given} begins a new run, and {checkpoint} continues one that "
+            f"began {'without one' if first is None else f'from {first}'}: leave lora.adapter out, or start anew."
         )
     for key in FIXED:
         new, old = _get(now, key), _get(begun, key)
@@ -84,10 +82,10 @@ def check_settings(now: Settings, begun: Settings, checkpoint: Path) -> None:
     if rows_now != rows_then:
         raise InputError(
             f"--resume-from-checkpoint: training.micro_batch_size={_get(now, 'training.micro_batch_size')} with "
-            f"training.gradient_accumulation_steps={_get(now, 'training.gradient_accumulation_steps')} are {rows_now} rows an "
-            f"optimizer step, and {checkpoint} was made with {rows_then} ({_get(begun, 'training.micro_batch_size')} · "
-            f"{_get(begun, 'training.gradient_accumulation_steps')}): rows would be skipped or repeated; keep the product, or start "
-            "anew."
+            f"training.gradient_accumulation_steps={_get(now, 'training.gradient_accumulation_steps')} are {rows_now} "
+            f"rows an optimizer step, and {checkpoint} was made with {rows_then} "
+            f"({_get(begun, 'training.micro_batch_size')} · {_get(begun, 'training.gradient_accumulation_steps')}): "
+            "rows would be skipped or repeated; keep the product, or start anew."
         )
     if _get(now, "data.packing") and _get(now, "data.max_seq_len") != _get(begun, "data.max_seq_len"):
         raise _another("data.max_seq_len", _get(now, "data.max_seq_len"), _get(begun, "data.max_seq_len"), checkpoint)
@@ -159,15 +157,16 @@ def kept_apart(rows: Sequence[bytes], known: Rows, size: int | float, seed: int)
     unseen = [index for index, row in enumerate(rows) if row not in trained]
     if not unseen:
         raise InputError(
-            "--resume-from-checkpoint: data.train holds nothing but rows that the run was trained on, and none of those that it held "
-            "back; set data.validation to other rows, or give it the file that it began with."
+            "--resume-from-checkpoint: data.train holds nothing but rows that the run was trained on, and none of "
+            "those that it held back; set data.validation to other rows, or give it the file that it began with."
         )
     count = min(len(unseen), max(1, round(size * len(rows))) if size < 1 else int(size))
     return sorted(random.Random(seed).sample(unseen, count))
 
 
 def rounds_left(planned: Sequence[int], done: Sequence[int], step: int, rounds: int) -> tuple[int, ...]:
-    """The steps of all rounds of a continued run: those behind it, and of those planned after `step` the first, up to N_A in all."""
+    """The steps of all rounds of a continued run: those behind it, and of those planned after `step` the first, up to
+    N_A in all."""
     rest = [at for at in planned if at > step]
     return (*done, *rest[: max(0, rounds - len(done))])
 
@@ -190,14 +189,14 @@ def _rows_a_step(settings: Settings) -> int:
     return int(micro) * int(accumulate)
 
 
-def _another(key: str, new: Any, old: Any, checkpoint: Path) -> InputError:
+def _another(key: str, new: object, old: object, checkpoint: Path) -> InputError:
     return InputError(
-        f"--resume-from-checkpoint: {key} is {_short(new)}, and {checkpoint} was made with {_short(old)}; a run that is continued "
-        f"keeps it: set {key}={_short(old)}, or start anew (lora.adapter={checkpoint} from its adapter)."
+        f"--resume-from-checkpoint: {key} is {_short(new)}, and {checkpoint} was made with {_short(old)}; a run that "
+        f"is continued keeps it: set {key}={_short(old)}, or start anew (lora.adapter={checkpoint} from its adapter)."
     )
 
 
-def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and prefix == "":
             yield from _flat(value, f"{key}.")
@@ -205,7 +204,7 @@ def _flat(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "null" if value is None else str(value)[:80]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
 from qalora.card_files import CARD, clear_but_card
 from qalora.errors import InputError
-from qalora.files import check_folder, holds, put_back, write_whole, written_beside
+from qalora.files import check_folder, disk_is_full, holds, put_back, unwritable, write_whole, written_beside
 from qalora.locking import LOCK
 from qalora.training import identity
 from qalora.training.checkpoints import PREFIX, SECTIONS, best_beside, checkpoints_in, problem_with, step_of
@@ -93,16 +93,16 @@ def foreign_entries(folder: Path) -> list[str]:
 
 
 def check_output_dir(output_dir: Path, reads: list[Path], *, checkpoint: Path | None, overwrite: bool) -> None:
-    """Keeps an earlier run from being lost or mixed with this one, and all else in the folder from being touched; nothing is deleted
-    yet.
+    """Keeps an earlier run from being lost or mixed with this one, and all else in the folder from being touched;
+    nothing is deleted yet.
 
     Args:
         reads: what the run reads; some may be no paths.
         checkpoint: what it continues.
 
     Raises:
-        InputError: the folder is in use, by another run or by a later part of this one, holds what is no run's, or would lose what
-            the run reads.
+        InputError: the folder is in use, by another run or by a later part of this one, holds what is no run's, or
+            would lose what the run reads.
     """
     check_folder(output_dir, f"output_dir={output_dir}", replaced=False)
     if not output_dir.is_dir() or _is_free(output_dir):
@@ -115,8 +115,8 @@ def check_output_dir(output_dir: Path, reads: list[Path], *, checkpoint: Path | 
         raise InputError(f"output_dir={output_dir}: {held}not empty, and no run of qalora; choose another folder.")
     if not overwrite:
         raise InputError(
-            f"output_dir={output_dir}: holds a run; continue it with --resume-from-checkpoint auto, replace it with --overwrite, "
-            "or choose another --output-dir."
+            f"output_dir={output_dir}: holds a run; continue it with --resume-from-checkpoint auto, replace it with "
+            "--overwrite, or choose another --output-dir."
         )
     removed = list(own_entries(output_dir))
     for path in reads:
@@ -133,14 +133,14 @@ def _is_free(output_dir: Path) -> bool:
 def _check_continued(output_dir: Path, checkpoint: Path) -> None:
     if checkpoint.resolve().parent != output_dir.resolve():
         raise InputError(
-            f"--resume-from-checkpoint {checkpoint}: output_dir={output_dir} holds something else; choose an empty folder, or "
-            "continue what is there with --resume-from-checkpoint auto."
+            f"--resume-from-checkpoint {checkpoint}: output_dir={output_dir} holds something else; choose an empty "
+            "folder, or continue what is there with --resume-from-checkpoint auto."
         )
     later = [path.name for path in _later(output_dir, checkpoint) if problem_with(path) is None]
     if later:
         raise InputError(
-            f"--resume-from-checkpoint {checkpoint}: {output_dir} holds {', '.join(sorted(later))}, made after it; move them away, "
-            "or continue from this one into an empty --output-dir."
+            f"--resume-from-checkpoint {checkpoint}: {output_dir} holds {', '.join(sorted(later))}, made after it; "
+            "move them away, or continue from this one into an empty --output-dir."
         )
 
 
@@ -150,8 +150,8 @@ def _later(output_dir: Path, checkpoint: Path) -> list[Path]:
 
 
 def begin_folder(output_dir: Path, checkpoint: Path | None, say: Callable[[str], None] = lambda text: None) -> None:
-    """Removes what an earlier run wrote, or puts back what the run had written of itself when the checkpoint was made, and its best
-    checkpoint.
+    """Removes what an earlier run wrote, or puts back what the run had written of itself when the checkpoint was made,
+    and its best checkpoint.
 
     Args:
         say: told what is not the run's and stays, and which damaged checkpoints are set aside.
@@ -201,3 +201,26 @@ def _clear(output_dir: Path, say: Callable[[str], None]) -> None:
 
 def lock_of(output_dir: Path) -> Path:
     return output_dir / LOCK
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """
+    Raises:
+        InputError: whatever was written in the block found no room; what had been written whole is still there.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error if disk_is_full(error) else error.__cause__
+        if cause is None or not disk_is_full(cause):
+            raise
+        what = (
+            error.as_typed
+            if isinstance(error, InputError)
+            else f"{output_dir}: cannot be written ({unwritable(cause)})."
+        )
+        raise InputError(
+            f"{what} Earlier checkpoints are untouched: make room, and go on with the same command and "
+            "--resume-from-checkpoint auto."
+        ) from error

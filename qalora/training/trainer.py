@@ -1,8 +1,8 @@
 """The wiring of a run: read this first.
 
 A batch: the collator pads rows or packs them → `training_step` → the decoder, its frozen maps and gated adapters
-(adapter/layer.py) → the label-only loss (kernels/loss.py) → backward, clip, step (Hugging Face's Trainer) → the callback
-(callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
+(adapter/layer.py) → the label-only loss (kernels/loss.py) → backward, clip, step (Hugging Face's Trainer) → the
+callback (callback.py) decides whether a round of allocation, a log line, a validation or a checkpoint is due.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
 from qalora.adapter.allocation import Schedule, schedule
 from qalora.adapter.callback import AllocationCallback
@@ -39,6 +42,7 @@ from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
 from qalora.base.device import best_device, device_module, peak_memory
 from qalora.data.batching import Collator, PackingCollator, pack
+from qalora.data.rows import Item, Packed, Row, supervised_tokens
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
@@ -48,13 +52,14 @@ from qalora.progress import console
 from qalora.recipe import Recipe
 from qalora.training.callbacks import InterruptCallback, LastValidation, ProgressLine
 from qalora.training.checkpoints import PREFIX, belongs, checkpoints_in, last_good, write_manifest
-from qalora.training.ladder import Ladder
+from qalora.training.ladder import Inputs, Ladder
 from qalora.training.rates import check_schedule, warmup_of
 from qalora.training.run_folder import RUN_FILES
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch decide alone: an epoch that is resumed goes on as it began."""
+    """Rows of like length together, in an order that seed and epoch decide alone: an epoch that is resumed goes on as
+    it began."""
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -96,7 +101,7 @@ class QaloraTrainer(VariableRanks, Trainer):
     def __init__(
         self,
         *,
-        validation: list[dict[str, Any]],
+        validation: Sequence[Row],
         eval_batch_size: int,
         tokenizer: PreTrainedTokenizerBase,
         ladder: Ladder,
@@ -117,7 +122,7 @@ class QaloraTrainer(VariableRanks, Trainer):
         # The loss is divided by num_items_in_batch here, so the Trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -125,7 +130,7 @@ class QaloraTrainer(VariableRanks, Trainer):
                 if isinstance(callback, (InterruptCallback, ProgressLine)):
                     callback.close()
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One micro-batch, forward and backward, in pieces where memory has run out (ladder.py).
 
         Raises:
@@ -139,23 +144,27 @@ class QaloraTrainer(VariableRanks, Trainer):
         loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look at these rows, "
-                f"lower training.learning_rate (now {self.args.learning_rate:g}) or {'lower' if self.args.max_grad_norm else 'set'} "
-                f"training.max_grad_norm; {self._last_checkpoint()}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look "
+                f"at these rows, lower training.learning_rate (now {self.args.learning_rate:g}) or "
+                f"{'lower' if self.args.max_grad_norm else 'set'} training.max_grad_norm; {self._last_checkpoint()}"
             )
         return loss
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """() the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
         summed = summed_loss(self.model, inputs, smoothing=self.label_smoothing, fused=self.fused_loss)
-        return summed / num_items_in_batch
+        return summed / cast(Tensor, num_items_in_batch)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Token-weighted loss on the validation rows."""
         losses = item_losses(self.model, self.tokenizer, self.validation, self.eval_batch_size)
-        tokens = sum(label != -100 for item in self.validation for label in item["labels"][1:])
+        tokens = supervised_tokens(item["labels"] for item in self.validation)
         metrics = {f"{metric_key_prefix}_loss": math.fsum(losses) / tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -171,11 +180,11 @@ class QaloraTrainer(VariableRanks, Trainer):
             logs["tokens_per_second"] = self.throughput.summary(0)["tokens_per_second"]
         super().log(logs, start_time)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         if self.state.global_step < self.state.max_steps:  # a checkpoint of the last step has no step left to make
             super()._run_epoch(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset[Item] | None = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         return GroupedByLength(
@@ -184,7 +193,7 @@ class QaloraTrainer(VariableRanks, Trainer):
             seed=self.args.seed,
         )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Writes a checkpoint beside its place and moves it there once it is whole and on the disk.
 
         Raises:
@@ -192,8 +201,9 @@ class QaloraTrainer(VariableRanks, Trainer):
         """
         if not is_finite(self.model):
             raise AnswerNo(
-                f"a weight of the adapter is not finite after step {self.state.global_step}; lower training.learning_rate (now "
-                f"{self.args.learning_rate:g}) or training.max_grad_norm; {self._last_checkpoint()}"
+                f"a weight of the adapter is not finite after step {self.state.global_step}; lower "
+                f"training.learning_rate (now {self.args.learning_rate:g}) or training.max_grad_norm; "
+                f"{self._last_checkpoint()}"
             )
         with written_beside(self._checkpoint(self.state.global_step)) as partial:
             self._writing_to = partial
@@ -212,7 +222,7 @@ class QaloraTrainer(VariableRanks, Trainer):
             write_manifest(partial)
         self._rotate()
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._writing_to or super()._get_output_dir(trial))
 
     def _checkpoint(self, step: int) -> Path:
@@ -230,8 +240,9 @@ class QaloraTrainer(VariableRanks, Trainer):
         for path in [path for path in reversed(found) if path not in stay][: max(0, len(found) - limit)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and its state."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint's adapter, tokenizer and the run's files so far; the Trainer adds optimizer, scheduler, RNG and
+        its state."""
         folder = Path(str(output_dir or self.args.output_dir))
         write_adapter(self.model, folder)
         if self.provenance is not None:
@@ -241,14 +252,15 @@ class QaloraTrainer(VariableRanks, Trainer):
             if (file := Path(str(self.args.output_dir)) / name).is_file():
                 shutil.copy(file, folder)
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
         scheduler = super().create_scheduler(*args, **kwargs)
         for group in cast(Any, self.optimizer).param_groups:
             group.setdefault("initial_lr", group["lr"])  # as most schedules leave it; a checkpoint keeps it
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their place."""
+        """A checkpoint brings the rate and the decay that it was made with; those of this run's recipe take their
+        place."""
         if checkpoint is None:
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
@@ -257,7 +269,8 @@ class QaloraTrainer(VariableRanks, Trainer):
         page_again(optimizer)
         then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
-        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it had come to.
+        # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it
+        # had come to.
         factors = [factor(scheduler.last_epoch) for factor in getattr(scheduler, "lr_lambdas", ())] or [
             group["lr"] / group["initial_lr"] for group in optimizer.param_groups
         ]
@@ -266,11 +279,12 @@ class QaloraTrainer(VariableRanks, Trainer):
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
         if not math.isclose(then, scheduler._last_lr[0], rel_tol=1e-9, abs_tol=1e-15):
             console.print(
-                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} by the checkpoint)",
+                f"learning rate {scheduler._last_lr[0]:.3g} from here on, by the settings of this command ({then:.3g} "
+                "by the checkpoint)",
                 highlight=False,
             )
 
-    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+    def _init_training_state(self, max_steps: int, *args: object) -> tuple[int, int]:
         """A checkpoint's state, with the best checkpoint where this folder has it, and this run's own intervals."""
         begun: tuple[int, int] = super()._init_training_state(max_steps, *args)
         state, folder = self.state, Path(str(self.args.output_dir))
@@ -308,10 +322,10 @@ def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    rows: list[dict[str, Any]],
-    train: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
-    scoring: list[dict[str, Any]],
+    rows: Sequence[Row],
+    train: Sequence[Item],
+    validation: Sequence[Row],
+    scoring: Sequence[Row],
     rounds: Schedule,
     total_steps: int,
     compute_dtype: torch.dtype,
@@ -381,7 +395,7 @@ def begin_ranks(
     recipe: Recipe,
     trainer: QaloraTrainer,
     allocator: AllocationCallback,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Row],
     original: Weights | None,
 ) -> None:
     """Points the ranks of a new adapter as `lora.init` and `allocation.start` say.
@@ -409,7 +423,7 @@ def begin_ranks(
         allocator.record_start(*shared_out)
 
 
-def training_items(recipe: Recipe, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def training_items(recipe: Recipe, items: Sequence[Row]) -> Sequence[Row] | Sequence[Packed]:
     """The rows as they are batched: each for itself, or packed."""
     return pack(items, recipe.data.max_seq_len) if recipe.data.packing else items
 
@@ -438,8 +452,8 @@ def schedule_of(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Sched
     )
     if allocation.rounds and not rounds.steps:
         raise InputError(
-            f"allocation.rounds={allocation.rounds}: a run of {total_steps} optimizer steps has no room for a round; train longer "
-            "(training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
+            f"allocation.rounds={allocation.rounds}: a run of {total_steps} optimizer steps has no room for a round; "
+            "train longer (training.max_steps, training.num_epochs), or set allocation.rounds=0 for plain LoRA."
         )
     return rounds
 
@@ -460,7 +474,8 @@ def check_rates(recipe: Recipe, total_steps: int) -> None:
 
 
 def steps_between(strategy: str, steps: int | float, total_steps: int, steps_per_epoch: int) -> int:
-    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is left.
+    """Optimizer steps from one validation, or one checkpoint, to the next; as many as the run has where only its end is
+    left.
 
     Args:
         strategy: steps, epoch, or another, which has no regular ones.
@@ -517,6 +532,7 @@ def _arguments(
     # The best weights are written whenever they are found, so checkpoints need not fall on validations.
     arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)
     if arguments.device.type == "cuda":
-        # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the loss.
+        # One GPU is trained on; where the Trainer sees several, it gives this one all their rows and multiplies the
+        # loss.
         arguments._n_gpu = 1
     return arguments

@@ -278,7 +278,8 @@ def test_rounds_never_eat_the_adapter(modules, r, count, limits, by_parameters, 
 
 
 def test_a_module_without_ranks_counts_as_average():
-    """Of two new ranks one goes to the better module, the other to the dead one, which stands for the mean of all, 3.25."""
+    """Of two new ranks one goes to the better module, the other to the dead one, which stands for the mean of all,
+    3.25."""
     decision = plan({"dead": [], "q": [0.0, 1.0], "k": [9.0], "v": [3.0]}, prune=2, budget=5)
     assert (decision.pruned, decision.grown) == ({"q": (0, 1)}, {"dead": 1, "k": 1, "v": 1})
     decision = plan({"dead": [], "q": [0.0, 1.0], "k": [9.0], "v": [3.0]}, prune=2)
@@ -350,7 +351,10 @@ def test_what_is_no_duration(duration):
 
 
 def test_torch_is_not_imported(run_python):
-    code = "import sys, qalora.adapter.allocation, qalora.recipe; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, qalora.adapter.allocation, qalora.recipe; print('torch' in sys.modules, 'transformers' in "
+        "sys.modules)"
+    )
     assert run_python(code).split() == ["False", "False"]
 
 

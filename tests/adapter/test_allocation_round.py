@@ -70,13 +70,14 @@ def test_auto_with_path_importance_integrates(run_round):
 
 
 def test_parameters_stay_where_they_are_allowed_to(tiny_adapter, make_batch):
-    """Ranks of the wide maps of the MLP have twice the parameters of attention's, and the total rank stays at most the same."""
+    """Ranks of the wide maps of the MLP have twice the parameters of attention's, and the total rank stays at most the
+    same."""
     model = tiny_adapter(r=4)
     start = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     settings = RoundSettings(
-        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
-        parameters=start,
+        budget=56, prune=14, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=0,
+        step_tokens=1.0, modules=(), parameters=start,
     )  # fmt: skip
     for step in range(1, 6):
         record, _ = allocation_round(model, optimizer, [make_batch()], settings, step)
@@ -137,8 +138,8 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     cost = rank_parameters(model, ranks(model))
     parameters = sum(4 * n for n in cost.values()) if counted == "parameters" else None
     settings = RoundSettings(
-        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0, modules=(),
-        parameters=parameters,
+        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        modules=(), parameters=parameters,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     record, importance = keep_best_corrections(model, optimizer, rows, weights.__getitem__, settings, ranks(model))
@@ -191,8 +192,8 @@ def test_ranks_of_one_on_queries_and_values_keep_their_budget(tiny_llama, random
     modules, dead, back = tuple(ranks(model)), set(), set()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     settings = RoundSettings(
-        budget=16, prune=16, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=1.0,
-        modules=modules, parameters=sum(rank_parameters(model, modules).values()),
+        budget=16, prune=16, scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed,
+        step_tokens=1.0, modules=modules, parameters=sum(rank_parameters(model, modules).values()),
     )  # fmt: skip
     cheapest = min(rank_parameters(model, modules).values())
     for step in range(1, 5):

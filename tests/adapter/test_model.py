@@ -38,7 +38,8 @@ if kind == "4bit":
     from bitsandbytes.nn import Linear4bit, Params4bit
     for name, linear in list(model.named_modules()):
         if isinstance(linear, torch.nn.Linear) and ".layers." in name:
-            new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+            sizes = linear.in_features, linear.out_features
+            new = Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
             new.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new).to("cpu")
             new.support_avx512bf16_for_cpu = False
             parent, _, child = name.rpartition(".")

@@ -342,7 +342,8 @@ def test_memory_follows_the_ranks(tiny_adapter, train, make_optimizer):
 def test_a_module_comes_back_from_rank_0_and_a_resumed_run_goes_on_the_same(
     tiny_adapter, tiny_llama, train, make_batch, tmp_path, four_bit
 ):
-    """Saved and loaded after the revival, with the optimizer's state by place as a checkpoint has it: the same weights after."""
+    """Saved and loaded after the revival, with the optimizer's state by place as a checkpoint has it: the same weights
+    after."""
     model = tiny_adapter(r=2, four_bit=four_bit)
     optimizer = torch.optim.AdamW(parameters_of(model), lr=1e-3)
     train(model, optimizer, 2)

@@ -54,7 +54,8 @@ def test_targets_are_those_of_peft_and_the_saved_config_means_the_same(
         (
             "q_proj|v_proj",
             None,
-            "matches no linear layer; a regular expression matches whole names, such as model.layers.0.self_attn.q_proj",
+            "matches no linear layer; a regular expression matches whole names, such as "
+            "model.layers.0.self_attn.q_proj",
         ),
         ("all-linear", [1, 2, 7], "lora.layers_to_transform=2, 7: the model has blocks 0 to 1"),
         (r".*layers\.0\..*", [1], "matches no linear layer of these blocks"),

@@ -129,7 +129,8 @@ def test_a_factor_without_a_type_is_linear_as_llama_cpp_has_it(tmp_path):
 
 
 def test_frequencies_that_are_divided_in_another_way_are_read_as_they_are(exported, tmp_path):
-    """As llama.cpp does, which knows no settings of Llama 3.1 but the divisors that come of them; and written again so."""
+    """As llama.cpp does, which knows no settings of Llama 3.1 but the divisors that come of them; and written again
+    so."""
     rope = {
         "rope_theta": 500_000.0,
         **LLAMA3,

@@ -1,4 +1,5 @@
-"""The files that are read, and the head that is tied, are those of vanilla transformers, for training and for merging."""
+"""The files that are read, and the head that is tied, are those of vanilla transformers, for training and for
+merging."""
 
 from __future__ import annotations
 
@@ -115,8 +116,9 @@ def another_variant_beside(folder, tensors):
 
 
 LAYOUTS = [
-    stale_index, only_shards, shards_beside_bin, shards_beside_unlisted_files, bin_beside_an_adapter, bin_beside_other_bins,
-    old_bins, bins_in_shards, safetensors_beside_bin, named_in_the_config, another_variant_beside,
+    stale_index, only_shards, shards_beside_bin, shards_beside_unlisted_files, bin_beside_an_adapter,
+    bin_beside_other_bins, old_bins, bins_in_shards, safetensors_beside_bin, named_in_the_config,
+    another_variant_beside,
 ]  # fmt: skip
 
 
@@ -217,7 +219,7 @@ def test_tokens_without_embeddings_are_named_before_the_weights_load(folder):
     assert len(load_tokenizer(resolve(str(folder)), spare_tokens=True)) == 259
 
 
-# --------------------------------------------------------------------------------------------------------- GGUF in shards
+# ------------------------------------------------------------------------------------------------------- GGUF in shards
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])

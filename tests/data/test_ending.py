@@ -20,12 +20,19 @@ LLAMA3 = (
     "{{ '<|eom_id|>' if 'call:' in m.content else '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end_header|>\n\n{% endif %}"
 )
-MISTRAL = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content "
+    "}}</s>{% endif %}{% endfor %}"
+)
 WORDS = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+    "{% "
+    "endif %}"
+)
 BOTH = "{% for m in messages %}{{ m.content }}{{ '\n# end\n</s>' if m.role == 'assistant' }}{% endfor %}"
 NOTHING = "{% for m in messages %}{{ m.content }}{% endfor %}"
 REFUSED = "{{ raise_exception('never') }}"
@@ -100,8 +107,8 @@ def taught(tokenizer, folder, rows, **settings):
         (NOTHING, [chat("a", "b<|eom_id|>"), chat("a", "<|eom_id|>c")], ()),
     ],
     ids=[
-        "ChatML", "completions", "texts", "two of a family", "eos", "words", "line break", "line breaks within", "nothing",
-        "built-in ChatML", "a token inside answers", "a token inside an answer and at the end of another",
+        "ChatML", "completions", "texts", "two of a family", "eos", "words", "line break", "line breaks within",
+        "nothing", "built-in ChatML", "a token inside answers", "a token inside an answer and at the end of another",
     ],
 )  # fmt: skip
 def test_rows_say_what_ends_a_turn(tokenizer, tmp_path, template, rows, ends):

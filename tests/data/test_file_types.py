@@ -324,7 +324,8 @@ def test_a_table_with_a_name_twice_is_refused(tmp_path, form):
         (
             "r.xlsx",
             "x",
-            ": .xlsx ending; give a .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or .txt file, as it is or compressed",
+            ": .xlsx ending; give a .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or .txt file, as it is or "
+            "compressed",
         ),
         ("rows", "x", ": no ending; give a .jsonl,"),
     ],

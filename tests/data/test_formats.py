@@ -248,7 +248,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": "[{'role': 'user'}\n {'role': 'assistant'}]"},  # of an array of numpy
-            f"messages is a text that is no list in JSON ({chr(34)}[{{'role': 'user'}}\\n {{'role': 'assistant'}}{chr(34)} …); {AS_JSON}.",
+            f"messages is a text that is no list in JSON ({chr(34)}[{{'role': 'user'}}\\n "
+            f"{{'role': 'assistant'}}{chr(34)} …); {AS_JSON}.",
         ),
         ("messages", {"messages": "hi"}, f"messages is a text that is no list in JSON ('hi' …); {AS_JSON}."),
         (
@@ -259,7 +260,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": [{"role": "user", "content": None, "id": 1}]},
-            "messages, message 0: no content or value, or it is null; it has 'id'; map one with data.columns={FIELD: content}.",
+            "messages, message 0: no content or value, or it is null; it has 'id'; map one with data.columns={FIELD: "
+            "content}.",
         ),
         (
             "messages",
@@ -279,7 +281,8 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "messages",
             {"messages": [{"content": "x"}]},
-            "messages, message 0: no role or from, or it is null; it has 'content'; map one with data.columns={FIELD: role}.",
+            "messages, message 0: no role or from, or it is null; it has 'content'; map one with data.columns={FIELD: "
+            "role}.",
         ),
         (
             "sharegpt",
@@ -341,9 +344,9 @@ def test_a_value_without_a_label_is_no_text_to_learn():
         (
             "sharegpt",
             {"conversations": [{"from": "alien", "value": "x"}]},
-            "conversations, message 0: unknown role 'alien'; known are system, developer, user, human, prompter, assistant, "
-            "gpt, chatgpt, model, bot, ai, function_call, tool_call, tool, observation, function, function_response, "
-            "tool_response, ipython, and those that the chat template names.",
+            "conversations, message 0: unknown role 'alien'; known are system, developer, user, human, prompter, "
+            "assistant, gpt, chatgpt, model, bot, ai, function_call, tool_call, tool, observation, function, "
+            "function_response, tool_response, ipython, and those that the chat template names.",
         ),
         (
             "sharegpt",
@@ -385,29 +388,6 @@ def say(role: str, content: object, **fields: object) -> dict:
     return {"role": role, "content": content, **fields}
 
 
-@pytest.mark.parametrize(
-    ("format", "row"),
-    [
-        ("messages", {"messages": [say("user", "q"), say("assistant", "a")]}),
-        ("messages", {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}),
-        ("messages", {"messages": [[say("user", "q"), say("assistant", "a")]]}),
-        ("messages", {"messages": [["user", "q"], ["Assistant", "a"]]}),
-        ("messages", {"messages": [["q", "a"]]}),
-        ("messages", {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-        ("messages", {"conversations": [say("user", "q"), say("assistant", "a")]}),
-        ("sharegpt", {"conversations": [say("user", "q"), say("assistant", "a")]}),
-        ("sharegpt", {"conversations": [say("User", "q", weight=1), say("model", "a", weight=1, train=True)]}),
-        ("sharegpt", {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-        ("prompt-completion", {"prompt": [say("user", "q")], "completion": [say("assistant", "a")]}),
-        ("prompt-completion", {"prompt": [say("user", "q")], "completion": "a"}),
-        ("prompt-completion", {"prompt": "q", "completion": [say("assistant", "a")]}),
-    ],
-)
-def test_a_conversation_is_read_in_every_form_that_people_have(format, row):
-    got = example(row, format)
-    assert (got.turns, got.chat, got.unused) == (DIALOGUE, True, ())
-
-
 def test_of_prompt_and_completion_in_messages_the_completion_is_learned():
     row = {
         "prompt": [say("system", "s"), say("user", "q"), say("assistant", "a"), say("user", "r")],
@@ -424,38 +404,10 @@ def test_fields_of_messages_are_mapped_like_columns():
     assert example(row, "messages", columns=columns).turns == DIALOGUE
 
 
-@pytest.mark.parametrize("format", ["messages", "sharegpt"])
-@pytest.mark.parametrize(
-    "flag",
-    [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"loss_weight": 0}, {"train": False}, {"training": False},
-     {"loss": False}, {"masked": True}, {"weight": 1, "train": False}],
-)  # fmt: skip
-def test_an_answer_that_is_masked_is_not_learned(format, flag):
-    keys = ("role", "content") if format == "messages" else ("from", "value")
-    entries = [("user", "q", {}), ("assistant", "wrong", flag), ("user", "q", flag), ("assistant", "right", {})]
-    if flag.get("masked") is None:
-        entries[3][2].update(dict.fromkeys(flag, 1))
-    messages = [{keys[0]: role, keys[1]: text, **fields} for role, text, fields in entries]
-    row = {"messages" if format == "messages" else "conversations": messages}
-    turns = example(row, format).turns
-    assert [turn.supervised for turn in turns] == [False, False, False, True]
-    assert not any(turn.fields for turn in turns)
-
-
 def test_with_the_history_masked_the_last_answer_alone_is_learned():
     messages = [say("user", "q"), say("assistant", "a"), say("user", "q"), say("assistant", "b"), say("user", "?")]
     turns = example({"messages": messages}, "messages", mask_history=True).turns
     assert [turn.supervised for turn in turns] == [False, False, False, True, False]
-
-
-def test_null_and_nan_are_no_values():
-    nan = float("nan")
-    row = {"instruction": "i", "input": nan, "output": "o", "system": nan, "history": nan, "note": nan}
-    got = example(row, "alpaca")
-    assert got.turns == example({"instruction": "i", "output": "o"}, "alpaca").turns
-    assert got.unused == ()
-    messages = [say("user", "q", name=nan, weight=nan), say("assistant", "a", tool_calls=None, loss_weight=nan)]
-    assert example({"messages": messages, "tools": nan}, "messages").turns == DIALOGUE
 
 
 def test_a_system_column_is_the_first_turn_of_a_conversation():
@@ -465,17 +417,6 @@ def test_a_system_column_is_the_first_turn_of_a_conversation():
         assert turns == (Turn("system", "s", False), *DIALOGUE)
     same = example({"messages": [say("system", "s"), *messages], "system": "s "}, "messages")
     assert same.turns == (Turn("system", "s", False), *DIALOGUE)
-
-
-def test_thoughts_in_parts_and_results_that_are_objects_are_kept():
-    messages = [
-        say("user", "q"),
-        say("assistant", [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]),
-        say("tool", {"sum": 4}, tool_call_id="1"),
-    ]
-    turns = example({"messages": messages}, "messages").turns
-    assert (turns[1].text, turns[1].thought) == ("a", "hm")
-    assert (turns[2].text, turns[2].fields) == ('{"sum": 4}', {"tool_call_id": "1"})
 
 
 def test_columns_that_are_not_used_are_named_by_their_own_names():
@@ -488,8 +429,8 @@ def test_columns_that_are_not_used_are_named_by_their_own_names():
 
 def test_two_columns_of_one_name_are_an_error():
     refused(
-        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them another "
-        "name there.",
+        "rows.jsonl, row 7: the columns 'completion' and 'answer' are both completion (data.columns); give one of them "
+        "another name there.",
         example,
         {"prompt": "q", "completion": "a", "answer": "b"},
         columns={"answer": "completion"},
@@ -533,7 +474,8 @@ def test_the_format_is_that_of_the_mapped_columns():
 def test_columns_of_no_format_are_named():
     refused(
         "rows.csv: no known format has the columns answer, question; set data.format (alpaca, sharegpt, messages, "
-        "prompt-completion, text) and map the columns with data.columns, such as {question: prompt, answer: completion}.",
+        "prompt-completion, text) and map the columns with data.columns, such as {question: prompt, answer: "
+        "completion}.",
         detect_format,
         [{"question": 1, "answer": 2}],
         source="rows.csv",
@@ -595,12 +537,6 @@ def test_functions_are_tools_by_their_older_name():
     assert (both.tools, both.unused) == ((function,), ("functions",))
     for other in (["sin"], "sin and cos", []):
         assert example({"messages": said, "functions": other}, "messages").unused == ("functions",)
-
-
-@pytest.mark.parametrize("name", ["FUNCTION RESPONSE", "Tool-Response", " tool_response "])
-def test_a_role_s_name_may_have_blanks_for_its_underscores(name):
-    said = [{"from": "human", "value": "q"}, {"from": name, "value": "r"}, {"from": "gpt", "value": "a"}]
-    assert [turn.role for turn in example({"conversations": said}, "sharegpt").turns] == ["user", "tool", "assistant"]
 
 
 def test_a_message_without_anything_is_not_to_be_mapped():

@@ -159,10 +159,11 @@ def reference() -> datasets.Dataset:
 
 
 FORMS = [
-    of_bytes, pattern, deep_pattern, several, commas, a_comma_in_its_name, plain_folder, folder_with_splits, folder_of_the_hub,
-    saved, saved_in_shards, saved_splits, saved_arrow, compressed, zipped, beside_a_note,
+    of_bytes, pattern, deep_pattern, several, commas, a_comma_in_its_name, plain_folder, folder_with_splits,
+    folder_of_the_hub, saved, saved_in_shards, saved_splits, saved_arrow, compressed, zipped, beside_a_note,
     writer("r.jsonl", "to_json"), writer("r.json", "to_json", lines=False), writer("r.csv", "to_csv"),
-    writer("r.tsv", "to_csv", sep="\t"), writer("r.parquet", "to_parquet"), writer("r.jsonl.gz", "to_json", compression="gzip"), writer("list.json", "to_json", lines=False, orient="records"),
+    writer("r.tsv", "to_csv", sep="\t"), writer("r.parquet", "to_parquet"), writer("r.jsonl.gz", "to_json",
+    compression="gzip"), writer("list.json", "to_json", lines=False, orient="records"),
 ]  # fmt: skip
 
 
@@ -201,8 +202,8 @@ def test_values_of_mixed_types_that_datasets_keeps_as_json(tmp_path):
 @pytest.mark.parametrize(
     "split",
     [
-        "train", "train[:3]", "train[2:5]", "train[-2:]", "train[:25%]", "train[50%:]", "train[25%:75%]", "train[:1000]",
-        "train[:10%]+train[-10%:]",
+        "train", "train[:3]", "train[2:5]", "train[-2:]", "train[:25%]", "train[50%:]", "train[25%:75%]",
+        "train[:1000]", "train[:10%]+train[-10%:]",
     ],
 )  # fmt: skip
 def test_a_slice_is_what_datasets_takes(tmp_path_factory, split):

@@ -39,14 +39,14 @@ PAIRS = {"format": "prompt-completion"}
             ("no", "yes"),
         ),
         (
-            {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}], "references": ["b"]},
-            {"format": "messages"},
+            {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}],
+            "references": ["b"]}, {"format": "messages"},
             ("a", "b"),
         ),
     ],
     ids=[
-        "one", "list", "beside", "references alone", "answers", "input and output", "alpaca", "alpaca, references alone", "SQuAD",
-        "template", "labels", "chat",
+        "one", "list", "beside", "references alone", "answers", "input and output", "alpaca",
+        "alpaca, references alone", "SQuAD", "template", "labels", "chat",
     ],
 )  # fmt: skip
 def test_the_first_right_answer_is_learned_and_all_are_references(row, settings, references):

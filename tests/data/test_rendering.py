@@ -38,7 +38,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 ZEPHYR = LOOP + (
-    "{% if m.role in ['user', 'system', 'assistant'] %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{{ '\n' }}{% endif %}"
+    "{% if m.role in ['user', 'system', 'assistant'] %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{{ '\n' "
+    "}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 TRIMS = CHATML.replace("m.content", "m.content | trim")
@@ -48,7 +49,8 @@ R1 = (
     + LOOP
     + (
         "{% if m.role == 'user' %}{{ '<User>' + m.content }}{% elif m.role == 'assistant' %}"
-        "{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'system' %}{{ m.content }}{% endif %}"
+        "{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'system' %}{{ m.content "
+        "}}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
     )
 )
@@ -70,7 +72,8 @@ TOOLS = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\n' }}{% endif %}"
     + LOOP
     + "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson + '</call>' }}{% endfor %}"
+    "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson + "
+    "'</call>' }}{% endfor %}"
     "{% if m.tool_call_id %}{{ ' #' + m.tool_call_id }}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -111,10 +114,12 @@ ENDED = {
     "mistral": (MISTRAL, lambda text, last: f" {text.strip()}</s>"),
     "zephyr": (ZEPHYR, lambda text, last: f"{text}</s>"),
     "trims": (TRIMS, lambda text, last: f"{text.strip()}<|im_end|>"),
-    "cuts thoughts": (QWEN3, lambda text, last: f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>"),
+    "cuts thoughts": (QWEN3, lambda text,
+    last: f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>"),
     "begins a thought": (
         QWEN3_THINKING,
-        lambda text, last: f"\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>",
+        lambda text,
+        last: f"\n</think>\n\n{text.lstrip(chr(10))}<|im_end|>" if last else f"{text.lstrip(chr(10))}<|im_end|>",
     ),
 }  # fmt: skip
 
@@ -162,7 +167,8 @@ def test_a_thought_is_learned_where_the_template_keeps_it(byte_tokenizer, questi
 
 
 def test_answers_in_a_row_are_learned_as_the_template_writes_them(byte_tokenizer):
-    """Qwen3's writes an empty thought into the last answer alone, so what it asks after the first is not what it later has."""
+    """Qwen3's writes an empty thought into the last answer alone, so what it asks after the first is not what it later
+    has."""
     tokenizer = byte_tokenizer(QWEN3)
     end, thought = "<|im_end|>", "<think>\n\n</think>\n\n"
     answers = said("user", "q"), said("assistant", "one"), said("assistant", "two")
@@ -261,29 +267,6 @@ def test_a_turn_that_the_template_leaves_out_is_an_error(byte_tokenizer, text):
         render(conversation("hi", "hi", system=text), byte_tokenizer(deaf))
 
 
-@pytest.mark.parametrize(
-    ("role", "written"),
-    [
-        ("human", "user"),
-        ("Human", "user"),
-        ("gpt", "assistant"),
-        ("model", "assistant"),
-        ("Assistant", "assistant"),
-        (" BOT ", "assistant"),
-    ],
-)
-def test_roles_are_those_of_the_template(byte_tokenizer, role, written):
-    other = "assistant" if written == "user" else "user"
-    text = whole(row(said(role, "one"), said(other, "two")), byte_tokenizer(ZEPHYR))
-    assert text == f"<|{written}|>\none</s>\n<|{other}|>\ntwo</s>\n"
-
-
-def test_a_developer_is_one_where_the_template_writes_it_and_the_system_elsewhere(byte_tokenizer):
-    example = row(said("developer", "brief"), said("user", "a"), said("assistant", "b"))
-    assert whole(example, byte_tokenizer(CHATML)).startswith("<|im_start|>developer\nbrief<|im_end|>")
-    assert whole(example, byte_tokenizer(ZEPHYR)).startswith("<|system|>\nbrief</s>")
-
-
 def test_a_role_that_the_template_alone_knows_reaches_it(byte_tokenizer, tmp_path):
     template = ZEPHYR.replace("['user',", "['user', 'context',")
     rows = tmp_path / "rows.jsonl"
@@ -329,21 +312,6 @@ def test_openais_tool_rows_are_learned(byte_tokenizer, content, arguments):
     assert "<tools>" in whole(example, tokenizer) and "sun #call_1" in whole(example, tokenizer)
 
 
-def test_a_template_that_joins_arguments_as_text_gets_text(byte_tokenizer):
-    template = TOOLS.replace("call.function.arguments | tojson", "call.function.arguments")
-    example = row(*weather({"city": "Köln"}, None), tools=[WEATHER])
-    assert learned(example, byte_tokenizer(template))[0] == '<call>weather {"city": "Köln"}</call><|im_end|>'
-
-
-@pytest.mark.parametrize("given", [WEATHER, WEATHER["function"]], ids=["OpenAI's", "by themselves"])
-@pytest.mark.parametrize("read", ["tool.function.name", "tool.name", "(tool | tojson)"])
-def test_signatures_reach_the_template_in_the_form_that_it_reads(byte_tokenizer, given, read):
-    template = "{% for tool in tools or [] %}{{ '<' + " + read + " + '>' }}{% endfor %}" + CHATML
-    text = whole(row(said("user", "a"), said("assistant", "b"), tools=[given]), byte_tokenizer(template))
-    expected = json.dumps(given) if "tojson" in read else "weather"
-    assert text.startswith(f"<{expected}><|im_start|>user")
-
-
 def test_openais_older_function_call_is_a_tool_call(byte_tokenizer):
     messages = [
         said("user", "Rain?"),
@@ -377,44 +345,7 @@ def test_a_template_without_tools_is_an_error(byte_tokenizer, messages, columns,
         render(row(*messages, **columns), byte_tokenizer(CHATML))
 
 
-# ------------------------------------------------------------------------------------------- the template of a tokenizer
-
-
-def test_a_template_of_the_recipe_takes_the_place_of_the_tokenizers(byte_tokenizer, tmp_path):
-    file = tmp_path / "chat.jinja"
-    file.write_text(ZEPHYR)
-    for template in (str(file), ZEPHYR):
-        tokenizer = byte_tokenizer(CHATML)
-        set_chat_template(tokenizer, template)
-        assert tokenizer.chat_template == ZEPHYR
-        assert learned(conversation("a", "b"), tokenizer) == ["b</s>"]
-
-
-def test_a_template_or_switch_that_is_not_there_is_an_error(byte_tokenizer):
-    with pytest.raises(
-        InputError, match=r"^data.chat_template=/no/chat.jinja: cannot be read \(No such file or directory\)"
-    ):
-        set_chat_template(byte_tokenizer(CHATML), "/no/chat.jinja")
-    with pytest.raises(
-        InputError,
-        match=r"^data.chat_template_kwargs=think: the chat template has no such switch; it has keep_thinking",
-    ):
-        set_chat_template(byte_tokenizer(QWEN3), None, {"think": True})
-
-
-@pytest.mark.parametrize("value", [True, False, None, 3, "a 'b' \"c\" ß\n"])
-def test_a_switch_is_the_templates_default_and_a_caller_may_set_it(byte_tokenizer, value):
-    tokenizer = byte_tokenizer("{{ thing | tojson }}{{ messages[0].content }}")
-    set_chat_template(tokenizer, None, {"thing": value})
-    messages = [said("user", "!")]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == json.dumps(value, ensure_ascii=False) + "!"
-    assert tokenizer.apply_chat_template(messages, tokenize=False, thing=7) == "7!"
-
-
-def test_of_several_templates_the_one_for_tools_gets_the_tools(byte_tokenizer):
-    tokenizer = byte_tokenizer({"default": CHATML, "tool_use": TOOLS})
-    assert "<tools>" in whole(row(*weather("{}", None), tools=[WEATHER]), tokenizer)
-    assert "<tools>" not in whole(row(said("user", "a"), said("assistant", "b")), tokenizer)
+# ------------------------------------------------------------------------------------------ the template of a tokenizer
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -427,7 +358,7 @@ def test_without_a_template_the_served_prompt_is_the_trained_one(byte_tokenizer,
     assert ids.count(tokenizer.bos_token_id) == int(add_bos)
 
 
-# ----------------------------------------------------------------------------------------------- without a chat template
+# ---------------------------------------------------------------------------------------------- without a chat template
 
 
 def test_system_and_history_of_alpaca_rows_are_paragraphs_before_the_prompt(byte_tokenizer):
@@ -519,29 +450,3 @@ def test_a_turn_is_not_found_in_an_earlier_one_of_the_same_words(byte_tokenizer,
     assert learned(conversation("1", "2", "3", "4"), byte_tokenizer(template)) == ["2<|im_end|>", "4<|im_end|>"]
     with pytest.raises(InputError, match=r"the chat template does not write all of turn 2 \(user\), 'ok'"):
         render(conversation(*texts), byte_tokenizer(template))
-
-
-@pytest.mark.parametrize(
-    ("template", "switches"),
-    [
-        (
-            "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
-            "{% else %}{% set system = false %}{% set rest = messages %}{% endif %}"
-            "{% for m in rest %}{% if loop.first and system %}{{ system }}{% endif %}{{ m.content }}{% endfor %}",
-            (),
-        ),
-        (
-            "{% if not day is defined %}{% set day = 'Monday' %}{% endif %}{% set tone = tone | default('calm') %}"
-            "{% if shout is undefined %}{% set shout = false %}{% endif %}{% if think is defined and think %}!{% endif %}"
-            "{{ day ~ tone ~ shout }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            ("day", "shout", "think", "tone"),
-        ),
-    ],
-    ids=["set in branches", "set where they are not given"],
-)
-def test_switches_are_what_a_caller_can_change(byte_tokenizer, template, switches):
-    found = chat_template(byte_tokenizer(template))
-    assert found.switches == switches
-    said_once = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    for name in ("system", "rest", "day", "shout", "think", "tone"):
-        assert (found.apply(said_once, **{name: True}) != found.apply(said_once)) == (name in switches)

@@ -176,7 +176,10 @@ def test_train_on_inputs_learns_no_answer_that_is_masked():
     item = tokenize(
         conversation("Hello", "no", "Say", "yes", unlearned=(1,)), tokenizer, max_seq_len=500, train_on_inputs=True
     )
-    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{}\n<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    text = (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{}\n"
+        "<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
     assert "<|im_start|>" + learned(item, tokenizer) == text.format("")  # the first token is predicted by nothing
 
 
@@ -294,7 +297,10 @@ def test_tools_reach_the_template():
 
 def test_a_template_that_refuses_the_roles_is_quoted():
     example = Example(8, (Turn("system", "s", False), Turn("user", "q", False), Turn("assistant", "a", True)), True)
-    message = r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant roles!; .*data.chat_template=FILE\.$"
+    message = (
+        r"^row 8: the tokenizer's chat template refuses its turns \(system, user.*\): Only user and assistant "
+        r"roles!; .*data.chat_template=FILE\.$"
+    )
     with pytest.raises(InputError, match=message):
         tokenize(example, bpe(bos="<s>", template=LLAMA2), max_seq_len=50)
 
@@ -362,8 +368,8 @@ def test_nothing_to_learn_is_an_error_that_names_max_seq_len(rows_file):
     source = rows_file(*[{"prompt": "yes" * 30, "completion": " no"}] * 3)
     message = (
         f"{source}: none of its 3 rows has a supervised token within data.max_seq_len=8 (3 were cut); raise "
-        "data.max_seq_len as far as the model has positions, shorten the prompts, or check data.format=prompt-completion and the "
-        "completions."
+        "data.max_seq_len as far as the model has positions, shorten the prompts, or check "
+        "data.format=prompt-completion and the completions."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_dataset(source, bpe(), max_seq_len=8)

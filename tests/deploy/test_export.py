@@ -135,7 +135,7 @@ def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, forma
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ whole models
+# --------------------------------------------------------------------------------------------------------- whole models
 
 
 @pytest.mark.parametrize("gguf_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
@@ -236,7 +236,7 @@ def test_other_rope_scalings_are_named_in_the_metadata(folder, adapter, tmp_path
     assert ("llama.rope.scaling.original_context_length" in fields) == (kind == "yarn")
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# ----------------------------------------------------------------------------------------------------------- tokenizers
 
 
 def splits(*first, **last):

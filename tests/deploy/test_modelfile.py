@@ -25,7 +25,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "llama 3": (
-        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m.role "
+        "}}<|end_header_id|>\n\n"
         "{{ m.content | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     ),
@@ -34,14 +35,17 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
     "llama 2": (
-        "{% if messages[0]['role'] == 'system' %}{% set system, rest = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n', "
+        "{% if messages[0]['role'] == 'system' %}{% set system, rest = '<<SYS>>\n' + messages[0]['content'] + "
+        "'\n<</SYS>>\n\n', "
         "messages[1:] %}{% else %}{% set system, rest = '', messages %}{% endif %}"
-        "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token if loop.first }}[INST] {{ system if loop.first }}{{ m.content }} [/INST]"
+        "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token if loop.first }}[INST] {{ system if loop.first }}{{ "
+        "m.content }} [/INST]"
         "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     ),
     "mistral, which has no system": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% "
+        "endfor %}"
     ),
 }
 TALK = ["What is 2 + 2?", "4.", "And {{ 3 }} more?"]
@@ -58,8 +62,8 @@ def tokenizer(template: str | None, bos: bool = True) -> PreTrainedTokenizerFast
 
 
 def modelfile(folder, served: Served) -> dict[str, list[str]]:
-    """Command → its values, of the file that is written. As Ollama reads it, a value is whole at the first end of a line where its
-    marks are closed."""
+    """Command → its values, of the file that is written. As Ollama reads it, a value is whole at the first end of a
+    line where its marks are closed."""
     write_modelfile(folder, served)
     text = (folder / "Modelfile").read_text()
     found: dict[str, list[str]] = {}
@@ -72,8 +76,8 @@ def modelfile(folder, served: Served) -> dict[str, list[str]]:
 
 
 def go(template: str, values: dict[str, str]) -> str:
-    """Go's text/template, as far as it is used: fields, {{ if .Field }} … {{ else }} … {{ end }}, and texts in quotes. An action begins
-    at the first two braces, whatever stands before or after them."""
+    """Go's text/template, as far as it is used: fields, {{ if .Field }} … {{ else }} … {{ end }}, and texts in quotes.
+    An action begins at the first two braces, whatever stands before or after them."""
     out, shown = "", [True]
     for literal, action in re.findall(r"(.*?)(?:\{\{(.*?)\}\}|\Z)", template, re.DOTALL):
         action = action.strip()

@@ -1,4 +1,5 @@
-"""From rows to a server: what a run trained with is what checkpoint, adapter, merged folder, GGUF file and Modelfile ask with."""
+"""From rows to a server: what a run trained with is what checkpoint, adapter, merged folder, GGUF file and Modelfile
+ask with."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ def run(base, tmp_path_factory):
         (there / "recipe.yaml").write_text("training: {micro_batch_size: 2}\n")
         settings = {
             "data.train": there / "rows.jsonl", "data.val_set_size": 4, "allocation.rounds": 0, "training.max_steps": 2,
-            "training.save_steps": 1, "training.eval_steps": 1, "lora.r": 2, "merge": "true", "logging.quiet": "true", "evaluation.after": "false",
-            "evaluation.before": "false", "training.learning_rate": 1e-2,
+            "training.save_steps": 1, "training.eval_steps": 1, "lora.r": 2, "merge": "true", "logging.quiet": "true",
+            "evaluation.after": "false", "evaluation.before": "false", "training.learning_rate": 1e-2,
         }  # fmt: skip
         flags = [
             "--model",
@@ -116,7 +117,7 @@ def test_adapter_and_checkpoints_know_the_weights_that_they_were_trained_on(chat
     assert other_base(chat_run / "adapter", resolve(str(base))) is None
 
 
-# --------------------------------------------------------------------------------------------- a merged folder as --model
+# ------------------------------------------------------------------------------------------- a merged folder as --model
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def adapter(base, tmp_path_factory):
     return save_lora(base, tmp_path_factory.mktemp("adapter"))
 
 
-# ------------------------------------------------------------------------------------------------------ two major versions
+# --------------------------------------------------------------------------------------------------- two major versions
 
 READ = """
 import json, sys

@@ -1,4 +1,5 @@
-"""The check of a merge finds each fault that a merge could have: they are planted, one at a time, by taking the mend out.
+"""The check of a merge finds each fault that a merge could have: they are planted, one at a time, by taking the mend
+out.
 
 Without the fault each of these merges passes, and is what vanilla transformers makes of the folders.
 """
@@ -69,7 +70,7 @@ def change_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-# ------------------------------------------------------------------------------------------------------------- the faults
+# ----------------------------------------------------------------------------------------------------------- the faults
 
 
 def reads_the_stale_index(monkeypatch):
@@ -143,7 +144,7 @@ def swaps_no_rows(monkeypatch):
     monkeypatch.setattr(gguf, "permuted", lambda name, tensor, config: tensor)
 
 
-# -------------------------------------------------------------------------------------------------------------- the cases
+# ------------------------------------------------------------------------------------------------------------ the cases
 
 
 def stale(folder):
@@ -232,12 +233,13 @@ def test_a_fault_of_a_gguf_file_is_found(folder, adapter, tmp_path, monkeypatch,
         assert report["position_difference"] < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------- against the vanilla
+# -------------------------------------------------------------------------------------------------- against the vanilla
 
 
 @pytest.mark.parametrize("quantization", [NF4_BF16, BF16], ids=["4 bits", "unquantized"])
 def test_an_fp32_folder_trained_in_bf16_is_merged_as_it_was_trained(folder, adapter, tmp_path, quantization):
-    """Every tensor that training cast: in fp32 the result is the trained model to its last digits but the order of sums."""
+    """Every tensor that training cast: in fp32 the result is the trained model to its last digits but the order of
+    sums."""
     merge(resolve(str(folder)), adapter, tmp_path / "merged", quantization=quantization, dtype=torch.float32)
     base = load_base(
         resolve(str(folder)), load_in_4bit=quantization.quant_type is not None, dtype="bfloat16", device="cpu"
@@ -257,7 +259,8 @@ def test_an_fp32_folder_trained_in_bf16_is_merged_as_it_was_trained(folder, adap
 
 @pytest.mark.parametrize("scaling", [dict(YARN, attention_factor=0.6, beta_fast=1.5), None], ids=["yarn", "plain"])
 def test_the_reported_difference_is_that_of_whole_models(folder, adapter, tmp_path, monkeypatch, scaling):
-    """Each side loaded at once, by load_base and by from_pretrained, gives the logits that were compared block by block."""
+    """Each side loaded at once, by load_base and by from_pretrained, gives the logits that were compared block by
+    block."""
     from qalora.adapter.model import load_adapter
     from qalora.deploy import verification
 

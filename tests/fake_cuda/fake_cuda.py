@@ -184,7 +184,11 @@ class Device(TorchDispatchMode):
     def written(self, func, args, kwargs, compute, known):
         """What an operation returns that writes into its arguments: those."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        into = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.name in given]
+        into = [
+            given[a.name]
+            for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write and a.name in given
+        ]
         compute()
         for x in leaves(into) if not known else ():
             if is_cuda(x):
@@ -199,7 +203,11 @@ class Device(TorchDispatchMode):
 
     def wait(self, func):
         """Counts a host that waits, by the line that asked."""
-        ours = [f for f in traceback.extract_stack() if "site-packages/torch" not in f.filename and "fake_cuda" not in f.filename]
+        ours = [
+            f
+            for f in traceback.extract_stack()
+            if "site-packages/torch" not in f.filename and "fake_cuda" not in f.filename
+        ]
         at = ours[-1]
         self.syncs[f"{'/'.join(Path(at.filename).parts[-2:])}:{at.lineno} {func}"] += 1
 
@@ -266,7 +274,9 @@ def _like(device, func, x, /, **options):
     if torch.device(options.get("device") or x.device).type == x.device.type:
         return NotImplemented
     with torch._C._DisableTorchDispatch():
-        out = func(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype), **{**options, "device": None, "pin_memory": False})
+        out = func(
+            torch.empty_strided(x.size(), x.stride(), dtype=x.dtype), **{**options, "device": None, "pin_memory": False}
+        )
     return out if is_cuda(x) else device.like(out)
 
 
@@ -293,7 +303,9 @@ def _update(device, func, grad, parameter, state1, state2, *args, **kwargs):
     def moments():
         return (s for s in (state1, state2) if s is not None)
 
-    assert all(is_cuda(s) or getattr(s, "is_paged", False) for s in moments()), "a moment is neither on the card nor paged"
+    assert all(is_cuda(s) or getattr(s, "is_paged", False) for s in moments()), (
+        "a moment is neither on the card nor paged"
+    )
     assert all(s.numel() == parameter.numel() for s in moments()) and grad.shape == parameter.shape
     assert grad.is_contiguous() and parameter.is_contiguous() and grad.dtype == parameter.dtype
     real = mapped(lambda x: device.real(x) if is_cuda(x) else x, (grad, parameter, state1, state2, *args))
@@ -349,7 +361,9 @@ def attention(device, on_a_cpu):
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
             )[0]
         if attn_mask is None and query.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         if attn_mask is not None:
@@ -411,8 +425,18 @@ def bitsandbytes(device):
     class FakeParams4bit(FakeTensor, Params4bit): ...
 
     new, quantize = Params4bit.__new__, Params4bit._quantize
-    names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "bnb_quantized")
-    defaults = dict(blocksize=64, compress_statistics=True, quant_type="fp4", quant_storage=torch.uint8, bnb_quantized=False)
+    names = (
+        "quant_state",
+        "blocksize",
+        "compress_statistics",
+        "quant_type",
+        "quant_storage",
+        "module",
+        "bnb_quantized",
+    )
+    defaults = dict(
+        blocksize=64, compress_statistics=True, quant_type="fp4", quant_storage=torch.uint8, bnb_quantized=False
+    )
 
     def make(cls, data=None, requires_grad=False, *args, **kwargs):
         if not is_cuda(data):
@@ -458,7 +482,9 @@ def cuda(device):
     import transformers.utils.import_utils as import_utils
 
     save, stream = torch.save, Stream()
-    facts = types.SimpleNamespace(name="no GPU", total_memory=device.total, major=9, minor=0, multi_processor_count=132, warp_size=32)
+    facts = types.SimpleNamespace(
+        name="no GPU", total_memory=device.total, major=9, minor=0, multi_processor_count=132, warp_size=32
+    )
 
     def host(x):
         real = device.real(x.detach()) if is_cuda(x) else None
@@ -475,7 +501,17 @@ def cuda(device):
         set_per_process_memory_fraction=device.set_fraction, get_per_process_memory_fraction=lambda *_: device.fraction or 1.0,
     )  # fmt: skip
     state = torch.zeros(16, dtype=torch.uint8)
-    nothing = ("_lazy_init", "init", "set_device", "synchronize", "manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all", "ipc_collect")
+    nothing = (
+        "_lazy_init",
+        "init",
+        "set_device",
+        "synchronize",
+        "manual_seed",
+        "manual_seed_all",
+        "set_rng_state",
+        "set_rng_state_all",
+        "ipc_collect",
+    )
     others = dict(
         is_available=always(True), _is_compiled=always(True), device_count=always(1), current_device=always(0), is_initialized=always(True),
         get_device_capability=always((9, 0)), get_device_name=always(facts.name), get_device_properties=always(facts),
@@ -484,7 +520,9 @@ def cuda(device):
         is_current_stream_capturing=always(False), cudart=always(types.SimpleNamespace(cudaHostRegister=always(0), cudaHostUnregister=always(0))), **dict.fromkeys(nothing, always(None)),
     )  # fmt: skip
     functional, tensor = torch.nn.functional, torch.Tensor
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the host, and comes through the mode
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(…, device="cuda") is made on the host, and comes through the mode
     with (
         bitsandbytes(device), patch.multiple(torch.cuda, **memory, **others), patch.multiple(torch.cuda.memory, **memory),
         patch.multiple(torch.cuda.random, **{name: others[name] for name in others if hasattr(torch.cuda.random, name)}),

@@ -9,8 +9,8 @@ import gpu
 import pytest
 
 from qalora.base.registry import MODELS
-from qalora.fitting import MLP_TILE
 from qalora.memory import CUDA_CONTEXT
+from qalora.sizes import MLP_TILE
 
 SEVEN = gpu.Case("train", "llama-7b")
 EIGHT = gpu.Case("train", "llama3.1-8b", rows=2, tokens=2048)
@@ -54,7 +54,9 @@ def test_the_plan_is_within_3_percent_of_what_a_step_allocates(shapes_only, case
     whole = MODELS[case.model][1]
     few, more = ((n, *measured(shapes_only, case, replace(whole, num_hidden_layers=n), stay)) for n in (2, 3))
     # Each further block takes what the third took.
-    peak, paged = (low + (whole.num_hidden_layers - few[0]) * (high - low) for low, high in zip(few[1:], more[1:], strict=True))
+    peak, paged = (
+        low + (whole.num_hidden_layers - few[0]) * (high - low) for low, high in zip(few[1:], more[1:], strict=True)
+    )
     planned = gpu.plan_of(case, whole)()
     print(f"\n{peak / 2**20:.1f} MiB computed, {(planned.total - CUDA_CONTEXT - paged) / 2**20:.1f} planned", end=" ")
     assert planned.total - CUDA_CONTEXT - paged == pytest.approx(peak, rel=0.03)

@@ -21,14 +21,18 @@ from qalora.training.ladder import Ladder
 def gradients(model, batch):
     model.zero_grad()
     summed_loss(model, batch).backward()
-    return torch.cat([g.flatten().cpu() for layer in gated_layers(model).values() for g in (layer.A.grad, layer.B.grad)])
+    return torch.cat(
+        [g.flatten().cpu() for layer in gated_layers(model).values() for g in (layer.A.grad, layer.B.grad)]
+    )
 
 
 def on_the_card(batch):
     return {key: value.cuda() for key, value in batch.items()}
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1 - 1e-6), (torch.bfloat16, 0.9995)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, 1 - 1e-6), (torch.bfloat16, 0.9995)], ids=["fp32", "bf16"]
+)
 def test_gradients_are_those_of_a_cpu(device, tiny_llama, make_batch, randomize_B, dtype, least):
     found = []
     for place in ("cpu", "cuda"):
@@ -58,7 +62,9 @@ def test_the_ladder_cuts_a_micro_batch_that_the_card_has_no_room_for(device, tin
     device.set_fraction((before + 0.7 * (peak - before)) / device.total)
     Ladder(model, said.append).run(batch, work)
     assert said and "in 2 pieces" in said[0]
-    found = torch.cat([g.flatten().cpu() for layer in gated_layers(model).values() for g in (layer.A.grad, layer.B.grad)])
+    found = torch.cat(
+        [g.flatten().cpu() for layer in gated_layers(model).values() for g in (layer.A.grad, layer.B.grad)]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +120,11 @@ def test_resized_moments_take_the_managed_memory_that_others_left(device, tiny_l
     for there, back in ((first, last), (last, first)) * 3:
         apply_plan(model, AllocationPlan({there: (0,)}, {back: 1}), optimizer)
         taken.append(device.paged)
-    assert all(getattr(state["state1"], "is_paged", False) for state in optimizer.state.values() if state["state1"].numel() >= 1e5)
+    assert all(
+        getattr(state["state1"], "is_paged", False)
+        for state in optimizer.state.values()
+        if state["state1"].numel() >= 1e5
+    )
     assert taken[2:] == taken[1:2] * 4
 
 

@@ -45,7 +45,18 @@ def shim() -> Path:
         built.parent.mkdir(mode=0o700, exist_ok=True)
         part = built.with_suffix(f".{os.getpid()}")
         libraries = [f"-L{folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}/lib"]
-        command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), f"-I{folder}/include", *libraries, "-o", str(part)]
+        command = [
+            "g++",
+            "-O0",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            str(source),
+            f"-I{folder}/include",
+            *libraries,
+            "-o",
+            str(part),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         part.replace(built)
     return built

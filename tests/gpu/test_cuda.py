@@ -90,7 +90,14 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
     start_at_quantization_error(corrected, [on_card], weights.__getitem__, generator=torch.Generator().manual_seed(0))
     assert (losses(corrected, on_card) - wanted).abs().max() < 0.3 * (before - wanted).abs().max()
     settings = RoundSettings(
-        budget=48 * 14, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
+        budget=48 * 14,
+        prune=14,
+        scoring="auto",
+        importance="sum",
+        min_rank=0,
+        max_rank=None,
+        seed=0,
+        step_tokens=1.0,
         modules=tuple(ranks(best)),
     )
     record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings, ranks(best))

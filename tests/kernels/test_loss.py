@@ -97,7 +97,7 @@ def test_liger_is_taken_where_it_is_installed(monkeypatch):
 @pytest.mark.parametrize("tokens_a_chunk", [1, 2, 3, 100])
 def test_chunks_change_nothing(problem, monkeypatch, tokens_a_chunk):
     hidden, labels, head = problem
-    monkeypatch.setattr(module, "CHUNK_BYTES", tokens_a_chunk * 4 * len(head))
+    monkeypatch.setattr(module, "LOGITS_CHUNK", tokens_a_chunk * 4 * len(head))
     leaf, other = (hidden.clone().requires_grad_() for _ in range(2))
     label_only_loss(leaf, labels, head).sum().backward()
     reference(other, labels, head).sum().backward()
@@ -139,7 +139,7 @@ def test_model_loss_and_gradient_are_the_full_logits_ones(tiny_llama, make_batch
 def test_a_head_of_another_dtype_goes_by_parts_of_the_vocabulary(problem, monkeypatch, words):
     hidden, labels, head = problem
     head = head.bfloat16()
-    monkeypatch.setattr(module, "CHUNK_BYTES", words * 4 * hidden.shape[-1])
+    monkeypatch.setattr(module, "LOGITS_CHUNK", words * 4 * hidden.shape[-1])
     found = label_only_loss(hidden, labels, head)
     torch.testing.assert_close(found, reference(hidden, labels, head.float()), rtol=1e-5, atol=1e-5)
 
@@ -181,7 +181,7 @@ def test_smoothed_loss_and_gradient_are_those_of_transformers_label_smoother(
 ):
     from transformers.trainer_pt_utils import LabelSmoother
 
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(module, "LOGITS_CHUNK", chunk)
     batch, found = make_batch(), []
     for ours in (True, False):
         model = tiny_llama()

@@ -27,7 +27,7 @@ def norms(dtype):
 @pytest.mark.parametrize("stretch", [1, 1 << 27], ids=["token by token", "whole"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_it_computes_transformers_norm(monkeypatch, dtype, tolerance, stretch):
-    monkeypatch.setattr(stretches, "FP32_BYTES", stretch)
+    monkeypatch.setattr(stretches, "FP32_TEMPORARY", stretch)
     plain, lean = norms(dtype)
     x = (3 * torch.randn(2, 7, 48)).to(dtype)
     grad = torch.randn(2, 7, 48).to(dtype)

@@ -119,7 +119,8 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tiny_adapter, batch,
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
 def test_the_other_families(batch, counted, family):
-    """Their masks and windows take other ways through transformers; the reference has neither our attention nor our sharing."""
+    """Their masks and windows take other ways through transformers; the reference has neither our attention nor our
+    sharing."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

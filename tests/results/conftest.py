@@ -31,7 +31,8 @@ SETTINGS = {
     "lora": {"r": 2, "alpha": 4, "adapter": None},
     "allocation": {"rounds": 2},
     "training": {
-        "micro_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "seed": 7,
+        "micro_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "lr_scheduler_type": "linear",
+        "seed": 7,
     },
     "evaluation": {"metrics": ["loss", "exact_match"]},
     "logging": {"steps": 1},
@@ -43,7 +44,9 @@ METRICS = {
     "train": {
         "steps": 12, "seconds": 90.0, "rows": 96, "tokens": 1234, "tokens_per_second": 13.7, "peak_memory_bytes": 2**30,
     },
-    "plan": {"device": "cpu", "seq_len": 64, "terms": {"4-bit weights": 3 * 2**20, "adapter": 2**20}, "total": 4 * 2**20},
+    "plan": {
+        "device": "cpu", "seq_len": 64, "terms": {"4-bit weights": 3 * 2**20, "adapter": 2**20}, "total": 4 * 2**20,
+    },
     "allocation": {"rounds": 2, "seconds": 1.0, "share": 0.01, "budget": 12, "total_rank": 12},
 }  # fmt: skip
 
@@ -58,7 +61,8 @@ def write_adapter(folder: Path, ranks: dict[str, int], base: str = "huggyllama/l
     live = {name: rank for name, rank in ranks.items() if rank}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": max(live.values()),
-        "lora_alpha": 2 * max(live.values()), "rank_pattern": live, "target_modules": [kind.split(".")[1] for kind in KINDS],
+        "lora_alpha": 2 * max(live.values()), "rank_pattern": live,
+        "target_modules": [kind.split(".")[1] for kind in KINDS],
         "alpha_pattern": {name: 2 * rank for name, rank in live.items()},
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -145,7 +149,8 @@ def hub(monkeypatch):
 
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
-    """The calls of huggingface_hub that make a repository and commit to it, small files inline and large ones over LFS."""
+    """The calls of huggingface_hub that make a repository and commit to it, small files inline and large ones over
+    LFS."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):

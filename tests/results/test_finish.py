@@ -20,11 +20,12 @@ from qalora.finetune import main
 from qalora.recipe import load_recipe
 
 SETTINGS = (
-    "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=32", "lora.r=2", "lora.alpha=4", "lora.init=kaiming",
-    "allocation.rounds=1", "allocation.warmup=2", "allocation.interval=1", "allocation.val_batch_size=2", "training.max_steps=4",
-    "training.micro_batch_size=2", "training.gradient_accumulation_steps=1", "training.learning_rate=5e-3",
-    "training.eval_steps=2", "training.save_steps=2", "logging.steps=1", "logging.quiet=true", "evaluation.metrics=[loss,rougeL]",
-    "evaluation.max_new_tokens=4",
+    "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=32", "lora.r=2", "lora.alpha=4",
+    "lora.init=kaiming", "allocation.rounds=1", "allocation.warmup=2", "allocation.interval=1",
+    "allocation.val_batch_size=2", "training.max_steps=4", "training.micro_batch_size=2",
+    "training.gradient_accumulation_steps=1", "training.learning_rate=5e-3",
+    "training.eval_steps=2", "training.save_steps=2", "logging.steps=1", "logging.quiet=true",
+    "evaluation.metrics=[loss,rougeL]", "evaluation.max_new_tokens=4",
 )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def test_a_run_is_pushed_at_its_end_and_a_failed_push_loses_nothing(finetune, hu
 
 
 def test_a_push_that_cannot_be_is_refused_before_anything_is_read(finetune, monkeypatch, capsys):
-    monkeypatch.setattr("qalora.finetune.load_data", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr("qalora.training.rows.load_data", lambda *args, **options: pytest.fail("read"))
     code, run = finetune("--push-to-hub=me/tales", output="refused")
     assert code == 2 and "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert not run.exists()

@@ -39,7 +39,8 @@ def test_an_adapter_goes_with_its_card_and_nothing_of_the_run(push, hub, run):
     card = ModelCard(sent["README.md"].decode())
     assert card.data.to_dict() | {"tags": None} == {
         "library_name": "peft", "base_model": "huggyllama/llama-7b", "base_model_relation": "adapter",
-        "datasets": ["tatsu-lab/alpaca"], "metrics": ["perplexity", "exact_match"], "pipeline_tag": "text-generation", "tags": None,
+        "datasets": ["tatsu-lab/alpaca"], "metrics": ["perplexity", "exact_match"], "pipeline_tag": "text-generation",
+        "tags": None,
     }  # fmt: skip
     assert 'PeftModel.from_pretrained(base, "me/tales")' in card.text
     assert hub.private == {"me/tales": False}

@@ -38,7 +38,8 @@ for (const value of [0, 1]) {
   slider.dispatchEvent(new Event("input", {bubbles: true}));
   look();
 }
-seen.plots = [...document.querySelectorAll(".plot")].map((plot) => [plot.id, plot.querySelectorAll("svg.main-svg").length > 0]);
+const drawn = (plot) => plot.querySelectorAll("svg.main-svg").length > 0;
+seen.plots = [...document.querySelectorAll(".plot")].map((plot) => [plot.id, drawn(plot)]);
 seen.wide = document.documentElement.scrollWidth - innerWidth;
 seen.failures = failures;
 seen.loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
@@ -141,9 +142,9 @@ def test_a_browser_without_network_draws_it_and_the_slider_moves_the_map(run, tm
         [
             str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-            f"--window-size={width},1600", *(["--force-dark-mode"] if dark else []), "--virtual-time-budget=5000", "--dump-dom",
-            file.as_uri(),
+            f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--enable-logging=stderr", f"--window-size={width},1600", *(["--force-dark-mode"] if dark else []),
+            "--virtual-time-budget=5000", "--dump-dom", file.as_uri(),
         ],
         capture_output=True,
         text=True,

@@ -7,8 +7,8 @@ import torch
 
 from qalora.adapter.model import gated_layers
 from qalora.errors import AnswerNo
-from qalora.fitting import MLP_TILE
 from qalora.kernels.activations import checkpointing_of
+from qalora.sizes import MLP_TILE
 from qalora.training.ladder import Ladder, pieces
 
 

@@ -82,7 +82,8 @@ def test_rates_are_those_of_transformers(name, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("ratio", "steps", "total", "warmup"),
-    [(0.06, None, 100, 6), (0.06, None, 20, 2), (0.06, None, 1, 0), (0.9, None, 10, 9), (None, 7, 100, 7), (None, 0, 100, 0),
+    [(0.06, None, 100, 6), (0.06, None, 20, 2), (0.06, None, 1, 0), (0.9, None, 10, 9), (None, 7, 100, 7), (None, 0,
+    100, 0),
      (None, 0.25, 100, 25), (None, 300, 100, 300), (None, None, 100, 0)],
 )  # fmt: skip
 def test_steps_of_the_warm_up(ratio, steps, total, warmup):

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Share
-from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
 from qalora.adapter.callback import Attempt, once, tokenized
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
@@ -21,7 +21,7 @@ from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.errors import InputError
 
 T = TypeVar("T")
-Record = tuple[dict[str, Any], dict[str, Any]]  # a line of allocation.jsonl, and the scores beside it
+Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
 
 
 def start(
@@ -37,17 +37,20 @@ def start(
     max_rank: int | None = None,
     budget: Literal["ranks", "parameters"] = "parameters",
     seed: int = 42,
-    attempt: Attempt[Any] = once,
-) -> Record | None:
+    attempt: Attempt[Start | None] = once,
+) -> Start | None:
     """Points the ranks of an untrained adapter, in place.
 
     Args:
         model: from `attach`.
-        rows: training rows, of which `max_rows` are read: `input_ids` and `labels` (−100 where no loss), lists of integers.
-        init: kaiming: anywhere, as PEFT has it; gradient: along the leading directions of ∂L/∂W, B staying zero; quantization: at
-            what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in another arrangement).
+        rows: training rows, of which `max_rows` are read: `input_ids` and `labels` (−100 where no loss), lists of
+            integers.
+        init: kaiming: anywhere, as PEFT has it; gradient: along the leading directions of ∂L/∂W, B staying zero;
+            quantization: at what 4 bits took from each linear layer (QERA, arXiv 2410.06040; CLoQ, 2501.18475, in
+                another arrangement).
         original: the base's 16-bit weights, for init="quantization": `LoadedBase.original()`.
-        share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss most.
+        share: even: every module keeps its ranks; scores: of twice as many corrections, those stay that lower the loss
+            most.
         max_rows: rows that are read.
         batch_size: rows per forward.
         min_rank: ranks that every module keeps, for share="scores".
@@ -65,8 +68,8 @@ def start(
     found = tokenized(rows, "rows")
     if init == "quantization" and original is None:
         raise InputError(
-            "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads them; "
-            "init='gradient' does without."
+            "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads "
+            "them; init='gradient' does without."
         )
     if share == "scores" and init != "quantization":
         raise InputError(f"share='scores' chooses among corrections of init='quantization', and init is {init!r}.")
@@ -76,7 +79,7 @@ def start(
     batch = on_device(micro_batches(chosen, batch_size, Collator(0)), device_of(model))
     even = ranks(model)
 
-    def begin(batch: Sequence[MicroBatch]) -> Record | None:
+    def begin(batch: Sequence[MicroBatch]) -> Start | None:
         generator = torch.Generator().manual_seed(seed)
         if original is None or init == "gradient":
             start_along_gradient(model, batch, generator=generator)

@@ -1,15 +1,16 @@
 """Where a frozen map would move if it could: the leading directions of ∂L/∂W, without ever holding ∂L/∂W.
 
-Ranks with A = 0 add nothing to z = W x + s · B A x, whatever B is, and their gradient is ∂L/∂A = s · Bᵀ ∂L/∂W: for a random B, a
-random mixture of the rows of ∂L/∂W. Let Q span these mixtures. Ranks with A = Q and B = 0 add nothing either, and ∂L/∂B =
-s · ∂L/∂W Qᵀ, from which ∂L/∂W is known within that span. These are the two passes of a randomized SVD (Halko, Martinsson,
-Tropp 2011, arXiv 0909.4061, algorithms 4.1 and 5.1), each a forward and backward like any other: in micro-batches, under
-checkpointing, over a 4-bit base; the memory is that of a few more ranks.
+Ranks with A = 0 add nothing to z = W x + s · B A x, whatever B is, and their gradient is ∂L/∂A = s · Bᵀ ∂L/∂W: for a
+random B, a random mixture of the rows of ∂L/∂W. Let Q span these mixtures. Ranks with A = Q and B = 0 add nothing
+either, and ∂L/∂B = s · ∂L/∂W Qᵀ, from which ∂L/∂W is known within that span. These are the two passes of a randomized
+SVD (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.1 and 5.1), each a forward and backward like any
+other: in micro-batches, under checkpointing, over a 4-bit base; the memory is that of a few more ranks.
 
-How far a rank moves the output depends on how much of the input lies along its row of A, and inputs lie along their mean for the
-most part: a row in its direction would learn twenty times as fast as a random one (SmolLM2). So directions are orthogonal, and
-of one length, in the metric of the inputs: with C = E[x xᵀ], in units of its mean eigenvalue, the rows are the right-singular
-vectors of ∂L/∂W (C + 1)^(−1/2), times (C + 1)^(−1/2). The 1 keeps directions without inputs from growing without bound.
+How far a rank moves the output depends on how much of the input lies along its row of A, and inputs lie along their
+mean for the most part: a row in its direction would learn twenty times as fast as a random one (SmolLM2). So directions
+are orthogonal, and of one length, in the metric of the inputs: with C = E[x xᵀ], in units of its mean eigenvalue, the
+rows are the right-singular vectors of ∂L/∂W (C + 1)^(−1/2), times (C + 1)^(−1/2). The 1 keeps directions without inputs
+from growing without bound.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qalora.adapter.ablation import MicroBatch, scoring_mode, supervised_tokens
+from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import add_layer, gated_layers, ranks, remove_layer
 from qalora.adapter.start.inputs import visit_inputs
+from qalora.data.rows import supervised_tokens
 from qalora.kernels.loss import row_losses
 from qalora.kernels.stretches import stretches
-from qalora.memory import OVERSAMPLING
+from qalora.sizes import OVERSAMPLING
 
 # Of a row of A: what PEFT's Kaiming-uniform start has, so that learning rates mean the same.
 START_NORM = 1 / math.sqrt(3)
@@ -43,8 +45,8 @@ class Directions:
 
     Attributes:
         rows: (n, in) for A, the one along which the loss falls fastest first, fp32.
-        slopes: (n,) length of ∂L/∂W rowᵀ, which is that of ∂L/∂B's column over s: nats per unit of B, of the batch's mean loss
-            per supervised token.
+        slopes: (n,) length of ∂L/∂W rowᵀ, which is that of ∂L/∂B's column over s: nats per unit of B, of the batch's
+            mean loss per supervised token.
     """
 
     rows: Tensor
@@ -72,7 +74,8 @@ def start_along_gradient(model: PeftModel, batch: Sequence[MicroBatch], *, gener
 def gradient_directions(
     model: PeftModel, batch: Sequence[MicroBatch], counts: Mapping[str, int], generator: torch.Generator
 ) -> dict[str, Directions]:
-    """The leading `counts` directions of ∂L/∂W for each of the named modules, which may have no ranks; fewer where a map has fewer."""
+    """The leading `counts` directions of ∂L/∂W for each of the named modules, which may have no ranks; fewer where a
+    map has fewer."""
     bare = [name for name in counts if name not in gated_layers(model)]
     try:
         for name in bare:
@@ -109,7 +112,8 @@ def _spans(
     counts: Mapping[str, int],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Module → (n, in) orthonormal rows that span most of ∂L/∂W's leading right-singular vectors; n is a few more than wanted."""
+    """Module → (n, in) orthonormal rows that span most of ∂L/∂W's leading right-singular vectors; n is a few more than
+    wanted."""
     mixing = {}
     for name, layer in layers.items():
         fan_out, fan_in = layer.B.shape[0], layer.A.shape[1]
@@ -121,7 +125,8 @@ def _spans(
 def _input_moments(
     model: PeftModel, batch: Sequence[MicroBatch], layers: Mapping[str, GatedLinear], spans: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Module → (n, n) Q E[x xᵀ] Qᵀ of its inputs x, in units of E|x|² / in, which a random direction has; padding left out."""
+    """Module → (n, n) Q E[x xᵀ] Qᵀ of its inputs x, in units of E|x|² / in, which a random direction has; padding left
+    out."""
     sums = {name: torch.zeros(len(span), len(span), device=span.device) for name, span in spans.items()}
     energies = {name: torch.zeros((), device=span.device) for name, span in spans.items()}
 
@@ -150,8 +155,9 @@ def _gradients(
     A: Mapping[str, Tensor] | None = None,
     B: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss for what further ranks lack: given their A, of their B, which is zero; or the other way round."""
-    tokens = supervised_tokens(batch)
+    """Gradients of the mean loss for what further ranks lack: given their A, of their B, which is zero; or the other
+    way round."""
+    tokens = supervised_tokens(micro["labels"] for micro in batch)
     with scoring_mode(model), _further_ranks(layers, A, B), torch.enable_grad():
         trained: dict[str, Tensor] = {
             name: (layer.A if A is None else layer.B).requires_grad_() for name, layer in layers.items()
@@ -169,8 +175,8 @@ def _gradients(
 def _further_ranks(
     layers: Mapping[str, GatedLinear], A: Mapping[str, Tensor] | None, B: Mapping[str, Tensor] | None
 ) -> Iterator[None]:
-    """Layers with other, longer matrices in the places of theirs, which are back at the end, also after an error; of further
-    ranks, A or B is zero."""
+    """Layers with other, longer matrices in the places of theirs, which are back at the end, also after an error; of
+    further ranks, A or B is zero."""
     own = {name: (layer.A, layer.B) for name, layer in layers.items()}
 
     def put(layer: GatedLinear, A: nn.Parameter, B: nn.Parameter) -> None:

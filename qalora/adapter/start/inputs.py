@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
-from qalora.kernels.prefixes import final_hidden
+from qalora.kernels.prefixes import causal_lm, final_hidden
 
 
 def visit_inputs(
@@ -17,8 +17,8 @@ def visit_inputs(
 ) -> None:
     """Forwards every micro-batch and calls `see(name, inputs)` whenever one of the layers is.
 
-    `inputs` is (n, in) without padding: each distinct token of a micro-batch once, or in pieces where the MLP goes by tiles. Maps that
-    read the same tensor are given the same `inputs`.
+    `inputs` is (n, in) without padding: each distinct token of a micro-batch once, or in pieces where the MLP goes by
+    tiles. Maps that read the same tensor are given the same `inputs`.
     """
     mask = torch.empty(0)
     read: dict[str, int] = {}  # positions of a row that a layer has seen of this micro-batch
@@ -42,7 +42,7 @@ def visit_inputs(
         with scoring_mode(model), torch.no_grad():
             for micro in batch:
                 mask, last, read = token_mask(micro), None, dict.fromkeys(layers, 0)
-                final_hidden(model.get_base_model(), micro["input_ids"], mask)
+                final_hidden(causal_lm(model), micro["input_ids"], mask)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,22 +1,24 @@
 """Ranks that begin by giving back what quantization took from their map.
 
-A 4-bit map computes W₄ x where the model had W x: it errs by E x, with E = W − W₄. Among all B A of r ranks the one that leaves least
-of E x, in the mean square over inputs x, is s · B A = U Uᵀ E, where U (out, r) are the leading principal components of the errors E x
-themselves (Eckart–Young, in the metric of the inputs: arXiv 2410.21271 compensates a compressed model in it, LoftQ, 2310.08659, starts
-LoRA by E alone). Nothing beyond r ranks a map is added: training goes on from there with the same matrices.
+A 4-bit map computes W₄ x where the model had W x: it errs by E x, with E = W − W₄. Among all B A of r ranks the one
+that leaves least of E x, in the mean square over inputs x, is s · B A = U Uᵀ E, where U (out, r) are the leading
+principal components of the errors E x themselves (Eckart–Young, in the metric of the inputs: arXiv 2410.21271
+compensates a compressed model in it, LoftQ, 2310.08659, starts LoRA by E alone). Nothing beyond r ranks a map is added:
+training goes on from there with the same matrices.
 
-A few hundred tokens of training rows are enough to find U, so a forward of some rows keeps as many inputs of each map, in host memory,
-and then the 16-bit weights pass by, a map at a time.
+A few hundred tokens of training rows are enough to find U, so a forward of some rows keeps as many inputs of each map,
+in host memory, and then the 16-bit weights pass by, a map at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.model import gated_layers
@@ -33,8 +35,8 @@ FEWEST_ROWS = 4  # that these tokens are from: those of one text are alike
 def start_at_quantization_error(
     model: PeftModel, batch: Sequence[MicroBatch], original: Weights, *, generator: torch.Generator
 ) -> None:
-    """Sets A and B of every gated layer to the best correction of its map's quantization error; the loss moves towards the 16-bit
-    model's.
+    """Sets A and B of every gated layer to the best correction of its map's quantization error; the loss moves towards
+    the 16-bit model's.
 
     Args:
         model: an adapter that was not trained yet.
@@ -47,7 +49,11 @@ def start_at_quantization_error(
         layer.B.data.zero_()  # of an attempt that broke off: inputs are those of the base alone
     inputs = sampled_inputs(model, some_rows(batch, generator), generator)
     for name, layer in track(layers.items(), "start"):
-        error = original(name).to(layer.A.device, torch.float32, copy=True).sub_(dequantize(layer.base_layer))
+        error = (
+            original(name)
+            .to(layer.A.device, torch.float32, copy=True)
+            .sub_(dequantize(cast(nn.Linear, layer.base_layer)))
+        )
         A, B = correction(error, torch.cat(inputs[name]).to(error), len(layer.A))
         layer.A.data[: len(A)] = A
         layer.B.data[:, : len(A)] = B / layer.s
@@ -61,8 +67,8 @@ def correction(error: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor
         inputs: (n, in), fp32.
 
     Returns:
-        (A (k, in), B (out, k)), the rank that corrects most first; every row of A has the length of PEFT's start, and k is below
-        `rank` where fewer correct everything.
+        (A (k, in), B (out, k)), the rank that corrects most first; every row of A has the length of PEFT's start, and k
+        is below `rank` where fewer correct everything.
     """
     outputs = inputs @ error.T
     squares, combinations = torch.linalg.eigh((outputs @ outputs.T).double())
@@ -97,7 +103,8 @@ def some_rows(batch: Sequence[MicroBatch], generator: torch.Generator) -> list[M
 def sampled_inputs(
     model: PeftModel, batch: Sequence[MicroBatch], generator: torch.Generator
 ) -> Mapping[str, list[Tensor]]:
-    """Module → (n, in) inputs of some tokens of every micro-batch, about `TOKENS` in all, in host memory; padding left out."""
+    """Module → (n, in) inputs of some tokens of every micro-batch, about `TOKENS` in all, in host memory; padding left
+    out."""
     layers = gated_layers(model)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     share = min(1.0, TOKENS / sum(int(token_mask(micro).sum()) for micro in batch))

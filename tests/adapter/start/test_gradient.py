@@ -1,4 +1,5 @@
-"""The sketch against ∂L/∂W itself, which autograd gives for an unfrozen copy of the base, and the inputs' own second moments."""
+"""The sketch against ∂L/∂W itself, which autograd gives for an unfrozen copy of the base, and the inputs' own second
+moments."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "mod
 
 @pytest.fixture
 def problem(tiny_adapter, make_batch):
-    """make(four_bit) → (the model, its batch in two micro-batches, module → (∂L/∂W of the mean loss, E[x xᵀ] over E|x|² / in), fp64);
-    a row of the batch is padded."""
+    """make(four_bit) → (the model, its batch in two micro-batches, module → (∂L/∂W of the mean loss, E[x xᵀ] over E|x|²
+    / in), fp64); a row of the batch is padded."""
 
     def make(four_bit: bool = False):
         model = tiny_adapter(four_bit=four_bit)
@@ -73,7 +74,8 @@ def test_directions_are_the_leading_singular_vectors_in_the_inputs_metric(proble
     set_checkpointing(model, kept)
     found = gradient_directions(model, batches, dict.fromkeys(NAMES, 60), torch.Generator().manual_seed(0))
     for name in NAMES[:2]:
-        # 64 columns are all that a map of width 64 has, so the sketch is exact; of a wider one, some columns are arbitrary.
+        # 64 columns are all that a map of width 64 has, so the sketch is exact; of a wider one, some columns are
+        # arbitrary.
         gradient, moments = wanted[name]
         in_metric, root = whitened(gradient, moments)
         _, values, vectors = torch.linalg.svd(in_metric, full_matrices=False)
@@ -133,7 +135,8 @@ def test_the_start_leaves_the_function_and_everything_else(problem, make_batch):
 
 
 def test_ranks_from_this_start_gain_more_by_what_they_move_than_random_ones(problem):
-    """To first order, a step of B by −η ∂L/∂B lowers the loss by η s² ‖∂L/∂W Aᵀ‖², and moves the output as far as A x is long."""
+    """To first order, a step of B by −η ∂L/∂B lowers the loss by η s² ‖∂L/∂W Aᵀ‖², and moves the output as far as A x
+    is long."""
     model, batches, wanted = problem()
     layers = gated_layers(model)
 

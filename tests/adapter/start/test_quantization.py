@@ -1,4 +1,5 @@
-"""The correction against the best there is by Eckart–Young, and a model that has all of its quantization error given back."""
+"""The correction against the best there is by Eckart–Young, and a model that has all of its quantization error given
+back."""
 
 from __future__ import annotations
 

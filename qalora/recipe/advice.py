@@ -1,7 +1,7 @@
 """What settings of other tools are called here, and why some are not there. Torch-free.
 
-Names whose meaning is equal are aliases (recipe.py); these mean something near, or nothing: transformers' and TRL's arguments, PEFT's
-config, axolotl's, LLaMA-Factory's, Unsloth's, torchtune's and litgpt's settings.
+Names whose meaning is equal are aliases (spellings.py). These mean something near, or nothing: transformers' and TRL's
+arguments, PEFT's config, axolotl's, LLaMA-Factory's, Unsloth's, torchtune's and litgpt's settings.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ NEAR = {
     "hub_token": "HF_TOKEN in the environment, or `hf auth login`",
     "hub_strategy": "push_to_hub, which sends the adapter once, at the end",
     "save_to_hub": "push_to_hub",
-    "batch_size": "training.micro_batch_size (rows a forward), training.gradient_accumulation_steps or evaluation.batch_size",
+    "batch_size": (
+        "training.micro_batch_size (rows a forward), training.gradient_accumulation_steps or evaluation.batch_size"
+    ),
     "global_batch_size": "training.gradient_accumulation_steps (times training.micro_batch_size)",
     "bf16": "quantization.bnb_4bit_compute_dtype=bfloat16",
     "fp16": "quantization.bnb_4bit_compute_dtype=float16",
@@ -55,9 +57,13 @@ NEAR = {
     "init_r": "lora.r",
     "tinit": "allocation.warmup",
     "deltaT": "allocation.interval",
-    "cosine_min_lr_ratio": "training.lr_scheduler_type=cosine_with_min_lr and training.lr_scheduler_kwargs={min_lr_rate: …}",
+    "cosine_min_lr_ratio": (
+        "training.lr_scheduler_type=cosine_with_min_lr and training.lr_scheduler_kwargs={min_lr_rate: …}"
+    ),
     "min_lr": "training.lr_scheduler_type=cosine_with_min_lr and training.lr_scheduler_kwargs={min_lr: …}",
-    "decay_steps": "training.lr_scheduler_type=warmup_stable_decay and training.lr_scheduler_kwargs={num_decay_steps: …}",
+    "decay_steps": (
+        "training.lr_scheduler_type=warmup_stable_decay and training.lr_scheduler_kwargs={num_decay_steps: …}"
+    ),
     "lr_warmup": "training.warmup_steps",
     "warmup": "training.warmup_steps or training.warmup_ratio",
     "max_epochs": "training.num_epochs",
@@ -100,36 +106,39 @@ _KNOWN = "LLaMA-class models are all that is trained"
 
 NONE = {
     **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "ddp_find_unused_parameters", "ddp_timeout", "ddp_backend", "local_rank",
-         "tensor_parallel_degree", "context_parallel_size", "dp_shard_size", "parallelism_config", "accelerator_config", "device_map",
-         "max_memory", "gpu_memory_limit", "nproc_per_node", "num_gpus", "devices"),
+        ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "ddp_find_unused_parameters", "ddp_timeout", "ddp_backend",
+         "local_rank", "tensor_parallel_degree", "context_parallel_size", "dp_shard_size", "parallelism_config",
+         "accelerator_config", "device_map", "max_memory", "gpu_memory_limit", "nproc_per_node", "num_gpus", "devices"),
         _ONE_PROCESS,
     ),
     **dict.fromkeys(
-        ("flash_attention", "flash_attn", "attn_implementation", "attn_impl", "use_flash_attention_2", "xformers_attention",
-         "sdp_attention", "sdpa_attention", "use_liger_kernel", "enable_liger_kernel", "use_unsloth", "torch_compile", "compile"),
+        ("flash_attention", "flash_attn", "attn_implementation", "attn_impl", "use_flash_attention_2",
+         "xformers_attention", "sdp_attention", "sdpa_attention", "use_liger_kernel", "enable_liger_kernel",
+         "use_unsloth", "torch_compile", "compile"),
         _ONE_ATTENTION,
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "betas", "optim_args"), _FIXED_ADAM),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
     **dict.fromkeys(
-        ("use_rslora", "peft_use_rslora", "use_dora", "peft_use_dora", "use_qalora", "lora_bias", "bias", "modules_to_save",
-         "lora_modules_to_save", "additional_target", "additional_trainable", "finetuning_type", "peft_type", "adapter",
-         "lora_fan_in_fan_out", "fan_in_fan_out", "loraplus_lr_ratio", "loraplus_lr_embedding", "galore_rank", "use_galore",
-         "use_badam", "layer_replication", "megatron_config", "trainable_token_indices", "train_norms", "train_embeddings"),
+        ("use_rslora", "peft_use_rslora", "use_dora", "peft_use_dora", "use_qalora", "lora_bias", "bias",
+         "modules_to_save", "lora_modules_to_save", "additional_target", "additional_trainable", "finetuning_type",
+         "peft_type", "adapter", "lora_fan_in_fan_out", "fan_in_fan_out", "loraplus_lr_ratio", "loraplus_lr_embedding",
+         "galore_rank", "use_galore", "use_badam", "layer_replication", "megatron_config", "trainable_token_indices",
+         "train_norms", "train_embeddings"),
         _ALL_LORA,
     ),
     **dict.fromkeys(
         ("layers_pattern", "task_type", "inference_mode", "do_train", "do_predict", "stage", "remove_unused_columns",
          "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "preprocessing_num_workers",
-         "dataset_num_proc", "dataset_processes", "dataset_prepared_path", "dataset_kwargs", "overwrite_cache", "save_safetensors",
-         "save_only_model", "gradient_checkpointing_kwargs", "upcast_layernorm", "pad_to_sequence_len", "pad_to_multiple_of",
-         "bnb_4bit_quant_storage", "disable_gradient_checkpointing", "include_num_input_tokens_seen", "tf32", "strict"),
+         "dataset_num_proc", "dataset_processes", "dataset_prepared_path", "dataset_kwargs", "overwrite_cache",
+         "save_safetensors", "save_only_model", "gradient_checkpointing_kwargs", "upcast_layernorm",
+         "pad_to_sequence_len", "pad_to_multiple_of", "bnb_4bit_quant_storage", "disable_gradient_checkpointing",
+         "include_num_input_tokens_seen", "tf32", "strict"),
         _NOT_NEEDED,
     ),
     **dict.fromkeys(
-        ("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_watch", "wandb_log_model", "run_name", "mlflow_tracking_uri",
-         "comet_project_name"),
+        ("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "wandb_watch", "wandb_log_model", "run_name",
+         "mlflow_tracking_uri", "comet_project_name"),
         _ENVIRONMENT,
     ),
     **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_name", "is_llama_derived_model"), _KNOWN),
@@ -148,7 +157,8 @@ NONE = {
 
 
 def advice(name: str) -> str:
-    """`, did you mean …?` or the reason why there is no such setting, for a setting of another tool's; "" for any other name."""
+    """`, did you mean …?` or the reason why there is no such setting, for a setting of another tool's; "" for any other
+    name."""
     if name in NEAR:
         return f", did you mean {NEAR[name]}?"
     return f" (leave it out: {NONE[name]})" if name in NONE else ""
