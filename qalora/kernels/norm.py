@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora.kernels.context import Context
-from qalora.kernels.stretches import stretches
+from qalora.kernels.stretches import Stretch, assembled
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -21,24 +21,26 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x)
-        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-        for part in stretches(x, x.shape[-1]):
+        def normed(part: Stretch) -> tuple[Tensor, Tensor]:
             wide = x[part].float()
-            scale[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            out[part] = weight * (wide * scale[part]).to(x.dtype)
+            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            return weight * (wide * scale).to(x.dtype), scale
+
+        out, scale = assembled(x, x.shape[-1], normed)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
     def backward(ctx: Context, grad_out: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad = torch.empty_like(x)
-        for part in stretches(x, x.shape[-1]):
+
+        def of_stretch(part: Stretch) -> tuple[Tensor]:
             normed = x[part].float() * scale[part]
             weighted = grad_out[part].float() * weight.float()
             along = (weighted * normed).mean(-1, keepdim=True)
-            grad[part] = weighted.addcmul_(normed, along, value=-1).mul_(scale[part]).to(x.dtype)
+            return (weighted.addcmul_(normed, along, value=-1).mul_(scale[part]).to(x.dtype),)
+
+        (grad,) = assembled(x, x.shape[-1], of_stretch)
         return grad, None, None
 
 

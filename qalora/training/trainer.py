@@ -46,6 +46,7 @@ from qalora.data.rows import Item, Packed, Row, supervised_tokens
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.layout import prepared
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.metrics import item_losses
 from qalora.progress import console
@@ -140,8 +141,8 @@ class QaloraTrainer(VariableRanks, Trainer):
         mask = inputs.get("attention_mask")
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
-        step = super().training_step
-        loss = self.ladder.run(inputs, lambda piece: step(model, piece, num_items_in_batch))
+        step, device = super().training_step, self.args.device
+        loss = self.ladder.run(inputs, lambda piece: step(model, prepared(piece, device), num_items_in_batch))
         if not torch.isfinite(loss):
             raise AnswerNo(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on rows {rows} of data.train; look "
@@ -149,6 +150,15 @@ class QaloraTrainer(VariableRanks, Trainer):
                 f"{'lower' if self.args.max_grad_norm else 'set'} training.max_grad_norm; {self._last_checkpoint()}"
             )
         return loss
+
+    def get_train_dataloader(self) -> Any:
+        """Its batches stay on the host, where their values are at hand, until `training_step` takes them away."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Tensor | int | None:
+        return super()._get_num_items_in_batch(batch_samples, torch.device("cpu"))
 
     def compute_loss(
         self,

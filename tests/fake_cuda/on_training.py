@@ -18,6 +18,9 @@ from qalora.kernels.loss import summed_loss
 from qalora.training.ladder import Ladder
 
 
+MOST_KERNELS = 660
+
+
 def gradients(model, batch):
     model.zero_grad()
     summed_loss(model, batch).backward()
@@ -183,3 +186,25 @@ def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run):
     resumed = load_file(again / "adapter" / "adapter_model.safetensors")
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor)
+
+
+def test_a_step_has_one_synchronization_and_no_more_kernels_than_counted(device, run, monkeypatch):
+    """A change that makes the host wait, or launches more, is seen here; the counts are of 2 blocks and 2 rows, shared or packed."""
+    from qalora.training.trainer import QaloraTrainer
+
+    step, found = QaloraTrainer.training_step, []
+
+    def counted(self, *args, **kwargs):
+        with device.counted() as (syncs, kernels):
+            loss = step(self, *args, **kwargs)
+        found.append((dict(syncs), sum(kernels.values())))
+        return loss
+
+    monkeypatch.setattr(QaloraTrainer, "training_step", counted)
+    for name, more in {"padded": [], "packed": ["data.packing=true"]}.items():
+        found.clear()
+        run(name, "training.max_steps=2", "allocation.rounds=0", "training.eval_strategy=no", "training.save_strategy=no", *more)
+        print(name, found)
+        for syncs, kernels in found:
+            assert sum(syncs.values()) <= 1, syncs
+            assert kernels <= MOST_KERNELS
