@@ -94,11 +94,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_results(name: str, results: Mapping[str, Any], text: str) -> None:
-    """bench/results/NAME.json and .md, and the table on standard output."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+def write_results(name: str, results: Mapping[str, Any], text: str, folder: Path = RESULTS) -> None:
+    """FOLDER/NAME.json and .md, and the table on standard output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve, shape_of
     from qalora.recipe import load_recipe, parse_overrides
-    from qalora.training.planning import fitted, limits, planner
+    from qalora.training.planning import at_fastest_level, fitted, limits, planner
     from qalora.training.settling import settled, with_its_own
 
     args, rest = parser().parse_known_args(argv)
@@ -54,10 +54,11 @@ def main(argv: list[str]) -> int:
         say(note)
     if recipe.training.fit and card is not None:
         recipe, _ = fitted(recipe, shape, card)
-    planned = planner(recipe, shape)
-    plan = planned()
+    most = {} if card is None else limits(planner(recipe, shape), card)
+    if card is not None:
+        recipe = at_fastest_level(recipe, shape, card, host=1 << 62)  # of whatever machine has the card
+    plan = planner(recipe, shape)()
     fits = card is None or plan.total <= HEADROOM * card
-    most = {} if card is None else limits(planned, card)
     if args.json:
         print(as_json(plan, recipe, card, fits, most))
     else:
@@ -75,7 +76,7 @@ def as_json(plan: MemoryPlan, recipe: Recipe, card: int | None, fits: bool, most
     """
     from qalora.training.planning import decided_by_fit
 
-    answer = {"terms": plan.terms, "total": plan.total, "gpu_memory": card, "fits": fits, **most}
+    answer = {"terms": plan.terms, "total": plan.total, "host": plan.host, "gpu_memory": card, "fits": fits, **most}
     return json.dumps({**answer, "training": decided_by_fit(recipe)}, indent=2)
 
 
@@ -107,6 +108,8 @@ def print_plan(plan: MemoryPlan) -> None:
         table.add_row(term, f"{size / 2**20:,.1f}")
     table.add_section()
     table.add_row("total", f"{plan.total / 2**20:,.1f}")
+    if plan.host:
+        table.add_row("and of host memory", f"{plan.host / 2**20:,.1f}")
     Console().print(table)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -44,10 +45,20 @@ def available_memory() -> int:
     """Bytes of the device's memory that this process may still allocate, or of the machine's available memory on a CPU."""
     module = device_module()
     if module is None:
-        return psutil.virtual_memory().available
+        return host_memory()
     free, total = module.mem_get_info()
     share = module.get_per_process_memory_fraction() if hasattr(module, "get_per_process_memory_fraction") else 1.0
     return int(min(free, share * total - module.memory_reserved()))
+
+
+def host_memory() -> int:
+    """Bytes of the machine's available memory, or of its container's where that has less."""
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such limit
+        return available
+    return min(available, limit - used)
 
 
 def peak_memory() -> int:
