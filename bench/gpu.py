@@ -160,7 +160,7 @@ def description() -> str:
     """What the parts will do, and what they need of a machine."""
     lines = ["Carried: the checkout alone (qalora/, bench/, tests/); weights are random, and nothing is downloaded."]
     for number, cases in PARTS.items():
-        lines += [f"", f"python bench/gpu.py --part {number}"]
+        lines += ["", f"python bench/gpu.py --part {number}"]
         for name, case in cases.items():
             does = "tests/gpu" if case.work == "tests" else f"{case.work}, {case.model}, {case.rows} × {case.tokens} by {case.side}"
             lines.append(f"  {name:<22}{does}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qalora.adapter.ablation import gate_gradients, scoring_mode
 from qalora.adapter.allocation import least_important, plan
-from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import keep_best_corrections
 from qalora.adapter.model import attach, rank_parameters, ranks
 from qalora.base.checkpoint import Checkpoint, open_checkpoint, original_weights
 from qalora.base.registry import resolve
@@ -150,11 +150,10 @@ def started(base: Any, checkpoint: Checkpoint, batch: Sequence[dict[str, Any]], 
     model = attach(base, r=8, alpha=16, seed=0)
     even = ranks(model)
     cost = rank_parameters(model, even)
-    settings = RoundSettings(
-        budget=sum(even.values()), parameters=sum(cost[name] * rank for name, rank in even.items()), prune=0,
-        scoring="first-order", importance="sum", min_rank=0, max_rank=None, seed=seed, step_tokens=0, modules=tuple(even),
+    record, _ = keep_best_corrections(
+        model, None, batch, original_weights(checkpoint, "base"), even, budget=sum(even.values()),
+        parameters=sum(cost[name] * rank for name, rank in even.items()), min_rank=0, max_rank=None, seed=seed,
     )  # fmt: skip
-    record, _ = keep_best_corrections(model, None, batch, original_weights(checkpoint, "base"), settings, even)
     model.unload()
     return record["ranks"]
 

@@ -5,12 +5,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qalora.errors import AnswerNo, InputError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 

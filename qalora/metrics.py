@@ -18,7 +18,7 @@ from qalora.base.device import free_unused
 from qalora.data.batching import Collator
 from qalora.data.formats import Example
 from qalora.data.rows import IGNORE, Row, Tokenized, supervised_tokens
-from qalora.data.tokenization import TokenizedDataset, tokenize, tokenize_prompt
+from qalora.data.tokenization import TokenizedDataset, tokenize, with_prompts
 from qalora.errors import InputError
 from qalora.kernels.loss import row_losses
 from qalora.kernels.prefixes import causal_lm
@@ -73,9 +73,7 @@ def predict(
         InputError: an unknown metric, or a metric that these rows cannot answer (see `check`).
     """
     options = check(dataset, metrics=metrics, choices=choices, answer_pattern=answer_pattern, normalize=normalize)
-    examples = {example.row: example for example in dataset.examples}
-    rows = [examples[item["row"]] for item in dataset.items]
-    prompts = [tokenize_prompt(example, tokenizer) for example in rows]
+    rows, prompts = dataset.examples, with_prompts(dataset, tokenizer).prompts or []
     found: list[dict[str, Any]] = [_described(row, ids, tokenizer) for row, ids in zip(rows, prompts, strict=True)]
     tracked = track if progress else untracked
     tokens = [supervised_tokens([item["labels"]]) for item in dataset.items]
@@ -190,8 +188,8 @@ def with_room(
     generates = not {"exact_match", "rougeL"}.isdisjoint(metrics)
     if positions is None or not (generates or options):
         return dataset, ""
-    examples = {example.row: example for example in dataset.examples}
-    prompts = [len(tokenize_prompt(examples[item["row"]], tokenizer)) for item in dataset.items]
+    dataset = with_prompts(dataset, tokenizer)
+    prompts = [len(ids) for ids in dataset.prompts or ()]
     needed = max((len(tokenizer(option)["input_ids"]) for option in options), default=1)
     kept = [i for i, prompt in enumerate(prompts) if prompt + needed <= positions]
     if not kept:

@@ -133,7 +133,8 @@ def test_accelerates_bf16_trains_as_fp32_does(base, rows, tmp_path):
 
 
 def test_accelerates_fp16_trains_as_fp32_does(base, rows):
-    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does not."""
+    """What accelerate's fp16 does: autocast, and a GradScaler around backward and step. It refuses CPUs, torch does
+    not."""
     batch = {k: v for k, v in Collator(0)(rows[:6]).items() if k != "rows"}
     losses: dict[bool, list[float]] = {False: [], True: []}
     for fp16 in losses:
@@ -243,6 +244,23 @@ def test_a_whole_run_merged_and_exported(folder, tmp_path):
     assert report["greedy_agreement"] == 1.0
     exported = qalora.export_adapter(folder, tmp_path / "run" / "adapter", tmp_path / "exported")
     assert exported["format"] == "peft-uniform"
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_an_adapter_of_a_script_says_what_base_it_was_trained_on(folder, randomize_B, tmp_path, in_4bit):
+    base = qalora.load_base(str(folder), dtype="float32", load_in_4bit=in_4bit, quant_type="fp4", double_quant=False)
+    model = randomize_B(qalora.attach(base.model, r=2, alpha=4))
+    qalora.save_adapter(model, tmp_path / "adapter", base.provenance())
+    known = json.loads((tmp_path / "adapter" / "qalora.json").read_text())
+    assert (known["quant_type"], known["double_quant"], known["compute_dtype"]) == (
+        "fp4" if in_4bit else None, False, "float32",
+    )  # fmt: skip
+    qalora.merge(folder, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4)
 
 
 def test_commands_of_the_same_names_are_called_like_the_functions(folder):

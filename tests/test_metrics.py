@@ -413,6 +413,21 @@ def test_answers_end_at_the_model_s_last_position(tokenizer, tmp_path):
         metrics.predict(model, tokenizer, dataset, **asked)
 
 
+def test_prompts_whose_room_was_measured_are_not_tokenized_again(tokenizer, tmp_path, monkeypatch):
+    from qalora.data import tokenization
+
+    rows = [{"prompt": "x" * length, "completion": "yes"} for length in (4, 40, 6)]
+    dataset = make_dataset(tokenizer, tmp_path, rows)
+    kept, _ = metrics.with_room(dataset, tokenizer, 32, metrics=["rougeL"], max_new_tokens=2)
+    assert [len(prompt) for prompt in kept.prompts] == [4, 6]
+    monkeypatch.setattr(tokenization, "tokenize_prompt", lambda *_: pytest.fail("tokenized again"))
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=32)).eval()
+    figures, lines = metrics.predict(model, tokenizer, kept, metrics=["rougeL"], max_new_tokens=2)
+    assert figures["rows"] == 2 and [line["prompt"] for line in lines] == ["x" * 4, "x" * 6]
+
+
 def test_rows_without_room_for_any_answer_are_refused(tokenizer, tmp_path):
     dataset = make_dataset(tokenizer, tmp_path, [{"prompt": "x" * 40, "completion": "yes"}])
     with pytest.raises(InputError, match="none of the 1 rows leaves an answer room in the model's 32 positions"):

@@ -152,7 +152,7 @@ def allocation_round(
         new_rows = {name: found.known for name, found in directions.items()}
     apply_plan(model, decision, optimizer, generator=generator, new_rows=new_rows)
     record: Record = {
-        **_applied(model, decision, settings, step, cost),
+        **_applied(model, decision, settings.budget, settings.parameters, step, cost),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": scores.forward_equivalents
         + (FORWARDS * _tokens(growth) / _tokens(batch) if new_rows else 0),
@@ -167,8 +167,13 @@ def keep_best_corrections(
     optimizer: Optimizer | None,
     batch: Sequence[MicroBatch],
     original: Weights,
-    settings: RoundSettings,
     even: Mapping[str, int],
+    *,
+    budget: int,
+    parameters: int | None,
+    min_rank: int,
+    max_rank: int | None,
+    seed: int,
 ) -> tuple[Record, PerRank]:
     """Gives every module twice its ranks, each of which corrects its map's quantization error, and keeps those that
     lower the loss most, by `midpoint_shares`: before the first step, which these ranks allow, for their B is not zero.
@@ -176,26 +181,28 @@ def keep_best_corrections(
 
     Args:
         batch: training rows.
+        original: the 16-bit weights (start/quantization.py).
         even: module → the ranks that it was given.
-        original: the 16-bit weights (quantization_start.py).
+        budget, parameters: what ranks and their parameters never exceed; None: the number of ranks alone counts.
+        min_rank, max_rank: of a module; None: no limit.
 
     Returns:
         (a line of allocation.jsonl without its scores' file, module → importance of each of its candidates, see
         `midpoint_shares`).
     """
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(settings.seed)
-    candidates = {name: min(MOST * rank, settings.max_rank or MOST * rank) for name, rank in even.items()}
+    generator = torch.Generator().manual_seed(seed)
+    candidates = {name: min(MOST * rank, max_rank or MOST * rank) for name, rank in even.items()}
     apply_plan(model, _moved(ranks(model), candidates), optimizer, generator=generator)
     start_at_quantization_error(model, batch, original, generator=generator)
     importance = midpoint_shares(model, batch)
     cost = rank_parameters(model, even)
     # Every module keeps a rank, for only a round could give it one again, and a run may have none.
-    least = max(1, settings.min_rank)
-    decision = keep_best(importance, cost, ranks=settings.budget, parameters=settings.parameters, least=least)
+    least = max(1, min_rank)
+    decision = keep_best(importance, cost, ranks=budget, parameters=parameters, least=least)
     apply_plan(model, decision, optimizer)
     record: Record = {
-        **_applied(model, _moved(even, ranks(model)), settings, 0, cost),
+        **_applied(model, _moved(even, ranks(model)), budget, parameters, 0, cost),
         "seconds": time.perf_counter() - start,
         "forward_equivalents": 1 + MIDPOINT,
         "certified": False,
@@ -213,7 +220,12 @@ def _moved(before: Mapping[str, int], after: Mapping[str, int]) -> AllocationPla
 
 
 def _applied(
-    model: PeftModel, decision: AllocationPlan, settings: RoundSettings, step: int, cost: Mapping[str, int]
+    model: PeftModel,
+    decision: AllocationPlan,
+    budget: int,
+    parameters: int | None,
+    step: int,
+    cost: Mapping[str, int],
 ) -> Applied:
     """The part of a record that says what was done.
 
@@ -221,19 +233,19 @@ def _applied(
         RuntimeError: the total, or the parameters, are above the budget.
     """
     now = ranks(model)
-    parameters = sum(cost[name] * rank for name, rank in now.items())
-    if sum(now.values()) > settings.budget:
-        raise RuntimeError(f"step {step}: total rank {sum(now.values())} is above the budget {settings.budget}")
-    if settings.parameters is not None and parameters > settings.parameters:
-        raise RuntimeError(f"step {step}: {parameters} parameters are above the budget {settings.parameters}")
+    count = sum(cost[name] * rank for name, rank in now.items())
+    if sum(now.values()) > budget:
+        raise RuntimeError(f"step {step}: total rank {sum(now.values())} is above the budget {budget}")
+    if parameters is not None and count > parameters:
+        raise RuntimeError(f"step {step}: {count} parameters are above the budget {parameters}")
     return {
         "step": step,
         "pruned": {name: list(indices) for name, indices in decision.pruned.items()},
         "grown": decision.grown,
         "ranks": now,
         "total_rank": sum(now.values()),
-        "budget": settings.budget,
-        "parameters": parameters,
+        "budget": budget,
+        "parameters": count,
     }
 
 

@@ -113,7 +113,7 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
     Args:
         model: from `attach` or `load_adapter`.
         path: a folder, which it takes the place of.
-        provenance: what a run knows of its base, written into the same folder as qalora.json.
+        provenance: what is known of its base, written into the same folder as qalora.json: `LoadedBase.provenance()`.
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).

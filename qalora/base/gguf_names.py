@@ -6,20 +6,17 @@ of q and k are stored in pairs, (half, 2) → (2, half). https://github.com/ggml
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
-
-if TYPE_CHECKING:
-    from gguf import TensorNameMap
-
-
-from functools import lru_cache
-
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from qalora.base.families import FAMILIES, Family
 from qalora.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
 
 
 def family(config: PreTrainedConfig) -> Family:

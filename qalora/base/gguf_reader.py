@@ -17,7 +17,7 @@ from typing import Literal
 import gguf
 import numpy as np
 
-from qalora.base.registry import shards_of
+from qalora.base.layout import shards_of
 from qalora.errors import InputError
 from qalora.progress import Bar
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qalora.adapter.provenance import Provenance
 from qalora.base.checkpoint import (
     Checkpoint,
     Quantization,
@@ -32,6 +33,7 @@ from qalora.base.checkpoint import (
     storage_dtype,
 )
 from qalora.base.device import best_device
+from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
@@ -56,6 +58,23 @@ class LoadedBase:
             InputError: the base is stored in 4 bits.
         """
         return original_weights(open_checkpoint(self.source)[0], self.source.name)
+
+    def provenance(self, weights: str | None = None) -> Provenance:
+        """What an adapter says of the base that it was trained on, for `save_adapter`; merging and generating then load
+        the base as it was here.
+
+        Args:
+            weights: the fingerprint of its files, where it is known already.
+        """
+        stored = getattr(self.model.config, "quantization_config", None) if self.quantized else None
+        return Provenance(
+            model=self.source.hub_id or self.source.name,
+            quant_type=None if stored is None else stored.bnb_4bit_quant_type,
+            double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
+            compute_dtype=str(self.compute_dtype).removeprefix("torch."),
+            base=weights or fingerprint(self.source),
+            stored_as=stored_as(self.source),
+        )
 
 
 def load_base(

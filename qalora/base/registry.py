@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qalora.base.families import BLOCK_MAPS, FAMILIES
+from qalora.base.layout import refuse_adapter_beside, shards_of
 from qalora.errors import InputError
 
 
@@ -178,8 +179,6 @@ def resolve(name: str) -> ModelSource:
         if not (path / "config.json").is_file():
             found = _gguf_below(path, name)
             return ModelSource(name, "gguf", str(path), found.name)
-        from qalora.base.weight_files import refuse_adapter_beside
-
         refuse_adapter_beside(path, name)
         return ModelSource(name, "folder", str(path))
     if name in MODELS:
@@ -207,28 +206,6 @@ def _gguf_below(folder: Path, name: str) -> Path:
     if found:
         raise InputError(f"--model {name}: the folder holds {len(found)} models in GGUF; pass one, such as {found[0]}.")
     raise InputError(f"--model {name}: the folder has no config.json and no .gguf file; pass the folder of a model.")
-
-
-def shards_of(file: Path) -> list[Path]:
-    """All files of a GGUF model that is split (NAME-00001-of-00003.gguf), the first of them first; else the file alone.
-
-    Args:
-        file: any of them.
-
-    Raises:
-        InputError: one of them is not there.
-    """
-    numbered = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", file.name)
-    if numbered is None:
-        return [file]
-    stem, _, count = numbered.groups()
-    shards = [file.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise InputError(
-            f"--model {file}: one of {int(count)} files of a split model, of which {len(missing)} are not there "
-            f"({', '.join(missing[:3])}); put them beside it."
-        )
-    return shards
 
 
 def _on_the_hub(name: str, hub_id: str, shape: ModelShape | None) -> ModelSource:

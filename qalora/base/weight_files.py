@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qalora.base.registry import ModelSource, hub_hint, read_fields, shards_of
+from qalora.base.layout import refuse_adapter_beside, shards_of
+from qalora.base.registry import ModelSource, hub_hint, read_fields
 from qalora.errors import InputError
 
 # A whole model in one file, and the index of one in several, in the order in which they are looked for.
@@ -119,19 +120,6 @@ def base_folder(source: ModelSource) -> Path:
         ) from None
     refuse_adapter_beside(folder, source.name)
     return folder
-
-
-def refuse_adapter_beside(folder: Path, name: str) -> None:
-    """
-    Raises:
-        InputError: the folder of a whole model holds an adapter too, which transformers would add to it in silence.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"--model {name}: {folder} holds a whole model and an adapter (adapter_config.json), and transformers "
-            "would add the one to the other in silence; move the adapter_* files to a folder of their own, and pass "
-            "that as --adapter where it is wanted."
-        )
 
 
 def short(error: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -57,11 +57,16 @@ class Report:
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """Rows ready for batching: `items[i]` (input_ids, labels, row) is the tokens of `examples[i]`."""
+    """Rows ready for batching: `items[i]` (input_ids, labels, row) is the tokens of `examples[i]`.
+
+    Attributes:
+        prompts: of each row, where somebody has needed them already (`with_prompts`).
+    """
 
     items: list[Tokenized]
     examples: list[Example]
     report: Report
+    prompts: list[list[int]] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -71,7 +76,12 @@ class TokenizedDataset:
 
     def subset(self, indices: Sequence[int]) -> TokenizedDataset:
         """These rows alone; the report stays that of the whole source."""
-        return replace(self, items=[self.items[i] for i in indices], examples=[self.examples[i] for i in indices])
+        return replace(
+            self,
+            items=[self.items[i] for i in indices],
+            examples=[self.examples[i] for i in indices],
+            prompts=None if self.prompts is None else [self.prompts[i] for i in indices],
+        )
 
 
 def load_dataset(
@@ -237,6 +247,13 @@ def tokenize(
 def tokenize_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of everything before the reference, up to where a model has to answer: where `tokenize` begins too."""
     return _encode(render_prompt(example, tokenizer), tokenizer, special_tokens=not example.chat)[0]
+
+
+def with_prompts(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -> TokenizedDataset:
+    """The data set with the token ids of its prompts, each tokenized once."""
+    if dataset.prompts is not None:
+        return dataset
+    return replace(dataset, prompts=[tokenize_prompt(example, tokenizer) for example in dataset.examples])
 
 
 def _ends(segments: Sequence[Segment], end: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import set_seed
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import attach, load_adapter, ranks, settle_scalings
 from qalora.adapter.provenance import Provenance
-from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.loading import LoadedBase, load_base
 from qalora.data.chat_template import chat_template
 from qalora.data.ending import taught_ends
@@ -63,12 +62,10 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
         InputError: the base is not the one that the checkpoint was made with.
     """
     base = load_base(run.source, tokenizer=run.tokenizer, **run.recipe.quantization.loading())
-    weights = run.weights
-    if weights is None:  # downloaded by now
-        weights = fingerprint(run.source)
-        if run.continued is not None:
-            check_base(weights, run.recipe.model, run.continued.identity, run.continued.checkpoint)
-    provenance = provenance_of(run, base, weights)
+    provenance = provenance_of(run, base)
+    weights = provenance.base  # downloaded by now
+    if run.weights is None and run.continued is not None:
+        check_base(weights, run.recipe.model, run.continued.identity, run.continued.checkpoint)
     say(_end_line(provenance))
 
     set_seed(run.recipe.training.seed)
@@ -165,26 +162,16 @@ def measure(run: Run, session: Session, when: str, say: Say) -> None:
         write_json_lines(run.output_dir / f"predictions-{when}.jsonl", predictions)
 
 
-def provenance_of(run: Run, base: LoadedBase, weights: str | None) -> Provenance:
-    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach.
-
-    Args:
-        weights: fingerprint of the base.
-    """
+def provenance_of(run: Run, base: LoadedBase) -> Provenance:
+    """What the run's adapters say of themselves: the base as it was loaded, and what these rows teach."""
     data, train = run.recipe.data, run.data.train
-    stored = getattr(base.model.config, "quantization_config", None) if base.quantized else None
     built_in = chat_template(base.tokenizer).default if any(example.chat for example in train.examples) else None
     given = data.chat_template or data.chat_template_kwargs  # the template is the recipe's, and not the base's own
-    return Provenance(
-        model=base.source.hub_id or base.source.name,
-        quant_type=None if stored is None else stored.bnb_4bit_quant_type,
-        double_quant=stored is not None and stored.bnb_4bit_use_double_quant,
-        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+    return replace(
+        base.provenance(run.weights),
         stop_tokens=taught_ends(train, base.tokenizer),
         chat_template=base.tokenizer.get_chat_template() if given else built_in,
         prompt=served_prompt(train.examples, data.prompt_template),
-        base=weights,
-        stored_as=stored_as(base.source),
     )
 
 

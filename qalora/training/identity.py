@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from qalora.data.rows import Row
-
-
 import base64
 import hashlib
 import json
@@ -16,9 +10,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qalora.errors import InputError
 from qalora.files import write_json
+
+if TYPE_CHECKING:
+    from qalora.data.rows import Row
 
 FILE = "run.json"
 DIGEST = 8  # bytes of a row's

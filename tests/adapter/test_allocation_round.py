@@ -137,12 +137,11 @@ def test_the_corrections_that_lower_the_loss_most_are_kept(tiny_llama, make_batc
     model, candidates = with_ranks(4), with_ranks(8)
     cost = rank_parameters(model, ranks(model))
     parameters = sum(4 * n for n in cost.values()) if counted == "parameters" else None
-    settings = RoundSettings(
-        budget=56, prune=14, scoring="auto", importance="sum", min_rank=0, max_rank=None, seed=0, step_tokens=1.0,
-        modules=(), parameters=parameters,
-    )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    record, importance = keep_best_corrections(model, optimizer, rows, weights.__getitem__, settings, ranks(model))
+    record, importance = keep_best_corrections(
+        model, optimizer, rows, weights.__getitem__, ranks(model),
+        budget=56, parameters=parameters, min_rank=0, max_rank=None, seed=0,
+    )  # fmt: skip
 
     start_at_quantization_error(
         candidates, rows, weights.__getitem__, generator=torch.Generator().manual_seed(0)

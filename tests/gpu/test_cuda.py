@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qalora.adapter.ablation import ablate, scoring_mode
 from qalora.adapter.allocation import AllocationPlan
-from qalora.adapter.allocation_round import RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import keep_best_corrections
 from qalora.adapter.model import attach, gated_layers, ranks, write_adapter
 from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.adapter.surgery import apply_plan
@@ -89,18 +89,8 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
     before = losses(best, on_card)
     start_at_quantization_error(corrected, [on_card], weights.__getitem__, generator=torch.Generator().manual_seed(0))
     assert (losses(corrected, on_card) - wanted).abs().max() < 0.3 * (before - wanted).abs().max()
-    settings = RoundSettings(
-        budget=48 * 14,
-        prune=14,
-        scoring="auto",
-        importance="sum",
-        min_rank=0,
-        max_rank=None,
-        seed=0,
-        step_tokens=1.0,
-        modules=tuple(ranks(best)),
-    )
-    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, settings, ranks(best))
+    limits = dict(budget=48 * 14, parameters=None, min_rank=0, max_rank=None, seed=0)
+    record, _ = keep_best_corrections(best, None, [on_card], weights.__getitem__, ranks(best), **limits)
     assert record["total_rank"] == 48 * 14
     assert losses(best, on_card).sum() < before.sum()
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Share
-from qalora.adapter.allocation_round import Record, RoundSettings, keep_best_corrections
+from qalora.adapter.allocation_round import Record, keep_best_corrections
 from qalora.adapter.callback import Attempt, once, tokenized
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
@@ -87,19 +87,18 @@ def start(
             start_at_quantization_error(model, batch, original, generator=generator)
         else:
             cost = rank_parameters(model, even)
-            settings = RoundSettings(
+            record, importance = keep_best_corrections(
+                model,
+                None,
+                batch,
+                original,
+                even,
                 budget=sum(even.values()),
                 parameters=sum(even[name] * cost[name] for name in even) if budget == "parameters" else None,
-                prune=len(even),
-                scoring="path",
-                importance="path",
                 min_rank=min_rank,
                 max_rank=max_rank,
                 seed=seed,
-                step_tokens=0.0,
-                modules=tuple(even),
             )
-            record, importance = keep_best_corrections(model, None, batch, original, settings, even)
             return record, {"method": "midpoint", "importance": importance}
         return None
 
