@@ -207,7 +207,8 @@ def work(name: str, shapes: str, device: str, seconds: float) -> dict[str, Any]:
     if shapes == "tiny":
         # A context is as large beside tiny shapes, and a plan leaves a share of it too.
         card = TINY_CARD + (int(CUDA_CONTEXT / HEADROOM) if device == "cuda" else 0)
-        case, shape = replace(case, tokens=case.tokens // 32, card=case.card and card), TINY
+        case = replace(case, tokens=case.tokens // 32, card=case.card and card, warm_up=1, steps=1)
+        shape = TINY
     return {**asdict(case), **WORK[case.work](case, shape, device, seconds)}
 
 

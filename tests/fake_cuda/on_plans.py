@@ -17,20 +17,15 @@ EIGHT = gpu.Case("train", "llama3.1-8b", rows=2, tokens=2048)
 LONG = gpu.Case("train", "llama3.1-8b", r=32, kept="offload", tile=MLP_TILE)
 # Case, and how many tokens of the first row stay (the rest is padding).
 CASES = {
-    "7B": (SEVEN, None),
-    "7B selective": (replace(SEVEN, kept="selective"), None),
     "7B false": (replace(SEVEN, kept=False), None),
-    "7B offload": (replace(SEVEN, kept="offload"), None),
     "7B fp16": (replace(SEVEN, dtype="float16"), None),
     "7B 8-bit moments": (replace(SEVEN, optim="paged_adamw_8bit", r=64), None),
     "13B": (replace(SEVEN, model="llama-13b"), None),
     "33B": (replace(SEVEN, model="llama-30b"), None),
     "8B": (EIGHT, None),
-    "8B offload": (replace(EIGHT, kept="offload"), None),
     "8B selective": (replace(EIGHT, kept="selective"), None),
     "8B padded": (EIGHT, 2000),
     "8B packed": (replace(EIGHT, rows=1, tokens=4096, samples=2), None),
-    "8B 60k tokens": (replace(LONG, tokens=60_000, tile=16 * MLP_TILE), None),
     "8B 145k tokens": (replace(LONG, tokens=145_000, tile=16 * MLP_TILE), None),
 }
 
