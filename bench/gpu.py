@@ -1,5 +1,7 @@
-"""What needs a GPU: memory and speed of training steps against PEFT's under other trainers, the longest context, a round of
-scoring, and the planned bytes against the measured ones. Random weights in real shapes, made a block at a time: nothing is
+"""What needs a GPU: memory and speed of training steps against PEFT's under other trainers, the longest context, a
+round of
+scoring, and the planned bytes against the measured ones. Random weights in real shapes, made a block at a time:
+nothing is
 downloaded.
 
     python bench/gpu.py --describe                    # what will run, in which part
@@ -8,9 +10,12 @@ downloaded.
     python bench/gpu.py --only 7b 33b                 # some of the cases, by the beginnings of their names
     python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; the figures mean nothing
 
-In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own, and gpu.json and gpu.md in
---out are written after each: what is there without an error is not run again. One that fails leaves its error in the results.
-Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a CUDA context. That limits
+In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own,
+and gpu.json and gpu.md in
+--out are written after each: what is there without an error is not run again. One that fails leaves its error in the
+results.
+Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a CUDA context. That
+limits
 memory, not speed, and an imitated T4 still has this card's attention kernels.
 """
 
@@ -162,7 +167,11 @@ def description() -> str:
     for number, cases in PARTS.items():
         lines += ["", f"python bench/gpu.py --part {number}"]
         for name, case in cases.items():
-            does = "tests/gpu" if case.work == "tests" else f"{case.work}, {case.model}, {case.rows} × {case.tokens} by {case.side}"
+            does = (
+                "tests/gpu"
+                if case.work == "tests"
+                else f"{case.work}, {case.model}, {case.rows} × {case.tokens} by {case.side}"
+            )
             lines.append(f"  {name:<22}{does}")
     return "\n".join(lines)
 

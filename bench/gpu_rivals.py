@@ -1,4 +1,5 @@
-"""What gpu.py measures qalora against: PEFT under Hugging Face's Trainer and under TRL's SFTTrainer, as their users run them."""
+"""What gpu.py measures qalora against: PEFT under Hugging Face's Trainer and under TRL's SFTTrainer, as their users
+run them."""
 
 from __future__ import annotations
 
@@ -48,7 +49,15 @@ def lora(r: int) -> LoraConfig:
 
 
 def trained_by(
-    side: str, base: nn.Module, ids: torch.Tensor, *, r: int, optim: str, steps: int, device: str, wait: Callable[[], None]
+    side: str,
+    base: nn.Module,
+    ids: torch.Tensor,
+    *,
+    r: int,
+    optim: str,
+    steps: int,
+    device: str,
+    wait: Callable[[], None],
 ) -> tuple[list[float], list[float], Any]:
     """(seconds of each step, losses, the optimizer) of a run over the same rows at every step.
 

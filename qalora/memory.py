@@ -1,8 +1,8 @@
 """Memory of a fine-tuning run, by term, as pure arithmetic over shapes. No torch.
 
 Weights, quantization constants, adapter, gradients and moments are exact counts of the tensors' bytes. Activations are
-the tensors alive at the worst moment of a step: while the last block's MLP, its first map or its attention goes backward, or
-while the loss is formed, whichever is more.
+the tensors alive at the worst moment of a step: while the last block's MLP, its first map or its attention goes
+backward, or while the loss is formed, whichever is more.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def _activations(
 
 
 def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
-    """Bytes a token that the backward of a fused attention on CUDA takes beside what it puts out (FlashAttention-2: dq and sums in
+    """Bytes a token that the backward of a fused attention on CUDA takes beside what it puts out (FlashAttention-2:
+    dq and sums in
     fp32, and under grouped queries dk and dv of all of them)."""
     if device == "cpu":
         return 0

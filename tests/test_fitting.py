@@ -79,7 +79,9 @@ def test_the_longest_context_of_llama_fits_and_one_token_more_does_not(card):
 def test_auto_is_the_fastest_level_with_room_for_it():
     def plan(gradient_checkpointing, mlp_tile):
         sizes = {False: 8, "selective": 4, True: 2, "offload": 1}
-        return MemoryPlan({"kept": 100 * sizes[gradient_checkpointing]}, host=50 * (gradient_checkpointing == "offload"))
+        return MemoryPlan(
+            {"kept": 100 * sizes[gradient_checkpointing]}, host=50 * (gradient_checkpointing == "offload")
+        )
 
     def chosen(memory, **more):
         level = fastest(plan, memory, **more)

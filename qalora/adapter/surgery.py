@@ -211,7 +211,8 @@ def _buffer(optimizer: Any, parameter: nn.Parameter, dtype: torch.dtype) -> Tens
 
 
 def page_again(optimizer: Any) -> None:
-    """Moments that bitsandbytes would page go back into managed memory: loading a checkpoint has put them on the device."""
+    """Moments that bitsandbytes would page go back into managed memory: loading a checkpoint has put them on the
+    device."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not getattr(optimizer, "is_paged", False):
         return

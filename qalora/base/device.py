@@ -1,6 +1,7 @@
 """The device that is computed on, and what memory it has.
 
-Tried on a CPU, and as CUDA without hardware (tests/fake_cuda). XPU and MPS are asked for as torch names them, and were not tried.
+Tried on a CPU, and as CUDA without hardware (tests/fake_cuda). XPU and MPS are asked for as torch names them,
+and were not tried.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def best_device() -> torch.device:
 
 
 def device_module(device: torch.device | None = None) -> Any:
-    """torch.cuda, torch.xpu …: what counts a device's memory and makes its streams. None where memory is the machine's (CPU, MPS).
+    """torch.cuda, torch.xpu …: what counts a device's memory and makes its streams. None where memory is the
+    machine's (CPU, MPS).
 
     Args:
         device: default: `best_device()`.
@@ -42,7 +44,8 @@ def device_kind() -> str:
 
 
 def available_memory() -> int:
-    """Bytes of the device's memory that this process may still allocate, or of the machine's available memory on a CPU."""
+    """Bytes of the device's memory that this process may still allocate, or of the machine's available memory on a
+    CPU."""
     module = device_module()
     if module is None:
         return host_memory()
@@ -71,7 +74,8 @@ def peak_memory() -> int:
 
 
 def spare_memory() -> int:
-    """Bytes between what is allocated now and the peak so far, which is a training step's; 0 on a CPU, where a larger forward is
+    """Bytes between what is allocated now and the peak so far, which is a training step's; 0 on a CPU, where a
+    larger forward is
     no faster."""
     module = device_module()
     return 0 if module is None else int(module.max_memory_allocated() - module.memory_allocated())

@@ -236,7 +236,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
 def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
     """The dtype of activations and of unquantized weights.
 
-    auto: bfloat16 on CUDA from Ampere on and float16 before it, bfloat16 on an XPU that has it; on a CPU whichever of bfloat16
+    auto: bfloat16 on CUDA from Ampere on and float16 before it, bfloat16 on an XPU that has it; on a CPU whichever
+    of bfloat16
     and float32 is measured to be faster, for that differs between processors.
 
     Raises:

@@ -98,7 +98,8 @@ def _offloaded(store: _HostStore, block: Callable[..., Tensor], *inputs: Tensor)
 class HostMemory:
     """Pieces of host memory, pinned where it can be, that are used again: one for each block input of a step.
 
-    torch's own pinned memory comes in powers of two, which is up to twice the bytes; here a piece is as large as it has to be.
+    torch's own pinned memory comes in powers of two, which is up to twice the bytes; here a piece is as large as it
+    has to be.
     """
 
     def __init__(self) -> None:

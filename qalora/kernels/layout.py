@@ -1,5 +1,5 @@
-"""What a forward and its loss ask of a batch's values, answered where these are at hand: on the host, before a step goes
-to the device, which then need not be waited for."""
+"""What a forward and its loss ask of a batch's values, answered where these are at hand: on the host, before a step
+goes to the device, which then need not be waited for."""
 
 from __future__ import annotations
 

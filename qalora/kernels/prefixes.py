@@ -146,13 +146,15 @@ def is_causal_alone(model: PreTrainedModel, width: int) -> bool:
 def _known_mask(
     input_ids: Tensor, attention_mask: Tensor | None, layout: Places, options: Mapping[str, Any]
 ) -> tuple[Tensor | None, bool]:
-    """(the mask for transformers, whether attention is causal without one). transformers takes a mask of four dimensions
+    """(the mask for transformers, whether attention is causal without one). transformers takes a mask of four
+    dimensions
     as it is, and reads the values of every other, for which the host waits."""
     if layout.packed:
         texts = (options["position_ids"] == 0).cumsum(-1)
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         return ((texts[:, :, None] == texts[:, None]) & (order[:, None] >= order))[:, None], False
-    # Padding on the right comes after every token of its row. On a CPU a mask is kept, and the order of its sums with it.
+    # Padding on the right comes after every token of its row. On a CPU a mask is kept, and the order of its sums
+    # with it.
     if layout.padding == "none" or (layout.padding == "right" and input_ids.device.type != "cpu"):
         return input_ids.new_empty(1, 1, 1, 1), True
     return attention_mask, False

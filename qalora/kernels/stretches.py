@@ -9,7 +9,6 @@ from torch import Tensor
 
 from qalora.sizes import FP32_TEMPORARY
 
-
 Stretch = tuple[EllipsisType, slice, slice]
 
 

@@ -120,8 +120,8 @@ def as_it_began(recipe: Recipe, continued: Continued) -> Recipe:
 
 
 def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
-    """With the micro-batch, accumulation, checkpointing and tiling that the memory of this machine has room for, those of
-    them that the recipe leaves open.
+    """With the micro-batch, accumulation, checkpointing and tiling that the memory of this machine has room for, those
+    of them that the recipe leaves open.
 
     Args:
         longest: tokens of the longest row.
@@ -160,8 +160,9 @@ def check_host_memory(recipe: Recipe, shape: ModelShape, longest: int, device: s
     needed = planner(recipe, shape, device)(seq_len=longest).host
     if host is not None and needed > HEADROOM * host:
         raise InputError(
-            f"training.gradient_checkpointing=offload: the block inputs of {recipe.training.micro_batch_size} × {longest} "
-            f"tokens need {needed / 2**30:.1f} GiB of host memory, of {host / 2**30:.1f} GiB; lower "
+            "training.gradient_checkpointing=offload: the block inputs of "
+            f"{recipe.training.micro_batch_size} × {longest} tokens need {needed / 2**30:.1f} GiB "
+            f"of host memory, of {host / 2**30:.1f} GiB; lower "
             "training.micro_batch_size or data.max_seq_len, or set training.gradient_checkpointing=true."
         )
 

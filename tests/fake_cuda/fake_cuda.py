@@ -1,11 +1,14 @@
-"""A CUDA device without hardware, as a plugin of pytest: `pytest -p fake_cuda`, with the built shim.cpp in FAKE_CUDA_SHIM.
+"""A CUDA device without hardware, as a plugin of pytest: `pytest -p fake_cuda`, with the built shim.cpp in
+FAKE_CUDA_SHIM.
 
 Tensors of cuda:0 are FakeTensors: shapes, dtypes, devices, autograd. A dispatch mode sees every operation on them, and
 
-counts       bytes that are allocated, as torch's allocator rounds them; kernels; and where the host waits for the device
+counts       bytes that are allocated, as torch's allocator rounds them; kernels; and where the host waits for the
+device
 computes     with `values`, in host memory behind every storage; else integers alone, which shapes depend on
 
-It sees no speed, no races of streams, no numerics of CUDA kernels, and of their scratch only what is modelled in SCRATCH.
+It sees no speed, no races of streams, no numerics of CUDA kernels, and of their scratch only what is modelled in
+SCRATCH.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from unittest.mock import patch
 ctypes.CDLL(os.environ["FAKE_CUDA_SHIM"], mode=ctypes.RTLD_GLOBAL)  # before torch
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a dispatch mode is one thread's
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.weak import WeakTensorKeyDictionary  # noqa: E402
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -211,7 +215,7 @@ class Device(TorchDispatchMode):
         at = ours[-1]
         self.syncs[f"{'/'.join(Path(at.filename).parts[-2:])}:{at.lineno} {func}"] += 1
 
-    # ---------------------------------------------------------------------------------------------- what torch.cuda says
+    # ------------------------------------------------------------ what torch.cuda says
 
     def reset_peak(self, *_):
         self.peak = self.allocated
@@ -226,7 +230,7 @@ class Device(TorchDispatchMode):
         yield found
 
 
-# -------------------------------------------------------------------------------------- operations that are not as on a CPU
+# ------------------------------------------------------------ operations that are not as on a CPU
 
 
 def _item(device, func, x):
@@ -298,7 +302,8 @@ def _index(device, func, x, indices):
 
 
 def _update(device, func, grad, parameter, state1, state2, *args, **kwargs):
-    """An optimizer of bitsandbytes. Its kernels take what pointers they get, so what they would read is checked here."""
+    """An optimizer of bitsandbytes. Its kernels take what pointers they get, so what they would read is checked
+    here."""
 
     def moments():
         return (s for s in (state1, state2) if s is not None)
@@ -327,12 +332,14 @@ SPECIAL = {
 }
 PINNING = {aten.pin_memory.default, aten._pin_memory.default}
 DEPENDS_ON_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.bincount.default}
-NO_KERNEL = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default, aten.detach.default,
+NO_KERNEL = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+aten.detach.default,
              aten._unsafe_view.default, aten._reshape_alias.default, aten.new_empty_strided.default}  # fmt: skip
 
 
 def _flash_scratch(grad, query, key, *_):
-    """FlashAttention-2's backward (flash_api.cpp): dq in fp32, the softmax's sums, and under grouped queries dk and dv of all of them."""
+    """FlashAttention-2's backward (flash_api.cpp): dq in fp32, the softmax's sums, and under grouped queries dk and
+    dv of all of them."""
     rows, heads, tokens, size = query.shape
     whole = (tokens + 127) // 128 * 128
     expanded = 2 * query.element_size() * rows * heads * key.shape[2] * size if key.shape[1] != heads else 0
@@ -378,7 +385,7 @@ def attention(device, on_a_cpu):
     return attend
 
 
-# ------------------------------------------------------------------------------------------------ torch.cuda and bitsandbytes
+# ------------------------------------------------------------ torch.cuda and bitsandbytes
 
 
 class Stream:
@@ -398,7 +405,8 @@ _moved = WeakTensorKeyDictionary()  # parameter → what it became last: tied on
 
 
 def moved(module, fn, recurse=True):
-    """Module.to and the like. A parameter cannot take the data of another kind of tensor, so one that moves becomes another object."""
+    """Module.to and the like. A parameter cannot take the data of another kind of tensor, so one that moves becomes
+    another object."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for name, parameter in module._parameters.items():
@@ -469,7 +477,8 @@ def bitsandbytes(device):
     F.name2qmap.clear()
     with (
         patch.object(Params4bit, "__new__", staticmethod(make)), patch.object(Params4bit, "_quantize", on_the_device),
-        patch.multiple(F, get_paged=paged, prefetch_tensor=lambda *_, **__: None, fill=lambda tensor, value, **_: tensor.fill_(value)),
+        patch.multiple(F, get_paged=paged, prefetch_tensor=lambda *_, **__: None, fill=lambda tensor, value,
+        **_: tensor.fill_(value)),
     ):  # fmt: skip
         yield
     F.name2qmap.clear()
@@ -496,9 +505,11 @@ def cuda(device):
     memory = dict(
         mem_get_info=lambda *_: (device.total - device.allocated, device.total), empty_cache=gc.collect,
         memory_allocated=lambda *_: device.allocated, memory_reserved=lambda *_: device.allocated,
-        max_memory_allocated=lambda *_: device.peak, max_memory_reserved=lambda *_: device.peak, reset_peak_memory_stats=device.reset_peak,
+        max_memory_allocated=lambda *_: device.peak, max_memory_reserved=lambda *_: device.peak,
+        reset_peak_memory_stats=device.reset_peak,
         memory_stats=lambda *_: {"active_bytes.all.peak": device.peak},
-        set_per_process_memory_fraction=device.set_fraction, get_per_process_memory_fraction=lambda *_: device.fraction or 1.0,
+        set_per_process_memory_fraction=device.set_fraction,
+        get_per_process_memory_fraction=lambda *_: device.fraction or 1.0,
     )  # fmt: skip
     state = torch.zeros(16, dtype=torch.uint8)
     nothing = (
@@ -513,22 +524,28 @@ def cuda(device):
         "ipc_collect",
     )
     others = dict(
-        is_available=always(True), _is_compiled=always(True), device_count=always(1), current_device=always(0), is_initialized=always(True),
+        is_available=always(True), _is_compiled=always(True), device_count=always(1), current_device=always(0),
+        is_initialized=always(True),
         get_device_capability=always((9, 0)), get_device_name=always(facts.name), get_device_properties=always(facts),
-        is_bf16_supported=always(True), get_rng_state=always(state), get_rng_state_all=always([state]), Stream=Stream, Event=Stream,
+        is_bf16_supported=always(True), get_rng_state=always(state), get_rng_state_all=always([state]),
+        Stream=Stream, Event=Stream,
         current_stream=always(stream), default_stream=always(stream), stream=lambda s: s or nullcontext(),
-        is_current_stream_capturing=always(False), cudart=always(types.SimpleNamespace(cudaHostRegister=always(0), cudaHostUnregister=always(0))), **dict.fromkeys(nothing, always(None)),
+        is_current_stream_capturing=always(False), cudart=always(types.SimpleNamespace(cudaHostRegister=always(0),
+        cudaHostUnregister=always(0))), **dict.fromkeys(nothing, always(None)),
     )  # fmt: skip
     functional, tensor = torch.nn.functional, torch.Tensor
     torch._C._set_only_lift_cpu_tensors(
         True
     )  # torch.tensor(…, device="cuda") is made on the host, and comes through the mode
     with (
-        bitsandbytes(device), patch.multiple(torch.cuda, **memory, **others), patch.multiple(torch.cuda.memory, **memory),
-        patch.multiple(torch.cuda.random, **{name: others[name] for name in others if hasattr(torch.cuda.random, name)}),
+        bitsandbytes(device), patch.multiple(torch.cuda, **memory, **others), patch.multiple(torch.cuda.memory,
+        **memory),
+        patch.multiple(torch.cuda.random, **{name: others[name] for name in others if hasattr(torch.cuda.random,
+        name)}),
         patch.multiple(tensor, pin_memory=lambda self, *_: self, is_pinned=always(False), record_stream=always(None)),
         patch.object(torch, "save", lambda value, *args, **kwargs: save(mapped(host, value), *args, **kwargs)),
-        patch.object(functional, "scaled_dot_product_attention", attention(device, functional.scaled_dot_product_attention)),
+        patch.object(functional, "scaled_dot_product_attention", attention(device,
+        functional.scaled_dot_product_attention)),
         patch.object(torch.backends.cuda, "is_built", always(True)), patch.object(torch.nn.Module, "_apply", moved),
         patch.object(import_utils, "is_fake_tensor", always(False)),  # else masks are made as for an export
         device,
@@ -536,9 +553,7 @@ def cuda(device):
         yield device
 
 
-# ------------------------------------------------------------------------------------------------------------- the plugin
-
-import pytest  # noqa: E402
+# ------------------------------------------------------------ the plugin
 
 DEVICE = Device()
 _on = cuda(DEVICE)

@@ -40,7 +40,8 @@ def test_every_case_is_measured_written_and_not_run_again(in_this_process, devic
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "found")])
     written = []
     write = gpu.write_results
-    monkeypatch.setattr(gpu, "write_results", lambda name, found, *args, **kwargs: written.append(list(found["cases"])) or write(name, found, *args, **kwargs))  # fmt: skip
+    monkeypatch.setattr(gpu, "write_results", lambda name, found, *args,
+    **kwargs: written.append(list(found["cases"])) or write(name, found, *args, **kwargs))  # fmt: skip
     gpu.main()
     assert written == [chosen[: n + 1] for n in range(len(chosen))]
     found = json.loads((tmp_path / "found" / "gpu.json").read_text())["cases"]

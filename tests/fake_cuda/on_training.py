@@ -1,4 +1,5 @@
-"""Training on the device without hardware, with values: gradients and runs as on a CPU, and how often the host waits."""
+"""Training on the device without hardware, with values: gradients and runs as on a CPU, and how often the host
+waits."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from qalora.base.quantized import quantize_
 from qalora.kernels import activations
 from qalora.kernels.loss import summed_loss
 from qalora.training.ladder import Ladder
-
 
 MOST_KERNELS = 660
 
@@ -134,7 +134,8 @@ def test_resized_moments_take_the_managed_memory_that_others_left(device, tiny_l
 def test_paged_moments_are_paged_again_after_a_resume(device, tiny_llama):
     _, optimizer = paged_model(tiny_llama)
     saved = {
-        "state": {i: {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()} for i, state in enumerate(optimizer.state.values())},
+        "state": {i: {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()} for i,
+        state in enumerate(optimizer.state.values())},
         "param_groups": optimizer.state_dict()["param_groups"],
     }  # fmt: skip
     optimizer.load_state_dict(saved)
@@ -159,9 +160,11 @@ def run(save_tiny_llama, tmp_path_factory):
         out = folder / name
         finetune.main(
             [
-                "--model", str(folder / "model"), "--recipe", "alpaca", "--output-dir", str(out), f"data.train={folder}/train.jsonl",
+                "--model", str(folder / "model"), "--recipe", "alpaca", "--output-dir", str(out),
+                f"data.train={folder}/train.jsonl",
                 f"data.validation={folder}/validation.jsonl", "data.max_seq_len=300", "training.micro_batch_size=2",
-                "training.gradient_accumulation_steps=2", "lora.r=4", "lora.alpha=8", "allocation.val_batch_size=2", "allocation.scoring=first-order",
+                "training.gradient_accumulation_steps=2", "lora.r=4", "lora.alpha=8", "allocation.val_batch_size=2",
+                "allocation.scoring=first-order",
                 "evaluation.before=false", "evaluation.after=false", "training.eval_steps=2", "training.save_steps=2",
                 "logging.quiet=true", "logging.steps=100", "--dtype", "float32", *settings,
             ]
@@ -189,7 +192,8 @@ def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run):
 
 
 def test_a_step_has_one_synchronization_and_no_more_kernels_than_counted(device, run, monkeypatch):
-    """A change that makes the host wait, or launches more, is seen here; the counts are of 2 blocks and 2 rows, shared or packed."""
+    """A change that makes the host wait, or launches more, is seen here; the counts are of 2 blocks and 2 rows,
+    shared or packed."""
     from qalora.training.trainer import QaloraTrainer
 
     step, found = QaloraTrainer.training_step, []
@@ -203,7 +207,14 @@ def test_a_step_has_one_synchronization_and_no_more_kernels_than_counted(device,
     monkeypatch.setattr(QaloraTrainer, "training_step", counted)
     for name, more in {"padded": [], "packed": ["data.packing=true"]}.items():
         found.clear()
-        run(name, "training.max_steps=2", "allocation.rounds=0", "training.eval_strategy=no", "training.save_strategy=no", *more)
+        run(
+            name,
+            "training.max_steps=2",
+            "allocation.rounds=0",
+            "training.eval_strategy=no",
+            "training.save_strategy=no",
+            *more,
+        )
         print(name, found)
         for syncs, kernels in found:
             assert sum(syncs.values()) <= 1, syncs

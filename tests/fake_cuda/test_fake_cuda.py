@@ -1,4 +1,5 @@
-"""What runs on the CUDA device without hardware (fake_cuda.py), each file in a process of its own: the device has to be there before torch."""
+"""What runs on the CUDA device without hardware (fake_cuda.py), each file in a process of its own: the device has to
+be there before torch."""
 
 from __future__ import annotations
 
@@ -64,15 +65,18 @@ def shim() -> Path:
 
 @pytest.mark.parametrize(
     "files",
-    [["tests/fake_cuda/on_plans.py"], ["tests/fake_cuda/on_training.py"], ["tests/fake_cuda/on_bench.py"], ["tests/gpu", "--deselect", LARGE]],
+    [["tests/fake_cuda/on_plans.py"], ["tests/fake_cuda/on_training.py"], ["tests/fake_cuda/on_bench.py"],
+    ["tests/gpu", "--deselect", LARGE]],
     ids=["plans", "training", "bench", "tests/gpu"],
 )  # fmt: skip
 def test_on_the_device_without_hardware(shim, files):
     paths = [str(REPOSITORY), str(REPOSITORY / "bench"), str(HERE), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "fake_cuda", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *files],
+        [sys.executable, "-m", "pytest", "-p", "fake_cuda", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
+        *files],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=900,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "FAKE_CUDA_SHIM": str(shim), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "FAKE_CUDA_SHIM": str(shim),
+        "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
