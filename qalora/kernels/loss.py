@@ -52,7 +52,7 @@ def summed_loss(
 def _before_the_head(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(final hidden states (rows, tokens, d), labels (rows, tokens), the head (vocabulary, d))."""
     base = causal_lm(model)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     return final_hidden(base, **inputs, use_cache=False), batch["labels"], base.get_output_embeddings().weight
 
 

@@ -357,7 +357,8 @@ def build_trainer(
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
-    set_checkpointing(base, training.gradient_checkpointing)
+    kept = training.gradient_checkpointing
+    set_checkpointing(base, True if kept == "auto" else kept)  # a run has settled it (settling.py)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     ladder = Ladder(model, say=console.print)
