@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qalora.errors import AnswerNo, InputError
+from qalora.errors import AnswerNo, InputError, check_choice
+from qalora.flags import DTYPES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,17 +90,22 @@ def score_ranks(
         Scores in nats per supervised token: module → a value per rank, in the order of the rows of A.
 
     Raises:
-        InputError: rows that are not tokenized, or an importance that the method does not give.
+        InputError: no adapter, rows that are not tokenized, or an importance that the method does not give.
         AnswerNo: a loss or a score is not finite.
     """
     from torch import Tensor
 
     from qalora.adapter.callback import tokenized
+    from qalora.adapter.model import check_adapted
+    from qalora.adapter.scores import Importance, Method
     from qalora.adapter.scoring import score_ranks as score
     from qalora.adapter.start.begin import device_of
     from qalora.base.device import memory_to_score
     from qalora.data.batching import Collator, micro_batches, on_device
 
+    check_choice("method", method, get_args(Method))
+    check_choice("importance", importance, (None, *get_args(Importance)))
+    check_adapted(model, "score_ranks")
     found: list[Any] = [rows] if isinstance(rows, Mapping) else list(rows)
     importance = importance or ("path" if method == "path" else "sum")
     if (importance == "path") != (method == "path"):
@@ -123,7 +129,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
     *,
-    metrics: Sequence[str] = ("loss",),
+    metrics: str | Sequence[str] = ("loss",),
     batch_size: int = 8,
     max_new_tokens: int = 128,
     split: str = "validation",
@@ -138,7 +144,7 @@ def evaluate(
         model: from `load_base(…).model`, `attach` or `load_adapter`; its train and eval modes stay.
         tokenizer: of the base.
         data: as `load_rows` takes it.
-        metrics: loss, exact_match, accuracy, rougeL.
+        metrics: loss, exact_match, accuracy, rougeL; one, or several.
         batch_size: rows per forward; it changes no result beyond rounding.
         max_new_tokens: length of the greedy answers that exact_match and rougeL read.
         split: of a set that has splits.
@@ -165,7 +171,7 @@ def evaluate(
         model,
         tokenizer,
         dataset,
-        metrics=metrics,
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         choices=choices,
@@ -227,16 +233,25 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
         `.terms`, bytes by name, and `.total`, bytes.
 
     Raises:
-        InputError: no such model, or a setting that does not exist.
+        InputError: no such model, or a setting or a value of one that does not exist.
     """
     from inspect import signature
 
     from qalora.base.registry import resolve, shape_of
     from qalora.memory import plan_memory as plan
+    from qalora.recipe.settings import Optimizer
 
     known = list(signature(plan).parameters)[1:]
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"{unknown[0]}: no setting of a memory plan; there are {', '.join(known)}.")
+    choices = {
+        "compute_dtype": DTYPES,
+        "optim": get_args(Optimizer),
+        "gradient_checkpointing": (True, False, "selective", "offload"),
+        "device": ("cuda", "cpu"),
+    }
+    for name in choices.keys() & settings.keys():
+        check_choice(name, settings[name], choices[name])
     return plan(shape_of(resolve(str(model))), **settings)
 
 
@@ -272,17 +287,23 @@ def merge(
         What merge.json in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; too little disk or
-            memory.
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; a setting that is
+            none; too little disk or memory.
         AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
     """
     import torch
 
     from qalora.adapter.its_base import refuse_other_base
     from qalora.base.registry import resolve
+    from qalora.deploy.gguf import GGUF_TYPES
+    from qalora.deploy.merging import Format
     from qalora.deploy.merging import merge as merged
     from qalora.merge import trained_quantization
 
+    check_choice("base", base, (None, "dequantized", "original"))
+    check_choice("format", format, get_args(Format))
+    check_choice("dtype", dtype, (None, *DTYPES))
+    check_choice("gguf_type", gguf_type, (None, *GGUF_TYPES))
     source = resolve(str(model))
     refuse_other_base(str(adapter), source)
     stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
@@ -322,8 +343,10 @@ def export_adapter(
         InputError: no plain LoRA, for another model, or a folder that holds something else.
     """
     from qalora.base.registry import resolve
+    from qalora.deploy.export import AdapterFormat
     from qalora.deploy.export import export_adapter as export
 
+    check_choice("format", format, get_args(AdapterFormat))
     return export(adapter, output_dir, format, source=resolve(str(model)), overwrite=overwrite)
 
 
@@ -333,7 +356,7 @@ def finetune(
     *,
     profile: str | None = None,
     overwrite: bool = False,
-    resume_from_checkpoint: str | Path | None = None,
+    resume_from_checkpoint: bool | str | Path | None = None,
 ) -> dict[str, Any]:
     """What `qalora finetune` does: loads the base, trains, evaluates before and after, saves.
 
@@ -342,7 +365,7 @@ def finetune(
         overrides: settings by their dotted names, over the recipe's, where that is a name or a file.
         profile: settings for a kind of machine: 24gb, t4, cpu.
         overwrite: replace the run that the output folder holds.
-        resume_from_checkpoint: a checkpoint to continue exactly, or "auto".
+        resume_from_checkpoint: a checkpoint to continue exactly; True or "auto": the newest; None or False: none.
 
     Returns:
         What metrics.json of the run's folder holds, and `output_dir`.
@@ -354,16 +377,16 @@ def finetune(
     """
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
-    from qalora.recipe import Recipe, load_recipe, recipe_path
-    from qalora.recipe.rules import disagreements
+    from qalora.quiet import hide_noise
+    from qalora.recipe import Recipe, checked, load_recipe, recipe_path
     from qalora.training.run_folder import run_name
 
+    hide_noise()
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
             raise InputError("overrides, profile: the recipe is made already; give them to load_recipe.")
-        if problems := "; ".join(disagreements(recipe)):
-            raise InputError(f"recipe: {problems}.")
+        recipe = checked(recipe)
     else:
         name = str(recipe)
         recipe = load_recipe(name, overrides or {}, profile)
@@ -371,7 +394,7 @@ def finetune(
         recipe = recipe.with_settings({"output_dir": own})
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
-    resume = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+    resume = "auto" if resume_from_checkpoint is True else str(resume_from_checkpoint or "") or None
     code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:
         raise KeyboardInterrupt

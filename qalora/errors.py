@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _QUOTED = re.compile(r"(`[^`]*`)")  # commands, which stay as they are typed
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
@@ -24,6 +25,18 @@ class InputError(ValueError):
     def as_typed(self) -> str:
         """The sentence with the flags of a command."""
         return super().__str__()
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """
+    Args:
+        name: of the parameter.
+
+    Raises:
+        InputError: the value is none of the choices.
+    """
+    if value not in choices:
+        raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
 
 
 class AnswerNo(Exception):

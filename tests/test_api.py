@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import qalora
 from qalora.adapter.model import gated_layers
 from qalora.data.batching import Collator
+from qalora.errors import InputError
 
 ROWS = [{"prompt": f"Say {word}", "completion": f" {word} {word}"} for word in ("red", "blue", "green", "grey") * 4]
 
@@ -339,3 +340,66 @@ def test_the_example_on_smollm2(tmp_path):
     again = qalora.load_adapter(qalora.load_base("smollm2-135m", dtype="float32").model, tmp_path / "adapter")
     assert qalora.ranks(again) == qalora.ranks(model)
     assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda base, model, rows: qalora.score_ranks(model, rows, "secondorder"), "method='secondorder'"),
+        (lambda base, model, rows: qalora.score_ranks(model, rows, importance="all"), "importance='all'"),
+        (lambda base, model, rows: qalora.start(model, rows, "pissa"), "init='pissa'"),
+        (lambda base, model, rows: qalora.start(model, rows, "gradient", share="all"), "share='all'"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, scoring="fast"), "scoring='fast'"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, budget="bytes"), "budget='bytes'"),
+        (lambda base, model, rows: qalora.merge("x", "y", "z", base="4bit"), "base='4bit'"),
+        (lambda base, model, rows: qalora.merge("x", "y", "z", format="onnx"), "format='onnx'"),
+        (lambda base, model, rows: qalora.merge("x", "y", "z", dtype="int8"), "dtype='int8'"),
+        (lambda base, model, rows: qalora.merge("x", "y", "z", gguf_type="q3"), "gguf_type='q3'"),
+        (lambda base, model, rows: qalora.export_adapter("x", "y", "z", "onnx"), "format='onnx'"),
+        (lambda base, model, rows: qalora.plan_memory("llama-7b", optim="sgd"), "optim='sgd'"),
+        (lambda base, model, rows: qalora.plan_memory("llama-7b", device="tpu"), "device='tpu'"),
+        (lambda base, model, rows: qalora.load_base("llama-7b", dtype="int8"), "dtype='int8'"),
+        (lambda base, model, rows: qalora.load_base("llama-7b", quant_type="int4"), "quant_type='int4'"),
+        (lambda base, model, rows: qalora.attach(base.model, r=0, alpha=8), "r=0"),
+        (lambda base, model, rows: qalora.attach(model, r=2, alpha=4), r"model\.unload\(\)"),
+        (lambda base, model, rows: qalora.score_ranks(base.model, rows), "score_ranks: .* attach or load_adapter"),
+        (lambda base, model, rows: qalora.start(base.model, rows, "gradient"), "start: .* attach or load_adapter"),
+        (lambda base, model, rows: qalora.save_adapter(base.model, "x"), "save_adapter: .* attach or load_adapter"),
+    ],
+)
+def test_what_is_no_choice_is_one_sentence(base, rows, call, named):
+    model = qalora.attach(base.model, r=2, alpha=4)
+    with pytest.raises(InputError, match=named):
+        call(base, model, rows)
+
+
+def test_ranks_are_scored_while_the_adapter_counts(folder, rows, randomize_B):
+    model = randomize_B(qalora.attach(qalora.load_base(folder, load_in_4bit=False).model, r=2, alpha=4))
+    with model.disable_adapter(), pytest.raises(InputError, match="switched off"):
+        qalora.score_ranks(model, rows)
+    model.merge_adapter()
+    with pytest.raises(InputError, match="unmerge_adapter"):
+        qalora.score_ranks(model, rows)
+    model.unmerge_adapter()
+    assert len(qalora.score_ranks(model, rows).importance) == 14
+
+
+def test_a_dtype_may_be_torchs(folder):
+    assert qalora.load_base(folder, dtype=torch.float32).compute_dtype is torch.float32
+
+
+def test_one_metric_is_a_list_of_it(base):
+    asked = [qalora.evaluate(base.model, base.tokenizer, ROWS, metrics=metrics) for metrics in ("loss", ["loss"])]
+    assert asked[0] == asked[1] and asked[0]["rows"] == 16
+
+
+def test_an_adapter_is_attached_anew_to_the_same_base(base, folder, rows, randomize_B, recwarn):
+    """As a cell of a notebook that is run again."""
+    ids = torch.tensor([rows[0]["input_ids"]])
+    plain = base.model(ids).logits
+    first = randomize_B(qalora.attach(base.model, r=4, alpha=8))
+    assert not torch.allclose(first(ids).logits, plain)
+    again = qalora.attach(base.model, r=2, alpha=4, target_modules=["q_proj"])
+    assert torch.equal(again(ids).logits, plain)
+    assert set(qalora.ranks(again).values()) == {2} and len(qalora.ranks(again)) == 2
+    assert not [warning for warning in recwarn if "second time" in str(warning.message)]

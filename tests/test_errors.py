@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qalora.errors import AnswerNo, InputError
+from qalora.errors import AnswerNo, InputError, check_choice
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,9 @@ def test_flags_are_parameters_but_in_commands(typed, in_python):
 
 def test_bad_input_is_a_value_error_and_a_no_is_not():
     assert issubclass(InputError, ValueError) and not issubclass(AnswerNo, ValueError)
+
+
+def test_a_choice_that_is_none_is_told_with_those_there_are():
+    check_choice("budget", None, (None, "ranks"))
+    with pytest.raises(InputError, match=r"^budget='all': choose one of None, 'ranks'\.$"):
+        check_choice("budget", "all", (None, "ranks"))

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qalora.base.quantized import is_4bit
 from qalora.errors import InputError
@@ -42,23 +44,28 @@ class GatedLinear(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     @property
+    def adapters(self) -> list[str]:
+        """The active adapters that have ranks here: with several in a model, not each targets every layer."""
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    @property
     def A(self) -> nn.Parameter:
-        """(r, in), fp32."""
-        return cast(nn.Parameter, self.lora_A[self.active_adapters[0]].weight)
+        """(r, in), fp32, of the first active adapter."""
+        return cast(nn.Parameter, self.lora_A[self.adapters[0]].weight)
 
     @property
     def B(self) -> nn.Parameter:
-        """(out, r), fp32."""
-        return cast(nn.Parameter, self.lora_B[self.active_adapters[0]].weight)
+        """(out, r), fp32, of the first active adapter."""
+        return cast(nn.Parameter, self.lora_B[self.adapters[0]].weight)
 
     @property
     def s(self) -> float:
-        return self.scaling[self.active_adapters[0]]
+        return self.scaling[self.adapters[0]]
 
     @property
     def drops(self) -> bool:
         """Whether a forward now would drop some of the adapter's input."""
-        return self.training and isinstance(self.lora_dropout[self.active_adapters[0]], nn.Dropout)
+        return self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in self.adapters[:1])
 
     @property
     def differs_by_row(self) -> bool:
@@ -66,21 +73,28 @@ class GatedLinear(nn.Module, LoraLayer):
         return self.gate is not None and self.gate.ndim > 1
 
     def low_rank(self) -> LowRank:
-        """What the layer computes now."""
-        if self.disable_adapters or self.closed or self.merged:
+        """What the layer computes now; several active adapters as one, whose ranks are those of all."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.closed or self.merged or not self.adapters:
             return LowRank(self.base_layer)
-        return LowRank(self.base_layer, self.s, self.A, self.B, self.gate)
+        if len(self.adapters) == 1:
+            return LowRank(self.base_layer, self.s, self.A, self.B, self.gate)
+        A = torch.cat([cast(Tensor, self.lora_A[name].weight) for name in self.adapters])
+        B = torch.cat([self.scaling[name] * cast(Tensor, self.lora_B[name].weight) for name in self.adapters], dim=1)
+        gate = None if self.gate is None else F.pad(self.gate, (0, len(A) - len(self.A)), value=1.0)
+        return LowRank(self.base_layer, 1.0, A, B, gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, tokens, in) → (batch, tokens, out), in the dtype of x."""
-        if self.disable_adapters or self.closed or self.merged:
+        low_rank = self.low_rank()
+        if low_rank.A is None:
             return self._frozen(x)
-        x_low = self.lora_dropout[self.active_adapters[0]](x) if self.drops else None
+        x_low = self.lora_dropout[self.adapters[0]](x) if self.drops else None
         if torch.is_grad_enabled():
-            low_rank = self.low_rank()
             return LowRankLinear.apply(x, x_low, low_rank, low_rank.A, low_rank.B, low_rank.gate)
         z = self._frozen(x)
-        add_low_rank(z, x, self.low_rank())
+        add_low_rank(z, x, low_rank)
         return z
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -101,7 +115,9 @@ class GatedLinear(nn.Module, LoraLayer):
                 "merge_and_unload: the base is in 4 bits, which would round most of the adapter away; "
                 "qalora.merge(model, adapter, output_dir) merges into its dequantized weights, and verifies them."
             )
-        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.lora_A:
+                continue
             total = base.weight.data + self.get_delta_weight(adapter).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(total).all():
                 raise InputError(f"merge_and_unload: with the adapter {adapter!r} a weight is not finite.")

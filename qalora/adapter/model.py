@@ -47,7 +47,7 @@ def attach(
 
     Args:
         model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is
-            frozen.
+            frozen. An adapter of ours that is on it already is taken off.
         r: ranks per module; the budget of a run is r times the modules.
         alpha: the scaling is alpha / r, and stays so whatever the ranks become.
         dropout: of the adapter's inputs while training.
@@ -60,8 +60,10 @@ def attach(
         A PeftModel, with whatever PEFT offers for one; `save_pretrained` writes a plain PEFT LoRA.
 
     Raises:
-        InputError: a target or a block that the model has not.
+        InputError: a target or a block that the model has not, or a PeftModel in the place of its base.
     """
+    if r < 1:
+        raise InputError(f"r={r}: an adapter begins with one rank per module at least.")
     names = list(linear_maps(model))
     chosen = targeted(names, target_modules, layers_to_transform)
     # The ends of names where they say it all, for that is the form which every reader of adapters knows.
@@ -117,8 +119,12 @@ def save_adapter(model: PeftModel, path: str | Path, provenance: Provenance | No
 
     Raises:
         AnswerNo: the adapter is empty, not finite or untrained (every B zero).
+        InputError: the model has none, or another one is active.
         RuntimeError: the file does not read back equal.
     """
+    if not isinstance(model, PeftModel):
+        check_adapted(model, "save_adapter")
+    check_own(model, "save_adapter")
     layers = gated_layers(model)
     if not layers:
         raise AnswerNo("every rank was pruned: there is no adapter to save; set allocation.min_rank=1.")
@@ -172,10 +178,42 @@ def verify_saved(model: PeftModel, path: str | Path) -> None:
             raise RuntimeError(f"{path}: the config gives {name} another rank or scaling than it has")
 
 
+def check_adapted(model: nn.Module, caller: str) -> None:
+    """
+    Args:
+        caller: the public name that needs an adapter.
+
+    Raises:
+        InputError: the model has none of ours, or it does not count now.
+    """
+    layers = gated_layers(model).values() if isinstance(model, PeftModel) else ()
+    if not layers:
+        raise InputError(f"{caller}: the model has no adapter of ours; make it with attach or load_adapter.")
+    if any(layer.disable_adapters for layer in layers):
+        raise InputError(f"{caller}: the adapter is switched off; leave `with model.disable_adapter()` first.")
+    if any(layer.merged for layer in layers):
+        raise InputError(f"{caller}: the adapter is merged into the base; call `model.unmerge_adapter()` first.")
+
+
+def check_own(model: PeftModel, caller: str) -> None:
+    """
+    Raises:
+        InputError: another adapter than the one that `attach` and `load_adapter` make is active, or several are.
+    """
+    if model.active_adapters != [ADAPTER]:
+        active = ", ".join(map(repr, model.active_adapters))
+        raise InputError(
+            f"{caller}: it works on the adapter {ADAPTER!r}, and active is {active}; "
+            f"call `model.set_adapter({ADAPTER!r})` first."
+        )
+
+
 def gated_layers(model: PeftModel) -> dict[str, GatedLinear]:
     """Full module name, as rank_pattern writes it → layer, in the model's order."""
     return {
-        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, GatedLinear)
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, GatedLinear) and module.adapters
     }
 
 
@@ -255,9 +293,24 @@ def remove_layer(model: PeftModel, name: str) -> None:
     setattr(owner, child, getattr(owner, child).base_layer)
 
 
+def _take_off(model: PreTrainedModel) -> None:
+    """Puts the frozen maps back in the place of gated layers, whose PeftModel nobody unloaded."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedLinear)]
+    for name, layer in layers:
+        if layer.merged:
+            layer.unmerge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    if layers:
+        model.__dict__.pop("peft_config", None)  # else PEFT warns of a second adapter
+
+
 def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     from bitsandbytes.nn import Linear4bit
 
+    if isinstance(model, PeftModel):
+        raise InputError("model: it has an adapter already; pass its base, which `model.unload()` gives back.")
+    _take_off(model)
     guard_cpu_packing(model)
     config._register_custom_module({Linear4bit: GatedLinear, nn.Linear: GatedLinear})
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)

@@ -39,7 +39,7 @@ from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quant
 from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.environment import check_one_process
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 from qalora.progress import in_place_of_transformers
 
 
@@ -83,7 +83,7 @@ def load_base(
     load_in_4bit: bool = True,
     quant_type: str = "nf4",
     double_quant: bool = True,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
@@ -97,6 +97,8 @@ def load_base(
         double_quant: also quantize the quantization constants.
         dtype: auto, bfloat16, float16 or float32; see `choose_compute_dtype`.
         device: default: that of base/device.py.
+        dtype: auto, bfloat16, float16 or float32, also as torch names them; see `choose_compute_dtype`.
+        device: default: CUDA where there is one, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:
@@ -104,6 +106,9 @@ def load_base(
             there are several processes.
     """
     check_one_process()
+    dtype = str(dtype).removeprefix("torch.")
+    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("quant_type", quant_type, ("nf4", "fp4"))
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,11 @@ class Installed:
         self.modules, self.attention = {}, None
         self.model.__dict__.pop("kernels", None)
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self.attention is not None:  # a model may be unpickled where nothing has been installed yet
+            prefixes.register()
+
     def __str__(self) -> str:
         counts = [f"{name} ({len(modules)})" for name, modules in self.modules.items() if modules]
         return ", ".join([*counts, *([SHARED_PREFIXES] if self.attention else [])]) or "none"
@@ -83,7 +88,8 @@ def install(model: nn.Module) -> Installed:
 
 
 def _replace(module: Any, name: str, forward: Callable[..., object]) -> None:
-    shown = module.extra_repr()
+    shown = ", ".join(filter(None, (module.extra_repr(), f"kernel: {name}")))
     module.kernel = name
-    module.forward = MethodType(forward, module)
-    module.extra_repr = lambda: ", ".join(filter(None, (shown, f"kernel: {name}")))
+    # Not as a method: pickle looks a method up by its name, and would find the class's own forward.
+    module.forward = partial(forward, module)
+    module.extra_repr = partial(str, shown)

@@ -6,6 +6,7 @@ Torch-free.
 
 from qalora.recipe.reading import (
     check_once,
+    checked,
     load_recipe,
     make_recipe,
     parse_overrides,
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizationConfig",
     "Recipe",
     "check_once",
+    "checked",
     "load_recipe",
     "make_recipe",
     "parse_overrides",

@@ -179,6 +179,16 @@ def make_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     return recipe
 
 
+def checked(recipe: Recipe) -> Recipe:
+    """A recipe that a script made or changed, held to what one of a file is held to.
+
+    Raises:
+        InputError: every problem of it, in one message.
+    """
+    settings = recipe.model_dump(exclude_unset=True, warnings=False)
+    return make_recipe(list(_flatten(settings)), origin="recipe")
+
+
 def parse_overrides(
     arguments: Sequence[str], sections: Sequence[str] = tuple(Recipe.model_fields)
 ) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ The unit of a setting is in its description. A setting is checked as it is made;
 
 from __future__ import annotations
 
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from pydantic import (
 from qalora.adapter.allocation import Init, Share, parse_duration
 from qalora.adapter.targets import check_expression
 from qalora.base.families import BLOCK_MAPS
+from qalora.errors import InputError
 from qalora.memory import Checkpointing
 from qalora.paths import expanded
 
@@ -55,6 +57,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False, frozen=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_texts(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [os.fspath(each) if isinstance(each, os.PathLike) else each for each in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -462,7 +471,16 @@ class Recipe(Section):
         return "gradient" if moving else "kaiming"
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe with settings that a run has decided: dotted name → value. They are not checked again."""
+        """The recipe with settings that a run has decided: dotted name → value. `finetune` checks what a script sets.
+
+        Raises:
+            InputError: no such setting.
+        """
+        known = [name for name, _ in setting_types()]
+        for name in settings:
+            if name not in known:
+                near = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+                raise InputError(f"{name}: no such setting{f', did you mean {near[0]}?' if near else '.'}")
         sections: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
             section, _, setting = name.rpartition(".")

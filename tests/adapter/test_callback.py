@@ -96,3 +96,24 @@ def test_a_model_without_an_adapter_is_refused(arguments, tiny_llama):
 def test_a_run_too_short_for_a_round_is_refused_at_its_beginning(arguments, tiny_adapter):
     with pytest.raises(InputError, match="no room for a round"):
         AllocationCallback(ROWS).on_train_begin(arguments, TrainerState(max_steps=1), None, model=tiny_adapter())
+
+
+def test_a_second_callback_and_an_adapter_that_cannot_move_are_refused(arguments, tiny_adapter):
+    model, state = tiny_adapter(), TrainerState(max_steps=40, num_train_epochs=2)
+    first, second = AllocationCallback(ROWS), AllocationCallback(ROWS)
+    for _ in range(2):
+        first.on_train_begin(arguments, state, None, model=model)
+    with pytest.raises(InputError, match=r"has two.*allocation\.jsonl"):
+        second.on_train_begin(arguments, state, None, model=model)
+    second.on_train_begin(arguments, TrainerState(max_steps=40, num_train_epochs=2), None, model=model)
+
+    def refused(match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            AllocationCallback(ROWS).on_train_begin(arguments, TrainerState(max_steps=40), None, model=model)
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    refused("trainable=True")
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    refused("'default', and active is 'other'")

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from qalora.adapter.layer import gated
-from qalora.adapter.model import gated_layers
+from qalora.adapter.model import gated_layers, load_adapter
 from qalora.base.quantized import dequantize
 from qalora.kernels.low_rank import THIN, thin_product
 
@@ -302,3 +302,57 @@ def test_a_thin_product_is_the_product(r):
     assert found.shape == (6, 3, r)
     torch.testing.assert_close(found, torch.einsum("abi,ri->abr", x, A))
     found.mul_(2)  # in place, as the caller scales it
+
+
+@pytest.fixture
+def two_adapters(tiny_llama, randomize_B, tmp_path):
+    """make(*active, kind=ours|PEFT's) → a model with the adapters `wide` on every layer and `narrow` on q_proj and
+    down_proj, of other rank and scaling."""
+    targets = {"wide": dict(r=4, lora_alpha=8, target_modules="all-linear")}
+    targets["narrow"] = dict(r=3, lora_alpha=3, target_modules=["q_proj", "down_proj"])
+    for name, settings in targets.items():
+        model = get_peft_model(tiny_llama(), LoraConfig(**settings, task_type="CAUSAL_LM"))
+        randomize_B(model).save_pretrained(tmp_path / name)
+
+    def make(*active: str, ours: bool = True, first: str = "wide"):
+        second = "narrow" if first == "wide" else "wide"
+        base = tiny_llama()
+        model = (load_adapter if ours else PeftModel.from_pretrained)(base, tmp_path / first)
+        model.load_adapter(str(tmp_path / second), second)
+        model.base_model.set_adapter(["default" if name == first else name for name in active])
+        return model.train(False)
+
+    return make
+
+
+@pytest.mark.parametrize("active", [["wide"], ["narrow"], ["wide", "narrow"], ["narrow", "wide"]])
+@pytest.mark.parametrize("first", ["wide", "narrow"])
+def test_several_adapters_are_plain_pefts(two_adapters, make_batch, first, active):
+    ours, theirs = (two_adapters(*active, ours=kind, first=first) for kind in (True, False))
+    batch = make_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-4)
+    gradients = []
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*[mM]erge")
+def test_merging_in_place_is_plain_pefts(twins, make_batch):
+    ours, theirs = (model.eval() for model in twins(False, torch.float32))
+    batch = make_batch()
+    with torch.no_grad():
+        for step in ("merge_adapter", "merge_adapter", "disable", "unmerge_adapter", "unmerge_adapter"):
+            for model in (ours, theirs):
+                if step != "disable":
+                    getattr(model, step)()
+            if step == "disable":
+                with ours.disable_adapter(), theirs.disable_adapter():
+                    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-4)

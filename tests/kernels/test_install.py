@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qalora
 from qalora.kernels import install as kernels
+from qalora.kernels import prefixes
 
 ROWS = [{"prompt": f"Say {word}", "completion": f" {word} {word}"} for word in ("red", "blue", "green", "grey") * 4]
 
@@ -51,3 +54,25 @@ def test_a_forward_that_somebody_replaced_stays(folder):
     model.model.norm.forward = theirs
     installed = qalora.install(model)
     assert len(installed.modules["RMSNorm"]) == 4 and model.model.norm.forward is theirs
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_model_can_be_copied_and_pickled_with_its_kernels(tiny_adapter, make_batch, four_bit, monkeypatch):
+    model, batch = tiny_adapter(four_bit=four_bit).eval(), make_batch()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    expected = model(**batch).logits
+    for module in model.modules():  # a copy that shared anything would change too
+        if hasattr(module, "A"):
+            module.B.data.zero_()
+    for copied in copies:
+        assert repr(copied) == repr(model)
+        assert torch.equal(copied(**batch).logits, expected)
+        replaced = [module for module in copied.modules() if "forward" in vars(module)]
+        assert len(replaced) == 9 and all(module.forward.args == (module,) for module in replaced)
+        copied.get_base_model().kernels.remove()
+        assert not any("forward" in vars(module) for module in copied.modules())
+        torch.testing.assert_close(copied(**batch).logits, expected)
+    registered = []
+    monkeypatch.setattr(prefixes, "register", lambda: registered.append(True))
+    pickle.loads(pickle.dumps(model))  # as in a process where nothing was installed
+    assert registered

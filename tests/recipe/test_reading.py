@@ -9,7 +9,7 @@ import yaml
 
 from qalora.data.formats import ALPACA_WITH_INPUT, to_example
 from qalora.errors import InputError
-from qalora.recipe import load_recipe, make_recipe, parse_overrides, recipe_path
+from qalora.recipe import checked, load_recipe, make_recipe, parse_overrides, recipe_path
 from qalora.recipe import reading as module
 from qalora.recipe.reading import with_preset
 from qalora.recipe.spellings import ALIASES
@@ -339,3 +339,25 @@ def test_three_profiles_are_shipped_with_the_dtype_of_their_device():
     assert dtypes == {"24gb": "bfloat16", "cpu": "auto", "t4": "float16"}
     with pytest.raises(InputError, match=r"profile t5: no such profile; there are 24gb, cpu, t4\."):
         load_recipe("alpaca", settings, "t5")
+
+
+def test_a_recipe_that_a_script_changed_is_held_to_the_same(write):
+    recipe = load_recipe(write("model: x\ndata: {train: 'a,b.jsonl', labels: {0: bad}}\ntraining: {warmup_steps: 5}"))
+    assert checked(recipe) == recipe
+    assert checked(recipe).training.model_fields_set == recipe.training.model_fields_set
+    with pytest.raises(InputError, match=r"^recipe: lora\.r=0: .*; training\.num_epochs='x': .*number"):
+        checked(recipe.with_settings({"lora.r": 0, "training.num_epochs": "x"}))
+    with pytest.raises(InputError, match="warmup_ratio=0.1 say the same thing twice"):
+        checked(recipe.with_settings({"training.warmup_ratio": 0.1}))
+    for name, told in (("max_steps", "did you mean training.max_steps"), ("lora.rank", r"lora\.rank: no such setting")):
+        with pytest.raises(InputError, match=told):
+            recipe.with_settings({name: 1})
+
+
+def test_paths_may_be_paths(write, tmp_path):
+    file = write(f"model: x\ndata: {{train: {tmp_path}/rows.jsonl}}")
+    paths = {"model": tmp_path, "output_dir": tmp_path / "run", "lora.adapter": tmp_path / "adapter"}
+    recipe = load_recipe(file, paths | {"data.train": [tmp_path / "a.jsonl", "b.jsonl"]})
+    assert [recipe.model, recipe.output_dir, recipe.lora.adapter] == list(map(str, paths.values()))
+    assert recipe.data.train == [f"{tmp_path}/a.jsonl", "b.jsonl"]
+    assert load_recipe(file, {"data.train": tmp_path / "a,b.jsonl"}).data.train == f"{tmp_path}/a,b.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -69,3 +70,22 @@ def test_a_round_and_a_log_entry_are_a_line_each(arguments, capsys):
         "step  4/10  loss 1.2500  grad norm 0.500  lr 1.00e-04  ranks 8  100 tokens/s",
         "step  4/10  validation loss 2.0000",
     ]
+
+
+def test_a_run_in_a_thread_leaves_the_signals_alone(arguments):
+    interrupt, control, errors = InterruptCallback(), TrainerControl(), []
+
+    def begin():
+        try:
+            interrupt.on_train_begin(arguments(), TrainerState(), control)
+            interrupt.on_step_end(arguments(), TrainerState(), control)
+            interrupt.close()
+        except ValueError as error:
+            errors.append(error)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    assert not errors and not control.should_training_stop
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from peft import PeftModel
@@ -12,13 +12,13 @@ from peft import PeftModel
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.allocation import Init, Share
 from qalora.adapter.allocation_round import Record, keep_best_corrections
-from qalora.adapter.callback import Attempt, once, tokenized
-from qalora.adapter.model import gated_layers, rank_parameters, ranks
+from qalora.adapter.callback import Attempt, Budget, once, tokenized
+from qalora.adapter.model import check_adapted, gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
 from qalora.base.checkpoint import Weights
 from qalora.data.batching import Collator, micro_batches, on_device
-from qalora.errors import InputError
+from qalora.errors import InputError, check_choice
 
 T = TypeVar("T")
 Start = tuple[Record, Mapping[str, object]]  # a line of allocation.jsonl, and the scores beside it
@@ -35,7 +35,7 @@ def start(
     batch_size: int = 4,
     min_rank: int = 0,
     max_rank: int | None = None,
-    budget: Literal["ranks", "parameters"] = "parameters",
+    budget: Budget = "parameters",
     seed: int = 42,
     attempt: Attempt[Start | None] = once,
 ) -> Start | None:
@@ -63,8 +63,13 @@ def start(
         With share="scores", what `AllocationCallback.record_start` takes.
 
     Raises:
-        InputError: rows that are not tokenized, or no `original` where it is needed.
+        InputError: no adapter, rows that are not tokenized, no `original` where it is needed, or a setting that is
+            none.
     """
+    check_choice("init", init, get_args(Init))
+    check_choice("share", share, get_args(Share))
+    check_choice("budget", budget, get_args(Budget))
+    check_adapted(model, "start")
     found = tokenized(rows, "rows")
     if init == "quantization" and original is None:
         raise InputError(
