@@ -95,10 +95,8 @@ def load_base(
         load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
         quant_type: nf4 or fp4.
         double_quant: also quantize the quantization constants.
-        dtype: auto, bfloat16, float16 or float32; see `choose_compute_dtype`.
-        device: default: that of base/device.py.
         dtype: auto, bfloat16, float16 or float32, also as torch names them; see `choose_compute_dtype`.
-        device: default: CUDA where there is one, else the CPU.
+        device: default: the accelerator that torch has and bitsandbytes computes on, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Raises:

@@ -35,7 +35,7 @@ def in_this_process(device, monkeypatch):
 
 
 def test_every_case_is_measured_written_and_not_run_again(in_this_process, device, tmp_path, monkeypatch, capsys):
-    chosen = ["8b", "7b-fp16-15gb", "7b-scoring"]
+    chosen = ["8b", "7b-fp16-15gb"]
     monkeypatch.setattr(gpu, "CASES", {name: gpu.CASES[name] for name in chosen})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "found")])
     written = []
@@ -46,8 +46,8 @@ def test_every_case_is_measured_written_and_not_run_again(in_this_process, devic
     assert written == [chosen[: n + 1] for n in range(len(chosen))]
     found = json.loads((tmp_path / "found" / "gpu.json").read_text())["cases"]
     assert not [case["error"] for case in found.values() if "error" in case]
-    assert found["8b"]["allocated"] > 0 and found["7b-scoring"]["round_seconds"] > 0
-    assert "## Scoring" in (tmp_path / "found" / "gpu.md").read_text()
+    assert found["8b"]["allocated"] > 0 and found["7b-fp16-15gb"]["losses"]
+    assert "## Training steps" in (tmp_path / "found" / "gpu.md").read_text()
     in_this_process.clear()
     gpu.main()
     assert in_this_process == ["facts"]
