@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qalora.adapter.model import load_adapter
 from qalora.adapter.saved import PREFIX
-from qalora.base.checkpoint import Quantization, expected_shapes
+from qalora.base.checkpoint import Quantization
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import ModelSource, resolve, shape_of
+from qalora.base.structure import structure_of
 from qalora.deploy.merging import merge
 from qalora.deploy.verification import TEXTS
 
@@ -168,7 +169,7 @@ def make_base(config: LlamaConfig, folder: Path) -> int:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     files: dict[str, dict[str, torch.Size]] = {}
-    for name, shape in expected_shapes(config).items():
+    for name, shape in structure_of(config).shapes.items():
         group = name.split(".layers.")[1].split(".")[0] if ".layers." in name else name
         files.setdefault(f"{group}.safetensors", {})[name] = torch.Size(shape)
     for file, shapes in files.items():

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 import qalora
 from qalora import recipe
+from qalora.base.families import FAMILIES, REFUSED
 
 DOCS = Path(__file__).parent
 HEAD = "<!-- Written by docs/generate.py; edit the sources. -->\n\n"
@@ -38,7 +39,41 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """File name → text of every page that is written by this script."""
-    return {"settings.md": settings_page(), "python-api.md": api_page()}
+    return {"settings.md": settings_page(), "python-api.md": api_page(), "model-families.md": families_page()}
+
+
+# -------------------------------------------------------------------------------------------------- model-families.md
+
+
+def families_page() -> str:
+    """What holds for each family, by its record."""
+    lines = [
+        "| `model_type` | our kernels | packing, shared prefixes | GGUF | plan of a step |",
+        "|---|---|---|---|---|",
+    ]
+    for model_type, family in FAMILIES.items():
+        parts = {"norms": family.norm, "MLP": family.mlp, "q, k, v": family.attention}
+        kernels = ", ".join(name for name, held in parts.items() if held) or "none (plain)"
+        shared = f"no: {family.across_rows}" if family.across_rows else "packing" if family.eager else "both"
+        plan = "within 5 %" if family.measured else "an estimate"
+        lines.append(f"| `{model_type}` | {kernels} | {shared} | {family.gguf or 'refused'} | {plan} |")
+    refused = ["| it is | `model_type` |", "|---|---|"]
+    for what in dict.fromkeys(what for what, _ in REFUSED.values()):
+        names = ", ".join(f"`{name}`" for name, (kind, _) in REFUSED.items() if kind == what)
+        refused.append(f"| {what} | {names} |")
+    return (
+        f"{HEAD}# Which model families can be trained\n\n"
+        "Every row trains, scores, allocates, plans, merges (`--format hf`, from dequantized and from original\n"
+        "weights) and exports (`peft`, `peft-uniform`). Where our kernels do not hold, transformers' own forward\n"
+        "runs, with our low-rank layers, loss, checkpointing and tiles. `tests/test_families.py` tries each row\n"
+        "on tiny random models against transformers with PEFT: loss and gradients at each level of checkpointing,\n"
+        "in tiles, packed, with shared prefixes and in bf16; exact scores, surgery, resuming, exports, merges,\n"
+        "and the plan. No row was tried on real weights there.\n\n"
+        + "\n".join(lines)
+        + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path; a line says so.\n"
+        "`gguf-lora` and `--format gguf` need the GGUF column.\n\n"
+        "## What is refused, by name\n\n" + "\n".join(refused) + "\n"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- settings.md

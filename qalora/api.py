@@ -10,22 +10,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from qalora.arguments import whole
 from qalora.errors import AnswerNo, InputError, check_choice
 from qalora.flags import DTYPES
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from qalora.adapter.scores import Importance, Method, RankScores
     from qalora.data.rows import Row
+    from qalora.data.tokenization import TokenizedDataset
     from qalora.memory import MemoryPlan
     from qalora.recipe import Recipe
+    from qalora.text_scores import Normalize
+
+Source = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
 
 def load_rows(
-    source: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     split: str = "train",
@@ -38,24 +44,74 @@ def load_rows(
 
     Args:
         source: a file, a folder, a pattern, a Hub id, "qalora:quickstart", a list of these, or rows in memory, in any
-            format of docs/data.md.
+            format of docs/data.md: a list of dictionaries, a Dataset or DatasetDict of `datasets`, a DataFrame of
+            pandas.
         tokenizer: of the base.
         split: of a set that has splits.
         limit: rows at most.
-        max_seq_len: tokens per row; longer rows are cut.
-        reading: further settings of a recipe's `data` section: format, columns, prompt_template, chat, train_on_inputs
-            …
+        max_seq_len: tokens per row; longer rows are cut, and a line says so.
+        reading: further settings of a recipe's `data` section: format, columns, prompt_template, completion_template,
+            labels, chat, chat_template, chat_template_kwargs, mask_history, train_on_inputs, name.
 
     Returns:
-        A dictionary per row: `input_ids` and `labels` (−100 where no loss), lists of integers, and `row`, its number.
+        A dictionary per row: `input_ids` and `labels` (−100 where no loss), lists of integers; `row`, its number; and
+        `truncated`, whether it was cut. Rows in which nothing is learned are left out, and a line says so.
 
     Raises:
-        InputError: a source or a row that cannot be read, or nothing in it to learn.
+        InputError: a source or a row that cannot be read, nothing in it to learn, or a setting that does not exist.
     """
-    from qalora.data.tokenization import load_dataset
+    whole("max_seq_len", max_seq_len)
+    return list(_read(source, tokenizer, split, limit, {"max_seq_len": max_seq_len, **reading}).items)
 
-    where: Any = str(source) if isinstance(source, Path) else source
-    return list(load_dataset(where, tokenizer, split=split, limit=limit, max_seq_len=max_seq_len, **reading).items)
+
+def _read(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    limit: int | None,
+    reading: Mapping[str, Any],
+) -> TokenizedDataset:
+    """Rows of text, tokenized; a line names what was cut, left out, or not used."""
+    from inspect import signature
+
+    from qalora.data.tokenization import load_dataset
+    from qalora.progress import console
+
+    known = [name for name in signature(load_dataset).parameters if name not in ("source", "tokenizer")]
+    if unknown := sorted(set(reading) - set(known)):
+        raise InputError(f"{unknown[0]}: no setting of how rows are read; there are {', '.join(known)}.")
+    whole("limit", limit, optional=True)
+    found = load_dataset(_given(source, split), tokenizer, split=split, limit=limit, **reading)
+    if found.report.truncated or found.report.dropped or found.report.unused:
+        console.print(f"rows: {found.report}")
+    return found
+
+
+def _given(source: Source, split: str) -> Any:
+    """A source as it is read: a text, or a list of texts or of rows.
+
+    Raises:
+        InputError: a mapping that is neither, or a slice of rows in memory.
+    """
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a DataFrame of pandas
+        source = source.to_dict("records")
+    if isinstance(source, Mapping):
+        if any(isinstance(value, str) or not isinstance(value, Iterable) for value in source.values()) or not all(
+            isinstance(next(iter(value), None), Mapping) for value in source.values()
+        ):
+            raise InputError("rows: one row, or columns; pass a list of rows, each a dictionary.")
+        if split not in source:
+            raise InputError(f"rows: no split {split!r}; there are {', '.join(source)}.")
+        source = source[split]
+    items: Any = source
+    found = [str(item) if isinstance(item, Path) else item for item in items]
+    if not found:
+        raise InputError("rows: there is none.")
+    if "[" in split and isinstance(found[0], Mapping):
+        raise InputError(f"split={split!r}: rows in memory have no splits; pass those that are meant.")
+    return found
 
 
 def score_ranks(
@@ -87,7 +143,9 @@ def score_ranks(
         seed: of the sample of `certified`.
 
     Returns:
-        Scores in nats per supervised token: module → a value per rank, in the order of the rows of A.
+        Scores in nats per supervised token: `.importance`, which decides, `.drop` and `.alone`, each module → a value
+        per rank, in the order of the rows of A. Also `.loss` with the adapter and `.base_loss` without, `.exact` (the
+        ranks that were ablated), and `.certified`, whether the pruned set is settled.
 
     Raises:
         InputError: no adapter, rows that are not tokenized, or an importance that the method does not give.
@@ -105,6 +163,9 @@ def score_ranks(
 
     check_choice("method", method, get_args(Method))
     check_choice("importance", importance, (None, *get_args(Importance)))
+    whole("prune", prune, optional=True)
+    whole("min_rank", min_rank, 0)
+    whole("batch_size", batch_size)
     check_adapted(model, "score_ranks")
     found: list[Any] = [rows] if isinstance(rows, Mapping) else list(rows)
     importance = importance or ("path" if method == "path" else "sum")
@@ -127,7 +188,7 @@ def score_ranks(
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
+    data: Source,
     *,
     metrics: str | Sequence[str] = ("loss",),
     batch_size: int = 8,
@@ -136,6 +197,7 @@ def evaluate(
     limit: int | None = None,
     choices: Sequence[str] | None = None,
     answer_pattern: str | None = None,
+    normalize: Normalize | None = None,
     **reading: Any,
 ) -> dict[str, float]:
     """Figures of a causal LM, with or without an adapter, on rows of text.
@@ -143,7 +205,7 @@ def evaluate(
     Args:
         model: from `load_base(…).model`, `attach` or `load_adapter`; its train and eval modes stay.
         tokenizer: of the base.
-        data: as `load_rows` takes it.
+        data: rows of text, as `load_rows` takes them; for the loss alone, also what it gives.
         metrics: loss, exact_match, accuracy, rougeL; one, or several.
         batch_size: rows per forward; it changes no result beyond rounding.
         max_new_tokens: length of the greedy answers that exact_match and rougeL read.
@@ -151,6 +213,7 @@ def evaluate(
         limit: rows at most.
         choices: completions that accuracy chooses from; None: the distinct references of the rows.
         answer_pattern: regular expression; the first group of its first match is what exact_match compares.
+        normalize: numbers: exact_match sets commas, blanks, $ and a full stop at the end aside.
         reading: as `load_rows` takes it.
 
     Returns:
@@ -160,13 +223,22 @@ def evaluate(
     Raises:
         InputError: rows that cannot be read, or a metric that they cannot answer.
     """
-    from qalora.data.tokenization import load_dataset
     from qalora.kernels.install import install
     from qalora.metrics import evaluate as figures
 
-    where: Any = str(data) if isinstance(data, Path) else data
-    dataset = load_dataset(where, tokenizer, split=split, limit=limit, **reading)
+    whole("batch_size", batch_size)
+    whole("max_new_tokens", max_new_tokens)
+    check_choice("normalize", normalize, (None, "numbers"))
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     install(model)
+    if not isinstance(data, (str, Path)):
+        given = data = _given(data, split)
+        if isinstance(given[0], Mapping) and "input_ids" in given[0]:
+            if texts := [metric for metric in metrics if metric != "loss"]:
+                raise InputError(f"metrics={texts[0]}: reads texts, and the rows are tokenized; pass rows of text.")
+            whole("limit", limit, optional=True)
+            return _loss(model, tokenizer, given[:limit], batch_size)
+    dataset = _read(data, tokenizer, split, limit, reading)
     return figures(
         model,
         tokenizer,
@@ -176,7 +248,26 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         choices=choices,
         answer_pattern=answer_pattern,
+        normalize=normalize,
     )
+
+
+def _loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], batch_size: int
+) -> dict[str, float]:
+    """The figures of rows that are tokenized already."""
+    from math import exp, fsum
+
+    from qalora.adapter.callback import tokenized
+    from qalora.data.rows import supervised_tokens
+    from qalora.metrics import item_losses
+
+    found = tokenized(rows, "data")
+    tokens = supervised_tokens(row["labels"] for row in found)
+    if not tokens:
+        raise InputError("data: nothing in these rows has a loss (every label is −100).")
+    loss = fsum(item_losses(model, tokenizer, found, batch_size)) / tokens
+    return {"rows": len(found), "supervised_tokens": tokens, "loss": loss, "perplexity": exp(min(loss, 700.0))}
 
 
 def generate(
@@ -188,7 +279,7 @@ def generate(
     chat: bool | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 8,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
 ) -> str | list[str]:
     """Greedy answers, rendered as in training and ended as the model was taught to end.
 
@@ -200,7 +291,7 @@ def generate(
         chat: through the chat template; None: where the tokenizer has one.
         max_new_tokens: per answer.
         batch_size: prompts per forward.
-        stop: texts that end an answer, besides what ends a turn of this model.
+        stop: one text, or several, that end an answer, besides what ends a turn of this model.
 
     Returns:
         The answer, or one per prompt.
@@ -212,10 +303,13 @@ def generate(
     from qalora.answers import generate_answers
     from qalora.generate import prompt_ids
 
+    whole("max_new_tokens", max_new_tokens)
+    whole("batch_size", batch_size)
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [prompt_ids([prompt], tokenizer, chat=chat, system=system) for prompt in several]
+    taught = (stop,) if isinstance(stop, str) else tuple(stop)
     answers = generate_answers(
-        model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, taught=tuple(stop)
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_size=batch_size, taught=taught
     )
     return answers[0] if isinstance(prompts, str) else answers
 
@@ -225,9 +319,11 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
 
     Args:
         model: a registered name, a folder, a GGUF file, or a Hub id.
-        settings: ranks (8), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512, tokens per row),
-            load_in_4bit (True), double_quant (True), compute_dtype ("bfloat16"), optim ("adamw_torch"),
-            gradient_checkpointing (True), mlp_tile, dropout, device ("cuda").
+        settings: ranks (8, or module → rank), micro_batch_size (1), gradient_accumulation_steps (1), seq_len (512,
+            tokens per row), load_in_4bit (True), double_quant (True), compute_dtype ("bfloat16"), optim
+            ("adamw_torch"), gradient_checkpointing (True), mlp_tile, dropout, directions (0; as many as ranks for
+            init="gradient"),
+            device ("cuda").
 
     Returns:
         `.terms`, bytes by name, and `.total`, bytes.
@@ -244,14 +340,21 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
     known = list(signature(plan).parameters)[1:]
     if unknown := sorted(set(settings) - set(known)):
         raise InputError(f"{unknown[0]}: no setting of a memory plan; there are {', '.join(known)}.")
+    settings = {
+        name: str(value).removeprefix("torch.") if name.endswith("dtype") else value for name, value in settings.items()
+    }
     choices = {
         "compute_dtype": DTYPES,
         "optim": get_args(Optimizer),
         "gradient_checkpointing": (True, False, "selective", "offload"),
         "device": ("cuda", "cpu"),
     }
-    for name in choices.keys() & settings.keys():
-        check_choice(name, settings[name], choices[name])
+    counts = ("ranks", "micro_batch_size", "gradient_accumulation_steps", "seq_len", "mlp_tile")
+    for name, value in settings.items():
+        if name in choices:
+            check_choice(name, value, choices[name])
+        elif name in counts and not isinstance(value, Mapping):
+            whole(name, value, optional=name == "mlp_tile")
     return plan(shape_of(resolve(str(model))), **settings)
 
 
@@ -262,9 +365,9 @@ def merge(
     *,
     base: Literal["dequantized", "original"] | None = None,
     format: Literal["hf", "gguf"] = "hf",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     gguf_type: str | None = None,
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
@@ -277,35 +380,51 @@ def merge(
         output_dir: of the merged model.
         base: dequantized or original weights; None: what the adapter's qalora.json says.
         format: a transformers folder, or a folder with a GGUF file.
-        dtype: bfloat16, float16 or float32, of format="hf"; None: bfloat16.
-        gguf_type: of format="gguf"; None: f16.
-        max_shard_size: bytes per file of format="hf"; None: 4 · 10⁹.
-        overwrite: replace what `output_dir` holds.
+        dtype: bfloat16, float16 or float32, or torch's own, of format="hf"; None: bfloat16.
+        gguf_type: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0, of format="gguf"; None: f16.
+        max_shard_size: bytes per file of format="hf", or a text such as "4GB", which is the default.
+        overwrite: replace what `output_dir` holds; a merge of the same model and adapter is replaced anyway.
         verify: compare, in fp32, on a few texts.
 
     Returns:
         What merge.json in the folder holds.
 
     Raises:
-        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; a setting that is
-            none; too little disk or memory.
+        InputError: an adapter that is no plain LoRA, says nothing of its base, or is for another; a value that does
+            not exist, or that `format` does not use; too little disk or memory.
         AnswerNo: the result is further from base + adapter than rounding explains. Nothing is left of the merge then.
     """
     import torch
 
     from qalora.adapter.its_base import refuse_other_base
+    from qalora.adapter.saved import read_config
     from qalora.base.registry import resolve
     from qalora.deploy.gguf import GGUF_TYPES
-    from qalora.deploy.merging import Format
     from qalora.deploy.merging import merge as merged
     from qalora.merge import trained_quantization
+    from qalora.progress import console
+    from qalora.sizes import parse_size
 
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+    check_choice("format", format, ("hf", "gguf"))
     check_choice("base", base, (None, "dequantized", "original"))
-    check_choice("format", format, get_args(Format))
     check_choice("dtype", dtype, (None, *DTYPES))
     check_choice("gguf_type", gguf_type, (None, *GGUF_TYPES))
+    for name, value, of in (
+        ("dtype", dtype, "hf"),
+        ("max_shard_size", max_shard_size, "hf"),
+        ("gguf_type", gguf_type, "gguf"),
+    ):
+        if value is not None and format != of:
+            raise InputError(f"{name}={value!r}: goes with format={of!r}; leave it out.")
+    if isinstance(max_shard_size, str):
+        max_shard_size = parse_size(max_shard_size, "--max-shard-size")
+    whole("max_shard_size", max_shard_size, optional=True)
     source = resolve(str(model))
-    refuse_other_base(str(adapter), source)
+    adapter, output_dir = Path(adapter).expanduser(), Path(output_dir).expanduser()
+    read_config(adapter)
+    if line := refuse_other_base(str(adapter), source):
+        console.print(line)
     stored = {"dtype": dtype and getattr(torch, dtype), "gguf_type": gguf_type, "max_shard_size": max_shard_size}
     return merged(
         source,
@@ -334,20 +453,27 @@ def export_adapter(
         adapter: folder of the adapter.
         output_dir: of the result.
         format: peft: ranks per module; peft-uniform: one rank, for vLLM; gguf-lora: for llama.cpp and Ollama.
-        overwrite: replace what `output_dir` holds.
+        overwrite: replace what `output_dir` holds; an export of the same model and adapter is replaced anyway.
 
     Returns:
         What merge.json in the folder holds.
 
     Raises:
-        InputError: no plain LoRA, for another model, or a folder that holds something else.
+        InputError: no plain LoRA, for another model, no such format, or a folder that holds something else.
     """
+    from qalora.adapter.its_base import said_of_base
+    from qalora.adapter.saved import read_config
     from qalora.base.registry import resolve
     from qalora.deploy.export import AdapterFormat
     from qalora.deploy.export import export_adapter as export
+    from qalora.progress import console
 
     check_choice("format", format, get_args(AdapterFormat))
-    return export(adapter, output_dir, format, source=resolve(str(model)), overwrite=overwrite)
+    adapter, output_dir, source = Path(adapter).expanduser(), Path(output_dir).expanduser(), resolve(str(model))
+    read_config(adapter)
+    if line := said_of_base(str(adapter), source):
+        console.print(line)
+    return export(adapter, output_dir, format, source=source, overwrite=overwrite)
 
 
 def finetune(
@@ -377,11 +503,10 @@ def finetune(
     """
     from qalora.cli import DONE
     from qalora.finetune import run_recipe
-    from qalora.quiet import hide_noise
+    from qalora.quiet import noise_hidden
     from qalora.recipe import Recipe, checked, load_recipe, recipe_path
     from qalora.training.run_folder import run_name
 
-    hide_noise()
     reads = [] if isinstance(recipe, Recipe) else [recipe_path(str(recipe))]
     if isinstance(recipe, Recipe):
         if overrides or profile:
@@ -395,7 +520,8 @@ def finetune(
     if recipe.output_dir is None:
         raise InputError("output_dir is missing: say where the run's files go.")
     resume = "auto" if resume_from_checkpoint is True else str(resume_from_checkpoint or "") or None
-    code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
+    with noise_hidden():
+        code = run_recipe(recipe, reads, overwrite=overwrite, resume_from_checkpoint=resume)
     if code != DONE:
         raise KeyboardInterrupt
     output_dir = Path(recipe.output_dir).expanduser()

@@ -73,10 +73,6 @@ def plan_memory(
     rank_of = ranks if isinstance(ranks, Mapping) else dict.fromkeys(maps, ranks)
     matrices = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
     adapters = [rows * columns for rows, columns in matrices]
-    tables = 1 if shape.tie_word_embeddings else 2
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
-    biases = (q + 2 * kv) * shape.num_hidden_layers if shape.attention_bias else 0
 
     tile = seq_len if dropout or mlp_tile is None else mlp_tile
     # A mask of what is dropped: on CUDA of bytes, on a CPU in the dtype of what it multiplies.
@@ -94,8 +90,8 @@ def plan_memory(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
         ),
         "quantization constants": sum(_constants(i * o, double_quant) for i, o in maps.values()) if load_in_4bit else 0,
-        "embeddings and head": tables * shape.vocab_size * shape.hidden_size * size,
-        "norms and biases": ((2 * shape.num_hidden_layers + 1) * shape.hidden_size + biases) * size,
+        "embeddings and head": shape.embeddings_and_head() * size,
+        "norms and biases": shape.norms_and_biases() * size,
         "adapter": 4 * sum(adapters),
         "gradients": 4 * sum(adapters),
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
@@ -145,16 +141,22 @@ def _activations(
     transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
     low_kept = 0  # of the maps whose output "selective" keeps
     for name, rank in ranks.items():
-        index, part, which = name.split(".layers.")[1].split(".")
+        index, _, layer = name.split(".layers.")[1].partition(".")
         low[index] = low.get(index, 0) + rank
         read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
-        low_kept += rank if part == "self_attn" or (which != "down_proj" and tile == tokens) else 0
+        low_kept += 0 if layer == "mlp.down_proj" or (layer.startswith("mlp.") and tile != tokens) else rank
 
-    hidden = tokens * d * size
-    # Two norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
-    attention = 3 * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
+    family, hidden = shape.family, tokens * d * size
+    norms, inner_norms = family.norms
+    # The norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
+    attention = (1 + norms) * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
+    if inner_norms or family.copies_qk:
+        attention += tokens * size * (q + kv)
+    masks, of_block = _masks(shape, rows, seq_len, size)
+    attention += of_block
     rotation = tokens * 2 * shape.head_dim * size
-    inner = 2 * tile * f * size  # gate x and up x, which the backward writes its gradients into
+    # gate x and up x, which the backward writes its gradients into; of a plain MLP what is made of them too
+    inner = (2 if family.mlp else 4) * tile * f * size
     weight = d * f * size + d * f // QUANT_BLOCK * 4 if load_in_4bit else 0
 
     def wide(count: int, width: int) -> int:
@@ -168,10 +170,11 @@ def _activations(
     # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product
     # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
-    block = dropped + attention + rotation + max(down, norm) + transposed
+    block = dropped + attention + rotation + max(down, norm) + transposed + masks
     # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them.
     attended = (
         2 * hidden
+        + masks
         + rotation
         + tokens
         * (size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size, device))
@@ -188,7 +191,8 @@ def _activations(
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
         own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
-        kept, loss = hidden * blocks + own * (blocks - 1), loss + own
+        unwindowed = 0 if family.eager else blocks - shape.windowed
+        kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
     return {
         "checkpoints" if checkpointing else "kept by the blocks": kept,
         "block working set": block,
@@ -204,6 +208,19 @@ def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
     if device == "cpu":
         return 0
     return 4 * (q + heads) + (2 * size * q if kv != q else 0)
+
+
+def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, int]:
+    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
+    pairs = rows * seq_len**2
+    if shape.family.eager:
+        return (
+            2 * pairs * size,
+            8 * pairs * shape.num_attention_heads,
+        )  # capped scores, and what softmax makes of them in fp32
+    if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
+        return 0, 0
+    return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add
 
 
 def _sketch(

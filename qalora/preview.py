@@ -140,6 +140,8 @@ def summary(dataset: TokenizedDataset) -> dict[str, object]:
 
 def described(data: Mapping[str, Any], max_seq_len: int) -> str:
     """The summary in lines."""
+    from qalora.data.tokenization import CHAT_BY_DEFAULT
+
     lines = [
         f"{data['rows']} rows, {data['tokens']} tokens, {data['share_learned']:.0%} learned; longest row "
         f"{data['longest']} tokens",
@@ -150,6 +152,8 @@ def described(data: Mapping[str, Any], max_seq_len: int) -> str:
         lines[-1] += f"; nothing to learn was left of {cut} after the cut"
     if data["masked"]:
         lines[-1] += f"; no turn of {data['masked']} is learned"
+    if data["chat_by_default"]:
+        lines.append(CHAT_BY_DEFAULT)
     return "\n".join([*lines, f"not used: {', '.join(data['unused']) or 'nothing'}"]) + "\n"
 
 

@@ -65,6 +65,26 @@ def hide_noise(*, verbose: bool = False, environ: MutableMapping[str, str] = os.
 
 
 @contextmanager
+def noise_hidden() -> Iterator[None]:
+    """While it lasts, the lines above are not shown, unless TRANSFORMERS_VERBOSITY asks for them."""
+    if os.environ.get("TRANSFORMERS_VERBOSITY"):
+        yield
+        return
+    loggers = [(logging.getLogger(name), hidden) for name, hidden in _FILTERS.items()]
+    added = [(logger, hidden) for logger, hidden in loggers if hidden not in logger.filters]
+    with warnings.catch_warnings():
+        for library in LIBRARIES:
+            warnings.filterwarnings("ignore", DEPRECATED, FutureWarning, rf"{library}\b")
+        for logger, hidden in added:
+            logger.addFilter(hidden)
+        try:
+            yield
+        finally:
+            for logger, hidden in added:
+                logger.removeFilter(hidden)
+
+
+@contextmanager
 def without(logger: str, *beginnings: str) -> Iterator[None]:
     """While it lasts, lines of a logger that begin so are not shown."""
     hidden = _Beginnings(*beginnings)

@@ -11,12 +11,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from qalora.adapter.model import attach, gated_layers
 from qalora.base.quantized import quantize_
@@ -74,12 +83,7 @@ def save_tiny_llama():
 
     def save(path: Path, **config) -> Path:
         torch.manual_seed(0)
-        vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer = byte_tokenizer()
         settings = dict(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -94,6 +98,38 @@ def save_tiny_llama():
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def save_tiny():
+    """save(path, model_type, **config) → path: a tiny random model of any family in fp32, with a tokenizer of bytes."""
+
+    def save(path: Path, model_type: str, **config) -> Path:
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        settings = dict(vocab_size=len(tokenizer) + 2, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings | config))
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # norms of ones, and conv weights of nothing, would hide errors
+            if parameter.ndim == 1 and not name.endswith("A_log"):
+                parameter.data.add_(0.2 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
 
 
 @pytest.fixture
@@ -193,3 +229,36 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def live_bytes():
+    """live_bytes() → a context that counts the bytes alive in it (`.peak`)."""
+    return LiveBytes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and nobody has let go of yet, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        existing = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        } - self.alive.keys()
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in existing and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.alive.pop(key)

@@ -7,12 +7,13 @@ import importlib
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -76,6 +77,58 @@ def test_rows_in_memory_are_the_rows_of_a_file(base, tmp_path):
         token for token, label in zip(of_file[0]["input_ids"], of_file[0]["labels"], strict=True) if label != -100
     ]
     assert base.tokenizer.decode(learned) == " red red</s>"
+
+
+def test_rows_in_memory_come_in_the_forms_that_people_have(base, tmp_path, capsys):
+    import pandas
+
+    wanted = qalora.load_rows(ROWS, base.tokenizer)
+    table = Dataset.from_list(ROWS)
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert qalora.load_rows(iter(ROWS), base.tokenizer) == wanted  # none is lost on the way
+    assert qalora.load_rows(pandas.DataFrame(ROWS), base.tokenizer) == wanted
+    assert qalora.load_rows(DatasetDict(train=table), base.tokenizer) == wanted
+    assert qalora.load_rows([tmp_path / "a.jsonl"], base.tokenizer) == wanted[:1]
+    assert capsys.readouterr().err == ""
+    for given, message in [
+        (DatasetDict(test=table), "no split 'train'; there are test"),
+        (ROWS[0], "pass a list of rows"),
+        ({"prompt": ["a"], "completion": ["b"]}, "pass a list of rows"),
+        ([], "rows: there is none"),
+    ]:
+        with pytest.raises(qalora.InputError, match=message):
+            qalora.load_rows(given, base.tokenizer)
+    with pytest.raises(qalora.InputError, match="rows in memory have no splits"):
+        qalora.load_rows(ROWS, base.tokenizer, split="train[:2]")
+    with pytest.raises(qalora.InputError, match=r"^max_seq_length: no setting .* max_seq_len"):
+        qalora.load_rows(ROWS, base.tokenizer, max_seq_length=9)
+
+
+def test_what_becomes_of_rows_is_said(base, capsys):
+    rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
+    kept = qalora.load_rows(rows, base.tokenizer, max_seq_len=9)  # "Say green" leaves nothing to learn
+    assert [row["row"] for row in kept] == [i for i, row in enumerate(ROWS) if len(row["prompt"]) < 9]
+    assert "16 rows cut at data.max_seq_len=9; 4 rows dropped, nothing to learn was left of them; not used: id" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_loss_of_tokenized_rows_is_that_of_their_texts(base, rows):
+    wanted = qalora.evaluate(base.model, base.tokenizer, ROWS, metrics="loss")
+    for given in (rows, Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows])):
+        assert qalora.evaluate(base.model, base.tokenizer, given) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(qalora.InputError, match="^metrics=rougeL: reads texts"):
+        qalora.evaluate(base.model, base.tokenizer, rows, metrics=["loss", "rougeL"])
+
+
+def test_numbers_are_compared_as_in_gsm8k_from_python_too(base, monkeypatch):
+    rows = [{"prompt": "How many?", "completion": "1,000"}]
+    monkeypatch.setattr("qalora.metrics.generate_answers", lambda *a, **k: ["1000"])
+    figures = [
+        qalora.evaluate(base.model, base.tokenizer, rows, metrics="exact_match", normalize=normalize)["exact_match"]
+        for normalize in (None, "numbers")
+    ]
+    assert figures == [0.0, 100.0]
 
 
 def test_the_example_under_transformers_trainer(base, rows, tmp_path):
@@ -193,6 +246,21 @@ def test_dpo_takes_the_model_without_its_adapter_as_the_reference(base, tmp_path
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the untrained adapter is the reference
     assert logs[-1]["loss"] < logs[0]["loss"]
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_without_a_callback_too_a_trainers_bf16_adapters_are_trained_in_fp32(base, tmp_path, capsys):
+    trl = pytest.importorskip("trl")
+    model = qalora.attach(base.model, r=4, alpha=8)
+    config = trl.SFTConfig(
+        **arguments(tmp_path, max_steps=2) | dict(remove_unused_columns=True, bf16=False, max_length=64)
+    )
+    trainer = trl.SFTTrainer(model, args=config, train_dataset=Dataset.from_list(ROWS), processing_class=base.tokenizer)
+    assert gated_layers(model)["model.layers.0.self_attn.q_proj"].A.dtype == torch.bfloat16  # else nothing is tested
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+    assert capsys.readouterr().err.count("trained in fp32") == 1
 
 
 def test_a_base_that_transformers_loaded(folder, rows, tmp_path):
@@ -228,7 +296,7 @@ def test_a_plan_by_name_or_folder(folder):
         qalora.plan_memory("llama-7b", sequence_length=3)
 
 
-def test_a_whole_run_merged_and_exported(folder, tmp_path):
+def test_a_whole_run_merged_and_exported(folder, tmp_path, capfd):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = {
         "model": str(folder), "data.train": str(tmp_path / "rows.jsonl"), "data.val_set_size": 4,
@@ -237,12 +305,20 @@ def test_a_whole_run_merged_and_exported(folder, tmp_path):
         "data.format": "prompt-completion",
     }  # fmt: skip
     recipe = qalora.load_recipe("alpaca", settings)
+    capfd.readouterr()
     result = qalora.finetune(recipe)
+    assert not re.search("deprecated|PAD/BOS/EOS", capfd.readouterr().err)
     assert result["after"]["loss"] < result["before"]["loss"] and result["output_dir"] == str(tmp_path / "run")
     with pytest.raises(qalora.InputError, match="output_dir"):
         qalora.finetune(recipe)
     report = qalora.merge(folder, tmp_path / "run" / "adapter", tmp_path / "merged", dtype="float32")
     assert report["greedy_agreement"] == 1.0
+    in_parts = qalora.merge(
+        folder, tmp_path / "run" / "adapter", tmp_path / "parts", dtype=torch.float32, max_shard_size="200KB"
+    )
+    assert in_parts["bytes"] >= report["bytes"] and len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    with pytest.raises(qalora.InputError, match="the folder of a run; pass the adapter in it"):
+        qalora.merge(folder, tmp_path / "run", tmp_path / "other")
     exported = qalora.export_adapter(folder, tmp_path / "run" / "adapter", tmp_path / "exported")
     assert exported["format"] == "peft-uniform"
 
@@ -361,6 +437,18 @@ def test_the_example_on_smollm2(tmp_path):
         (lambda base, model, rows: qalora.load_base("llama-7b", dtype="int8"), "dtype='int8'"),
         (lambda base, model, rows: qalora.load_base("llama-7b", quant_type="int4"), "quant_type='int4'"),
         (lambda base, model, rows: qalora.attach(base.model, r=0, alpha=8), "r=0"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, dropout=1.0), "dropout=1.0"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, target_modules=["x"]), "^target_modules=x"),
+        (lambda base, model, rows: qalora.attach(base.model, r=2, alpha=4, layers_to_transform=7), "^layers_to_tr.*=7"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, rounds=-1), "rounds=-1"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, prune_per_round=0), "prune_per_round=0"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, warmup="soon"), "warmup='soon': .*1 epoch"),
+        (lambda base, model, rows: qalora.AllocationCallback(rows, interval=0), "interval=0"),
+        (lambda base, model, rows: qalora.score_ranks(model, rows, batch_size=0), "batch_size=0"),
+        (lambda base, model, rows: qalora.start(model, rows, "gradient", max_rows=0), "max_rows=0"),
+        (lambda base, model, rows: qalora.load_rows(ROWS, base.tokenizer, limit=0), "limit=0"),
+        (lambda base, model, rows: qalora.evaluate(base.model, base.tokenizer, ROWS, batch_size=0), "batch_size=0"),
+        (lambda base, model, rows: qalora.generate(base.model, base.tokenizer, "a", max_new_tokens=0), "max_new_tok"),
         (lambda base, model, rows: qalora.attach(model, r=2, alpha=4), r"model\.unload\(\)"),
         (lambda base, model, rows: qalora.score_ranks(base.model, rows), "score_ranks: .* attach or load_adapter"),
         (lambda base, model, rows: qalora.start(base.model, rows, "gradient"), "start: .* attach or load_adapter"),
@@ -403,3 +491,17 @@ def test_an_adapter_is_attached_anew_to_the_same_base(base, folder, rows, random
     assert torch.equal(again(ids).logits, plain)
     assert set(qalora.ranks(again).values()) == {2} and len(qalora.ranks(again)) == 2
     assert not [warning for warning in recwarn if "second time" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "typed"), [(True, "auto"), ("auto", "auto"), (Path("run/checkpoint-2"), "run/checkpoint-2"),
+                         (False, None), (None, None)],
+)  # fmt: skip
+def test_a_run_is_resumed_as_transformers_trainer_is_asked_to(monkeypatch, tmp_path, asked, typed):
+    heard = {}
+    command = importlib.import_module("qalora.finetune")
+    monkeypatch.setattr(command, "run_recipe", lambda *args, **named: heard.update(named) or 0)
+    (tmp_path / "metrics.json").write_text("{}")
+    settings = {"model": "llama-7b", "output_dir": tmp_path}
+    assert qalora.finetune("alpaca", settings, resume_from_checkpoint=asked) == {"output_dir": str(tmp_path)}
+    assert heard["resume_from_checkpoint"] == typed

@@ -1369,7 +1369,7 @@ def test_an_output_folder_in_use_is_refused(finetune, default_run, tmp_path):
     [
         ("data.train=nothing.jsonl", "no such file"),
         ("training.report_to=wandb", "report_to=wandb"),
-        ("lora.target_modules=q_prj", "q_prj is no linear map of a block"),
+        ("lora.target_modules=q_prj", "q_prj: the model has no such linear layer"),
     ],
 )
 def test_a_run_is_overwritten_only_when_the_next_one_begins(finetune, monkeypatch, wrong, message):

@@ -17,6 +17,7 @@ MODULES = {
 }
 FOUNDATION = {
     "errors": 0,
+    "arguments": 0,
     "environment": 0,
     "paths": 0,
     "files": 0,
@@ -43,8 +44,12 @@ FOUNDATION = {
     "terminal": 0,
     "base.precision": 1,
     "base.families": 0,
+    "base.blocks": 0,
+    "base.published": 0,
+    "base.measured": 0,
     "base.layout": 0,
     "base.registry": 0,
+    "base.structure": 0,
     "base.weight_files": 0,
     "base.gguf_reader": 0,
 }
@@ -64,9 +69,12 @@ COMMANDS = 7
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow", "safetensors"}
 TORCH_FREE = [
     "errors",
+    "arguments",
     "recipe",
     "yaml_file",
     "base.families",
+    "base.blocks",
+    "base.published",
     "base.layout",
     "base.registry",
     "base.weight_files",

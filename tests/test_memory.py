@@ -3,15 +3,12 @@ alive at the worst moment of a real step within 5 %."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit, AdamW32bit, Lion, Lion8bit
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
 from qalora.adapter.model import attach
@@ -164,7 +161,7 @@ def test_what_a_choice_does_to_the_plan():
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("seq_len", [4, 256])
-def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, kept, seq_len):
+def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, live_bytes, kept, seq_len):
     """The second one's gradients grow beside the first one's: with rows of 4 tokens they are the most of it."""
     shape = SMALL
     model = attach(tiny_llama(four_bit=True, **config_of(shape)), r=8, alpha=16).train()
@@ -177,7 +174,7 @@ def test_what_two_micro_batches_hold_beside_the_weights(tiny_llama, kept, seq_le
         loss.backward()
         return loss.detach()
 
-    with LiveBytes() as live:
+    with live_bytes() as live:
         for _ in range(2):
             ladder.run({"input_ids": ids, "labels": ids}, work)
     terms = plan_memory(
@@ -221,7 +218,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
-def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
+def test_activations_are_those_alive_in_a_real_step(tiny_llama, live_bytes, settings):
     settings = dict(settings)
     shape = replace(SMALL, vocab_size=settings.pop("vocab_size", SMALL.vocab_size))
     settings = dict(micro_batch_size=1, load_in_4bit=True, mlp_tile=None, ranks=8, dropout=0.0) | settings
@@ -238,7 +235,7 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
         summed_loss(model, {"input_ids": ids, "labels": ids}).backward()
 
     step()  # gradients are there from now on
-    with LiveBytes() as live:
+    with live_bytes() as live:
         step()
     terms = plan_memory(shape, device="cpu", **settings).terms
     names = ("checkpoints", "kept by the blocks", "block working set", "loss beyond it")
@@ -246,14 +243,14 @@ def test_activations_are_those_alive_in_a_real_step(tiny_llama, settings):
 
 
 @pytest.mark.parametrize(("ranks", "seq_len"), [(8, 64), (32, 64), (4, 1024)], ids=["8", "many", "few"])
-def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, ranks, seq_len):
+def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, live_bytes, ranks, seq_len):
     shape = SMALL
     base = tiny_llama(four_bit=True, max_position_embeddings=2048, **config_of(shape))
     model = attach(base, r=ranks, alpha=2 * ranks).train()
     set_checkpointing(model, True)
     rows = [torch.randint(0, shape.vocab_size, (1, seq_len)) for _ in range(2)]
     batch = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
-    with LiveBytes() as live:
+    with live_bytes() as live:
         gradient_directions(model, batch, dict.fromkeys(shape.linear_maps(), 2 * ranks), torch.Generator())
     terms = plan_memory(
         shape, ranks=ranks, seq_len=seq_len, compute_dtype="float32", directions=2 * ranks, device="cpu"
@@ -264,30 +261,3 @@ def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, ranks, 
         assert planned == pytest.approx(live.peak, rel=0.07)
     else:
         assert live.peak < planned
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations have made and nobody has let go of yet, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        existing = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        } - self.alive.keys()
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in existing and storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.alive.pop(key)

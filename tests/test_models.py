@@ -35,6 +35,20 @@ def test_it_lists_every_registered_model_with_the_memory_that_plan_has(capsys):
     assert not found["llama-30b"]["fits"] and found["llama2-7b"]["gated"] and not found["llama-7b"]["gated"]
 
 
+def test_without_a_card_it_says_what_a_step_fitted_to_each_of_three_takes(capsys):
+    assert main(["--json"]) == 0
+    found = {model["name"]: model["cards"] for model in json.loads(capsys.readouterr().out)}
+    assert all(cards.keys() == {"16GiB", "24GiB", "80GiB"} for cards in found.values())
+    assert found["qwen3-32b"]["16GiB"] is None  # 32.8 billion weights of 4 bits alone are 15.3 GiB
+    for name, card in (("qwen3-32b", "24GiB"), ("qwen3.5-9b", "16GiB"), ("gemma4-e4b", "24GiB"), ("phi-4", "80GiB")):
+        code = plan(["--model", name, "--gpu-memory", card, "--json", "training.fit=auto"])
+        assert (code, found[name][card]) == (0, json.loads(capsys.readouterr().out)["total"])
+    main([])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["qwen3-32b"].split()[-5:-2] == ["–", f"{found['qwen3-32b']['24GiB'] / 2**30:.1f}", "GiB"]
+    assert lines["name"].split()[-6:] == ["in", "16GiB", "in", "24GiB", "in", "80GiB"]
+
+
 def test_settings_and_profiles_are_followed(capsys):
     main(["--json"])
     usual = json.loads(capsys.readouterr().out)

@@ -81,6 +81,7 @@ def test_json_holds_the_same(model, rows, capsys):
         "longest": 42,
         "masked": 0,
         "unused": ["id"],
+        "chat_by_default": False,
         "share_learned": 21 / 35,
     }
 

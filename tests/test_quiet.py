@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qalora.quiet import DATASETS_BARS, LIBRARIES, LOGGED, hide_noise, without
+from qalora.quiet import DATASETS_BARS, LIBRARIES, LOGGED, hide_noise, noise_hidden, without
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_only_the_named_lines_are_hidden(heard):
     assert heard == []
     assert say_all("a real problem: {}") == heard
     assert environ == {DATASETS_BARS: "1"}
+
+
+@pytest.mark.parametrize("by_the_command", [False, True])
+def test_a_call_hides_them_while_it_lasts(heard, by_the_command):
+    if by_the_command:
+        hide_noise(environ={})
+    with noise_hidden():
+        say_all()
+    assert heard == []
+    said = say_all()
+    assert heard == ([] if by_the_command else said)
 
 
 @pytest.mark.parametrize(("verbose", "environ"), [(True, {}), (False, {"TRANSFORMERS_VERBOSITY": "warning"})])

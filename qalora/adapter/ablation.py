@@ -14,7 +14,8 @@ of the model starts at its own block, from an input that one forward kept; varia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalora.adapter.layer import GatedLinear, closed, gated
 from qalora.adapter.model import gated_layers
-from qalora.base.quantized import linear_maps
+from qalora.base.structure import final_norm
 from qalora.data.rows import supervised_tokens, targets
-from qalora.kernels.loss import label_only_loss, row_losses
+from qalora.kernels.loss import Head, label_only_loss, row_losses
 from qalora.kernels.low_rank import frozen_forward
 from qalora.kernels.prefixes import causal_lm
 from qalora.progress import Bar, track
@@ -126,9 +127,15 @@ def _losses(
 
 @contextmanager
 def _in_dtype_of_input(model: PeftModel) -> Iterator[None]:
-    """Linear layers without an adapter compute in the dtype of their input, as those with one do."""
-    adapted = gated_layers(model)
-    bare: list[Any] = [module for name, module in linear_maps(model).items() if name not in adapted]
+    """Linear layers without an adapter compute in the dtype of their input, as those with one do; inside the blocks and
+    before them."""
+    adapted = {id(layer.base_layer) for layer in gated_layers(model).values()}
+    modules: Any = _decoder(model).modules()
+    bare: list[Any] = [
+        module
+        for module in modules
+        if isinstance(module, nn.Linear) and id(module) not in adapted and not isinstance(module, GatedLinear)
+    ]
     own = [module.__dict__.get("forward") for module in bare]
     try:
         for module in bare:
@@ -147,7 +154,7 @@ class _Kept:
     """Of one forward: the input of the blocks that variants start from, and the other arguments of every block."""
 
     inputs: dict[int, Tensor]
-    arguments: list[dict[str, Any]]
+    others: list[tuple[tuple[Any, ...], dict[str, Any]]]
     bytes_on_device: int = 0
 
 
@@ -163,22 +170,25 @@ def _run_and_keep(
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            hidden, *others = args
             if index in wanted:
-                fits = kept.bytes_on_device + args[0].nbytes <= memory
-                kept.inputs[index] = args[0] if fits else args[0].cpu()
-                kept.bytes_on_device += args[0].nbytes if fits else 0
-            kept.arguments.append(kwargs)
+                fits = kept.bytes_on_device + hidden.nbytes <= memory
+                kept.inputs[index] = hidden if fits else hidden.cpu()
+                kept.bytes_on_device += hidden.nbytes if fits else 0
+            kept.others.append((tuple(others), kwargs))
 
         return hook
+
+    def cast(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(dtype or output.dtype)
 
     handles = [
         block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(decoder.layers)
     ]
+    handles += [module.register_forward_hook(cast) for module in decoder.modules() if isinstance(module, nn.Embedding)]
     handles.append(decoder.layers[-1].register_forward_hook(lambda module, args, output: last.append(output)))
     try:
-        embeddings = decoder.get_input_embeddings()(micro["input_ids"])
-        others = {key: value for key, value in micro.items() if key not in ("input_ids", "labels")}
-        decoder(inputs_embeds=embeddings.to(dtype or embeddings.dtype), use_cache=False, **others)
+        decoder(use_cache=False, **{key: value for key, value in micro.items() if key != "labels"})
     finally:
         for handle in handles:
             handle.remove()
@@ -189,18 +199,36 @@ def _resume(decoder: Decoder, kept: _Kept, block: int, copies: int) -> Tensor:
     """The final hidden states of `copies` variants, from the kept input of a block on."""
     rows, device = len(kept.inputs[block]), decoder.get_input_embeddings().weight.device
     hidden = kept.inputs[block].to(device).repeat(copies, 1, 1)
-    for module, arguments in zip(decoder.layers[block:], kept.arguments[block:], strict=True):
-        hidden = module(hidden, **{name: _repeated(value, rows, copies) for name, value in arguments.items()})
+    repeated = _Repeated(rows, copies)
+    for module, (others, options) in zip(decoder.layers[block:], kept.others[block:], strict=True):
+        hidden = module(hidden, *map(repeated, others), **{name: repeated(value) for name, value in options.items()})
     return hidden
 
 
-def _repeated(value: object, rows: int, copies: int) -> object:
-    """An argument of a block for `copies` times as many rows; what has one row for all of them broadcasts."""
-    if isinstance(value, Tensor):
-        return value.repeat(copies, *[1] * (value.ndim - 1)) if len(value) == rows > 1 else value
-    if isinstance(value, tuple):
-        return tuple(_repeated(part, rows, copies) for part in value)
-    return value
+class _Repeated:
+    """Arguments of blocks for `copies` times as many rows; what has one row for all of them broadcasts.
+
+    A dict in which blocks leave keys and values for later ones is one dict for them again.
+    """
+
+    def __init__(self, rows: int, copies: int):
+        self.rows, self.copies = rows, copies
+        self.shared: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._of_rows(value) if value.ndim > 0 and len(value) == self.rows > 1 else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self, value))
+        if isinstance(value, MutableMapping):
+            if id(value) not in self.shared:
+                self.shared[id(value)] = again = copy.copy(value)
+                again.update({key: tuple(map(self._of_rows, states)) for key, states in value.items()})
+            return self.shared[id(value)]
+        return value
+
+    def _of_rows(self, states: Tensor) -> Tensor:
+        return states.repeat(self.copies, *[1] * (states.ndim - 1))
 
 
 def _stacked_gates(
@@ -218,7 +246,7 @@ def _stacked_gates(
 def _row_losses(model: PeftModel, hidden: Tensor, labels: Tensor) -> Tensor:
     """(rows,) summed cross-entropy from the last block's output."""
     base: Any = model.get_base_model()
-    return label_only_loss(base.base_model.norm(hidden), labels, base.get_output_embeddings().weight)
+    return label_only_loss(getattr(_decoder(model), str(final_norm(_decoder(model))))(hidden), labels, Head.of(base))
 
 
 def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
@@ -231,9 +259,11 @@ def _variant_bytes(model: PeftModel, hidden: Tensor) -> int:
 
 
 class Decoder(Protocol):
-    """The decoder of a LLaMA-class model of transformers."""
+    """The decoder of a causal LM of transformers."""
 
     layers: nn.ModuleList
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
     def get_input_embeddings(self) -> nn.Embedding: ...
 

@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import torch
 from peft import PeftModel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.allocation import Schedule, schedule
+from qalora.adapter.allocation import Schedule, parse_duration, schedule
 from qalora.adapter.allocation_round import Record, RoundSettings, Scorer, Scoring, allocation_round
-from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks
+from qalora.adapter.model import check_adapted, check_own, gated_layers, rank_parameters, ranks, to_fp32
 from qalora.adapter.scores import Importance, RankScores
+from qalora.arguments import whole
 from qalora.base.quantized import linear_maps
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.rows import IGNORE, Row
 from qalora.errors import AnswerNo, InputError, check_choice
 from qalora.files import write_whole
-from qalora.progress import console
 
 T = TypeVar("T")
 Attempt = Callable[[Sequence[Any], Callable[[Sequence[Any]], T]], T]  # (micro-batches, work on them) → its result
@@ -67,7 +66,7 @@ class AllocationCallback(TrainerCallback):
         attempt: how work on a batch is tried, where memory may run out.
 
     Raises:
-        InputError: no rows, rows without `input_ids` and `labels`, or a setting that is none.
+        InputError: no rows, rows without `input_ids` and `labels`, or a value out of range.
     """
 
     def __init__(
@@ -91,8 +90,21 @@ class AllocationCallback(TrainerCallback):
         attempt: Attempt[tuple[Record, RankScores]] = once,
     ):
         check_choice("scoring", scoring, get_args(Scoring))
-        check_choice("importance", importance, (None, *get_args(Importance)))
         check_choice("budget", budget, get_args(Budget))
+        check_choice("importance", importance, (None, *get_args(Importance)))
+        if importance and (importance == "path") != (scoring == "path"):
+            raise InputError(f"importance={importance!r}: scoring={scoring!r} does not give it; path goes with path.")
+        for name, duration in {"warmup": warmup, "interval": interval}.items():
+            try:
+                parse_duration(duration)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f'{name}={duration!r}: takes optimizer steps (20), a share of the run (0.3) or epochs ("1 epoch").'
+                ) from None
+        whole("rounds", rounds, 0)
+        whole("min_rank", min_rank, 0)
+        for name, value in {"prune_per_round": prune_per_round, "max_rank": max_rank, "batch_size": batch_size}.items():
+            whole(name, value, optional=True)
         self.rows = tokenized(rows, "rows")
         self.growth_rows = tokenized(growth_rows, "growth_rows") if growth_rows else []
         self.durations = {"rounds": rounds, "warmup": warmup, "interval": interval}
@@ -272,22 +284,6 @@ def tokenized(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     if not found:
         raise InputError(f"{name}: it holds no row; qalora.load_rows makes some, from files and from rows of text.")
     return found
-
-
-def to_fp32(model: PeftModel) -> None:
-    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in
-    16."""
-    cast = [
-        parameter
-        for layer in gated_layers(model).values()
-        for parameter in (layer.A, layer.B)
-        if parameter.dtype != torch.float32
-    ]
-    for parameter in cast:
-        parameter.data = parameter.data.float()
-        parameter.grad = None
-    if cast:
-        console.print("the adapter's weights had been cast to 16 bits: they are trained in fp32")
 
 
 def ranks_at_start(history: Sequence[Record], now: Mapping[str, int], order: Sequence[str]) -> dict[str, int]:

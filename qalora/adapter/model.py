@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -20,11 +21,15 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.saved import PREFIX, rank_of, read_adapter, scaling_of, whole
 from qalora.adapter.targets import EVERY, targeted
+from qalora.arguments import whole as check_whole
+from qalora.base.families import TEXT
 from qalora.base.quantized import guard_cpu_packing, linear_maps
 from qalora.card_files import keep_users_card
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.install import install
+from qalora.kernels.loss import check_head
+from qalora.progress import console
 
 ADAPTER = "default"
 
@@ -36,14 +41,14 @@ def attach(
     alpha: int,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = EVERY,
-    layers_to_transform: Sequence[int] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
     seed: int = 0,
 ) -> PeftModel:
     """Puts an adapter of ours on every targeted linear layer, and the kernels of ours into the model, which
     `print(model)` shows.
 
     A layer computes z = W x + alpha / r · B A x (arXiv 2403.16187, §3.2): rows of A Kaiming-uniform as in PEFT, B zero,
-    both fp32.
+    both fp32, and fp32 again when training begins where a trainer has cast them.
 
     Args:
         model: a causal LM of transformers in 4, 16 or 32 bits, from `load_base` or loaded by transformers; it is
@@ -53,23 +58,34 @@ def attach(
         dropout: of the adapter's inputs while training.
         target_modules: all-linear; names or their ends (["q_proj", "v_proj"]); or a regular expression that matches
             whole names.
-        layers_to_transform: blocks that get adapters, from 0; None: all.
+        layers_to_transform: the block or the blocks that get adapters, from 0; None: all.
         seed: of A.
 
     Returns:
         A PeftModel, with whatever PEFT offers for one; `save_pretrained` writes a plain PEFT LoRA.
 
     Raises:
-        InputError: a target or a block that the model has not, or a PeftModel in the place of its base.
+        InputError: a target or a block that the model has not, a value out of range, or a PeftModel in the place of its
+            base.
     """
-    if r < 1:
-        raise InputError(f"r={r}: an adapter begins with one rank per module at least.")
+    _check_model(model)
+    check_whole("r", r)
+    if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise InputError(f"alpha={alpha!r}: takes a number above 0; the scaling is alpha / r.")
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise InputError(f"dropout={dropout!r}: takes a share from 0 to below 1.")
     names = list(linear_maps(model))
-    chosen = targeted(names, target_modules, layers_to_transform)
+    blocks = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    try:
+        chosen = targeted(names, target_modules, blocks)
+    except InputError as error:  # in a recipe they are settings of `lora`
+        raise InputError(error.as_typed.removeprefix("lora.")) from None
     # The ends of names where they say it all, for that is the form which every reader of adapters knows.
     ends = {name.rpartition(".")[2] for name in chosen}
     all_of_them = [name for name in names if name.rpartition(".")[2] in ends]
-    targets = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    targets: Any = sorted(ends) if len(all_of_them) == len(chosen) else chosen
+    if targets is not chosen and any(f".{TEXT}." in name for name in chosen):  # vision has layers of the same names
+        targets = rf".*\.{TEXT}\..*\.({'|'.join(targets)})"
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -90,6 +106,7 @@ def load_adapter(
     Raises:
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
+    _check_model(model)
     saved = read_adapter(path)
     saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = saved.config
@@ -312,9 +329,44 @@ def _with_gated_layers(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise InputError("model: it has an adapter already; pass its base, which `model.unload()` gives back.")
     _take_off(model)
     guard_cpu_packing(model)
+    check_head(model)
     config._register_custom_module({Linear4bit: GatedLinear, nn.Linear: GatedLinear})
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     for layer in gated_layers(peft_model).values():
         layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
     install(peft_model)
+    peft_model.train = MethodType(_train_in_fp32, peft_model)  # type: ignore[method-assign]
     return peft_model
+
+
+def _train_in_fp32(model: PeftModel, mode: bool = True) -> PeftModel:
+    """`model.train`. Trainers cast an adapter before that: TRL's to bf16, wherever the base is in 4 bits."""
+    if mode:
+        to_fp32(model)
+    return cast(PeftModel, type(model).train(model, mode))
+
+
+def to_fp32(model: PeftModel) -> None:
+    """Adapters of 16 bits, as some trainers make them, become fp32, and a line says so: small updates round away in
+    16."""
+    found = [
+        parameter
+        for layer in gated_layers(model).values()
+        for parameter in (layer.A, layer.B)
+        if parameter.dtype != torch.float32
+    ]
+    for parameter in found:
+        parameter.data = parameter.data.float()
+        parameter.grad = None
+    if found:
+        console.print("the adapter's weights had been cast to 16 bits: they are trained in fp32")
+
+
+def _check_model(model: object) -> None:
+    """
+    Raises:
+        InputError: no model.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "load_base(…).model" if hasattr(model, "model") else "a causal LM of transformers"
+        raise InputError(f"model: a {type(model).__name__} is none; pass {hint}.")

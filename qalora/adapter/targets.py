@@ -49,7 +49,7 @@ def targeted(
         ends = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
         if unknown := sorted(target for target, found in ends.items() if not found):
             raise InputError(
-                f"lora.target_modules={', '.join(unknown)}: the model has no such linear map; "
+                f"lora.target_modules={', '.join(unknown)}: the model has no such linear layer; "
                 f"it has {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in names))}."
             )
         wanted = {name for found in ends.values() for name in found}

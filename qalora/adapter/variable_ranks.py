@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qalora.adapter.callback import HISTORY
-from qalora.adapter.model import verify_saved
+from qalora.adapter.model import to_fp32, verify_saved
 from qalora.adapter.surgery import restore
 
 
@@ -34,6 +34,7 @@ class VariableRanks:
             shutil.copy(history, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        to_fp32(self.model)  # a trainer's 16 bits would round what the checkpoint holds, and the moments that follow
         restore(self.model, resume_from_checkpoint)
         history, own = Path(resume_from_checkpoint) / HISTORY, Path(str(self.args.output_dir)) / HISTORY
         if history.is_file() and history.resolve() != own.resolve():

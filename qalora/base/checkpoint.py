@@ -27,8 +27,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.base.device import best_device
-from qalora.base.registry import ModelSource, check_model_type
-from qalora.base.tensor_files import EMBEDDINGS, HEAD, Checkpoint, expected_shapes, open_files
+from qalora.base.families import in_decoder
+from qalora.base.registry import ModelSource, check_family
+from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
+from qalora.base.tensor_files import Checkpoint, open_files
 from qalora.base.weight_files import base_folder, short, weight_files
 from qalora.errors import InputError
 from qalora.sizes import QUANT_BLOCK
@@ -83,17 +85,12 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
     """
     if quantization is None:
         yield from (piece.to(torch.float32, copy=True) for piece in checkpoint.pieces(name))  # the caller adds to it
-    elif quantization.quant_type and is_linear_layer(name):
+    elif name in checkpoint.packed or (quantization.quant_type and checkpoint.structure.is_linear(name)):
         yield from _dequantized_pieces(checkpoint, name, quantization)
     else:
         stored = storage_dtype(quantization, is_gguf=checkpoint.is_gguf)
         for piece in checkpoint.pieces(name):
             yield piece.to(stored).to(quantization.compute_dtype).to(torch.float32, copy=True)
-
-
-def is_linear_layer(name: str) -> bool:
-    """Whether the tensor is the weight of a linear layer of a block."""
-    return ".layers." in name and name.endswith("_proj.weight")
 
 
 def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
@@ -160,14 +157,15 @@ def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
         The config says whether the head is tied as the files decide it: see `_decide_tying`.
 
     Raises:
-        InputError: no such model, a file that is missing or damaged, or not a LLaMA-class decoder.
+        InputError: no such model, a file that is missing or damaged, or not a decoder that can be trained.
     """
     folder, name = base_folder(source), source.name
     config = _config(str(folder), source.gguf_file, name)
     found = weight_files(folder, source.gguf_file, name=name)
     checkpoint = open_files(found, config)
     _decide_tying(checkpoint, config)
-    wanted = expected_shapes(config)
+    checkpoint.structure = structure_of(config)
+    wanted = checkpoint.structure.shapes
     if missing := sorted(set(wanted) - set(checkpoint.shapes)):
         why = " (config.json says tie_word_embeddings: false)" if missing == [HEAD] else ""
         raise InputError(
@@ -208,7 +206,7 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
     """The config of a base; of one on the Hub nothing else is downloaded.
 
     Raises:
-        InputError: no such model, not a LLaMA-class decoder, or positions that nobody can compute.
+        InputError: no such model, not a decoder that can be trained, or positions that nobody can compute.
     """
     return _config(source.location, source.gguf_file, source.name)
 
@@ -225,7 +223,8 @@ def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"--model {name}: {location}: no config of a decoder to be had ({short(error)}).") from None
-    check_model_type(config.model_type, f"--model {name}")
+    config = text_part(config)
+    check_family(config.to_dict(), f"--model {name}")
     check_positions(config, f"--model {name}")
     return config
 
@@ -261,4 +260,4 @@ def original_weights(checkpoint: Checkpoint, model: str) -> Weights:
             f"lora.init=quantization gives back what 4 bits took, and --model {model} is stored in 4 bits: use the "
             "16-bit model that it was made from, or another lora.init."
         )
-    return lambda name: checkpoint.tensor(f"{name}.weight")
+    return lambda name: checkpoint.tensor(f"{in_decoder(name)}.weight")

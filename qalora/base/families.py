@@ -1,40 +1,199 @@
 """What a model family is: one record each, and the only place that knows. Torch-free.
 
-Every family here is a decoder of LLaMA's arithmetic: the same linear layers per block, RMSNorm, SwiGLU, rotated halves
-of heads. docs/adding-a-model-family.md says what another one needs.
+A family is *fused* as far as its record names classes of transformers that our kernels stand in for, and *plain*
+elsewhere: then its own forward runs, with our low-rank layers and our loss. A model_type without a record is plain
+throughout, if its blocks are linear layers (structure.py looks). docs/adding-a-model-family.md says what a new one
+needs.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-# The linear layers of a block.
+WRAPPED = "wrapped_in"  # a field of a text part's config: the model_type of the vision model around it
+# The linear layers of a block of LLaMA's make.
 BLOCK_MAPS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj",
 )  # fmt: skip
+
+# How an RMSNorm weighs what it has normed, n, in 16 bits:
+#   after     w · round(n)
+#   before    round(w · n)
+#   plus_one  round((1 + w) · n)
+Weighing = Literal["after", "before", "plus_one"]
 
 
 @dataclass(frozen=True)
 class Family:
     """
     Attributes:
-        attention: transformers' class of a block's attention, which rotates halves of whole heads and has nothing
-            between the linear layers and the rotation.
-        gguf: general.architecture of its GGUF files.
+        norm: transformers' class of its RMSNorms; None: another norm, which stays as it is.
+        weighing: of that norm.
+        mlp: transformers' class of an MLP that is down(silu(gate x) ∘ up x), and nothing more.
+        mlp_normed: whether a norm reads what the MLP puts out, so that a block's second run needs it.
+        attention: transformers' class of an attention that rotates halves of whole heads and has nothing between the
+            linear layers and the rotation.
+        norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their
+            whole width).
+        copies_qk: whether q and k are there twice, before and after something else than a norm.
+        measured: whether the plan of a step was held against the tensors alive in one.
+        eager: attention is more than torch's fused one computes.
+        across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor
+            share prefixes.
+        logits: field of config.json → whether logits are divided by it, or multiplied.
+        gguf: general.architecture of its GGUF files; None: none is written or read.
         gguf_pairs: whether these store the rows of q and k in neighbouring pairs, as llama.cpp rotates them.
         attention_bias: whether q, k and v have biases where config.json does not say.
+        tied: whether the head is the embeddings where config.json does not say.
     """
 
-    attention: str
-    gguf: str
-    gguf_pairs: bool
+    norm: str | None = None
+    weighing: Weighing = "after"
+    mlp: str | None = None
+    mlp_normed: bool = False
+    attention: str | None = None
+    norms: tuple[int, Literal["", "head", "width"]] = (2, "")
+    copies_qk: bool = False
+    measured: bool = True
+    eager: bool = False
+    across_rows: str | None = None
+    logits: tuple[str, Literal["divided", "multiplied"]] | None = None
+    gguf: str | None = None
+    gguf_pairs: bool = False
     attention_bias: bool = False
+    tied: bool = False
 
 
 # model_type of config.json → its family.
 FAMILIES = {
-    "llama": Family("LlamaAttention", "llama", gguf_pairs=True),
-    "mistral": Family("MistralAttention", "llama", gguf_pairs=True),
-    "qwen2": Family("Qwen2Attention", "qwen2", gguf_pairs=False, attention_bias=True),
+    "llama": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf="llama", gguf_pairs=True),
+    "mistral": Family("MistralRMSNorm", mlp="MistralMLP", attention="MistralAttention", gguf="llama", gguf_pairs=True),
+    "ministral": Family("MinistralRMSNorm", mlp="MinistralMLP", attention="MinistralAttention"),
+    "ministral3": Family("Ministral3RMSNorm", mlp="Ministral3MLP"),
+    "qwen2": Family("Qwen2RMSNorm", mlp="Qwen2MLP", attention="Qwen2Attention", gguf="qwen2", attention_bias=True),
+    "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf="qwen3"),
+    "qwen3_5_text": Family(
+        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"), measured=False,
+        across_rows="gated delta nets, whose state runs along a row",
+    ),
+    "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
+    "granite": Family(
+        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")
+    ),
+    "phi3": Family("Phi3RMSNorm", copies_qk=True),
+    "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
+    "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
+    "gemma4_text": Family("Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True),
+    "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
+    "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width")),
+    "glm4": Family("Glm4RMSNorm", norms=(4, ""), attention_bias=True),
+    "seed_oss": Family("SeedOssRMSNorm", attention_bias=True),
+    "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
+    "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head")),
+    "cohere": Family(
+        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+    ),
+    "cohere2": Family(None, mlp="Cohere2MLP", norms=(1, ""), logits=("logit_scale", "multiplied"), tied=True),
+    "lfm2": Family(
+        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
+    ),
+    "apertus": Family("ApertusRMSNorm", norms=(2, "head"), measured=False),
+    "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention"),
+}  # fmt: skip
+PLAIN = Family(measured=False)
+
+# ------------------------------------------------------------------------------- vision models with a decoder inside
+
+# model_type of a vision model → whether its head is the embeddings where config.json does not say.
+WRAPPERS = {"gemma3": True, "gemma4": True, "mistral3": True, "qwen3_5": False}
+TEXT = "language_model"  # what all of them call the decoder
+
+
+def is_wrapper(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a vision model, of which the text part is trained."""
+    return fields.get("model_type") in WRAPPERS and isinstance(fields.get("text_config"), Mapping)
+
+
+def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a decoder: of a vision model, of its text part, whose head is tied as the whole says."""
+    if not is_wrapper(fields):
+        return fields
+    tied = fields.get("tie_word_embeddings")
+    tied = WRAPPERS[fields["model_type"]] if tied is None else tied
+    return {**fields["text_config"], "tie_word_embeddings": tied, WRAPPED: fields["model_type"]}
+
+
+def in_wrapper(name: str) -> str:
+    """The name of a module or tensor of a decoder, as the vision model around it has it:
+    model.norm → model.language_model.norm"""
+    return f"model.{TEXT}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
+# What names of a decoder begin with in a vision model and in its files, which older versions wrote otherwise → in the
+# decoder's own.
+NAMES = {rf"^(model\.{TEXT}|{TEXT}\.model)\.": "model.", rf"^{TEXT}\.lm_head\.": "lm_head."}
+
+
+def in_decoder(name: str) -> str:
+    """The inverse of `in_wrapper`, of names in files too. What is of no decoder stays as it is."""
+    for pattern, own in NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
+
+
+def family_of(model_type: str | None) -> Family:
+    """The record of a model_type, or that of the plain path."""
+    return FAMILIES.get(model_type or "", PLAIN)
+
+
+# -------------------------------------------------------------------------------------- what cannot be trained, by name
+
+EXPERTS = (
+    "a mixture of experts, whose experts are one tensor of three dimensions and no linear layers",
+    "adapters on such tensors, and 4-bit weights of them",
+)
+TWO_STACKS = ("an encoder-decoder", "a loss and batches for two stacks")
+STATE_SPACE = (
+    "a state-space model, whose kernels read weights past the linear layers",
+    "kernels that add adapters there",
+)
+NOT_CAUSAL = ("a model that predicts no next token", "a causal language model of the same family")
+
+REFUSED = {
+    name: why
+    for names, why in (
+        (
+            "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text gpt_oss llama4 llama4_text "
+            "deepseek_v2 deepseek_v3 deepseek_v32 dbrx granitemoe granitemoeshared granitemoehybrid olmoe phimoe "
+            "ernie4_5_moe glm4_moe hunyuan_v1_moe lfm2_moe jamba minimax cohere2_moe exaone_moe",
+            EXPERTS,
+        ),
+        (
+            "t5 mt5 umt5 longt5 t5gemma t5gemma2 bart mbart pegasus marian m2m_100 led prophetnet blenderbot whisper "
+            "encoder_decoder switch_transformers nllb_moe",
+            TWO_STACKS,
+        ),
+        ("mamba mamba2 falcon_mamba rwkv xlstm", STATE_SPACE),
+        ("bert roberta xlm_roberta distilbert deberta deberta_v2 electra modernbert albert", NOT_CAUSAL),
+    )
+    for name in names.split()
 }
+# Fields of config.json that count experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def refusal(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(What a model is that cannot be trained here, what it would need), by its config.json; None: it may be."""
+    model_type = fields.get("model_type")
+    if model_type in REFUSED:
+        return REFUSED[str(model_type)]
+    if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in EXPERT_COUNTS):
+        return EXPERTS
+    if fields.get("is_encoder_decoder"):
+        return TWO_STACKS
+    return None

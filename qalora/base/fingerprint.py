@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from qalora.base.families import text_fields
 from qalora.base.registry import ModelSource, read_fields
 from qalora.base.weight_files import WeightFiles, weight_files
 from qalora.errors import InputError
@@ -21,6 +22,13 @@ class Digest(Protocol):
     """One of hashlib's."""
 
     def update(self, data: bytes, /) -> None: ...
+
+
+# Numbers of config.json that a family multiplies by, divides by, or caps at.
+FACTORS = (
+    "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier", "final_logit_softcapping", "logit_scale",
+    "logits_scaling", "query_pre_attn_scalar", "residual_multiplier",
+)  # fmt: skip
 
 
 def fingerprint(source: ModelSource) -> str | None:
@@ -131,7 +139,7 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
             if key.partition(".")[0] not in ("general", "tokenizer", "split", "GGUF", "quantize")
         }
         return json.dumps(kept, sort_keys=True, default=str).encode()
-    config = read_fields(folder / "config.json")
+    config = text_fields(read_fields(folder / "config.json"))
     heads = config.get("num_attention_heads")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
@@ -143,6 +151,8 @@ def _function(folder: Path, gguf_file: str | None) -> bytes:
         [float(theta), next(filter(None, kinds), "default")],
         sorted((name, value) for name, value in rope.items() if value is not None),
     ]
+    if factors := {name: config[name] for name in FACTORS if config.get(name) is not None}:
+        kept.append(factors)
     return json.dumps(kept).encode()
 
 

@@ -27,7 +27,7 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qalora.base.families import FAMILIES
+from qalora.base.families import family_of
 from qalora.base.gguf_names import architecture
 from qalora.base.gguf_reader import GGUFReader, fast_gguf, open_shards
 from qalora.errors import InputError
@@ -51,9 +51,12 @@ def gguf_config(folder: str | Path, gguf_file: str) -> PreTrainedConfig:
     readers = open_shards(file)
     with fast_gguf():
         config = AutoConfig.from_pretrained(str(folder), gguf_file=gguf_file)
-    if config.model_type in FAMILIES:  # the others are refused by whoever asked
+    if family_of(config.model_type).gguf is not None:  # the others are refused by whoever asked
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         config.tie_word_embeddings = "output.weight" not in tensors
+        width = readers[0].fields.get(f"{architecture(config)}.attention.key_length")
+        if width is not None and hasattr(config, "head_dim"):
+            config.head_dim = int(width.contents())
         if architecture(config) == "llama":
             config.attention_bias = "blk.0.attn_q.bias" in tensors
             config.mlp_bias = "blk.0.ffn_up.bias" in tensors

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from qalora.base.families import FAMILIES, Family
+from qalora.base.families import FAMILIES, Family, family_of
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,16 +25,19 @@ def family(config: PreTrainedConfig) -> Family:
     Raises:
         InputError: not one that is written and read here.
     """
-    if config.model_type not in FAMILIES:
+    found = family_of(config.model_type)
+    if found.gguf is None:
+        readable = [model_type for model_type, family in FAMILIES.items() if family.gguf is not None]
         raise InputError(
-            f"model_type={config.model_type}: GGUF is written and read for {', '.join(FAMILIES)} models only."
+            f"model_type={config.model_type}: GGUF is written and read for {', '.join(readable)} models only; "
+            "use --format hf."
         )
-    return FAMILIES[config.model_type]
+    return found
 
 
 def architecture(config: PreTrainedConfig) -> str:
     """GGUF's name for the architecture."""
-    return family(config).gguf
+    return str(family(config).gguf)
 
 
 def gguf_name(name: str, config: PreTrainedConfig) -> str:

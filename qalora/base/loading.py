@@ -33,11 +33,14 @@ from qalora.base.checkpoint import (
     storage_dtype,
 )
 from qalora.base.device import best_device
+from qalora.base.families import NAMES, WRAPPED, family_of
 from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_model_type, hub_hint, read_fields, resolve, shape_of
+from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
+from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
+from qalora.base.wrapper import name_as_in_wrapper
 from qalora.environment import check_one_process
 from qalora.errors import InputError, check_choice
 from qalora.progress import in_place_of_transformers
@@ -45,6 +48,8 @@ from qalora.progress import in_place_of_transformers
 
 @dataclass
 class LoadedBase:
+    """What `load_base` gives."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
@@ -84,10 +89,10 @@ def load_base(
     quant_type: str = "nf4",
     double_quant: bool = True,
     dtype: str | torch.dtype = "auto",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedBase:
-    """Loads a base for training: every parameter frozen, the linear maps of its blocks in 4 bits, all else in one
+    """Loads a base for training: every parameter frozen, the linear layers of its blocks in 4 bits, all else in one
     compute dtype.
 
     Args:
@@ -95,13 +100,19 @@ def load_base(
         load_in_4bit: False gives a 16- or 32-bit base, in the compute dtype.
         quant_type: nf4 or fp4.
         double_quant: also quantize the quantization constants.
-        dtype: auto, bfloat16, float16 or float32, also as torch names them; see `choose_compute_dtype`.
+        dtype: auto, bfloat16, float16 or float32, or torch's own; auto takes bfloat16 on CUDA (float16 before
+            Ampere), and on a CPU whichever of bfloat16 and float32 is measured as faster.
         device: default: the accelerator that torch has and bitsandbytes computes on, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
+    Returns:
+        `.model`, a causal LM of transformers; `.tokenizer`; `.original()`, the 16-bit weights that `start` reads;
+        `.provenance()`, which `save_adapter` takes; `.compute_dtype`; `.source`, where the weights are; and
+        `.quantized`.
+
     Raises:
-        InputError: the model cannot be found, is no LLaMA-class decoder, or the dtype does not suit the device; or
-            there are several processes.
+        InputError: the model cannot be found, is none that can be trained, or the dtype does not suit the device; no
+            such device; or there are several processes.
     """
     check_one_process()
     dtype = str(dtype).removeprefix("torch.")
@@ -110,13 +121,15 @@ def load_base(
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
-    device = device or str(best_device())
+    device = str(device or best_device())
+    _check_device(device)
     compute_dtype = choose_compute_dtype(dtype, device)
     check_base(source, in_4bit=load_in_4bit)
     tokenizer = tokenizer or load_tokenizer(source)
     model: Any = load_model(
         source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
     )
+    name_as_in_wrapper(model)
     _refuse_ragged_rows(source, model, device)
     model.config.use_cache = False
     # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
@@ -153,12 +166,12 @@ def load_model(
 def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     """
     Raises:
-        InputError: no such model, no LLaMA-class decoder, a file of it is missing, or it is stored in another
+        InputError: no such model, none that can be trained, a file of it is missing, or it is stored in another
             precision.
     """
     folder = base_folder(source)
     published = {} if source.gguf_file else read_fields(folder / "config.json")
-    check_model_type(published.get("model_type"), f"--model {source.name}")
+    check_family(published, f"--model {source.name}")
     weight_files(folder, source.gguf_file, name=source.name)
     if source.gguf_file:
         return
@@ -262,6 +275,15 @@ def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
     return getattr(torch, requested)
 
 
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"device={device!r}: no device of torch; pass cpu, cuda or cuda:0.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={device!r}: torch finds no CUDA device here (see `qalora doctor`); pass cpu.")
+
+
 def _faster_on_cpu() -> torch.dtype:
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -279,16 +301,20 @@ def _from_pretrained(
     source: ModelSource, quantization: Quantization, device: str, part: Part | None, attention: str
 ) -> PreTrainedModel:
     """Each weight is quantized as it is read: the 16-bit model never exists as a whole."""
-    options: dict[str, Any] = {
-        "dtype": quantization.compute_dtype, "attn_implementation": attention, "device_map": {"": device}
-    }  # fmt: skip
     folder = replace(source, location=str(base_folder(source)))
     loader: Any = AutoModelForCausalLM
     config = open_config(folder)
+    options: dict[str, Any] = {
+        "dtype": quantization.compute_dtype,
+        "attn_implementation": "eager" if family_of(config.model_type).eager else attention,
+        "device_map": {"": device},
+    }
     if quantization.quant_type and not getattr(config, "quantization_config", None):
-        options["quantization_config"] = _quantization_config(quantization)
-    if part is not None:
-        options["config"], loader = config, part.of(config)
+        options["quantization_config"] = _quantization_config(quantization, config)
+    wrapped = hasattr(config, WRAPPED)
+    if wrapped or part is not None:  # a class that leaves the rest of the files unread without a word
+        options |= {"config": config, "key_mapping": NAMES if wrapped else None}
+        loader = (part or whole(config)).of(config)
     with in_place_of_transformers(_word(quantization) if part is None else None):
         model, report = _found(folder, loader.from_pretrained, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers makes them up at random
@@ -330,7 +356,7 @@ def _from_gguf(
     model.to(device)
     model.hf_device_map = {"": device}  # which accelerate compares with the device that is trained on
     if quantization.quant_type:
-        _declare_quantized(model, _quantization_config(quantization))
+        _declare_quantized(model, _quantization_config(quantization, config))
     return model  # type: ignore[no-any-return]
 
 
@@ -409,13 +435,13 @@ def _refuse_ragged_rows(source: ModelSource, model: PreTrainedModel, device: str
             )
 
 
-def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
+def _quantization_config(quantization: Quantization, config: PreTrainedConfig) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=quantization.compute_dtype,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=list(structure_of(config).others),
     )
 
 

@@ -20,7 +20,7 @@ class Part:
     """
     Attributes:
         blocks: indices of the blocks that are loaded, under the names that they have in the whole.
-        ends: embeddings, last norm and head too.
+        ends: what is before and after the blocks too, such as embeddings, last norm and head.
     """
 
     blocks: tuple[int, ...]
@@ -36,7 +36,10 @@ class Part:
             for i in set(range(config.num_hidden_layers)) - set(part.blocks):
                 del self.model.layers._modules[str(i)]
             if not part.ends:
-                self.model.embed_tokens = self.model.norm = self.lm_head = nn.Identity()
+                for name, child in list(self.model.named_children()):
+                    if name != "layers" and next(child.parameters(), None) is not None:
+                        setattr(self.model, name, nn.Identity())
+                self.lm_head = nn.Identity()
                 self.all_tied_weights_keys = {}
 
         there = {"__init__": __init__, "__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": [""]}

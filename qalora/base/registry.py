@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora.base.families import BLOCK_MAPS, FAMILIES
+from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder_block
+from qalora.base.families import FAMILIES, Family, family_of, in_wrapper, refusal, text_fields
 from qalora.base.layout import refuse_adapter_beside, shards_of
+from qalora.base.published import PUBLISHED
 from qalora.errors import InputError
+
+BLOCKS = "model.layers."  # what the names of blocks begin with
+# The fields of a config that have no default of LLaMA's.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OF_LLAMA = (None, "llama", "mistral", "qwen2")  # model_types whose configs leave out nothing else that matters here
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaMA-class decoder, under the names that config.json uses.
+    """The shape of a decoder, under the names that config.json uses.
 
     Attributes:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
+        linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
+        sliding_window: tokens that a windowed block attends to; None: there is none.
+        windowed: blocks with a window.
+        tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
+        rest: elements of all else, such as norms and biases, where these are not LLaMA's.
+        wrapped_in: the model_type of the vision model whose text part it is.
     """
 
     hidden_size: int
@@ -34,36 +48,106 @@ class ModelShape:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     positions: int | None = None
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    windowed: int = 0
+    linear: tuple[tuple[str, int, int], ...] | None = None
+    tables: int | None = None
+    rest: int | None = None
+    wrapped_in: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads the shape out of a config.json.
 
         Raises:
-            InputError: not the config of a LLaMA-class model.
+            InputError: not the config of a model that can be trained.
         """
-        check_model_type(config.get("model_type"), "config.json")
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-            raise InputError(f"config.json: {', '.join(missing)} missing; only LLaMA-class decoders are known.")
-        heads, model_type = config["num_attention_heads"], config.get("model_type")
+        check_family(config, "config.json")
+        config = text_fields(config)
+        model_type = config.get("model_type")
+        if model_type not in OF_LLAMA:
+            from qalora.base.structure import completed, sizes_of
+
+            if model_type not in LAYOUTS:
+                return cls(positions=positions_of(config), windowed=windowed_blocks(config), **sizes_of(config))
+            config = completed(config)
+        if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
+            raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
+        return cls.from_fields(config)
+
+    @classmethod
+    def from_fields(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The same of a config that is known to be of a decoder, and to leave out nothing but LLaMA's defaults."""
+        heads, model_type = config["num_attention_heads"], config.get("model_type") or "llama"
         defaults = {
             "num_key_value_heads": heads,
             "head_dim": config["hidden_size"] // heads,
-            "tie_word_embeddings": False,
-            "attention_bias": model_type in FAMILIES and FAMILIES[model_type].attention_bias,
+            "tie_word_embeddings": family_of(model_type).tied,
+            "attention_bias": family_of(model_type).attention_bias,
             "positions": positions_of(config),
+            "model_type": model_type,
+            "windowed": windowed_blocks(config),
         }
-        values = {f.name: config.get(f.name) for f in fields(cls)}
-        return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
+        values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
+        given: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+        shape = cls(**given)
+        known = {**config, **vars(shape)}
+        blocks = blocks_of(known)
+        if all(block == shape.llama_block() for block in blocks):
+            return shape
+        return dataclasses.replace(
+            shape,
+            linear=tuple(
+                (f"{shape.names}{i}.{name}", fan_in, fan_out)
+                for i, block in enumerate(blocks)
+                for name, fan_in, fan_out in block.linear
+            ),
+            tables=shape.embeddings_and_head() + beside_blocks(known),
+            rest=sum(block.other for block in blocks) + shape.hidden_size,
+        )
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
+
+    @property
+    def names(self) -> str:
+        """What the full names of blocks begin with, as PEFT has them."""
+        return in_wrapper(BLOCKS) if self.wrapped_in else BLOCKS
+
+    def llama_block(self) -> Block:
+        """A block as LLaMA has it, with biases of q, k and v where there are any."""
+        return decoder_block({**vars(self), "model_type": "qwen2"})
 
     def linear_maps(self) -> dict[str, tuple[int, int]]:
-        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features); 7 a block."""
-        d, ff = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        sizes = ((d, q), (d, kv), (d, kv), (q, d), (d, ff), (d, ff), (ff, d))
-        block = dict(zip(BLOCK_MAPS, sizes, strict=True))
-        return {f"model.layers.{i}.{name}": io for i in range(self.num_hidden_layers) for name, io in block.items()}
+        """Full module name, as PEFT's rank_pattern writes it → (in_features, out_features)."""
+        if self.linear is not None:
+            return {name: (fan_in, fan_out) for name, fan_in, fan_out in self.linear}
+        block = self.llama_block().linear
+        return {f"{self.names}{i}.{name}": (a, b) for i in range(self.num_hidden_layers) for name, a, b in block}
+
+    def embeddings_and_head(self) -> int:
+        """Elements of both, or of the one that is both."""
+        if self.tables is not None:
+            return self.tables
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+
+    def norms_and_biases(self) -> int:
+        """Elements of all that is neither a linear layer's weight nor embeddings or head."""
+        if self.rest is not None:
+            return self.rest
+        return self.num_hidden_layers * self.llama_block().other + self.hidden_size
+
+
+def windowed_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks attend to a window alone, by what a config says of it."""
+    blocks, pattern = config.get("num_hidden_layers") or 0, config.get("sliding_window_pattern")
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return 0
+    if config.get("layer_types"):
+        return int(config["layer_types"].count("sliding_attention"))
+    return blocks - blocks // pattern if isinstance(pattern, int) and pattern > 1 else blocks
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -102,57 +186,8 @@ class ModelSource:
     shape: ModelShape | None = None
 
 
-def _llama(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None, **more: Any
-) -> ModelShape:
-    settings = dict(head_dim=hidden // heads, vocab_size=32000) | more
-    return ModelShape(hidden, intermediate, layers, heads, kv_heads or heads, **settings)
-
-
 MODELS: dict[str, tuple[str, ModelShape]] = {
-    "llama-7b": ("huggyllama/llama-7b", _llama(4096, 11008, 32, 32, positions=2048)),
-    "llama-13b": ("huggyllama/llama-13b", _llama(5120, 13824, 40, 40, positions=2048)),
-    "llama-30b": ("huggyllama/llama-30b", _llama(6656, 17920, 60, 52, positions=2048)),
-    "llama2-7b": ("meta-llama/Llama-2-7b-hf", _llama(4096, 11008, 32, 32, positions=4096)),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", _llama(5120, 13824, 40, 40, positions=4096)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=8192)),
-    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", _llama(4096, 14336, 32, 32, 8, vocab_size=128256, positions=131072)),
-    "llama3.2-1b": (
-        "meta-llama/Llama-3.2-1B",
-        _llama(2048, 8192, 16, 32, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "llama3.2-3b": (
-        "meta-llama/Llama-3.2-3B",
-        _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tie_word_embeddings=True, positions=131072),
-    ),
-    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _llama(2048, 5632, 22, 32, 4, positions=2048)),
-    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _llama(4096, 14336, 32, 32, 8, positions=32768)),
-    "qwen2.5-0.5b": (
-        "Qwen/Qwen2.5-0.5B",
-        _llama(896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=32768),
-    ),
-    "qwen2.5-1.5b": (
-        "Qwen/Qwen2.5-1.5B",
-        _llama(
-            1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True, attention_bias=True, positions=131072
-        ),
-    ),
-    "qwen2.5-7b": (
-        "Qwen/Qwen2.5-7B",
-        _llama(3584, 18944, 28, 28, 4, vocab_size=152064, attention_bias=True, positions=131072),
-    ),
-    "smollm2-135m": (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-360m": (
-        "HuggingFaceTB/SmolLM2-360M-Instruct",
-        _llama(960, 2560, 32, 15, 5, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
-    "smollm2-1.7b": (
-        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        _llama(2048, 8192, 24, 32, vocab_size=49152, tie_word_embeddings=True, positions=8192),
-    ),
+    name: (hub_id, ModelShape.from_fields(fields)) for name, (hub_id, fields) in PUBLISHED.items()
 }
 
 
@@ -243,15 +278,64 @@ def offline_snapshot(hub_id: str) -> Path | None:
     return next(iter(snapshots.values()))
 
 
-def check_model_type(model_type: str | None, where: str) -> None:
+def check_family(config: Mapping[str, Any], where: str) -> None:
+    """
+    Args:
+        config: the fields of config.json.
+        where: what errors call it.
+
+    Raises:
+        InputError: a model that cannot be trained; with what it would need.
+    """
+    config = text_fields(config)
+    model_type = config.get("model_type")
+    if model_type is None:
+        return
+    if found := refusal(config):
+        raise InputError(f"{where}: the model is of type {model_type}, {found[0]}; it would need {found[1]}.")
+    if model_type not in FAMILIES:
+        from qalora.base.structure import check_plain
+
+        check_plain(config, where)
+
+
+def said_of_family(shape: ModelShape) -> list[str]:
+    """Lines on the text part of a vision model, a model without a record, and one whose plans have not been tried."""
+    lines, guess = [], "the plan of its memory is an estimate, not measured"
+    if shape.wrapped_in:
+        lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")
+    if shape.model_type not in FAMILIES:
+        lines.append(f"{shape.model_type} models have no record here: transformers' own forward runs, and {guess}")
+    elif not shape.family.measured:
+        lines.append(f"{shape.model_type} models: {guess}")
+    return lines
+
+
+def check_packing(model_type: str | None) -> None:
     """
     Raises:
-        InputError: another architecture than LLaMA's; `where` is what says so.
+        InputError: rows in one sequence would meet each other otherwise than by attention.
     """
-    if model_type is not None and model_type not in FAMILIES:
+    if (why := family_of(model_type).across_rows) is not None:
         raise InputError(
-            f"{where}: the model is of type {model_type}; only LLaMA-class decoders are known ({', '.join(FAMILIES)})."
+            f"data.packing=true: {model_type} models have {why}, and rows in one sequence would mix; leave it out."
         )
+
+
+def gguf_model_type(architecture: str, where: str) -> str:
+    """The model_type of the models that a GGUF architecture is written of.
+
+    Raises:
+        InputError: none that is read from GGUF here.
+    """
+    known = [model_type for model_type, family in FAMILIES.items() if family.gguf == architecture]
+    if not known:
+        readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
+        raise InputError(
+            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the "
+            "model's folder."
+        )
+    return known[0]
 
 
 def hub_hint(source: ModelSource) -> str:
@@ -349,6 +433,6 @@ def _gguf_shape(file: Path) -> ModelShape:
         raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
     return ModelShape.from_config(
         config
-        | {"tie_word_embeddings": "output.weight" not in names, "model_type": architecture}
+        | {"tie_word_embeddings": "output.weight" not in names, "model_type": gguf_model_type(architecture, str(file))}
         | {"max_position_embeddings": positions, "rope_scaling": scaling}
     )

@@ -19,14 +19,15 @@ import torch
 from bitsandbytes.functional import QuantState
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from qalora.base.families import in_decoder
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
+from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
 from qalora.base.weight_files import WeightFiles, short
 from qalora.errors import InputError
 
 PIECE = 64 << 20  # bytes of a piece, in the dtype of the file
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint(Protocol):
@@ -35,6 +36,7 @@ class Checkpoint(Protocol):
     Attributes:
         files: what is read.
         stored: name → what it is called in the files. A tied model may have its one matrix under the head's name only.
+        structure: of the model that the files are read for (`open_checkpoint`).
     """
 
     files: tuple[Path, ...]
@@ -42,6 +44,7 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     packed: frozenset[str]
     is_gguf: bool
+    structure: Structure
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Consecutive blocks of rows, in the dtype of the file (GGUF types: in fp32)."""
@@ -62,19 +65,10 @@ def open_files(found: WeightFiles, config: PreTrainedConfig) -> Checkpoint:
     return Safetensors(found.files) if found.kind == "safetensors" else TorchTensors(found.files)
 
 
-def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that transformers saves for such a model; a tied head is none of them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if not (config.tie_word_embeddings and name == HEAD)
-    }
-
-
 def _named(stored: str) -> str:
-    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix."""
+    """The name in a causal LM of what a file calls so: files of the decoder alone leave out its prefix, those of a
+    vision model have another."""
+    stored = in_decoder(stored)
     return f"model.{stored}" if stored.startswith(("embed_tokens.", "layers.", "norm.")) else stored
 
 
@@ -85,6 +79,7 @@ class Safetensors:
     """
 
     is_gguf = False
+    structure = UNKNOWN
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
@@ -106,6 +101,9 @@ class Safetensors:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         shape, start = self.shapes[name], 0
+        if not shape:  # a number
+            yield self.tensor(name)
+            return
         while start < shape[0]:
             with self._opened(name) as opened:
                 rows = opened.get_slice(self.stored[name])
@@ -134,6 +132,7 @@ class TorchTensors:
 
     packed: frozenset[str] = frozenset()
     is_gguf = False
+    structure = UNKNOWN
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
@@ -148,7 +147,7 @@ class TorchTensors:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         tensor = self.tensor(name)
-        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes))
+        yield from tensor.split(max(1, PIECE * len(tensor) // tensor.nbytes)) if tensor.ndim else [tensor]
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[self.stored[name]]
@@ -162,6 +161,7 @@ class GgufTensors:
 
     packed: frozenset[str] = frozenset()
     is_gguf = True
+    structure = UNKNOWN
 
     def __init__(self, file: Path, config: PreTrainedConfig):
         from qalora.base.gguf_reader import open_shards
@@ -172,7 +172,7 @@ class GgufTensors:
         self._info: dict[str, tuple[Path, int, tuple[int, ...], np.dtype[Any], Any]] = {}  # by stored name
         readers = open_shards(file)
         self.files = tuple(reader.path for reader in readers)
-        names = {gguf_name(name, config): name for name in (*expected_shapes(config), HEAD)}
+        names = {gguf_name(name, config): name for name in (*structure_of(config).shapes, HEAD)}
         for reader in readers:
             for info in reader.tensors:
                 if info.name.startswith("rope_"):  # no weights, but what the config has

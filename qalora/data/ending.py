@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from qalora.data.chat_template import chat_template
+from qalora.data.instruct import template_ends, unsplit
 from qalora.data.rows import IGNORE, Tokenized
 from qalora.data.tokenization import TokenizedDataset
 
 T = TypeVar("T")
-ANSWER = "an answer of a few words"
 
 
 @dataclass(frozen=True)
@@ -76,32 +75,6 @@ def taught_ends(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -
             if end in names.values() or not any(end in answer for answer in answers):
                 ends.append(end)
     return _distinct(ends)
-
-
-def template_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What the chat template writes after an assistant's text, up to its first token: a text, a token, both, or
-    nothing."""
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ANSWER}]
-    try:
-        text = chat_template(tokenizer).apply(turns)
-    except Exception:  # jinja's own errors, or raise_exception() of the template
-        return ()
-    _, found, after = text.rpartition(ANSWER)
-    if not found:
-        return ()
-    there = [(after.find(token), -len(token), token) for token in unsplit(tokenizer) if token in after]
-    if not there:
-        return (after.rstrip() or after,) if after else ()
-    position, _, token = min(there)
-    words = after[:position].rstrip()
-    return (words, token) if words else (token,)
-
-
-def unsplit(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
-    """Text → id of the tokens that are read as one wherever their text stands: the added ones, special or not."""
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return {text: token for text, token in (added | special).items() if text.strip()}
 
 
 def _distinct(*values: Iterable[T]) -> tuple[T, ...]:

@@ -13,11 +13,17 @@ from qalora.data.chat_template import ChatTemplate, set_chat_template
 from qalora.data.chat_template import chat_template as template_of
 from qalora.data.conversation import REASONING
 from qalora.data.formats import Example, detect_format
+from qalora.data.instruct import is_chat, taught_to_chat, without_joints
 from qalora.data.reading import described, read_rows
 from qalora.data.references import one_answer_each, read_example
 from qalora.data.rendering import Segment, render, render_prompt
 from qalora.data.rows import IGNORE, Tokenized, supervised_tokens
 from qalora.errors import InputError
+
+CHAT_BY_DEFAULT = (
+    "the model was taught to chat, so prompt and completion go through its chat template (data.chat=false takes them "
+    "as they stand)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Report:
         longest: tokens of the longest row, before the cut.
         masked: of the dropped rows, those that have nothing to learn whatever max_seq_len is.
         unused: columns, and fields of messages, that hold something and are not used.
+        chat_by_default: prompts and completions went through the chat template, for the model was taught to chat.
     """
 
     rows: int
@@ -43,6 +50,7 @@ class Report:
     longest: int = 0
     masked: int = 0
     unused: tuple[str, ...] = ()
+    chat_by_default: bool = False
 
     def __str__(self) -> str:
         text = f"{self.rows} rows, {self.tokens} tokens, {self.supervised_tokens} of them supervised"
@@ -52,6 +60,8 @@ class Report:
             text += f"; {cut} rows dropped, nothing to learn was left of them"
         if self.masked:
             text += f"; {self.masked} rows dropped, no turn of them is learned"
+        if self.chat_by_default:
+            text += f"; {CHAT_BY_DEFAULT}"
         return f"{text}; not used: {', '.join(self.unused)}" if self.unused else text
 
 
@@ -106,6 +116,8 @@ def load_dataset(
     """Reads and tokenizes a data set; the settings are those of `read_rows`, `to_example` and `tokenize`.
 
     Args:
+        chat: None: chat formats, and prompts and completions that no template of the recipe is for where the
+            tokenizer's model was taught to chat.
         chat_template, chat_template_kwargs: given to the tokenizer, which keeps them (see `set_chat_template`).
 
     Raises:
@@ -118,10 +130,16 @@ def load_dataset(
         format = "prompt-completion"
     items, examples, truncated, masked, longest = [], [], 0, 0, 0
     unused: dict[str, None] = {}  # in the order of their first appearance
-    of_source = format
+    of_source, as_chat, by_default = format, chat, False
+    templated = prompt_template is not None or completion_template is not None
     for number, row in enumerate(rows):
-        if format == "auto" and number in rows.begins:  # several sources may be of several formats
-            of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
+        if number in rows.begins:  # several sources may be of several formats
+            if format == "auto":
+                of_source = detect_format(one_answer_each(row, columns)[0], columns, source=source)
+            if chat is None and of_source == "prompt-completion" and not templated:
+                as_chat = True if taught_to_chat(tokenizer) and not is_chat(row, tokenizer) else None
+            else:
+                as_chat = chat
         example = read_example(
             row,
             number,
@@ -130,12 +148,14 @@ def load_dataset(
             prompt_template=prompt_template,
             completion_template=completion_template,
             labels=labels,
-            chat=chat,
+            chat=as_chat,
             mask_history=mask_history,
             roles=template.roles,
             source=source,
             place=rows.places[number],
         )
+        if as_chat is not chat:
+            by_default, example = True, without_joints(example)
         item = tokenize(example, tokenizer, max_seq_len=max_seq_len, train_on_inputs=train_on_inputs)
         truncated += item["truncated"]
         longest = max(longest, item.pop("length"))
@@ -171,6 +191,7 @@ def load_dataset(
         longest=longest,
         masked=masked,
         unused=tuple(unused),
+        chat_by_default=by_default,
     )
     return TokenizedDataset(items, examples, report)
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import PREFIX, read_adapter, whole
 from qalora.base.checkpoint import open_config
+from qalora.base.families import in_decoder
 from qalora.base.registry import ModelSource
-from qalora.base.tensor_files import expected_shapes
+from qalora.base.structure import structure_of
 from qalora.card_files import keep_users_card, write_card
-from qalora.deploy.merging import low_rank_updates, maps_of
+from qalora.deploy.merging import low_rank_updates
 from qalora.deploy.output import REPORT, check_output, one_at_a_time
 from qalora.deploy.settings import served_after
 from qalora.deploy.verification import Update
@@ -62,7 +63,7 @@ def export_adapter(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     model_config = open_config(source)
-    adapter.check_fit(maps_of(expected_shapes(model_config)))
+    adapter.check_fit(structure_of(model_config).adapted)
     updates = low_rank_updates(adapter)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:
@@ -70,6 +71,8 @@ def export_adapter(
             from qalora.deploy import gguf
             from qalora.deploy.modelfile import write_modelfile
 
+            # llama.cpp has the text part of a vision model as a model of its own.
+            updates, written = ({in_decoder(name): it for name, it in of.items()} for of in (updates, written))
             gguf.write_adapter(partial / "adapter.gguf", written, model_config)
             served = served_after(source, model_config, adapter_dir)
             write_modelfile(partial, served, adapter_of=source.hub_id or source.name)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -29,24 +28,24 @@ from qalora.base.checkpoint import (
     Pieces,
     Quantization,
     as_stored,
-    is_linear_layer,
     open_checkpoint,
     trained_pieces,
 )
+from qalora.base.families import in_decoder
 from qalora.base.gguf_names import is_permuted
 from qalora.base.registry import ModelSource
-from qalora.base.tensor_files import PIECE, expected_shapes
+from qalora.base.structure import HEAD, Structure
+from qalora.base.tensor_files import PIECE
 from qalora.card_files import keep_users_card, write_card
 from qalora.deploy.output import REPORT, check_output, free_disk, one_at_a_time
+from qalora.deploy.safetensors_files import Written, copied, rounded, write_safetensors
 from qalora.deploy.settings import served_after, write_settings
 from qalora.deploy.verification import TOLERANCE, Rounding, Update, as_read, as_trained, compare, fault
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
-from qalora.progress import Bar
 from qalora.results.card import merged_card
 
 Format = Literal["hf", "gguf"]
-SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @one_at_a_time
@@ -86,7 +85,7 @@ def merge(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
-    adapter.check_fit(maps_of(checkpoint.shapes))
+    adapter.check_fit(checkpoint.structure.adapted)
     if quantization is not None:
         quantization = as_stored(checkpoint, quantization)
     elif checkpoint.packed:
@@ -94,12 +93,13 @@ def merge(
             f"--model {source.name}: stored in 4 bits, and --base original asks for 16-bit weights; leave it out, or "
             "pass the 16-bit model that it was made from."
         )
-    updates = low_rank_updates(adapter)
+    updates = {in_decoder(name): update for name, update in low_rank_updates(adapter).items()}
     served = served_after(source, config, adapter_dir)
     pieces = merged_pieces(checkpoint, updates, quantization)
-    shapes = expected_shapes(config)
+    shapes = checkpoint.structure.shapes
     stored = gguf_type if format == "gguf" else str(dtype).removeprefix("torch.")
-    check_room(output_dir, shapes, stored, config)
+    beside = sum(torch.Size(checkpoint.shapes[name]).numel() for name in beside_decoder(checkpoint))
+    check_room(output_dir, checkpoint.structure, stored, config, beside=4 * beside)
 
     caveat = None
     with written_beside(output_dir) as partial:
@@ -113,7 +113,7 @@ def merge(
             write_modelfile(partial, served)
             caveat = narrower(config)
         else:
-            write_safetensors(partial, shapes, pieces, dtype, max_shard_size)
+            write_safetensors(partial, to_write(checkpoint, pieces, dtype), max_shard_size)
             write_settings(partial, source, config, dtype, served)
         report: dict[str, Any] = {
             "model": source.name,
@@ -170,11 +170,45 @@ def merged_pieces(checkpoint: Checkpoint, updates: Mapping[str, Update], quantiz
     return pieces
 
 
-def maps_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Name → shape of a model's tensors → full module name → (in, out) of every linear map of its blocks."""
-    return {
-        name.removesuffix(".weight"): (shape[1], shape[0]) for name, shape in shapes.items() if is_linear_layer(name)
+def to_write(checkpoint: Checkpoint, pieces: Pieces, dtype: torch.dtype) -> dict[str, Written]:
+    """Name in the files → what is written: the merged tensors, and of a vision model, under the names that its files
+    have, all else as it is stored.
+
+    Raises:
+        InputError: weights of the vision are stored in 4 bits, which nothing here merges.
+    """
+
+    def merged(name: str) -> Written:
+        return Written(shapes[name], dtype, lambda: (rounded(name, piece, dtype) for piece in pieces(name)))
+
+    shapes = checkpoint.structure.shapes
+    if not checkpoint.structure.wrapped:
+        return {name: merged(name) for name in shapes}
+    return {checkpoint.stored[name]: merged(name) for name in shapes} | {
+        checkpoint.stored[name]: copied(checkpoint, name) for name in beside_decoder(checkpoint)
     }
+
+
+def beside_decoder(checkpoint: Checkpoint) -> list[str]:
+    """Names of what a vision model's files hold beside the decoder; a head that is the embeddings too is none of it.
+
+    Raises:
+        InputError: some of it is stored in 4 bits.
+    """
+    if not checkpoint.structure.wrapped:
+        return []
+    decoder = checkpoint.structure.shapes
+    if packed := sorted(checkpoint.packed - decoder.keys()):
+        raise InputError(
+            f"{checkpoint.files[0].parent}: weights beside the text part are stored in 4 bits ({packed[0]}); "
+            "merge into the 16-bit model that it was made from."
+        )
+    inside = tuple(f"{name}." for name in decoder if name in checkpoint.packed)  # scales and codes of 4-bit weights
+    return [
+        name
+        for name in checkpoint.shapes
+        if name not in decoder and name != HEAD and not name.startswith(inside or ("\0",))
+    ]
 
 
 def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
@@ -185,14 +219,19 @@ def low_rank_updates(adapter: SavedAdapter) -> dict[str, Update]:
 # ------------------------------------------------------------------------------------------- before anything is written
 
 
-def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: str, config: PreTrainedConfig) -> None:
+def check_room(
+    output_dir: Path, structure: Structure, stored: str, config: PreTrainedConfig, *, beside: int = 0
+) -> None:
     """
+    Args:
+        beside: bytes that are copied as they are, at most.
+
     Raises:
         InputError: too little disk or memory for the merge, with the figures.
     """
     bits = {"float32": 32, "f32": 32, "q8_0": 8.5, "q5_0": 5.5, "q5_1": 6, "q4_0": 4.5, "q4_1": 5}.get(stored, 16)
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    disk, free = int(sum(sizes.values()) * bits / 8), free_disk(output_dir)
+    sizes = {name: torch.Size(shape).numel() for name, shape in structure.shapes.items()}
+    disk, free = int(sum(sizes.values()) * bits / 8) + beside, free_disk(output_dir)
     if free < disk:
         raise InputError(f"{output_dir}: the merge takes {disk / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free.")
     # Tensors pass in pieces, but the codes of a map, and what a GGUF file is written from: a whole tensor, and before
@@ -200,7 +239,7 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
     in_gguf = not hasattr(torch, stored)
     largest = max(
         int(
-            (size * 0.6 if is_linear_layer(name) else 0)
+            (size * 0.6 if structure.is_linear(name) else 0)
             + (size * bits / 8 if in_gguf else 0)
             + (size * 8 if in_gguf and is_permuted(name, config) else 0)
         )
@@ -216,61 +255,3 @@ def check_room(output_dir: Path, shapes: Mapping[str, tuple[int, ...]], stored: 
             f"--model: the merge takes {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; close "
             "other programs, or use a machine with more."
         )
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-def write_safetensors(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, max_shard_size: int
-) -> None:
-    """Writes safetensors shards with their index, piece by piece; the library's own writer wants a shard in memory.
-
-    https://github.com/huggingface/safetensors#format
-
-    Raises:
-        InputError: a value beyond the range of `dtype`.
-    """
-    layout = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sorted(shapes.items())},
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    with Bar("merging", len(shapes)) as bar:
-        for file, names in layout.filename_to_tensors.items():
-            _write_shard(folder / file, {name: shapes[name] for name in names}, pieces, dtype, bar)
-    if layout.is_sharded:
-        index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shard(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces, dtype: torch.dtype, bar: Bar
-) -> None:
-    """A safetensors file: header size (8 bytes), JSON header, the tensors' bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            for piece in pieces(name):
-                handle.write(rounded(name, piece, dtype).view(torch.uint8).numpy().data)
-            bar.advance()
-        if handle.tell() != 8 + len(text) + end:
-            raise RuntimeError(f"{file.name}: {handle.tell()} bytes written of {8 + len(text) + end}")
-
-
-def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """
-    Raises:
-        InputError: a value that `dtype` cannot hold.
-    """
-    result = value.to(dtype).contiguous()
-    if not torch.isfinite(result).all():
-        raise InputError(f"{name}: a merged value is beyond the range of {dtype}; use bfloat16.")
-    return result

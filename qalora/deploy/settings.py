@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qalora.adapter.provenance import read_provenance
+from qalora.base.families import is_wrapper, text_fields
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import ModelSource, read_fields
 from qalora.data.ending import Ending, ending_of
@@ -27,7 +28,7 @@ from qalora.files import write_json, write_whole
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "tekken.json", "chat_template.*", "additional_chat_templates/*",
+    "tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json",
 )  # fmt: skip
 
 
@@ -127,13 +128,25 @@ def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype:
     """
     served = {name: value for name, value in fields.items() if name not in ("quantization_config", "dtype")}
     served["torch_dtype"] = served["dtype"] = str(dtype).removeprefix("torch.")
+    if is_wrapper(fields):  # as either version wrote it: the config of a vision model is its own, and no decoder's
+        text: dict[str, Any] = {**fields["text_config"]}  # type: ignore[dict-item]
+        text.pop("quantization_config", None)
+        kept = {name: served["dtype"] for name in ("dtype", "torch_dtype") if name in text}
+        if text_fields(fields)["tie_word_embeddings"] != config.tie_word_embeddings:
+            served["tie_word_embeddings"] = config.tie_word_embeddings
+        return served | {"text_config": text | kept}
     if served.get("tie_word_embeddings", False) != config.tie_word_embeddings:
         served["tie_word_embeddings"] = config.tie_word_embeddings
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it
         with torch.device("meta"):
             served["architectures"] = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
+    if "rope_theta" not in rope:  # no rotation, or one for each kind of layer, which has no form that both read
+        return served
     served.setdefault("rope_theta", rope["rope_theta"])
+    published_for_4 = "rope_parameters" not in served and "original_max_position_embeddings" in served
+    if published_for_4:
+        return served
     if (
         rope.get("rope_type") == "longrope"
     ):  # version 4 knows its length at the top alone, and takes another factor from it
@@ -141,6 +154,8 @@ def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype:
         rope["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
     if "rope_parameters" in served or rope.get("rope_type") == "longrope":
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if (share := rope.get("partial_rotary_factor")) is not None:
+            served["partial_rotary_factor"] = share
         served |= {
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Quantization, open_checkpoint
 from qalora.base.device import best_device
+from qalora.base.families import NAMES, WRAPPED
 from qalora.base.loading import load_model
 from qalora.base.parts import Part, from_checkpoint
 from qalora.base.quantized import dequantize, is_4bit
 from qalora.base.registry import ModelSource, resolve
+from qalora.base.structure import text_part
 from qalora.progress import Bar, in_place_of_transformers
 from qalora.quiet import without
 
@@ -67,11 +69,14 @@ def as_read(folder: Path, gguf_file: str | None = None) -> Parts:
         return lambda part: from_checkpoint(
             checkpoint, copy.deepcopy(config), part, dtype=torch.float32, device="cpu", attention="sdpa"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = text_part(AutoConfig.from_pretrained(folder))
+    names = NAMES if hasattr(config, WRAPPED) else None
 
     def load(part: Part) -> PreTrainedModel:
         loader: Any = part.of(config)
-        model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype="auto", key_mapping=names, output_loading_info=True
+        )
         if report["missing_keys"]:  # transformers makes them up at random
             raise RuntimeError(f"{folder}: lacks {sorted(report['missing_keys'])[:3]}")
         return model  # type: ignore[no-any-return]
@@ -145,16 +150,26 @@ def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
     context."""
     worst = 0.0
     for length in (2, left.config.max_position_embeddings):
-        at = torch.tensor([[0, length - 1]])
-        found = []
-        for model in (left, right):
-            rotary = model.model.rotary_emb
-            rotary(torch.zeros(1), position_ids=at)  # some kinds of scaling depend on the length
-            found.append(torch.cat([rotary.inv_freq.float().cpu(), torch.tensor([float(rotary.attention_scaling)])]))
+        found = [_rotation(model, length) for model in (left, right)]
         if found[0].shape != found[1].shape:
             return math.inf
         worst = max(worst, ((found[0] - found[1]).abs() / found[0].abs().clamp_min(1e-30)).max().item())
     return worst
+
+
+def _rotation(model: Any, length: int) -> Tensor:
+    """Frequencies and factors, of every kind of layer where kinds differ; some ways of scaling depend on the length."""
+    rotary, at = model.model.rotary_emb, torch.tensor([[0, length - 1]])
+    kinds: list[Any] = [{}]
+    if isinstance(next(iter((model.config.rope_parameters or {}).values()), None), dict):
+        kinds = [{"layer_type": kind} for kind in dict.fromkeys(model.config.layer_types)]
+    for kind in kinds:
+        rotary(torch.zeros(1), position_ids=at, **kind)
+    found = vars(rotary) | dict(rotary.named_buffers())
+    names = sorted(
+        name for name in found if name.endswith(("inv_freq", "attention_scaling")) and "original" not in name
+    )
+    return torch.cat([torch.as_tensor(found[name]).float().cpu().flatten() for name in names])
 
 
 def streamed(
@@ -172,8 +187,7 @@ def streamed(
     head_is_embeddings = model.lm_head.weight is model.model.embed_tokens.weight
     name = "model.embed_tokens" if head_is_embeddings else "lm_head"
     model.lm_head = wrapped(name, model.lm_head)
-    model.model.embed_tokens = wrapped("model.embed_tokens", model.model.embed_tokens)
-    model.model.norm = wrapped("model.norm", model.model.norm)
+    _wrap_all(model.model, "model", wrapped)  # the blocks are not there yet
     model.model.layers = nn.ModuleList(_Block(parts, i, wrapped) for i in range(model.config.num_hidden_layers))
     model.model.rotary_emb.cpu()
     return model.eval()  # type: ignore[no-any-return]
@@ -214,11 +228,29 @@ class _Block(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> object:
         block: Any = self.load()
-        for name, module in list(block.named_modules()):
-            if next(module.parameters(recurse=False), None) is not None:
-                parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, self.wrapped(f"{self.name}.{name}", module))
+        _wrap_all(block, self.name, self.wrapped)
+        for buffer in block.buffers():
+            buffer.data = buffer.data.cpu().float() if buffer.is_floating_point() else buffer.data.cpu()
         return block.eval()(*args, **options)
+
+
+def _wrap_all(root: nn.Module, prefix: str, wrapped: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Wraps every module that has weights; what is inside of others comes before them."""
+    for name, module in reversed([*root.named_modules()][1:]):
+        if (next(module.parameters(recurse=False), None) is not None and not _read_by_parent(module)) or any(
+            map(_read_by_parent, module.children())
+        ):
+            _replace(root, name, wrapped(f"{prefix}.{name}", module))
+
+
+def _read_by_parent(module: nn.Module) -> bool:
+    """Whether a module's weights are read by the one that has it, past its forward."""
+    return isinstance(module, nn.Conv1d)
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
 
 
 def _wrapped(
@@ -228,33 +260,56 @@ def _wrapped(
         return _Linear(name, module, updates.get(name), rounding, n)
     if isinstance(module, nn.Embedding):
         return _Embedding(name, module, rounding, n)
-    return _Norm(name, module, rounding, n)
+    if next(module.children(), None) is not None:
+        return _Composed(name, module, rounding, n)
+    return _Other(name, module, rounding, n)
 
 
-class _Linear(nn.Module):
+class _Groups(nn.Module):
+    """Three groups of n rows each, of which the third meets rounded weights; n = None: one group, and weights as they
+    are."""
+
+    only: Literal["exact", "rounded"] | None = None  # the groups that a forward has now; None: all
+
+    def __init__(self, name: str, rounding: Rounding | None, n: int | None):
+        super().__init__()
+        self.name, self.rounding, self.n = name, rounding, n
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that meet exact weights, and those that meet rounded ones."""
+        if self.n is None or self.only == "exact":
+            return x, x[:0]
+        return (x[:0], x) if self.only == "rounded" else (x[: 2 * self.n], x[2 * self.n :])
+
+    def rounded(self, kind: str, value: Tensor) -> Tensor:
+        return value if self.rounding is None else self.rounding(f"{self.name}.{kind}", value)
+
+
+class _Linear(_Groups):
     """Rows of the weight a stretch at a time, whatever it is stored in."""
 
     def __init__(self, name: str, linear: Any, update: Update | None, rounding: Rounding | None, n: int | None):
-        super().__init__()
-        self.name, self.linear, self.update, self.rounding, self.n = name, linear, update, rounding, n
+        super().__init__(name, rounding, n)
+        self.linear, self.update = linear, update
         self.weight = torch.empty(0)  # transformers asks for its dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, tokens, in) → (rows, tokens, out)."""
-        n, out, start = self.n, [], 0
+        out, start = [], 0
+        exact, last = self.split(x)
         for weight in self._stretches():
             stop = start + len(weight)
             bias = None if self.linear.bias is None else self.linear.bias[start:stop].float().cpu()
-            if self.rounding is None or n is None:
-                out.append(F.linear(x, weight, bias))
-            else:
-                z = F.linear(x[: 2 * n], weight, bias)
+            z = F.linear(exact, weight, bias)
+            if self.update is not None:
+                A, B, s = self.update
+                z[: self.n] += F.linear(F.linear(exact[: self.n], A), B[start:stop]).mul_(s)
+            if len(last):
                 if self.update is not None:
-                    A, B, s = self.update
-                    z[:n] += F.linear(F.linear(x[:n], A), B[start:stop]).mul_(s)
                     weight = torch.addmm(weight, B[start:stop], A, alpha=s)
-                bias = None if bias is None else self.rounding(f"{self.name}.bias", bias)
-                out.append(torch.cat([z, F.linear(x[2 * n :], self.rounding(f"{self.name}.weight", weight), bias)]))
+                bias = None if bias is None else self.rounded("bias", bias)
+                z = torch.cat([z, F.linear(last, self.rounded("weight", weight), bias)])
+            out.append(z)
             start = stop
         return torch.cat(out, dim=-1)
 
@@ -265,31 +320,76 @@ class _Linear(nn.Module):
             yield rows.cpu().float()
 
 
-class _Embedding(nn.Module):
+class _Embedding(_Groups):
+    """The rows of its matrix that are asked for, through its own forward, which may scale them."""
+
     def __init__(self, name: str, embedding: nn.Embedding, rounding: Rounding | None, n: int | None):
-        super().__init__()
-        self.name, self.rows, self.rounding, self.n = name, embedding.weight, rounding, n
+        super().__init__(name, rounding, n)
+        self.rows, self.own = embedding.weight, embedding
         self.weight = torch.empty(0)
+        embedding.padding_idx = None
+        for buffer in embedding.buffers():
+            buffer.data = buffer.data.cpu()
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (rows, tokens) → (rows, tokens, hidden)."""
-        x = self.rows[ids.to(self.rows.device)].cpu().float()
-        if self.rounding is not None and self.n is not None:
-            last = x[2 * self.n :]
-            x[2 * self.n :] = self.rounding(f"{self.name}.weight", last.flatten(0, 1)).view(last.shape)
-        return x
+        tokens, places = ids.unique(return_inverse=True)
+        table = self.rows[tokens.to(self.rows.device)].cpu().float()
+        exact, last = self.split(places)
+        return torch.cat([self._of(exact, table), self._of(last, self.rounded("weight", table))])
+
+    def _of(self, places: Tensor, table: Tensor) -> Tensor:
+        self.own.weight = nn.Parameter(table, requires_grad=False)
+        return self.own(places)  # type: ignore[no-any-return]
 
 
-class _Norm(nn.Module):
-    def __init__(self, name: str, norm: nn.Module, rounding: Rounding | None, n: int | None):
-        super().__init__()
-        self.exact, self.n = norm.cpu().float(), n
-        self.rounded = copy.deepcopy(self.exact)
-        if rounding is not None:
-            weight: Any = self.rounded.weight
-            weight.data = rounding(f"{name}.weight", weight.data)
+class _Other(_Groups):
+    """A norm, or another module with small weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, name: str, module: nn.Module, rounding: Rounding | None, n: int | None):
+        super().__init__(name, rounding, n)
+        self.exact = module.cpu().float()
+        self.last = copy.deepcopy(self.exact)
+        for kind, parameter in self.last.named_parameters():
+            parameter.data = self.rounded(kind, parameter.data)
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        groups = zip(*map(self.split, (x, *others)), strict=True)
+        return torch.cat([own(*group) for own, group in zip((self.exact, self.last), groups, strict=True)])
+
+
+class _Composed(_Groups):
+    """A module with small weights of its own and others inside, such as a gated delta net or a short convolution: it
+    runs for the exact groups and for the rounded one by themselves."""
+
+    def __init__(self, name: str, module: nn.Module, rounding: Rounding | None, n: int | None):
+        super().__init__(name, rounding, n)
+        self.inside = [m for m in module.modules() if isinstance(m, _Groups)]
+        self.exact = module
+        skipped = {id(p) for m in self.inside for p in m.parameters()}
+        for parameter in (p for p in module.parameters() if id(p) not in skipped):
+            parameter.data = parameter.data.cpu().float()
+        self.last = copy.copy(module)
+        self.last._parameters, self.last._modules = dict(module._parameters), dict(module._modules)
+        for kind, value in module.named_parameters(recurse=False):
+            self.last._parameters[kind] = nn.Parameter(self.rounded(kind, value.data), requires_grad=False)
+        for child, inner in module.named_children():
+            if _read_by_parent(inner):
+                self.last._modules[child] = again = copy.deepcopy(inner)
+                for kind, value in again.named_parameters():
+                    value.data = self.rounded(f"{child}.{kind}", value.data)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
         if self.n is None:
-            return self.exact(x)  # type: ignore[no-any-return]
-        return torch.cat([self.exact(x[: 2 * self.n]), self.rounded(x[2 * self.n :])])
+            return self.exact(*args, **options)
+        out = []
+        for last, own in ((False, self.exact), (True, self.last)):
+            for module in self.inside:
+                module.only = "rounded" if last else "exact"
+            chosen = partial(self._chosen, last)
+            out.append(own(*map(chosen, args), **{name: chosen(value) for name, value in options.items()}))
+        return torch.cat(out)
+
+    def _chosen(self, last: bool, value: Any) -> Any:
+        rows = isinstance(value, Tensor) and value.ndim > 1 and self.n is not None and len(value) == 3 * self.n
+        return self.split(value)[last] if rows else value

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalora.base.device import device_module
 from qalora.errors import InputError
-from qalora.kernels import swiglu
+from qalora.kernels import swiglu, tiles
 from qalora.kernels.recompute import both_runs
 from qalora.memory import Checkpointing
 
@@ -62,13 +62,15 @@ def set_mlp_tile(model: nn.Module, tokens: int | None) -> None:
     """Has every MLP work on at most `tokens` positions of a row at a time; None: on all.
 
     Raises:
-        InputError: an MLP of another kind than LLaMA's.
+        InputError: a block without an MLP, or one whose forward somebody else has replaced.
     """
     for block in blocks_of(model):
-        if getattr(block.mlp, "kernel", None) == swiglu.NAME:  # which alone can go by tiles
-            cast(swiglu.TiledMLP, block.mlp).mlp_tile = tokens
+        mlp = tiles.mlp_of(block)
+        if getattr(mlp, "kernel", None) in (swiglu.NAME, tiles.NAME):
+            cast(swiglu.TiledMLP, mlp).mlp_tile = tokens
         elif tokens is not None:
-            raise InputError(f"training.mlp_tile={tokens}: {type(block.mlp).__name__} cannot be tiled; leave it out.")
+            kind = type(block if mlp is None else mlp).__name__
+            raise InputError(f"training.mlp_tile={tokens}: {kind} cannot be tiled; leave it out.")
 
 
 class Block(Protocol):

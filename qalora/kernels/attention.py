@@ -29,7 +29,7 @@ from qalora.kernels.low_rank import (
 )
 from qalora.kernels.recompute import kept
 
-KNOWN = {family.attention for family in FAMILIES.values()}
+KNOWN = {family.attention for family in FAMILIES.values()} - {None}
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:

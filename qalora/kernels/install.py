@@ -3,7 +3,8 @@ back.
 
     kernel            in the place of                what it saves
     RMSNorm           every frozen RMSNorm           fp32 copies kept for the backward (norm.py)
-    fused SwiGLU      the MLP of a LLaMA block       two of four inner tensors (swiglu.py)
+    fused SwiGLU      a known gated SiLU MLP         two of four inner tensors (swiglu.py)
+    MLP by tiles      any other MLP                  with training.mlp_tile, its inner tensors (tiles.py)
     fused q, k, v     attention of a known family    gradients and rotations of each by itself (attention.py)
     shared prefixes   torch's fused attention        tokens that rows begin with alike, and padding (prefixes.py)
 
@@ -20,13 +21,14 @@ from typing import Any
 
 from torch import nn
 
-from qalora.kernels import attention, norm, prefixes, swiglu
+from qalora.kernels import attention, norm, prefixes, swiglu, tiles
 
 Choose = Callable[[nn.Module], Iterator[nn.Module]]
 # Name → (the modules of a model that it goes to, its forward).
 KERNELS: dict[str, tuple[Choose, Callable[..., Any]]] = {
     "RMSNorm": (norm.replaceable, norm.forward),
     swiglu.NAME: (swiglu.replaceable, swiglu.forward),
+    tiles.NAME: (tiles.replaceable, tiles.forward),
     "fused q, k, v": (attention.replaceable, attention.forward),
 }
 SHARED_PREFIXES = "shared prefixes"

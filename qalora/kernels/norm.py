@@ -8,49 +8,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qalora.base.families import FAMILIES, Weighing
 from qalora.kernels.context import Context
 from qalora.kernels.stretches import Stretch, assembled
 
+KNOWN: dict[str, Weighing] = {family.norm: family.weighing for family in FAMILIES.values() if family.norm}
+
+
+class _Kept(Context):
+    weighing: Weighing
+
 
 class _FrozenRMSNorm(torch.autograd.Function):
-    """w · x / √(mean x² + ε), computed in fp32 and rounded before w, as transformers does (arXiv 1910.07467, eq. 4).
+    """w · x / √(mean x² + ε), computed in fp32, and weighed as the model's own does it (arXiv 1910.07467, eq. 4).
 
     transformers' own keeps x and its product in fp32, four times the bytes of a bf16 x that the residual keeps anyway,
     and its backward holds five more. w is frozen.
     """
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        def normed(part: Stretch) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _Kept, x: Tensor, weight: Tensor, eps: float, weighing: Weighing) -> Tensor:
+        def of_stretch(part: Stretch) -> tuple[Tensor, Tensor]:
             wide = x[part].float()
             scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            return weight * (wide * scale).to(x.dtype), scale
+            normed = wide * scale
+            if weighing == "after":
+                return weight * normed.to(x.dtype), scale
+            return normed.mul_(_factor(weight, weighing)).to(x.dtype), scale
 
-        out, scale = assembled(x, x.shape[-1], normed)
+        out, scale = assembled(x, x.shape[-1], of_stretch)
+        ctx.weighing = weighing
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
-    def backward(ctx: Context, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Kept, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        factor = _factor(weight, ctx.weighing)
 
         def of_stretch(part: Stretch) -> tuple[Tensor]:
             normed = x[part].float() * scale[part]
-            weighted = grad_out[part].float() * weight.float()
+            weighted = grad_out[part].float() * factor
             along = (weighted * normed).mean(-1, keepdim=True)
             return (weighted.addcmul_(normed, along, value=-1).mul_(scale[part]).to(x.dtype),)
 
         (grad,) = assembled(x, x.shape[-1], of_stretch)
-        return grad, None, None
+        return grad, None, None, None
+
+
+def _factor(weight: Tensor, weighing: Weighing) -> Tensor:
+    return 1.0 + weight.float() if weighing == "plus_one" else weight.float()
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
-    """Every frozen RMSNorm over hidden states; the forward stays transformers' to the bit."""
-    module: Any
+    """Every frozen RMSNorm of a known kind, over hidden states or heads; the forward stays transformers' to the bit."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and not module.weight.requires_grad:
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ in KNOWN and weight is not None and not weight.requires_grad:
             yield module
 
 
 def forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return _FrozenRMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+    return _FrozenRMSNorm.apply(hidden_states, self.weight, eps, KNOWN[type(self).__name__])

@@ -27,10 +27,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qalora.base.families import family_of
+
 ATTENTION = "sdpa_over_rows"  # transformers' name for attention that can gather rows
 OWN = "sdpa"  # the attention whose place it takes
 WORTH_IT = 0.97  # of the positions of a padded batch: where more than that would be left, gathering costs what it saves
 OWN_STATES = {"position_ids", "inputs_embeds", "past_key_values"}  # with these, equal tokens need not have equal states
+DROPOUTS = ("attention_dropout", "residual_dropout")  # what modules call the share that they drop themselves
 MOST_COMPARED = 2**27  # tokens, each row with each other: a byte or two of memory for each
 
 
@@ -132,23 +135,26 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
 
 
 def can_share(model: PreTrainedModel, width: int) -> bool:
-    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention
-    reaches back to a row's first token."""
+    """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone
+    carries them on, and reaches back to a row's first token."""
     return is_causal_alone(model, width) and not any(_differs_by_row(module) for module in model.modules())
 
 
 def is_causal_alone(model: PreTrainedModel, width: int) -> bool:
-    """Whether attention is ours, and reaches back to a row's first token."""
-    window = getattr(model.config, "sliding_window", None)
-    return model.config._attn_implementation == ATTENTION and (window is None or width <= window)
+    """Whether attention alone carries states on, is ours, and reaches back to a row's first token."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if family_of(config.model_type).across_rows is not None:
+        return False
+    return config._attn_implementation == ATTENTION and (window is None or width <= window)
 
 
 def _known_mask(
     input_ids: Tensor, attention_mask: Tensor | None, layout: Places, options: Mapping[str, Any]
 ) -> tuple[Tensor | None, bool]:
     """(the mask for transformers, whether attention is causal without one). transformers takes a mask of four
-    dimensions
-    as it is, and reads the values of every other, for which the host waits."""
+    dimensions as it
+    is, and reads the values of every other, for which the host waits."""
     if layout.packed:
         texts = (options["position_ids"] == 0).cumsum(-1)
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -163,7 +169,7 @@ def _known_mask(
 def _differs_by_row(module: nn.Module) -> bool:
     if getattr(module, "differs_by_row", False):
         return True
-    dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    dropout = module.p if isinstance(module, nn.Dropout) else any(getattr(module, name, 0.0) for name in DROPOUTS)
     # NEFTune's noise is drawn for every position of every row.
     return bool(module.training and (dropout or getattr(module, "neftune_noise_alpha", None)))
 

@@ -33,6 +33,11 @@ def both_runs(*, keep: bool) -> tuple[AbstractContextManager[None], AbstractCont
     return _within(_Run(False, kept)), _within(_Run(True, kept))
 
 
+def nothing_kept() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts around both runs of a part of a block, of which no map's output is kept."""
+    return _within(None), _within(None)
+
+
 def output_unused() -> bool:
     """Whether the block runs for the second time."""
     run = _run.get()
@@ -53,7 +58,7 @@ def kept(compute: Callable[[], Tensors]) -> Tensors:
 
 
 @contextmanager
-def _within(run: _Run) -> Iterator[None]:
+def _within(run: _Run | None) -> Iterator[None]:
     token = _run.set(run)
     try:
         yield

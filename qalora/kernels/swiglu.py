@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qalora.base.families import FAMILIES
 from qalora.kernels.context import Context
 from qalora.kernels.low_rank import (
     Frozen,
@@ -30,9 +31,8 @@ from qalora.kernels.low_rank import (
 from qalora.kernels.recompute import kept, output_unused
 from qalora.kernels.stretches import stretches
 
-# What a block is made of whose MLP's output is added to the residual and read by nothing else.
-BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Class of an MLP → whether something in its block reads what it puts out.
+KNOWN = {family.mlp: family.mlp_normed for family in FAMILIES.values() if family.mlp}
 SILU = ("SiLU", "SiLUActivation")
 NAME = "fused SwiGLU"
 Inner = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # gate x, up x, and their low-rank products
@@ -48,15 +48,11 @@ class TiledMLP(Protocol):
 
 
 def replaceable(model: nn.Module) -> Iterator[nn.Module]:
-    """The MLPs of LLaMA's blocks; a block that is built otherwise may read an MLP's output twice."""
-    block: Any
-    for block in model.modules():
-        if _children(block) == BLOCK and _children(block.mlp) == MLP and type(block.mlp.act_fn).__name__ in SILU:
-            yield block.mlp
-
-
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
+    """The MLPs of a known kind."""
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ in KNOWN and type(module.act_fn).__name__ in SILU:
+            yield module
 
 
 def forward(self: TiledMLP, x: Tensor) -> Tensor:
@@ -68,7 +64,7 @@ def forward(self: TiledMLP, x: Tensor) -> Tensor:
             return _one_by_one(layers, x)
         return torch.cat([_one_by_one(layers, part) for part in x.split(tile, dim=1)], dim=1)
     frozen, trained = taken_apart(layers)
-    return _GatedSwiGLU.apply(x, frozen, tile, *trained)
+    return _GatedSwiGLU.apply(x, frozen, tile, KNOWN[type(self).__name__], *trained)
 
 
 def _one_by_one(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -91,13 +87,14 @@ class _GatedSwiGLU(torch.autograd.Function):
         x: Tensor,
         frozen: Frozen,
         tile: int | None,
+        read: bool,
         *trained: Tensor | None,
     ) -> Tensor:
         maps = put_together(frozen, trained)
         ctx.frozen, ctx.tile = frozen, tile
         inner = kept(lambda: _inner(x, maps)) if tile is None else (None,) * 4
         ctx.save_for_backward(x, *inner, *trained)
-        if output_unused():
+        if output_unused() and not read:
             return x.new_zeros(()).expand_as(x)
         if tile is None:
             return _down(inner, maps)
@@ -110,12 +107,12 @@ class _GatedSwiGLU(torch.autograd.Function):
     def backward(ctx: _Kept, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         trained = saved[4:]
-        need_x, _, _, *needs = ctx.needs_input_grad
+        need_x, _, _, _, *needs = ctx.needs_input_grad
         maps = put_together(ctx.frozen, trained)
         if ctx.tile is None:
             inner = (saved[0], saved[1], saved[2], saved[3])
             own, *more = _backward(grad_z, x, inner, maps, need_x, needs)
-            return own, None, None, *more
+            return own, None, None, None, *more
         grad_x = torch.empty_like(x) if need_x else None
         grads: list[Tensor | None] = [None] * len(trained)
         for part in _tiles(x, ctx.tile):
@@ -123,7 +120,7 @@ class _GatedSwiGLU(torch.autograd.Function):
             if grad_x is not None and own is not None:
                 grad_x[part] = own
             grads = [b if a is None or b is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
-        return grad_x, None, None, *grads
+        return grad_x, None, None, None, *grads
 
 
 def _tiles(x: Tensor, tile: int) -> list[Part]:

@@ -93,7 +93,9 @@ class DataConfig(Section):
     completion_template: str | None = Field(None, description="the completion, with {column} fields")
     labels: dict[str, str] = Field({}, description="completion in the file → text to train on, e.g. 0: negative")
     chat: bool | None = Field(
-        None, description="wrap prompt and completion in the chat template; null: only chat formats"
+        None,
+        description="wrap prompt and completion in the chat template; null: chat formats, and where the model was "
+        "taught to chat",
     )
     chat_template: str | None = Field(
         None, description="Jinja file, or its text, in place of the tokenizer's own; it goes along with the tokenizer"
@@ -212,12 +214,11 @@ class LoraSettings(Section):
     def _linear_layers_of_a_block(cls, targets: str | list[str]) -> str | list[str]:
         if isinstance(targets, str):
             return check_expression(targets)
-        known = [name.rpartition(".")[2] for name in BLOCK_MAPS]
-        unknown = [name for name in targets if name.rpartition(".")[2] not in known]
-        if unknown or not targets:
+        if not targets or "lm_head" in targets:
+            known = [name.rpartition(".")[2] for name in BLOCK_MAPS]
             raise ValueError(
-                f"{', '.join(unknown) or 'none'} is no linear map of a block; name some of {', '.join(known)}, or "
-                "all-linear"
+                f"{'lm_head' if targets else 'none'} is no linear layer of a block; name some of {', '.join(known)}, "
+                "or all-linear"
             )
         return targets
 

@@ -20,7 +20,7 @@ from qalora.base.checkpoint import Weights, open_checkpoint, open_config, origin
 from qalora.base.fingerprint import fingerprint
 from qalora.base.precision import loaded_in_4bit
 from qalora.base.registry import ModelSource, shape_of
-from qalora.base.tensor_files import expected_shapes
+from qalora.base.structure import structure_of
 from qalora.data.rows import Item
 from qalora.deploy.merging import check_room
 from qalora.errors import InputError
@@ -158,7 +158,7 @@ def check_run(
         notes.append(check_pruning(recipe, source))
     if recipe.merge:
         config = open_config(source)
-        check_room(output_dir / "merged", expected_shapes(config), "bfloat16", config)
+        check_room(output_dir / "merged", structure_of(config), "bfloat16", config)
     if continued is None and recipe.lora.adapter:
         given = Path(recipe.lora.adapter).expanduser()
         check_adapter(given, source)

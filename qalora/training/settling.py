@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora.adapter.given import given_adapter
-from qalora.base.registry import MODELS, ModelSource, published_fields, shape_of
+from qalora.base.registry import MODELS, ModelSource, check_packing, published_fields, said_of_family, shape_of
 from qalora.errors import InputError
 from qalora.fitting import HEADROOM
 from qalora.recipe.rules import FOLLOWERS
@@ -28,10 +28,17 @@ Noted = tuple["Recipe", list[str]]  # a recipe, and a line per setting that gave
 
 
 def settled(recipe: Recipe, source: ModelSource) -> Noted:
-    """The recipe as its model can take it."""
+    """The recipe as its model can take it.
+
+    Raises:
+        InputError: a setting that its family cannot have.
+    """
     recipe, notes = within_positions(recipe, source)
     recipe, more = as_stored(recipe, source)
-    return recipe, notes + more
+    shape = shape_of(source)
+    if recipe.data.packing:
+        check_packing(shape.model_type)
+    return recipe, [*notes, *more, *said_of_family(shape)]
 
 
 def check_targets(recipe: Recipe, source: ModelSource) -> None:

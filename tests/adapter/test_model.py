@@ -253,7 +253,7 @@ def test_targets(tiny_llama):
     model = attach(tiny_llama(), r=2, alpha=4, target_modules=["q_proj", "v_proj"])
     assert {name.rsplit(".", 1)[-1] for name in ranks(model)} == {"q_proj", "v_proj"}
     with pytest.raises(
-        InputError, match="target_modules=w_proj: the model has no such linear map; it has q_proj, k_proj"
+        InputError, match="target_modules=w_proj: the model has no such linear layer; it has q_proj, k_proj"
     ):
         attach(tiny_llama(), r=2, alpha=4, target_modules=["q_proj", "w_proj"])
 

@@ -49,7 +49,7 @@ def test_targets_are_those_of_peft_and_the_saved_config_means_the_same(
         (
             ["q_proj", "c_attn"],
             None,
-            "lora.target_modules=c_attn: the model has no such linear map; it has q_proj, k_proj",
+            "lora.target_modules=c_attn: the model has no such linear layer; it has q_proj, k_proj",
         ),
         (
             "q_proj|v_proj",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 import qalora
@@ -101,3 +102,31 @@ def test_a_run_is_resumed_across_a_round_as_if_it_had_not_stopped(folder, rows, 
         assert torch.equal(layer.A, gated_layers(resumed)[name].A) and torch.equal(
             layer.B, gated_layers(resumed)[name].B
         )
+
+
+def test_under_trl_a_run_is_resumed_as_if_it_had_not_stopped(folder, tmp_path):
+    """TRL casts the adapters of a 4-bit base to bf16 when the trainer is made, before the checkpoint is read."""
+    trl = pytest.importorskip("trl")
+
+    class Sft(qalora.VariableRanks, trl.SFTTrainer):
+        pass
+
+    def run(place: Path, resume=None):
+        base = qalora.load_base(folder, dtype="float32")
+        model = qalora.attach(base.model, r=4, alpha=8, seed=1)
+        rounds = qalora.AllocationCallback(qalora.load_rows(ROWS[:8], base.tokenizer), rounds=2, warmup=2, interval=2)
+        config = trl.SFTConfig(
+            **arguments(place, max_steps=6, save_strategy="steps", save_steps=3, optim="adamw_torch_fused")
+            | dict(remove_unused_columns=True, bf16=False, max_length=64)
+        )
+        data = Dataset.from_list(ROWS)
+        trainer = Sft(model, args=config, train_dataset=data, processing_class=base.tokenizer, callbacks=[rounds])
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "run")
+    resumed = run(tmp_path / "run", str(tmp_path / "run" / "checkpoint-3"))
+    assert qalora.ranks(resumed) == qalora.ranks(whole) != dict.fromkeys(qalora.ranks(whole), 4)
+    for name, layer in gated_layers(whole).items():
+        assert torch.equal(layer.A, gated_layers(resumed)[name].A)
+        assert torch.equal(layer.B, gated_layers(resumed)[name].B)

@@ -183,12 +183,13 @@ def test_another_quantization_is_named(saved):
         load(path)
 
 
-def test_a_model_that_is_no_llama_is_named(tmp_path):
+def test_a_model_without_linear_layers_in_its_place_is_named(tmp_path):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128, n_positions=32)
     config.save_pretrained(tmp_path)  # and no weights: they are not looked for
     word_tokenizer(unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
     message = (
-        f"model {tmp_path}: the model is of type gpt2; only LLaMA-class decoders are known (llama, mistral, qwen2)."
+        f"model {tmp_path}: the model is of type gpt2, whose blocks are not at model.layers; it would need a record of "
+        "where they are."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load(tmp_path)

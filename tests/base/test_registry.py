@@ -5,13 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qalora.base.loading import load_base
 from qalora.base.registry import MODELS, ModelShape, ModelSource, resolve, shape_of
@@ -32,66 +28,6 @@ TINY_SHAPE = ModelShape(64, 96, 2, 4, 2, 32, 128, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
-
-
-def config_of(shape: ModelShape):
-    settings = {name: getattr(shape, name) for name in shape.__dataclass_fields__ if name != "attention_bias"}
-    return (Qwen2Config if shape.attention_bias else LlamaConfig)(**settings)
-
-
-@pytest.mark.parametrize("name", ["llama-7b", "llama3.2-1b", "qwen2.5-0.5b", "smollm2-135m"])
-def test_linear_maps_are_those_of_transformers(name):
-    shape = MODELS[name][1]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(shape))
-    linears = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    assert shape.linear_maps() == linears
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "all_parameters"),
-    [
-        ("llama-7b", 6_476_005_376, 6_738_415_616),
-        ("llama-13b", 12_687_769_600, 13_015_864_320),
-        ("llama3-8b", 6_979_321_856, 8_030_261_248),
-        ("llama3.2-1b", 973_078_528, 1_235_814_400),
-        ("llama3.2-3b", 2_818_572_288, 3_212_749_824),
-        ("tinyllama-1.1b", 968_884_224, 1_100_048_384),
-        ("mistral-7b", 6_979_321_856, 7_241_732_096),
-        ("qwen2.5-0.5b", 357_826_560, 494_032_768),
-        ("qwen2.5-7b", 6_525_288_448, 7_615_616_512),
-        ("smollm2-135m", 106_168_320, 134_515_008),
-        ("llama-30b", 32_102_154_240, 32_528_943_616),
-        ("qwen2.5-1.5b", 1_310_195_712, 1_543_714_304),
-        ("smollm2-360m", 314_572_800, 361_821_120),
-        ("smollm2-1.7b", 1_610_612_736, 1_711_376_384),
-    ],
-)
-def test_parameters_add_up_to_the_published_counts(name, weights, all_parameters):
-    shape = MODELS[name][1]
-    maps = shape.linear_maps()
-    assert len(maps) == 7 * shape.num_hidden_layers
-    assert sum(i * o for i, o in maps.values()) == weights
-    tables = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
-    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-    biases = (
-        sum(o for name, (_, o) in maps.items() if name.endswith(("q_proj", "k_proj", "v_proj")))
-        if shape.attention_bias
-        else 0
-    )
-    assert weights + tables + norms + biases == all_parameters
-
-
-@pytest.mark.parametrize(
-    ("name", "twin"), [("llama2-7b", "llama-7b"), ("llama2-13b", "llama-13b"), ("llama3.1-8b", "llama3-8b")]
-)
-def test_models_of_one_shape(name, twin):
-    positions = {"llama2-7b": 4096, "llama2-13b": 4096, "llama3.1-8b": 131072}
-    assert MODELS[name][1] == replace(MODELS[twin][1], positions=positions[name])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +78,7 @@ def test_a_config_gives_its_shape_and_what_it_leaves_out_its_defaults():
 
 
 def test_a_config_of_another_kind_names_what_is_missing():
-    message = "config.json: hidden_size, vocab_size missing; only LLaMA-class decoders are known."
+    message = "config.json: hidden_size, vocab_size missing; it is no decoder's."
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         ModelShape.from_config({**TINY, "hidden_size": None, "vocab_size": "many"})
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qalora.base import tensor_files
-from qalora.base.tensor_files import Safetensors, TorchTensors, expected_shapes
+from qalora.base.structure import structure_of
+from qalora.base.tensor_files import Safetensors, TorchTensors
 from qalora.errors import InputError
 
 TENSORS = {"layers.0.w": torch.arange(40.0).view(10, 4), "lm_head.weight": torch.ones(2, 3, dtype=torch.bfloat16)}
@@ -47,6 +48,6 @@ def test_a_damaged_file_is_named(tmp_path, kind, message):
 @pytest.mark.parametrize("tied", [True, False])
 def test_expected_shapes_are_those_that_transformers_saves(tied):
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
-    shapes = expected_shapes(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied))
+    shapes = structure_of(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied)).shapes
     assert shapes["model.layers.0.self_attn.k_proj.weight"] == (4, 8)
     assert ("lm_head.weight" in shapes) != tied and shapes["model.embed_tokens.weight"] == (11, 8)

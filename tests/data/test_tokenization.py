@@ -345,7 +345,7 @@ def test_rows_are_cut_at_max_seq_len_and_dropped_when_nothing_is_left_to_learn(r
         {"prompt": "yes", "completion": " yes" * 20},  # cut
         {"prompt": "yes" * 40, "completion": " no"},  # cut, and with it all that is learned
     )
-    dataset = load_dataset(source, tokenizer, max_seq_len=12)
+    dataset = load_dataset(source, tokenizer, chat=False, max_seq_len=12)
     whole = [tokenize(example, tokenizer, max_seq_len=10**6) for example in dataset.examples]
     assert [item["row"] for item in dataset.items] == [0, 1]
     assert dataset[1]["input_ids"] == whole[1]["input_ids"][:12]

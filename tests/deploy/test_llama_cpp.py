@@ -17,9 +17,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qalora.base.checkpoint import Quantization, expected_shapes, open_checkpoint
+from qalora.base.checkpoint import Quantization, open_checkpoint
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
+from qalora.base.structure import structure_of
 from qalora.data.ending import Ending
 from qalora.data.formats import to_example
 from qalora.data.prompts import served_prompt
@@ -187,7 +188,7 @@ def test_a_tokenizer_written_anew_splits_text_as_transformers_does(merged, tmp_p
     checkpoint, config = open_checkpoint(folder)
     write_model(
         tmp_path / "model.gguf",
-        expected_shapes(config),
+        structure_of(config).shapes,
         checkpoint.pieces,
         config,
         tokenizer,
@@ -231,7 +232,7 @@ def test_a_sentencepiece_tokenizer_splits_text_as_transformers_does(tmp_path):
     checkpoint, config = open_checkpoint(folder)
     file = tmp_path / "model.gguf"
     write_model(
-        file, expected_shapes(config), checkpoint.pieces, config, load_tokenizer(folder), "f16", folder, Ending(())
+        file, structure_of(config).shapes, checkpoint.pieces, config, load_tokenizer(folder), "f16", folder, Ending(())
     )
     llama = client(file)
     for text in (*TEXTS, *(row["prompt"] for row in rows(seed=2, count=50, split="validation"))):

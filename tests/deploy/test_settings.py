@@ -238,7 +238,8 @@ def sentencepiece_gguf(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from qalora.base.checkpoint import expected_shapes, open_checkpoint
+    from qalora.base.checkpoint import open_checkpoint
+    from qalora.base.structure import structure_of
     from qalora.deploy.gguf import write_model
 
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -263,7 +264,7 @@ def sentencepiece_gguf(tmp_path_factory):
     source = resolve(str(folder))
     checkpoint, config = open_checkpoint(source)
     file = tmp_path_factory.mktemp("gguf") / "base.gguf"  # alone: transformers prefers a tokenizer.json beside it
-    write_model(file, expected_shapes(config), checkpoint.pieces, config, tokenizer, "f16", source, Ending(()))
+    write_model(file, structure_of(config).shapes, checkpoint.pieces, config, tokenizer, "f16", source, Ending(()))
     return file, save_lora(folder, tmp_path_factory.mktemp("lora"))
 
 

@@ -315,9 +315,10 @@ def test_a_row_as_its_recipe_reads_it(name, row, prompt, completion):
         assert re.search(recipe.evaluation.answer_pattern, completion)[1] == "2"
 
 
-def test_nine_recipes_are_shipped():
+def test_twelve_recipes_are_shipped():
     assert module.recipe_names() == [
-        "alpaca", "alpaca-clean", "boolq", "dolly", "e2e", "gsm8k", "oasst1", "quickstart", "sst2",
+        "alpaca", "alpaca-clean", "boolq", "chat", "dolly", "e2e", "gsm8k", "oasst1", "quickstart",
+        "reasoning", "sst2", "tools",
     ]  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from qalora.errors import InputError
-from qalora.recipe import Schedule, load_recipe
+from qalora.recipe import load_recipe
+from qalora.recipe.settings import Schedule
 from qalora.training import trainer
 from qalora.training.rates import check_schedule, warmup_of
 

@@ -16,6 +16,7 @@ from qalora.adapter.callback import Attempt, Budget, once, tokenized
 from qalora.adapter.model import check_adapted, gated_layers, rank_parameters, ranks
 from qalora.adapter.start.gradient import start_along_gradient
 from qalora.adapter.start.quantization import start_at_quantization_error
+from qalora.arguments import whole
 from qalora.base.checkpoint import Weights
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.errors import InputError, check_choice
@@ -63,14 +64,20 @@ def start(
         With share="scores", what `AllocationCallback.record_start` takes.
 
     Raises:
-        InputError: no adapter, rows that are not tokenized, no `original` where it is needed, or a setting that is
-            none.
+        InputError: no adapter, or one that has begun already; rows that are not tokenized; no
+            `original`, where init="quantization" needs it; or a setting that is none.
     """
     check_choice("init", init, get_args(Init))
     check_choice("share", share, get_args(Share))
     check_choice("budget", budget, get_args(Budget))
+    whole("max_rows", max_rows)
+    whole("batch_size", batch_size)
+    whole("min_rank", min_rank, 0)
+    whole("max_rank", max_rank, optional=True)
     check_adapted(model, "start")
     found = tokenized(rows, "rows")
+    if any(bool(layer.B.any()) for layer in gated_layers(model).values()):
+        raise InputError("model: its adapter was started or trained already; `attach` makes a new one.")
     if init == "quantization" and original is None:
         raise InputError(
             "original is missing: init='quantization' needs the base's 16-bit weights, as LoadedBase.original() reads "
