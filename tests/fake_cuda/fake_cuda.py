@@ -61,6 +61,8 @@ class Device(TorchDispatchMode):
         self.syncs, self.kernels = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and is_cuda(args[0]):
+            return CUDA
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not any(map(is_cuda, tensors)) and torch.device(kwargs.get("device") or "cpu").type != "cuda":
@@ -69,7 +71,7 @@ class Device(TorchDispatchMode):
             return out
         if any(not is_cuda(x) and x.ndim for x in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
-        known = all(self.real(x) is not None for x in tensors if is_cuda(x))
+        known = all(x.untyped_storage()._cdata in self.memory for x in tensors if is_cuda(x))
         assert known or not self.values, f"fake CUDA: {func} of values that are not known"
         masked = func is aten.index.Tensor and any(x.dtype == torch.bool for x in tensors[1:])
         if masked or func in WAITS:
@@ -256,7 +258,6 @@ def _efficient_scratch(grad, query, *_):
 
 
 SPECIAL = {
-    torch.ops.prim.device.default: lambda device, func, x: CUDA if is_cuda(x) else NotImplemented,
     aten.copy_.default: _copy_,
     **dict.fromkeys((aten._to_copy.default, aten.empty_like.default, aten.zeros_like.default), _to_copy),
 }
@@ -265,10 +266,13 @@ SCRATCH = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_scratch,
 }
 WAITS = {
-    getattr(aten, name).default for name in "_local_scalar_dense equal nonzero masked_select _unique2 bincount".split()
-}
-NO_KERNEL = {getattr(aten, name).default for name in "detach empty_like empty_strided new_empty new_empty_strided "
-             "_unsafe_view _reshape_alias".split()} | {aten.empty.memory_format}  # fmt: skip
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+    aten._unique2.default, aten.bincount.default,
+}  # fmt: skip
+NO_KERNEL = {
+    aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default,
+    aten.new_empty.default, aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default,
+}  # fmt: skip
 
 
 class FusedNorm(torch.autograd.Function):

@@ -11,10 +11,7 @@ from qalora.fitting import largest
 from qalora.memory import plan_memory
 from qalora.sizes import MLP_TILE
 
-CASES = (
-    "7B false", "7B fp16", "7B 8-bit moments", "13B true", "33B true", "8B true", "8B selective", "8B offload",
-    "8B padded", "8B packed", "8B 60k tokens", "8B 145k tokens",
-)  # fmt: skip
+CASES = ("7B false", "7B 8-bit moments", "33B true", "8B selective", "8B packed", "8B 145k tokens")
 
 
 @pytest.mark.parametrize("name", CASES)
