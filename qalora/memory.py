@@ -22,6 +22,8 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
 MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
 CUDA_CONTEXT = 500 * 2**20
+KEPT = "checkpoints", "kept by the blocks"  # the terms of what blocks keep, with and without checkpointing
+GONE = "gone before gradients are whole"  # of that: a term below zero
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def plan_memory(
 
     step = activations(rank_of)
     kept, *_ = step.values()
+    offloads = gradient_checkpointing == "offload"
+    of_one = kept // (min(2, shape.num_hidden_layers) if offloads else shape.num_hidden_layers)
+    accumulates, gradients = step_rows > micro_batch_size, 4 * sum(adapters)
+    # Gradients grow while what the blocks kept goes: where they are whole, at the first block's backward, its own is
+    # left.
+    gone = 0 if accumulates else min(gradients, kept - of_one)
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
@@ -97,23 +105,23 @@ def plan_memory(
         "embeddings and head": shape.embeddings_and_head() * size,
         "norms and biases": shape.norms_and_biases() * size,
         "adapter": 4 * sum(adapters),
-        "gradients": 4 * sum(adapters),
+        "gradients": gradients,
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
         **step,
-        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is
-        # left.
-        "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if step_rows > micro_batch_size else 0,
+        GONE: -gone,
+        "earlier gradients beyond it": max(0, gradients - kept) if accumulates else 0,
         "gradients to sum over processes": 4 * sum(adapters) if processes > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
     if directions:
         longer = {name: rank and rank + min(directions + OVERSAMPLING, *maps[name]) for name, rank in rank_of.items()}
-        trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step))
+        trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step)) - gone
         start = terms["adapter"] + _sketch(maps, rank_of, longer, activations(longer))
         terms["gradient start beyond it"] = max(0, start - trained)
-    offloads = gradient_checkpointing == "offload" and device == "cuda"
     inputs = micro_batch_size * seq_len * shape.hidden_size * size * shape.num_hidden_layers
-    return MemoryPlan({name: size for name, size in terms.items() if size}, host=inputs if offloads else 0)
+    return MemoryPlan(
+        {name: size for name, size in terms.items() if size}, host=inputs if offloads and device == "cuda" else 0
+    )
 
 
 def _activations(
@@ -199,7 +207,7 @@ def _activations(
         unwindowed = 0 if family.eager else blocks - shape.windowed
         kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
     return {
-        "checkpoints" if checkpointing else "kept by the blocks": kept,
+        KEPT[0 if checkpointing else 1]: kept,
         "block working set": block,
         "attention's backward beyond it": max(0, attended - block),
         "loss beyond it": max(0, loss - max(block, attended)),
