@@ -82,8 +82,8 @@ def measure(fake_cuda: Any) -> None:
     rows = []
     for name in (name for name in (WHOLE if args.whole else CASES) if name.startswith(tuple(args.only))):
         chosen, shape = CASES[name], MODELS[CASES[name].model][1]
-        peak, paged = step_of(device, chosen, shape, name in PADDED) if args.whole else by_blocks(device, name)
-        planned = planned_bytes(chosen, paged)
+        peak, paged = (step_of if args.whole else by_blocks)(device, chosen, shape, name in PADDED)
+        planned = planned_bytes(chosen, shape, paged)
         rows.append({
             "case": name, "rows × tokens": f"{chosen.rows} × {chosen.tokens}", "MiB, step": f"{peak / 2**20:,.1f}",
             "MiB, plan": f"{planned / 2**20:,.1f}", "plan": f"{planned / peak - 1:+.1%}",
@@ -114,16 +114,15 @@ def step_of(device: Any, case: gpu.Case, shape: ModelShape, padded: bool = False
     return device.peak, gpu.paged_bytes(optimizer)
 
 
-def by_blocks(device: Any, name: str) -> tuple[int, int]:
-    """`step_of` of a case, of whose blocks each further one takes what the third takes."""
-    case, shape = CASES[name], MODELS[CASES[name].model][1]
-    few, more = (step_of(device, case, replace(shape, num_hidden_layers=n), name in PADDED) for n in (2, 3))
+def by_blocks(device: Any, case: gpu.Case, shape: ModelShape, padded: bool = False) -> tuple[int, int]:
+    """`step_of`, where each further block takes what the third one takes."""
+    few, more = (step_of(device, case, replace(shape, num_hidden_layers=n), padded) for n in (2, 3))
     peak, paged = (low + (shape.num_hidden_layers - 2) * (high - low) for low, high in zip(few, more, strict=True))
     return peak, paged
 
 
-def planned_bytes(case: gpu.Case, paged: int) -> int:
-    return int(gpu.plan_of(case, MODELS[case.model][1])().total - CUDA_CONTEXT - paged)
+def planned_bytes(case: gpu.Case, shape: ModelShape, paged: int) -> int:
+    return int(gpu.plan_of(case, shape)().total - CUDA_CONTEXT - paged)
 
 
 if __name__ == "__main__":
