@@ -518,7 +518,8 @@ def plan_of(case: Case, shape: ModelShape, device: str = "cuda") -> Callable[...
     """`plan_memory` with the case's settings, of which any can be set anew."""
     return partial(
         plan_memory, shape, ranks=case.r, micro_batch_size=case.rows, seq_len=case.tokens, compute_dtype=case.dtype,
-        optim=case.optim, gradient_checkpointing=case.kept, mlp_tile=case.tile, device=device,
+        optim=case.optim, gradient_checkpointing=case.kept, mlp_tile=case.tile, packed=case.samples > 1,
+        device=device,
     )  # fmt: skip
 
 

@@ -76,8 +76,7 @@ def measure(fake_cuda: Any) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[""])
     parser.add_argument("--whole", action="store_true")
     args = parser.parse_args()
-    device = fake_cuda.DEVICE
-    fake_cuda.give_torch(device)
+    device = fake_cuda.switch_on()
     device.values = False
     rows = []
     for name in (name for name in (WHOLE if args.whole else CASES) if name.startswith(tuple(args.only))):

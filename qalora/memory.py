@@ -53,6 +53,7 @@ def plan_memory(
     mlp_tile: int | None = None,
     dropout: float = 0.0,
     directions: int = 0,
+    packed: bool = False,
     device: str = "cuda",
     processes: int = 1,
 ) -> MemoryPlan:
@@ -70,6 +71,7 @@ def plan_memory(
         mlp_tile: tokens of a row that an MLP works on at a time; None: all, and so it is with dropout.
         dropout: of the adapters' inputs.
         directions: of ∂L/∂W that are looked for in every module before the first step.
+        packed: a row holds several texts, which attention tells apart by a mask over all pairs of tokens.
         device: cuda adds the context's own memory.
         processes: that share the rows of an optimizer step; the plan is of each.
     """
@@ -86,7 +88,17 @@ def plan_memory(
 
     def activations(ranks: Mapping[str, int]) -> dict[str, int]:
         return _activations(
-            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, tile, mask, device
+            shape,
+            ranks,
+            micro_batch_size,
+            seq_len,
+            size,
+            load_in_4bit,
+            gradient_checkpointing,
+            tile,
+            mask,
+            packed,
+            device,
         )
 
     step = activations(rank_of)
@@ -95,8 +107,9 @@ def plan_memory(
     of_one = kept // (min(2, shape.num_hidden_layers) if offloads else shape.num_hidden_layers)
     accumulates, gradients = step_rows > micro_batch_size, 4 * sum(adapters)
     # Gradients grow while what the blocks kept goes: where they are whole, at the first block's backward, its own is
-    # left.
-    gone = 0 if accumulates else min(gradients, kept - of_one)
+    # left. Of what is offloaded two inputs are there until the last two blocks.
+    until = 2 * gradients // shape.num_hidden_layers if offloads else gradients
+    gone = 0 if accumulates else min(until, kept - of_one)
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
@@ -134,6 +147,7 @@ def _activations(
     checkpointing: bool | str,
     mlp_tile: int,
     mask: int,
+    packed: bool,
     device: str,
 ) -> dict[str, int]:
     """What is alive at the worst moment of a step, beside weights and adapters.
@@ -165,7 +179,7 @@ def _activations(
     attention = (1 + norms) * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
     if inner_norms or family.copies_qk:
         attention += tokens * size * (q + kv)
-    masks, of_block = _masks(shape, rows, seq_len, size)
+    masks, of_block = _masks(shape, rows, seq_len, size, packed)
     attention += of_block
     rotation = tokens * 2 * shape.head_dim * size
     # gate x and up x, which the backward writes its gradients into; of a plain MLP what is made of them too
@@ -204,7 +218,7 @@ def _activations(
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
         own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
-        unwindowed = 0 if family.eager else blocks - shape.windowed
+        unwindowed = 0 if family.eager or packed else blocks - shape.windowed
         kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
     return {
         KEPT[0 if checkpointing else 1]: kept,
@@ -223,14 +237,17 @@ def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
     return 4 * (q + heads) + (2 * size * q if kv != q else 0)
 
 
-def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, int]:
-    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
+def _masks(shape: ModelShape, rows: int, seq_len: int, size: int, packed: bool) -> tuple[int, int]:
+    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a mask of its own beyond
+    it."""
     pairs = rows * seq_len**2
     if shape.family.eager:
         return (
             2 * pairs * size,
             8 * pairs * shape.num_attention_heads,
         )  # capped scores, and what softmax makes of them in fp32
+    if packed:
+        return 4 * pairs, pairs * size  # which pairs may see each other and what is made of it; numbers to add
     if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
         return 0, 0
     return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add

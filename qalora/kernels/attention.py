@@ -129,11 +129,11 @@ def rotated_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> t
 
 def turned_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, head_dim: int) -> Iterator[Tensor]:
     """Gradients of q and k before their rotation, which a gradient turns back, and that of v."""
-    *turned, value = grads
-    if fused.rotates(value):
-        yield from fused.rotated(*map(_copy, turned), cos, sin, head_dim, back=True)
+    query, key, value = grads
+    if fused.rotates(query):
+        yield from fused.rotated(_copy(query), _copy(key), cos, sin, head_dim, back=True)
     else:
-        for grad in map(_copy, turned):
+        for grad in map(_copy, (query, key)):
             rotate_(grad, cos, -sin, head_dim)
             yield grad
     yield value
