@@ -142,7 +142,7 @@ def writes_no(method):
 
 
 def swaps_no_rows(monkeypatch):
-    monkeypatch.setattr(gguf, "permuted", lambda name, tensor, config: tensor)
+    monkeypatch.setattr(gguf, "to_gguf", lambda name, tensor, config: tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------ the cases
