@@ -111,7 +111,9 @@ def add_positions(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     share = 1.0 if kind == "proportional" else rope.get("partial_rotary_factor") or 1.0
     if share != 1.0 and not record.partial:
         raise InputError(f"partial_rotary_factor={share:g}: there is no GGUF form of it here; use --format hf.")
-    theta = rope["rope_theta"] * (alpha ** (width / (width - 2)) if kind == "dynamic" else 1.0)
+    theta = rope["rope_theta"]
+    if kind == "dynamic" and alpha:  # Hunyuan's name for a θ that is larger, whatever the length
+        theta *= alpha ** (width / (width - 2))
     writer.add_rope_freq_base(theta)
     writer.add_rope_dimension_count(head_dim_of_whole(config) if kind == "proportional" else int(width * share))
     if kind == "linear":

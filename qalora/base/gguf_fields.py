@@ -168,7 +168,7 @@ def model_type_of(architecture: str, own: Mapping[str, Any], where: str) -> str:
 
 
 def _fields(model_type: str, own: Said, tensors: Collection[str]) -> dict[str, Any]:
-    needed = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    needed = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     if missing := [key for key, field in KEYS if field in needed and key not in own]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     fields = {field: own[key] for key, field in KEYS if key in own}
@@ -178,8 +178,9 @@ def _fields(model_type: str, own: Said, tensors: Collection[str]) -> dict[str, A
     if (factor := own.get("rope.scaling.factor")) and model_type not in BY_KIND:
         kind, original = own.get("rope.scaling.type", "linear"), own.get("rope.scaling.original_context_length")
         fields["rope_scaling"] = {"type": kind, "factor": factor, "original_max_position_embeddings": original}
-    for tensor, named in BIASES.items():
-        fields |= dict.fromkeys(named, f"blk.0.{tensor}" in tensors)
+    if any(name.startswith("blk.0.") for name in tensors):
+        for tensor, named in BIASES.items():
+            fields |= dict.fromkeys(named, f"blk.0.{tensor}" in tensors)
     if isinstance(pattern := own.get(WINDOWED), list):
         fields["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
     special = {

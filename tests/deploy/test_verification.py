@@ -141,6 +141,14 @@ def writes_no(method):
     return fault
 
 
+def says_no(key):
+    def fault(monkeypatch):
+        own = gguf.metadata
+        monkeypatch.setattr(gguf, "metadata", lambda config: {k: v for k, v in own(config).items() if k != key})
+
+    return fault
+
+
 def swaps_no_rows(monkeypatch):
     monkeypatch.setattr(gguf, "to_gguf", lambda name, tensor, config: tensor)
 
@@ -212,7 +220,7 @@ GGUF_FAULTS = {
     "original context": (YARN, writes_no("add_rope_scaling_orig_ctx_len")),
     "the whole scaling": (dict(YARN, rope_type="linear"), writes_no("add_rope_scaling_factor")),
     "rope_theta": (None, writes_no("add_rope_freq_base")),
-    "eps": (None, writes_no("add_layer_norm_rms_eps")),
+    "eps": (None, says_no("attention.layer_norm_rms_epsilon")),
     "rows of q and k": (None, swaps_no_rows),
 }  # fmt: skip
 
