@@ -27,6 +27,7 @@ from qalora.base.families import FAMILIES, family_of
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import ModelShape, check_packing, resolve, said_of_family, shape_of
+from qalora.base.structure import check_plain
 from qalora.data.batching import PackingCollator, pack
 from qalora.deploy.export import export_adapter
 from qalora.deploy.merging import merge
@@ -484,10 +485,15 @@ def test_what_cannot_be_trained_is_refused_by_name(fields, named, tmp_path):
         shape_of(resolve(str(tmp_path)))
 
 
-def test_a_model_without_a_record_that_scales_its_logits_is_refused(save_tiny, tmp_path):
-    folder = save_tiny(tmp_path, "hyperclovax", **COMMON | dict(logits_scaling=3.0))
+def test_a_model_without_a_record_that_scales_its_logits_is_refused(tmp_path):
+    """From config.json alone, too."""
+    config = CONFIG_MAPPING["hyperclovax"](vocab_size=260, **COMMON | dict(logits_scaling=3.0))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
-        attach(load_base(folder, dtype="float32").model, r=4, alpha=8)
+        load_base(tmp_path, dtype="float32")
+    with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
+        attach(AutoModelForCausalLM.from_config(config), r=4, alpha=8)
+    check_plain(config.to_dict() | dict(logits_scaling=1.0), "config.json")
 
 
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):
