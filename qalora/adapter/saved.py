@@ -77,7 +77,7 @@ class SavedAdapter:
             self.check_fit(maps)
             return self
         config = copy.deepcopy(self.config)
-        config.target_modules, config.exclude_modules = set(names.values()), None
+        config.target_modules, config.exclude_modules = sorted(names.values()), None
         config.rank_pattern = {names[name]: len(A) for name, (A, _) in self.pairs.items()}
         config.alpha_pattern = {
             new: scaling_of(self.config, name) * (len(A) ** 0.5 if config.use_rslora else len(A))
