@@ -73,11 +73,12 @@ def families_page() -> str:
         + "\n".join(lines)
         + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path; a line says so.\n"
         "\nThe GGUF column is the architecture of the files that `--format gguf` and `gguf-lora` write, and that\n"
-        "`--model FILE.gguf` reads. Read by llama.cpp (llama-cpp-python 0.3.36), the tiny models of the tests give\n"
-        "transformers' logits within 2e-4, from the merge and from the base with the adapter beside it; those of\n"
-        "Gemma within 1e-2, for it looks GELU up in a table of half precision. transformers itself reads the\n"
-        "architectures `llama`, `qwen2`, `qwen3`, `qwen35` and `lfm2` so. What llama.cpp has no key for, such as\n"
-        "windows in a `llama` or an attention scale of one's own in a `gemma3`, is refused or said by name.\n\n"
+        "`--model FILE.gguf` reads. llama.cpp (llama-cpp-python 0.3.36) reads those of the tests' tiny models. Its\n"
+        "logits are those of transformers within 2e-4, from the merge and from the base with the adapter beside it.\n"
+        "Those of Gemma are within 1e-2, for it looks GELU up in a table of half precision. transformers itself\n"
+        "reads the architectures `llama`, `qwen2`, `qwen3`, `qwen35` and `lfm2` so. Some of a model llama.cpp has no\n"
+        "key for, such as windows in a `llama` or an attention scale of one's own in a `gemma3`. That is refused or\n"
+        "said by name.\n\n"
         "## What is refused, by name\n\n" + "\n".join(refused) + "\n"
     )
 
