@@ -435,7 +435,7 @@ def test_a_step_is_planned(case, live_bytes):
     model.is_loaded_in_4bit = True
     model, ids = attach(model, r=8, alpha=16).train(), torch.randint(2, 64, (1, 512))
     summed_loss(model, {"input_ids": ids, "labels": ids}).backward()  # gradients are there from now on
-    for kept in (True, False):
+    for kept in (True, False, "selective"):
         set_checkpointing(model, kept)
         with live_bytes() as live:
             summed_loss(model, {"input_ids": ids, "labels": ids}).backward()
