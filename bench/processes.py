@@ -53,6 +53,10 @@ REAL = (
     "training.max_steps=8", "allocation.rounds=2", "allocation.warmup=2", "allocation.interval=3",
     "training.eval_steps=8", "training.save_steps=2", "allocation.val_batch_size=6", "data.max_rows=120",
 )  # fmt: skip
+REAL_KILLED = (
+    "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1",
+    "training.eval_steps=4", "training.save_steps=1", "allocation.val_batch_size=2", "data.max_rows=40",
+)  # fmt: skip
 # A process of a launch: what a launcher sets, and the command.
 PROCESS = """
 import os, sys
@@ -125,7 +129,8 @@ def resume(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def kills(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Kills one of two processes at random moments, and goes on."""
-    to, draw = real_command(args.data) if args.data else tiny_command(folder, KILLED), random.Random(args.seed)
+    to = real_command(args.data, REAL_KILLED) if args.data else tiny_command(folder, KILLED)
+    draw = random.Random(args.seed)
     running, _ = met_processes(folder, to(folder / "undisturbed"))
     started = time.monotonic()
     assert [process.join() or process.exitcode for process in running] == [0, 0]
@@ -199,8 +204,9 @@ def tiny_command(folder: Path, settings: Sequence[str] = TINY) -> Callable[[Path
     return lambda to: words_of(str(model), "alpaca", rows, to, ("data.format=auto", *settings))
 
 
-def real_command(data: Path) -> Callable[[Path], list[str]]:
-    return lambda to: words_of("smollm2-135m", "e2e", data / "e2e" / "train.jsonl", to, REAL)
+def real_command(data: Path, settings: Sequence[str] = REAL) -> Callable[[Path], list[str]]:
+    """A run of SmolLM2 on E2E rows, and where it writes."""
+    return lambda to: words_of("smollm2-135m", "e2e", data / "e2e" / "train.jsonl", to, settings)
 
 
 def words_of(model: str, recipe: str, rows: Path, output_dir: Path, settings: Sequence[str]) -> list[str]:

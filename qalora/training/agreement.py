@@ -70,6 +70,6 @@ def idle(micro_batch_size: int, accumulation: int) -> list[str]:
     if rows >= size:
         return []
     return [
-        f"a step has {rows} rows, and there are {size} processes: {size - rows} of them have none; raise "
-        "training.gradient_accumulation_steps, or start fewer"
+        f"training.micro_batch_size · gradient_accumulation_steps = {rows}: the rows of a step leave {size - rows} of "
+        f"{size} processes without any; raise training.gradient_accumulation_steps, or start fewer"
     ]
