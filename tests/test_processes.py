@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,11 +291,23 @@ def test_a_device_that_several_processes_do_not_train_on_is_refused(monkeypatch)
         processes._check_devices()
 
 
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
 def test_a_script_that_began_torch_distributed_itself_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    launched = LAUNCHED | {"MASTER_PORT": "1"}
     with pytest.raises(InputError, match="torch.distributed was begun before the run"), processes.joined(launched):
         pass
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.create_server(("", 0)) as taken:
+        launched = LAUNCHED | {"MASTER_PORT": str(taken.getsockname()[1])}
+        said = r"the 2 processes of the launch did not find each other \(.*\); check MASTER_ADDR and MASTER_PORT"
+        with pytest.raises(InputError, match=said), processes.joined(launched):
+            pass
+    assert processes.size() == 1
 
 
 def test_two_processes_on_one_gpu_are_refused(monkeypatch):
