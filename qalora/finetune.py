@@ -16,7 +16,7 @@ from qalora.errors import InputError
 from qalora.files import check_folder
 from qalora.flags import add
 from qalora.locking import locked
-from qalora.training.agreement import check_recipes
+from qalora.training.agreement import check_device, check_recipes
 from qalora.training.checkpoints import find_checkpoint
 from qalora.training.resume import Continued
 from qalora.training.run_folder import (
@@ -142,6 +142,7 @@ def run_recipe(
     from qalora.training.settling import as_it_began, check_targets, settled, with_its_own
 
     with processes.joined(), processes.agreeing():
+        check_device()
         check_recipes(recipe)
         show(processes.is_first() and not recipe.logging.quiet)
         say = teller(recipe)

@@ -427,15 +427,10 @@ def _meeting_place() -> Any:
 def _check_devices() -> None:
     """
     Raises:
-        InputError: some processes have a GPU and others none, or two have the same; or a device that several processes
-            do not train on.
+        InputError: some processes have a GPU and others none, or two have the same.
     """
     import torch
 
-    from qalora.base.device import best_device
-
-    if (kind := best_device().type) not in ("cpu", "cuda"):
-        raise InputError(f"several processes train on CUDA devices or on CPUs, and this one has {kind}; start one.")
     device = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
     found = exchange((socket.gethostname(), device))
     with_gpu = [place for place in found if place[1] is not None]

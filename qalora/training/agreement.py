@@ -1,5 +1,6 @@
-"""What several processes must have alike, compared before they train. Torch-free.
+"""What several processes must have alike, compared before they train. Torch-free at import.
 
+check_device     where they compute
 check_recipes    the settings
 check_bases      the base's weights
 check_folder     the run's folder, which all of them see
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 # Places, which may be others on another node; what lies there is compared itself.
 PLACES = ("model", "output_dir", "data.train", "data.validation", "lora.adapter")
 LATE = 60.0  # seconds until a file that another node has written is seen on a network file system
+
+
+def check_device() -> None:
+    """
+    Raises:
+        InputError: a device that several processes do not train on.
+    """
+    from qalora.base.device import best_device
+
+    if processes.size() > 1 and (kind := best_device().type) not in ("cpu", "cuda"):
+        raise InputError(f"several processes train on CUDA devices or on CPUs, and this one has {kind}; start one.")
 
 
 def check_recipes(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from qalora import processes
 from qalora.errors import InputError
@@ -17,6 +18,14 @@ def beside(monkeypatch):
         monkeypatch.setattr(processes, "exchange", lambda own: [own, own | values])
 
     return set_
+
+
+def test_a_device_that_several_processes_do_not_train_on_is_refused(monkeypatch):
+    monkeypatch.setattr("qalora.base.device.best_device", lambda: torch.device("xpu", 0))
+    agreement.check_device()
+    monkeypatch.setattr(processes, "_group", processes.Group(0, 2))
+    with pytest.raises(InputError, match="CUDA devices or on CPUs, and this one has xpu"):
+        agreement.check_device()
 
 
 def test_a_setting_that_differs_is_named(recipe_over, beside):
