@@ -93,6 +93,19 @@ def restore(model: PeftModel, path: str | Path) -> None:
         _note_rank(layer, scaling_of(saved.config, name))
 
 
+def replace_ranks(layer: GatedLinear, A: Tensor, B: Tensor) -> None:
+    """Gives a layer other ranks, at the scaling that it has.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+    """
+    scaling = layer.s
+    layer.A.data, layer.B.data = A.to(layer.A).contiguous(), B.to(layer.B).contiguous()
+    layer.A.grad = layer.B.grad = None
+    _note_rank(layer, scaling)
+
+
 def _note_rank(layer: GatedLinear, scaling: float) -> None:
     """What PEFT keeps of a layer besides its tensors."""
     adapter, rank = layer.active_adapters[0], len(layer.A)
