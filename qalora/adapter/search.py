@@ -17,7 +17,7 @@ from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, ke
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
-from qalora.adapter.scores import PerRank
+from qalora.adapter.scores import PerRank, check_finite
 
 BASIS: Basis = "svd"
 PER: Per = "rank"
@@ -89,6 +89,7 @@ def find_cut(
     values = into_basis(model, asked.basis, scoring)
     orders = rank_orders(model, values, scoring, asked.orders)
     whole, base = losses(model, judging), losses(model, judging, {})
+    check_finite({}, whole.mean, base.mean)
     costs = rank_parameters(model, values)
     everything = kept(values, Size(), costs)
     count = sum(map(len, everything.values()))
