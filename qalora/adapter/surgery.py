@@ -94,6 +94,20 @@ def restore(model: PeftModel, path: str | Path) -> None:
         _note_rank(layer, scaling_of(saved.config, name))
 
 
+def replace_ranks(layer: GatedLinear, A: Tensor, B: Tensor, scaling: float | None = None) -> None:
+    """Gives a layer other ranks.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scaling: None: the one that it has.
+    """
+    scaling = layer.s if scaling is None else scaling
+    layer.A.data, layer.B.data = A.to(layer.A).contiguous(), B.to(layer.B).contiguous()
+    layer.A.grad = layer.B.grad = None
+    _note_rank(layer, scaling)
+
+
 def _note_rank(layer: GatedLinear, scaling: float) -> None:
     """What PEFT keeps of a layer besides its tensors."""
     adapter, rank = layer.active_adapters[0], len(layer.A)
