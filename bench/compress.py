@@ -74,10 +74,10 @@ class Task:
 
 TASKS = {
     "e2e": Task(40, 80, scoring=24, choosing=20, test=40, settings={"data.columns": {}}),
-    "sst2": Task(40, 36, scoring=48, choosing=32, test=80),
-    "alpaca": Task(20, 72, scoring=24, choosing=20, test=40),
-    "gsm8k": Task(16, 110, scoring=16, choosing=12, test=28),
-    "boolq": Task(16, 96, scoring=20, choosing=14, test=40),
+    "sst2": Task(32, 30, scoring=40, choosing=24, test=64),
+    "alpaca": Task(16, 64, scoring=20, choosing=14, test=28),
+    "gsm8k": Task(12, 104, scoring=12, choosing=8, test=20),
+    "boolq": Task(12, 84, scoring=16, choosing=10, test=24),
 }
 
 
@@ -112,7 +112,7 @@ class Cut:
     per: Per = "rank"
 
 
-SHARES = (0.75, 0.5, 0.25, 0.125, 0.06)
+SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 DEEP = (0.5, 0.25)
 ORDERS = ("path", "values", "shrunk")
 CORE = (
@@ -216,9 +216,8 @@ def train(run: Run, data: Path, work: Path) -> None:
         },
         overwrite=True,
     )
-    seconds = {"cpu_seconds": round(time.process_time() - start), **environment()}
-    (folder / "bench.json").write_text(json.dumps(seconds) + "\n", encoding="utf-8")
-    print(f"{time.strftime('%H:%M:%S')} done {run.name}: {seconds['cpu_seconds']} CPU s", file=sys.stderr, flush=True)
+    taken = {"cpu_seconds": round(time.process_time() - start), **environment()}
+    (folder / "bench.json").write_text(json.dumps(taken) + "\n", encoding="utf-8")
 
 
 def folder_of(run: Run, work: Path) -> Path:
@@ -243,6 +242,9 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
         kept = {name: list(range(r)) for name, r in ranks_of(model).items()} if ranks is None else ranks
         line: dict[str, Any] = {"run": vars(run), "basis": None, "order": order, "share": 1.0, "per": "rank"}
         line |= vars(cut) if cut else {}
+        if order == "whole":
+            taken = json.loads((folder_of(run, args.work) / "bench.json").read_text(encoding="utf-8"))
+            line |= {key: value for key, value in taken.items() if key != "command"}
         line |= {"ranks": sum(map(len, kept.values())), "parameters": parameters_of(kept, costs)}
         for part in ("choosing", "test"):
             found = losses(model, batches[part], ranks)

@@ -23,6 +23,7 @@ SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("svd", "path", "rank"): "svd, path",
     ("svd", "path", "parameter"): "svd, path per parameter",
     ("svd", "shrunk", "rank"): "svd, shrunk",
+    ("svd", "chosen", "rank"): "svd, the order that other rows choose",
     ("svd-act", "values", "rank"): "svd-act, singular values",
     ("svd-act", "path", "rank"): "svd-act, path",
     ("svd-act", "shrunk", "rank"): "svd-act, shrunk",
@@ -44,8 +45,8 @@ class Adapter(NamedTuple):
         return paired(line[rows], self.whole[rows], line[f"{rows}_tokens"])
 
     def chosen(self) -> Line | None:
-        """What tolerance 0 takes on the rows that choose, of all orders in principal bases; None: no cut is there."""
-        cuts = [line for (basis, order, *_), line in self.lines.items() if basis != "trained" and order in OURS]
+        """What `qalora compress --tolerance 0` takes on the rows that choose; None: no cut is there."""
+        cuts = [line for (basis, order, *_), line in self.lines.items() if basis == "svd" and order in OURS]
         points = {}
         for line in cuts:
             difference, stderr = self.difference(line, "choosing")
@@ -73,6 +74,8 @@ def report(lines: Sequence[Line], picture: Path) -> str:
         adapter = found.setdefault(tuple(line["run"].values()), Adapter(line["run"], {}))
         adapter.lines[line["basis"], line["order"], line["per"], line["share"]] = line
     adapters = [adapter for adapter in found.values() if (None, "whole", "rank", 1.0) in adapter.lines]
+    for adapter in adapters:
+        adapter.lines.update(chosen_orders(adapter))
     cut = [adapter for adapter in adapters if any(order == "path" for _, order, *_ in adapter.lines)]
     if not cut:
         return "nothing was cut yet\n"
@@ -86,15 +89,38 @@ def report(lines: Sequence[Line], picture: Path) -> str:
     return "\n".join(parts)
 
 
+def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], Line]:
+    """At each share the cut that `qalora compress --keep` takes: the one of the lowest loss on the rows that choose."""
+    found: dict[tuple[str | None, str, str, float], Line] = {}
+    for share in {key[3] for key in adapter.lines}:
+        cuts = [adapter.lines.get(("svd", order, "rank", share)) for order in OURS]
+        if all(cuts):
+            found["svd", "chosen", "rank", share] = min(filter(None, cuts), key=lambda line: loss(line, "choosing"))
+    return found
+
+
 def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
-    there = {key[:3] for adapter in cut for key in adapter.lines}
+    there: set[Any] = {key[:3] for adapter in cut for key in adapter.lines}
     never = [name for key, name in SHOWN.items() if key not in there]
     text = (
-        f"{len(cut)} adapters were cut, and {len(adapters) - len(cut)} were trained narrow as controls. Losses are "
-        "nats per supervised token on test rows, which chose nothing; differences are paired with the whole adapter's, "
-        "± their standard error.\n"
+        f"{len(cut)} adapters were cut, and {len(adapters) - len(cut)} were trained narrow as controls.\n"
+        "Losses are nats per supervised token on test rows, which chose nothing.\n"
+        "Differences are paired with the whole adapter's, ± their standard error over the rows.\n\n"
     )
-    return text + (f"Not measured: {'; '.join(never)}.\n" if never else "")
+    rows = [
+        {
+            "task": adapter.run["task"],
+            "adapter": title(adapter),
+            "rate": f"{adapter.run['learning_rate']:g}",
+            "parameters": f"{adapter.whole['parameters']:,}",
+            "base": f"{loss(adapter.lines[None, 'base', 'rank', 1.0]):.4f}",
+            "whole": f"{loss(adapter.whole):.4f}",
+            "rows, tokens that choose": f"{len(adapter.whole['choosing'])}, {sum(adapter.whole['choosing_tokens'])}",
+            "that measure": f"{len(adapter.whole['test'])}, {sum(adapter.whole['test_tokens'])}",
+        }
+        for adapter in adapters
+    ]
+    return text + table(rows) + (f"\nNot measured: {'; '.join(never)}.\n" if never else "")
 
 
 def losses_of(task: str, adapters: Sequence[Adapter]) -> str:
@@ -102,15 +128,12 @@ def losses_of(task: str, adapters: Sequence[Adapter]) -> str:
     shares = sorted({line["share"] for adapter in adapters for line in adapter.lines.values()}, reverse=True)
     rows = []
     for adapter in adapters:
-        base = adapter.lines[None, "base", "rank", 1.0]
         for key, name in SHOWN.items():
             cuts = {share: adapter.lines.get((*key, share)) for share in shares if share < 1}
             if any(cuts.values()):
                 rows.append(
                     {
                         "adapter": title(adapter),
-                        "base": f"{loss(base):.4f}",
-                        "whole": f"{loss(adapter.whole):.4f}",
                         "basis, order": name,
                         **{f"{share:.3g}": cut and shown(adapter.difference(cut)) for share, cut in cuts.items()},
                     }
@@ -130,7 +153,8 @@ def bar(adapters: Sequence[Adapter]) -> str:
             pairs = [
                 adapter.difference(adapter.lines[*key, share]) for adapter in own if (*key, share) in adapter.lines
             ]
-            row[f"no loss at {share:.3g}"] = f"{sum(mean <= error for mean, error in pairs)} of {len(pairs)}"
+            held = f"{sum(mean <= error for mean, error in pairs)} of {len(pairs)}"
+            row[f"no loss at {share:.3g}"] = held if pairs else None
             row[f"median at {share:.3g}"] = f"{statistics.median(mean for mean, _ in pairs):+.4f}" if pairs else None
         rows.append(row)
     return (
@@ -145,7 +169,9 @@ def versus(adapters: Sequence[Adapter]) -> str:
     """How often an order is worse than singular values, and than the paper's scores, on the same rows."""
     rows = []
     for key, name in SHOWN.items():
-        if key[1] not in ("path", "shrunk") or key[0] == "trained" or key[2] != "rank":
+        if key[1] not in ("path", "shrunk", "chosen") or key[0] == "trained" or key[2] != "rank":
+            continue
+        if not any(own[:3] == key for adapter in adapters for own in adapter.lines):
             continue
         row: dict[str, Any] = {"basis, order": name}
         for other, called in (
@@ -197,12 +223,10 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
             controls = [
                 each for each in adapters if {**each.run, "learning_rate": 0} == {**run, "r": r, "learning_rate": 0}
             ]
-            cuts = [line for line in whole.lines.values() if line["share"] == r / run["r"] and line["order"] in OURS]
-            cuts = [line for line in cuts if line["basis"] != "trained" and line["per"] == "rank"]
-            if not controls or not cuts:
+            best = whole.lines.get(("svd", "chosen", "rank", r / run["r"]))
+            if not controls or best is None:
                 continue
             control = min(controls, key=lambda each: loss(each.whole, "choosing"))
-            best = min(cuts, key=lambda line: loss(line, "choosing"))
             difference = paired(best["test"], control.whole["test"], best["test_tokens"])
             rows.append(
                 {
