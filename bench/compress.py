@@ -229,38 +229,32 @@ def folder_of(run: Run, work: Path) -> Path:
 
 def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
     """Losses of the base, of the whole adapter and of its cuts, those that the file lacks; each is a line."""
-    there = {(line["order"], line["basis"], line["share"], line["per"]) for line in read(args.lines, run)}
-    wanted = [cut for cut in cuts if (cut.order, cut.basis, cut.share, cut.per) not in there]
-    if not wanted and ("whole", None, 1.0, "rank") in there:
+    there = {(line["basis"], line["order"], line["share"], line["per"]) for line in read(args.lines, run)}
+    wanted = [cut for cut in cuts if (cut.basis, cut.order, cut.share, cut.per) not in there]
+    whole = (None, "whole", 1.0, "rank")
+    if not wanted and whole in there:
         return
     print(f"{time.strftime('%H:%M:%S')} measuring {run.name}, {len(wanted)} cuts", file=sys.stderr, flush=True)
-    batches = batches_of(run.task, args.data, args.work)
-    folder = str(folder_of(run, args.work) / "adapter")
+    batches, folder = batches_of(run.task, args.data, args.work), folder_of(run, args.work)
 
-    def append(cut: Cut | None, order: str, ranks: Kept | None, model: PeftModel) -> None:
-        costs = rank_parameters(model, ranks_of(model))
-        kept = {name: list(range(r)) for name, r in ranks_of(model).items()} if ranks is None else ranks
-        line: dict[str, Any] = {"run": vars(run), "basis": None, "order": order, "share": 1.0, "per": "rank"}
-        line |= vars(cut) if cut else {}
-        if order == "whole":
-            taken = json.loads((folder_of(run, args.work) / "bench.json").read_text(encoding="utf-8"))
-            line |= {key: value for key, value in taken.items() if key != "command"}
-        line |= {"ranks": sum(map(len, kept.values())), "parameters": parameters_of(kept, costs)}
-        for part in ("choosing", "test"):
-            found = losses(model, batches[part], ranks)
-            line[part] = [round(loss, 5) for loss in found.rows]
-            line[f"{part}_tokens"] = found.tokens
+    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel) -> None:
+        line = {"run": vars(run), **facts, **measured(model, ranks, batches)}
         args.lines.parent.mkdir(parents=True, exist_ok=True)
         with args.lines.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
-    if ("whole", None, 1.0, "rank") not in there:
-        model = load_adapter(base().model, folder, trainable=True)
-        append(None, "base", {}, model)
-        append(None, "whole", None, model)
+    if whole not in there:
+        model = load_adapter(base().model, folder / "adapter", trainable=True)
+        bare = {"basis": None, "order": "base", "share": 1.0, "per": "rank"}
+        append(bare, {}, model)
+        taken = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        taken.pop("command")  # names folders of a machine
+        append(
+            {**bare, "order": "whole", **taken}, {name: list(range(r)) for name, r in ranks_of(model).items()}, model
+        )
     for basis in dict.fromkeys(cut.basis for cut in wanted):
         own = [cut for cut in wanted if cut.basis == basis]
-        model = load_adapter(base().model, folder, trainable=True)
+        model = load_adapter(base().model, folder / "adapter", trainable=True)
         total = sum(ranks_of(model).values())
         values = into_basis(model, basis, batches["scoring"])
         orders = scores_of(run, basis, model, values, batches["scoring"], {cut.order for cut in own}, args.work)
@@ -269,7 +263,19 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
             ranks = kept(orders[cut.order], Size(ranks=round(cut.share * total)), costs)
             if cut.per == "parameter":
                 ranks = kept(orders[cut.order], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
-            append(cut, cut.order, ranks, model)
+            append(vars(cut), ranks, model)
+
+
+def measured(model: PeftModel, ranks: Kept, batches: Mapping[str, list[MicroBatch]]) -> dict[str, Any]:
+    """Size and losses of some ranks alone: of every row, summed over its supervised tokens."""
+    found: dict[str, Any] = {
+        "ranks": sum(map(len, ranks.values())),
+        "parameters": parameters_of(ranks, rank_parameters(model, ranks)),
+    }
+    for part in ("choosing", "test"):
+        of_rows = losses(model, batches[part], ranks)
+        found |= {part: [round(loss, 5) for loss in of_rows.rows], f"{part}_tokens": of_rows.tokens}
+    return found
 
 
 def scores_of(
