@@ -20,6 +20,7 @@ from qalora.adapter.scores import PerRank
 Order = Literal["path", "sum", "values", "shrunk"]
 Per = Literal["rank", "parameter"]
 Kept = dict[str, list[int]]  # module → its ranks that stay, ascending; a module without any is absent
+SHARES = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.045, 0.03)  # of the ranks: where a curve is taken
 SCORING_TOKENS = 2048  # supervised tokens that score; more rows than half are never taken for it
 
 
@@ -84,6 +85,18 @@ def kept(scores: PerRank, size: Size, costs: Mapping[str, int], per: Per = "rank
         found.setdefault(name, []).append(rank)
         ranks, parameters = ranks + 1, parameters + costs[name]
     return {name: sorted(found[name]) for name in scores if name in found}
+
+
+def equal_ranks(size: Size, costs: Mapping[str, int]) -> int:
+    """The largest rank that all modules can have at once within the size; 0: none.
+
+    Args:
+        costs: module → parameters of one rank.
+    """
+    bounds = [size.max_rank]
+    bounds += [None if size.ranks is None else size.ranks // len(costs)]
+    bounds += [None if size.parameters is None else size.parameters // sum(costs.values())]
+    return min(bound for bound in bounds if bound is not None)
 
 
 def parameters_of(kept: Kept, costs: Mapping[str, int]) -> int:

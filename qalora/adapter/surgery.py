@@ -93,14 +93,15 @@ def restore(model: PeftModel, path: str | Path) -> None:
         _note_rank(layer, scaling_of(saved.config, name))
 
 
-def replace_ranks(layer: GatedLinear, A: Tensor, B: Tensor) -> None:
-    """Gives a layer other ranks, at the scaling that it has.
+def replace_ranks(layer: GatedLinear, A: Tensor, B: Tensor, scaling: float | None = None) -> None:
+    """Gives a layer other ranks.
 
     Args:
         A: (r, in).
         B: (out, r).
+        scaling: None: the one that it has.
     """
-    scaling = layer.s
+    scaling = layer.s if scaling is None else scaling
     layer.A.data, layer.B.data = A.to(layer.A).contiguous(), B.to(layer.B).contiguous()
     layer.A.grad = layer.B.grad = None
     _note_rank(layer, scaling)
