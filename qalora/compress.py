@@ -248,7 +248,7 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     from qalora.adapter.saved import check_adapter
     from qalora.base.loading import load_base, load_tokenizer
     from qalora.data.batching import Collator, micro_batches, on_device
-    from qalora.deploy.compressed import Rows, cut_model, store
+    from qalora.deploy.compressed import Rows, cut_model, dtype_of, store
     from qalora.kernels.activations import set_checkpointing
     from qalora.training.settling import settled
 
@@ -268,7 +268,8 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     collate = Collator(tokenizer.pad_token_id)
     batches = [on_device(micro_batches(rows, args.batch_size, collate), base.model.device) for rows in parts]
     refit: Literal["least squares"] | int | None = "least squares" if args.refit else args.refit_steps
-    report = {"model": source.name, **cut_model(model, adapter, asked, Rows(*batches) if batches else None, refit)}
+    report = cut_model(model, asked, Rows(*batches) if batches else None, refit=refit, dtype=dtype_of(adapter))
+    report = {"model": source.name, "adapter": str(adapter.path.resolve()), **report}
     return store(model, report, Path(output_dir), adapter, tokenizer, base.compute_dtype, started)
 
 

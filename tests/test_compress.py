@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,10 +69,17 @@ def trained(folder, rows, tmp_path_factory):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take more time than all else."""
+    monkeypatch.setattr("qalora.deploy.compressed.draw_compression", lambda *args: Path(args[-1]).touch())
+
+
+@pytest.fixture
 def compress(folder, trained, rows, tmp_path):
     def call(*flags, adapter=trained, data=rows, output=None):
         output = output or tmp_path / "small"
-        words = ["--model", folder, "--adapter", adapter, "--output", output, "--dtype", "float32", *flags]
+        words = ["--model", folder, "--adapter", adapter, "--output", output, "--dtype", "float32"]
+        words += ["--batch-size", "64", *flags]
         words += ["--data", data] if data else []
         assert main([str(word) for word in words]) == 0
         return output, json.loads((output / "compress.json").read_text())
@@ -97,6 +105,7 @@ def products(folder, path):
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_quarter_is_the_best_quarter_of_the_singular_values(compress, folder, trained):
     """Without rows: against full SVDs of what PEFT adds."""
     output, report = compress("--keep", "25%", "--no-data", data=None)
@@ -126,6 +135,7 @@ def test_the_smallest_that_costs_nothing(compress, folder, trained, capsys):
     assert {path.name for path in output.iterdir()} == {
         "adapter_config.json", WEIGHTS, "compress.json", "compression.png", "README.md",
     }  # fmt: skip
+    assert f"- {kept['ranks']} of 48 ranks" in (output / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{kept['ranks']} of 48 ranks" in said
     assert report["verified"]["relative_difference"] < 1e-5
@@ -133,6 +143,7 @@ def test_the_smallest_that_costs_nothing(compress, folder, trained, capsys):
     assert looser["kept"]["parameters"] < kept["parameters"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_its_losses_are_those_of_vanilla_peft_on_the_same_rows(compress, folder, rows, trained):
     output, report = compress("--keep", "50%", "--no-quantize", "--rows", "20")
     assert report["kept"]["ranks"] == 24
@@ -163,6 +174,7 @@ def test_its_losses_are_those_of_vanilla_peft_on_the_same_rows(compress, folder,
     assert report["kept"]["difference"] == pytest.approx((small - whole).sum() / tokens.sum(), abs=1e-6)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("flags", "check"),
     [
@@ -176,6 +188,7 @@ def test_sizes(compress, flags, check):
     assert check(tensors_of(output))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_rank_for_servers_that_know_one(compress, folder, trained):
     output, report = compress("--uniform", "--keep", "40%", "--rows", "12")
     config = json.loads((output / "adapter_config.json").read_text())
@@ -188,6 +201,7 @@ def test_one_rank_for_servers_that_know_one(compress, folder, trained):
     assert compress("--uniform", "--rows", "12", "--overwrite")[1]["kept"]["ranks"] % 6 == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kind", ["rank patterns and rslora", "r 64", "fp16", "zero B", "a regular expression"])
 def test_adapters_of_any_origin(compress, folder, tmp_path, kind):
     torch.manual_seed(2)
@@ -219,6 +233,7 @@ def test_adapters_of_any_origin(compress, folder, tmp_path, kind):
         assert report["kept"]["ranks"] == 2 * 64 + 2 * 32
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_adapter_that_hurts_is_said_to(compress, trained, tmp_path, capsys):
     harmful = {key: -t if "lora_B" in key else t for key, t in tensors_of(trained).items()}
     bad = tmp_path / "bad"
@@ -231,6 +246,7 @@ def test_an_adapter_that_hurts_is_said_to(compress, trained, tmp_path, capsys):
     assert "the whole adapter hurts on these rows" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("flags", [("--refit",), ("--refit-steps", "6")])
 def test_a_correction_stays_only_where_it_helps(compress, flags):
     _, plain = compress("--keep", "10%", "--no-quantize")
@@ -303,6 +319,7 @@ def test_bad_input_is_named_before_weights_load(compress, folder, trained, rows,
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupted_it_leaves_nothing(compress, tmp_path, monkeypatch, folder, trained, rows):
     """And what it had written before stays."""
     output, first = compress("--keep", "50%", "--rows", "8")

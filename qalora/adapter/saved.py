@@ -59,10 +59,6 @@ class SavedAdapter:
     def total_rank(self) -> int:
         return sum(len(A) for A, _ in self.pairs.values())
 
-    @property
-    def parameters(self) -> int:
-        return sum(A.numel() + B.numel() for A, B in self.pairs.values())
-
     def check_fit(self, maps: Mapping[str, tuple[int, int]]) -> None:
         """
         Args:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import Point, paired
 from qalora.adapter.cutting import Losses, cut, losses
@@ -45,20 +46,25 @@ class Rows:
 
 
 def cut_model(
-    model: PeftModel, adapter: SavedAdapter, asked: Asked, rows: Rows | None, refit: Correction | None = None
+    model: PeftModel,
+    asked: Asked,
+    rows: Rows | None,
+    *,
+    refit: Correction | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Cuts the model's adapter in place, and measures what will be written.
 
     Args:
-        adapter: that the model has, as it was read.
         rows: None: singular values alone decide, and nothing is measured.
         refit: how what is kept is corrected, where that helps.
+        dtype: of the file that it is for, to which weights are rounded.
 
     Returns:
         What compress.json says of it.
     """
-    report: dict[str, Any] = {"adapter": str(adapter.path.resolve())}
-    report["whole"] = {"ranks": adapter.total_rank, "parameters": adapter.parameters}
+    report: dict[str, Any] = {"whole": size_of(model)}
+    total = report["whole"]["ranks"]
     if rows is None:
         cut(model, cut_by_values(model, asked))
         report |= {"basis": "svd", "order": "values"}
@@ -66,11 +72,12 @@ def cut_model(
         found = find_cut(model, rows.scoring, rows.judging, asked)
         report |= report_of(found)
         report["whole"]["loss"] = found.whole.mean
+        stay = processes.from_first(lambda: found.chosen.kept)
         if refit is None:
-            cut(model, found.chosen.kept)
+            cut(model, stay)
         else:
             steps = refit if isinstance(refit, int) else None
-            change = cut_and_refit(model, found.chosen.kept, rows.scoring, rows.judging, steps)
+            change = cut_and_refit(model, stay, rows.scoring, rows.judging, steps)
             report["refit"] = {
                 "how": f"{steps} steps of training" if steps else refit,
                 "loss_before": change.before.mean,
@@ -79,8 +86,8 @@ def cut_model(
             }
     if asked.uniform:
         to_one_rank(model)
-    round_weights(model, dtype_of(adapter))
-    report["kept"] = size_of(model, adapter.total_rank)
+    round_weights(model, dtype)
+    report["kept"] = {"share": sum(ranks(model).values()) / total, **size_of(model)}
     if rows is not None:
         report["kept"] |= cost(losses(model, rows.judging), found.whole)
     return {**report, "ranks": ranks(model)}
@@ -92,6 +99,7 @@ def report_of(found: Cut) -> dict[str, Any]:
     return {
         "basis": found.basis,
         "order": found.order,
+        "orders": list(found.curves),
         "judged_on": {"rows": len(found.whole.rows), "supervised_tokens": sum(found.whole.tokens)},
         "base_loss": found.base.mean,
         "gain": gain,
@@ -101,16 +109,10 @@ def report_of(found: Cut) -> dict[str, Any]:
     }
 
 
-def size_of(model: PeftModel, total: int) -> dict[str, float]:
-    """
-    Args:
-        total: ranks of the whole adapter.
-    """
+def size_of(model: PeftModel) -> dict[str, int]:
     layers = gated_layers(model).values()
-    kept = sum(len(layer.A) for layer in layers)
     return {
-        "share": kept / total,
-        "ranks": kept,
+        "ranks": sum(len(layer.A) for layer in layers),
         "parameters": sum(layer.A.numel() + layer.B.numel() for layer in layers),
     }
 

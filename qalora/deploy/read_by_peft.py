@@ -51,6 +51,7 @@ def compare_with_peft(
     vanilla = PeftModel.from_pretrained(base, str(folder))
     _check_equal(live, vanilla, folder)
     theirs = _logits(vanilla, rows)
+    vanilla.unload()
     difference = (theirs - ours).abs()
     relative = (difference.norm() / (ours - ours.mean(-1, keepdim=True)).norm()).item()
     if not relative <= TOLERANCE[str(computed_in).removeprefix("torch.")]:

@@ -14,6 +14,20 @@ ORDERS = {
 }
 
 
+def section(report: Mapping[str, Any], *, later: bool) -> str:
+    """The section of a model card; empty where nothing was cut.
+
+    Args:
+        later: the cut was made after the run, whose figures are of the whole adapter.
+    """
+    if not report:
+        return ""
+    lines = [f"- {line[0].upper()}{line[1:]}." for line in in_sentences(report)]
+    if later:
+        lines.append("- Figures before and after training, and numbers of the run's ranks, are of the whole adapter.")
+    return "## Compression\n\n" + "\n".join(lines)
+
+
 def in_sentences(report: Mapping[str, Any]) -> list[str]:
     """What was kept, what it costs, and what decided."""
     kept, whole = report["kept"], report["whole"]
@@ -29,7 +43,7 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
         f"loss {kept['loss']:.4f}, of the whole adapter {whole['loss']:.4f}, of the base {report['base_loss']:.4f}: "
         f"{kept['difference']:+.4f} ± {kept['stderr']:.4f} nats per token from the whole, on {judged['rows']:,} rows "
         "that ordered no ranks",
-        f"the order is that of {ORDERS[report['order']]}, the best of {len(report['curves'])} here",
+        f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
     ]
     if refit := report.get("refit"):
         change = f"the loss from {refit['loss_before']:.4f} to {refit['loss_after']:.4f}"
