@@ -161,7 +161,7 @@ def main() -> None:
         if any(fnmatch(run.name, pattern) for pattern in args.only):
             if args.part in ("train", "both"):
                 train(run, args.data, args.work)
-            if args.part in ("cut", "both") and (folder_of(run, args.work) / "metrics.json").is_file():
+            if args.part in ("cut", "both") and (folder_of(run, args.work) / "bench.json").is_file():
                 measure(run, EVERY if args.every and cuts else cuts, args)
 
 
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
 def train(run: Run, data: Path, work: Path) -> None:
     """One adapter, unless it is there."""
     folder = folder_of(run, work)
-    if (folder / "metrics.json").is_file():
+    if (folder / "bench.json").is_file():
         return
     print(f"{time.strftime('%H:%M:%S')} training {run.name}", file=sys.stderr, flush=True)
     task, files = TASKS[run.task], rows_of(run.task, data, work)
