@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 # The older major version that servers are pinned to, beside the venv's own: tests read merged folders with it.
 TRANSFORMERS4 = transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 
-.PHONY: demo test lint smoke
+.PHONY: demo test lint smoke gpu
 
 demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate before and after
 	$(PY) -m qalora.finetune --model smollm2-135m --recipe quickstart --output-dir outputs/quickstart --overwrite
@@ -23,6 +23,11 @@ lint: $(VENV)/.installed        ## ruff and mypy
 smoke: $(VENV)/.installed       ## one minute of the main job on real weights
 	$(PY) -m qalora.finetune --model smollm2-135m --recipe quickstart --output-dir outputs/smoke --overwrite \
 		training.max_steps=8 training.eval_steps=4 training.save_steps=4 evaluation.rows=8 allocation.val_batch_size=8
+
+gpu: $(VENV)/.installed         ## says what it will carry and do on this machine's GPU, and does it: two parts under 9 minutes each
+	$(PY) bench/gpu.py --describe
+	$(PY) bench/gpu.py --part 1
+	$(PY) bench/gpu.py --part 2
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -30,17 +30,24 @@ def environment() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{torch.get_num_threads()} CPU threads, {_cpu()}"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         "device": device,
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+
+
+def commit() -> str | None:
+    """Of the checkout; None where there is no git, or no checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def random_llama(shape: ModelShape, *, device: str, compute_dtype: torch.dtype) -> PreTrainedModel:
@@ -87,11 +94,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_results(name: str, results: Mapping[str, Any], text: str) -> None:
-    """bench/results/NAME.json and .md, and the table on standard output."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+def write_results(name: str, results: Mapping[str, Any], text: str, folder: Path = RESULTS) -> None:
+    """FOLDER/NAME.json and .md, and the table on standard output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

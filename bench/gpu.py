@@ -1,13 +1,22 @@
-"""What needs a GPU: memory and speed of training steps against PEFT's, the longest context, a round of scoring, and the
-planned bytes against the measured ones. Random weights in real shapes, made a block at a time: nothing is downloaded.
+"""What needs a GPU: memory and speed of training steps against PEFT's under other trainers, the longest context, a
+round of
+scoring, and the planned bytes against the measured ones. Random weights in real shapes, made a block at a time:
+nothing is
+downloaded.
 
-    python bench/gpu.py                               # about 9 minutes on an H100; bench/results/gpu.json and gpu.md
+    python bench/gpu.py --describe                    # what will run, in which part
+    python bench/gpu.py --part 1                      # tests/gpu and the 8B cases; under 9 minutes
+    python bench/gpu.py --part 2                      # the others; under 9 minutes
     python bench/gpu.py --only 7b 33b                 # some of the cases, by the beginnings of their names
-    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; its figures mean nothing, and go
+    python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; the figures mean nothing
 
-In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own; one that fails
-leaves its error in the results. Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less
-those of a CUDA context. That limits memory, not speed, and an imitated T4 still has this card's attention kernels.
+In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own,
+and gpu.json and gpu.md in
+--out are written after each: what is there without an error is not run again. One that fails leaves its error in the
+results.
+Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a CUDA context. That
+limits
+memory, not speed, and an imitated T4 still has this card's attention kernels.
 """
 
 from __future__ import annotations
@@ -25,11 +34,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from common import environment, random_llama, table, write_results
+from common import RESULTS, environment, random_llama, table, write_results
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -37,12 +47,13 @@ from qalora.adapter.allocation_round import RoundSettings, allocation_round
 from qalora.adapter.model import attach, gated_layers
 from qalora.adapter.scoring import score_ranks
 from qalora.base.registry import MODELS, ModelShape
-from qalora.fitting import fit, largest
+from qalora.fitting import HEADROOM, fit, largest
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 from qalora.sizes import MLP_TILE
 
+ROOT = Path(__file__).resolve().parents[1]
 GIB, GB = 2**30, 10**9
 TINY = ModelShape(64, 192, 4, 4, 2, 16, 128)
 TINY_CARD = 5 * 2**20
@@ -89,52 +100,88 @@ class Case:
 
 LLAMA_8B = Case("train", "llama3.1-8b", warm_up=2, steps=5)
 T4 = Case("fitted", "llama-7b", dtype="float16", card=15 * GB)
+TESTS = Case("tests", "llama-7b")
 # In the order in which they run: what a bar stands on first, for the time may not suffice for all.
-CASES = {
-    "7b": Case("train", "llama-7b"),
-    "7b-peft": Case("train", "llama-7b", side="peft"),
-    "8b-packed": replace(LLAMA_8B, tokens=4096, samples=2, kept="offload"),
-    "8b-peft": replace(LLAMA_8B, side="peft", rows=2, tokens=2048),
-    "33b-24gib": Case("train", "llama-30b", card=24 * GIB, warm_up=2, steps=3),
-    "8b-longest-24gib": Case("longest", "llama3.1-8b", r=32, kept="offload", tile=MLP_TILE, card=24 * GIB),
-    "7b-fp16-15gb": T4,
-    "7b-scoring": Case("scoring", "llama-7b", rows=8, tokens=128),
-    "8b-packed-on-device": replace(LLAMA_8B, tokens=4096, samples=2),
-    "8b-selective": replace(LLAMA_8B, tokens=4096, samples=2, kept="selective"),
-    "8b-rows": replace(LLAMA_8B, rows=2, tokens=2048, kept="offload"),
-    "7b-fp16-15gb-fit": replace(T4, rows=16),
-    "7b-8bit": Case("train", "llama-7b", optim="paged_adamw_8bit"),
+PARTS = {
+    1: {
+        "tests": TESTS,
+        "8b": replace(LLAMA_8B, rows=2, tokens=2048),
+        "8b-trl": replace(LLAMA_8B, side="trl", rows=2, tokens=2048),
+        "8b-trl-liger": replace(LLAMA_8B, side="trl-liger", rows=2, tokens=2048),
+        "8b-hf": replace(LLAMA_8B, side="hf", rows=2, tokens=2048),
+        "8b-selective": replace(LLAMA_8B, rows=2, tokens=2048, kept="selective"),
+        "8b-packed": replace(LLAMA_8B, tokens=4096, samples=2, kept="offload"),
+        "7b": Case("train", "llama-7b"),
+    },
+    2: {
+        "7b-hf": Case("train", "llama-7b", side="hf"),
+        "33b-24gib": Case("train", "llama-30b", card=24 * GIB, warm_up=2, steps=3),
+        "8b-longest-24gib": Case("longest", "llama3.1-8b", r=32, kept="offload", tile=MLP_TILE, card=24 * GIB),
+        "7b-fp16-15gb": T4,
+        "7b-scoring": Case("scoring", "llama-7b", rows=8, tokens=128),
+        "8b-packed-on-device": replace(LLAMA_8B, tokens=4096, samples=2),
+        "7b-fp16-15gb-fit": replace(T4, rows=16),
+        "7b-8bit": Case("train", "llama-7b", optim="paged_adamw_8bit"),
+        "7b-peft": Case("train", "llama-7b", side="peft"),
+    },
 }
+CASES = {name: case for part in PARTS.values() for name, case in part.items()}
 
 
 def main() -> None:
     args = parser().parse_args()
     if args.worker:
         print(json.dumps(work(args.worker, args.shapes, args.device, args.seconds)))
-        return
-    if args.device == "cuda" and not torch.cuda.is_available():
+    elif args.describe:
+        print(description())
+    elif args.device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA device: nothing was measured")
-        return
+    else:
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """The cases that were asked for and are not in the results yet, one after another."""
     deadline = time.perf_counter() + 60 * args.minutes
+    file = args.out / "gpu.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
     # In a process of its own like the cases: a CUDA context here would take memory beside each of them.
     facts = {**run("facts", args, 60), "command": " ".join(["python", *sys.argv])}
-    found = {}
-    for name in CASES:
-        left = deadline - time.perf_counter()
-        if args.only and not name.startswith(tuple(args.only)):
+    for name in asked(args):
+        if "error" not in found.get(name, {"error": "not run"}):
             continue
+        left = deadline - time.perf_counter()
         found[name] = run(name, args, left) if left > LEFT else {"error": "not run: out of time"}
         print(f"{name}: {found[name].get('error', 'measured')}", file=sys.stderr)
-    text = report(facts, found)
-    if args.shapes == "tiny":
-        print(text)
-    else:
-        write_results("gpu", {**facts, "cases": found}, text)
+        write_results("gpu", {**facts, "cases": found}, report(facts, found), folder=args.out)
+
+
+def asked(args: argparse.Namespace) -> list[str]:
+    names = PARTS[args.part] if args.part else CASES
+    return [name for name in names if not args.only or name.startswith(tuple(args.only))]
+
+
+def description() -> str:
+    """What the parts will do, and what they need of a machine."""
+    lines = ["Carried: the checkout alone (qalora/, bench/, tests/); weights are random, and nothing is downloaded."]
+    for number, cases in PARTS.items():
+        lines += ["", f"python bench/gpu.py --part {number}"]
+        for name, case in cases.items():
+            does = (
+                "tests/gpu"
+                if case.work == "tests"
+                else f"{case.work}, {case.model}, {case.rows} × {case.tokens} by {case.side}"
+            )
+            lines.append(f"  {name:<22}{does}")
+    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9, help="no case begins after these (default: %(default)s)")
+    parser.add_argument("--part", type=int, choices=tuple(PARTS), help="of the cases (default: all)")
+    parser.add_argument("--describe", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"cases: {', '.join(CASES)}")
     parser.add_argument("--shapes", choices=("real", "tiny"), default="real")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -167,7 +214,10 @@ def work(name: str, shapes: str, device: str, seconds: float) -> dict[str, Any]:
         return card_facts(device)
     case, shape = CASES[name], MODELS[CASES[name].model][1]
     if shapes == "tiny":
-        case, shape = replace(case, tokens=case.tokens // 32, card=case.card and TINY_CARD), TINY
+        # A context is as large beside tiny shapes, and a plan leaves a share of it too.
+        card = TINY_CARD + (int(CUDA_CONTEXT / HEADROOM) if device == "cuda" else 0)
+        case = replace(case, tokens=case.tokens // 32, card=case.card and card, warm_up=1, steps=1)
+        shape = TINY
     return {**asdict(case), **WORK[case.work](case, shape, device, seconds)}
 
 
@@ -193,15 +243,7 @@ def card_facts(device: str) -> dict[str, Any]:
 def train(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[str, Any]:
     """Whole optimizer steps, all tokens supervised: median time, and the peak over all of them."""
     limit(device, case.card)
-    model = SIDES[case.side](case, shape, device)
-    step, optimizer = stepper(case, model, device)
-    batch = tokens_of(case, shape, device)
-    fresh_peak(device)
-    times, losses = [], []
-    for _ in range(case.warm_up + case.steps):
-        loss, duration = timed(device, partial(step, batch))
-        times.append(duration)
-        losses.append(loss.item())
+    times, losses, optimizer = (steps_of if case.side in SIDES else rivals_steps)(case, shape, device)
     duration = statistics.median(times[case.warm_up :])
     found = {
         "step_seconds": duration,
@@ -212,14 +254,52 @@ def train(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[st
     }
     if case.side == "qalora":
         # Paged moments are managed memory, which torch's counters do not see.
-        planned = plan_of(case, shape)(device="cpu").total - found["paged_bytes"]
+        context = CUDA_CONTEXT if device == "cuda" else 0
+        planned = plan_of(case, shape, device)().total - context - found["paged_bytes"]
         found |= {"planned": planned, "plan_error": planned / found["allocated"] - 1}
     return found
 
 
+def steps_of(case: Case, shape: ModelShape, device: str) -> tuple[list[float], list[float], Any]:
+    """(seconds, losses, the optimizer)."""
+    model = SIDES[case.side](case, shape, device)
+    step, optimizer = stepper(case, model, device)
+    batch = tokens_of(case, shape, device)
+    fresh_peak(device)
+    times, losses = [], []
+    for _ in range(case.warm_up + case.steps):
+        loss, duration = timed(device, partial(step, batch))
+        times.append(duration)
+        losses.append(loss.item())
+    return times, losses, optimizer
+
+
+def rivals_steps(case: Case, shape: ModelShape, device: str) -> tuple[list[float], list[float], Any]:
+    import gpu_rivals
+
+    if absent := gpu_rivals.missing(case.side):
+        raise SystemExit(absent)
+    base, ids = base_of(case, shape, device), tokens_of(case, shape, "cpu")["input_ids"]
+    fresh_peak(device)
+    return gpu_rivals.trained_by(
+        case.side, base, ids, r=case.r, optim=case.optim, steps=case.warm_up + case.steps, device=device,
+        wait=partial(wait, device),
+    )  # fmt: skip
+
+
+def tests(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[str, Any]:
+    """tests/gpu, in this process."""
+    import pytest
+
+    code = pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")])
+    if code:
+        raise SystemExit(f"tests/gpu: exit code {int(code)}")
+    return {"passed": True}
+
+
 def fitted(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[str, Any]:
     """The step that `training.fit=auto` chooses for the card and so many rows an optimizer step."""
-    chosen = fit(plan_of(case, shape), int(case.card or 0), batch_size=case.rows, seq_len=case.tokens)
+    chosen = fit(plan_of(case, shape, device), int(case.card or 0), batch_size=case.rows, seq_len=case.tokens)
     if chosen is None:
         raise RuntimeError("no settings fit this card by the plan")
     case = replace(
@@ -319,7 +399,7 @@ def scoring(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[
     ranks = sum(len(layer.A) for layer in gated_layers(model).values())
     settings = RoundSettings(
         budget=ranks, prune=len(gated_layers(model)), scoring="auto", importance="sum", min_rank=0, max_rank=None,
-        seed=0, step_tokens=ROUND_TOKENS,
+        seed=0, step_tokens=ROUND_TOKENS, modules=tuple(gated_layers(model)),
     )  # fmt: skip
     (record, scores), whole = timed(device, lambda: allocation_round(model, optimizer, [batch], settings, ROUND_STEP))
     after = step(batch).item()
@@ -345,6 +425,7 @@ WORK: dict[str, Callable[[Case, ModelShape, str, float], dict[str, Any]]] = {
     "fitted": fitted,
     "longest": longest,
     "scoring": scoring,
+    "tests": tests,
 }
 
 # ----------------------------------------------------------------------------------------------------- models and steps
@@ -357,7 +438,7 @@ def base_of(case: Case, shape: ModelShape, device: str) -> Any:
     for index in range(1, shape.num_hidden_layers):
         one = replace(shape, num_hidden_layers=1, vocab_size=8)
         block = random_llama(one, device=device, compute_dtype=dtype).model.layers[0]  # type: ignore[operator]
-        block.self_attn.layer_idx = index
+        block.self_attn.layer_idx, block.self_attn.config = index, model.config
         model.model.layers.append(block)
     model.config.num_hidden_layers = shape.num_hidden_layers
     return model
@@ -496,6 +577,12 @@ def faster(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Answer:
     return f"{ratio:.2f} times: {rates}", ratio >= 1.5
 
 
+def equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Answer:
+    """Before the first step an adapter changes nothing, so both have the base's own loss."""
+    first, other = ours["losses"][0], theirs["losses"][0]
+    return f"{first:.4f} and {other:.4f} before the first step", abs(first - other) <= 0.01 * other
+
+
 def fits(case: Mapping[str, Any]) -> Answer:
     shown = f"{case['reserved'] / GIB:.2f} GiB reserved, losses {case['losses'][0]:.3f} → {case['losses'][-1]:.3f}"
     return shown, all(loss == loss for loss in case["losses"])
@@ -516,11 +603,12 @@ BARS: tuple[tuple[str, tuple[str, ...], Callable[..., Answer]], ...] = (
         lambda ours: (f"{ours['allocated'] / GB:.2f} GB", ours["allocated"] <= 4.6 * GB),
     ),
     (
-        "Llama-3.1-8B, 2 × 2048 packed: at most 7.0 GiB allocated",
+        "Llama-3.1-8B, 2 × 2048: at most 7.0 GiB allocated",
         ("8b-packed",),
         lambda ours: (f"{ours['allocated'] / GIB:.2f} GiB", ours["allocated"] <= 7.0 * GIB),
     ),
-    ("… and at least 1.5 times PEFT's tokens a second", ("8b-packed", "8b-peft"), faster),
+    ("… and at least 1.5 times TRL's tokens a second", ("8b-packed", "8b-trl"), faster),
+    ("… with TRL's loss on the same tokens", ("8b", "8b-trl"), equal),
     (
         "Llama-3.1-8B, r = 32, 24 GiB: one row of at least 100,000 tokens",
         ("8b-longest-24gib",),

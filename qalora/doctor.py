@@ -102,7 +102,7 @@ def of_devices(facts: Mapping[str, Any]) -> Iterator[Finding]:
                 f"{device['device']} cannot be used: {device['error']}",
                 "see the driver, or hide it: CUDA_VISIBLE_DEVICES",
             )
-        elif device["free"] < 0.5 * device["total"]:
+        elif device.get("free", 1) < 0.5 * device.get("total", 0):
             yield Finding(
                 "note",
                 f"{device['device']}: {device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB are free, other "
@@ -260,13 +260,13 @@ def described(facts: Mapping[str, Any]) -> Iterator[str]:
 def why(compute: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Why 4-bit weights are dequantized to that dtype here."""
     if facts["devices"]:
-        major, minor = facts["devices"][0].get("capability", (0, 0))
+        device = facts["devices"][0]
         reason = (
             "bf16 arithmetic"
             if compute["dtype"] == "bfloat16"
             else "no bf16 arithmetic; adapters stay in fp32, losses are scaled"
         )
-        return f"compute capability {major}.{minor} has {reason}"
+        return f"{_capability(device) or device['kind']} has {reason}"
     return "measured to be the faster one of bfloat16 and float32 on this CPU"
 
 
@@ -304,11 +304,18 @@ def _flags(flags: list[str] | None) -> str:
 def _gpu(device: Mapping[str, Any]) -> str:
     if "error" in device:
         return f"{device['device']}: {device['error']}"
-    major, minor = device["capability"]
-    return (
-        f"{device['device']} {device['name']} ({device['kind']}, compute capability {major}.{minor}), "
+    kind = ", ".join(filter(None, (device["kind"], _capability(device))))
+    free = (
         f"{device['free'] / GIB:.1f} of {device['total'] / GIB:.1f} GiB free"
+        if "free" in device
+        else "memory is the machine's"
     )
+    return f"{device['device']} {device['name']} ({kind}), {free}"
+
+
+def _capability(device: Mapping[str, Any]) -> str:
+    """What CUDA calls its generations by; nothing for other kinds."""
+    return "compute capability {}.{}".format(*device["capability"]) if "capability" in device else ""
 
 
 if __name__ == "__main__":

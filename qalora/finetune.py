@@ -142,8 +142,7 @@ def carry_out(
     recipe: Recipe, source: ModelSource, output_dir: Path, continued: Continued | None, command: Sequence[str] | None
 ) -> int:
     """Resolve, begin, train, finish."""
-    import torch
-
+    from qalora.base.device import device_kind
     from qalora.base.loading import load_tokenizer
     from qalora.base.registry import shape_of
     from qalora.training.begin import begin
@@ -157,7 +156,7 @@ def carry_out(
     data = load_data(recipe, tokenizer, positions=shape_of(source).positions, known=known, say=say)
     processes.check_same(data.digests(), "the rows", "give every node the same files.")
     with full_disk_named(output_dir):
-        for line in leave_to_the_recipe(on_gpu=torch.cuda.is_available()):
+        for line in leave_to_the_recipe(on_gpu=device_kind() == "cuda"):
             say(line)
         run = resolve_run(recipe, source, tokenizer, data, output_dir, continued, command=command)
         for line in run.warnings:

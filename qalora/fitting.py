@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qalora.memory import Checkpointing, MemoryPlan
@@ -78,6 +78,24 @@ def fit(plan: Plan, memory: int, *, batch_size: int, seq_len: int, most: int | N
                 best = chosen
             break
     return best
+
+
+def fastest(plan: Plan, memory: int, *, host: int | None = None, tile: int | None = None) -> Level:
+    """The fastest level that fits with the micro-batch as it is; the most frugal one where none does.
+
+    Args:
+        memory: bytes that may be used.
+        host: bytes of host memory where the device has its own, in which block inputs may wait; None: it has not.
+        tile: mlp_tile, where that is set already.
+    """
+    offered = [level for level in LEVELS if host is not None or level.checkpointing != "offload"]
+    if tile is not None:
+        offered = [replace(level, mlp_tile=tile) for level in offered if level.mlp_tile is None]
+    for level in offered:
+        planned = plan(gradient_checkpointing=level.checkpointing, mlp_tile=level.mlp_tile)
+        if planned.total <= HEADROOM * memory and planned.host <= HEADROOM * (host or 0):
+            return level
+    return offered[-1]
 
 
 def least(batch_size: int) -> Fit:

@@ -178,16 +178,23 @@ def devices() -> list[dict[str, object]]:
     """GPUs that torch sees, with memory in bytes; of one that cannot be asked, the error."""
     import torch
 
+    from qalora.base.device import device_module
+
     found: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = "cpu" if accelerator is None else accelerator.type
+        count = 0 if accelerator is None else torch.accelerator.device_count()
     for index in range(count):
-        device: dict[str, Any] = {"device": f"cuda:{index}", "kind": "ROCm" if torch.version.hip else "CUDA"}
+        device: dict[str, Any] = {"device": f"{kind}:{index}", "name": kind, "kind": kind.upper()}
         try:
-            free, total = torch.cuda.mem_get_info(index)
-            device |= {"name": torch.cuda.get_device_name(index), "free": free, "total": total}
-            device["capability"] = list(torch.cuda.get_device_capability(index))
+            if (module := device_module(torch.device(kind, index))) is not None:
+                free, total = module.mem_get_info(index)
+                device |= {"name": module.get_device_name(index), "free": free, "total": total}
+            if kind == "cuda":
+                device["kind"] = "ROCm" if torch.version.hip else "CUDA"
+                device["capability"] = list(torch.cuda.get_device_capability(index))
         except Exception as error:  # a driver's, of whatever class
             device["error"] = one_line(error)
         found.append(device)
@@ -212,12 +219,12 @@ def driver_without_torch() -> str | None:
 def compute() -> dict[str, Any]:
     """What activations and dequantized weights are computed in by default, and whether 4 bits work on the device, by
     trying it."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found: dict[str, Any] = {"device": device, "dtype": None, "error": None}
+    found: dict[str, Any] = {"device": "cpu", "dtype": None, "error": None}
     with _caught():
         try:
+            from qalora.base.device import best_device
+
+            found["device"] = device = best_device().type
             from qalora.base.loading import choose_compute_dtype
 
             dtype = choose_compute_dtype("auto", device)

@@ -1,8 +1,8 @@
 """Memory of a fine-tuning run, by term, as pure arithmetic over shapes. No torch.
 
 Weights, quantization constants, adapter, gradients and moments are exact counts of the tensors' bytes. Activations are
-the tensors alive at the worst moment of a step: while the last block's MLP, or its first map, goes backward, or while
-the loss is formed, whichever is more.
+the tensors alive at the worst moment of a step: while the last block's MLP, its first map or its attention goes
+backward, or while the loss is formed, whichever is more.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ CUDA_CONTEXT = 500 * 2**20
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by term."""
+    """Bytes by term, on the device, and of host memory that a step takes beside it: block inputs that wait there."""
 
     terms: dict[str, int]
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -83,7 +84,7 @@ def plan_memory(
 
     def activations(ranks: Mapping[str, int]) -> dict[str, int]:
         return _activations(
-            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, tile, mask
+            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, tile, mask, device
         )
 
     step = activations(rank_of)
@@ -110,7 +111,9 @@ def plan_memory(
         trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step))
         start = terms["adapter"] + _sketch(maps, rank_of, longer, activations(longer))
         terms["gradient start beyond it"] = max(0, start - trained)
-    return MemoryPlan({name: size for name, size in terms.items() if size})
+    offloads = gradient_checkpointing == "offload" and device == "cuda"
+    inputs = micro_batch_size * seq_len * shape.hidden_size * size * shape.num_hidden_layers
+    return MemoryPlan({name: size for name, size in terms.items() if size}, host=inputs if offloads else 0)
 
 
 def _activations(
@@ -123,6 +126,7 @@ def _activations(
     checkpointing: bool | str,
     mlp_tile: int,
     mask: int,
+    device: str,
 ) -> dict[str, int]:
     """What is alive at the worst moment of a step, beside weights and adapters.
 
@@ -172,6 +176,14 @@ def _activations(
     # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
     block = dropped + attention + rotation + max(down, norm) + transposed + masks
+    # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them.
+    attended = (
+        2 * hidden
+        + masks
+        + rotation
+        + tokens
+        * (size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size, device))
+    )
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":
@@ -179,6 +191,7 @@ def _activations(
         outputs = tokens * size * (q + 2 * kv + d) + (inner if tile == tokens else 0)
         kept = (hidden + outputs) * blocks + low_rank
         block -= outputs - tokens * size * d + low_rank // blocks  # the last block's are counted as kept
+        attended -= outputs + low_rank // blocks
     elif checkpointing:
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
@@ -188,8 +201,18 @@ def _activations(
     return {
         "checkpoints" if checkpointing else "kept by the blocks": kept,
         "block working set": block,
-        "loss beyond it": max(0, loss - block),
+        "attention's backward beyond it": max(0, attended - block),
+        "loss beyond it": max(0, loss - max(block, attended)),
     }
+
+
+def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
+    """Bytes a token that the backward of a fused attention on CUDA takes beside what it puts out (FlashAttention-2:
+    dq and sums in
+    fp32, and under grouped queries dk and dv of all of them)."""
+    if device == "cpu":
+        return 0
+    return 4 * (q + heads) + (2 * size * q if kv != q else 0)
 
 
 def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, int]:

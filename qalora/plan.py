@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve, shape_of
     from qalora.recipe import load_recipe, parse_overrides
-    from qalora.training.planning import fitted, limits, planner
+    from qalora.training.planning import at_fastest_level, fitted, limits, planner
     from qalora.training.settling import settled, with_its_own
 
     args, rest = parser().parse_known_args(argv)
@@ -58,10 +58,12 @@ def main(argv: list[str]) -> int:
         say(note)
     if recipe.training.fit and card is not None:
         recipe, _ = fitted(recipe, shape, card, processes=args.gpus)
-    planned = planner(recipe, shape, processes=args.gpus)
-    plan = planned()
+    most = {} if card is None else limits(planner(recipe, shape, processes=args.gpus), card)
+    if card is not None:
+        # The host memory is that of whatever machine has the card.
+        recipe = at_fastest_level(recipe, shape, card, host=1 << 62, processes=args.gpus)
+    plan = planner(recipe, shape, processes=args.gpus)()
     fits = card is None or plan.total <= HEADROOM * card
-    most = {} if card is None else limits(planned, card)
     if args.json:
         print(as_json(plan, recipe, card, fits, most, args.gpus))
     else:
@@ -80,7 +82,8 @@ def as_json(plan: MemoryPlan, recipe: Recipe, card: int | None, fits: bool, most
     """
     from qalora.training.planning import decided_by_fit
 
-    answer = {"terms": plan.terms, "total": plan.total, "gpus": gpus, "gpu_memory": card, "fits": fits, **most}
+    answer = {"terms": plan.terms, "total": plan.total, "host": plan.host, "gpus": gpus, "gpu_memory": card}
+    answer |= {"fits": fits, **most}
     return json.dumps({**answer, "training": decided_by_fit(recipe)}, indent=2)
 
 
@@ -117,6 +120,8 @@ def print_plan(plan: MemoryPlan, gpus: int = 1) -> None:
         table.add_row(term, f"{size / 2**20:,.1f}")
     table.add_section()
     table.add_row("total", f"{plan.total / 2**20:,.1f}")
+    if plan.host:
+        table.add_row("and of host memory", f"{plan.host / 2**20:,.1f}")
     Console().print(table)
 
 

@@ -870,7 +870,7 @@ def test_an_epoch_is_every_row_once(finetune):
     [
         (["training.gradient_checkpointing=false"], False, None),
         (["training.gradient_checkpointing=selective"], "selective", None),
-        (["training.mlp_tile=4"], True, 4),
+        (["training.mlp_tile=4"], False, 4),
         (["training.fit=auto"], False, None),
     ],
     ids=["kept", "selective", "tiled", "fitted"],

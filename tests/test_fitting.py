@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora.base.registry import MODELS
-from qalora.fitting import FULL_FORWARD, HEADROOM, LEVELS, fit, largest, least, lower
+from qalora.fitting import FULL_FORWARD, HEADROOM, LEVELS, fastest, fit, largest, least, lower
 from qalora.memory import MemoryPlan, plan_memory
 from qalora.sizes import MLP_TILE
 
@@ -74,3 +74,28 @@ def test_the_longest_context_of_llama_fits_and_one_token_more_does_not(card):
     frugal = partial(LLAMA, gradient_checkpointing="offload", mlp_tile=MLP_TILE)
     longest = largest(frugal, card, "seq_len")
     assert frugal(seq_len=longest).total <= HEADROOM * card < frugal(seq_len=longest + 1).total
+
+
+def test_auto_is_the_fastest_level_with_room_for_it():
+    def plan(gradient_checkpointing, mlp_tile):
+        sizes = {False: 8, "selective": 4, True: 2, "offload": 1}
+        return MemoryPlan(
+            {"kept": 100 * sizes[gradient_checkpointing]}, host=50 * (gradient_checkpointing == "offload")
+        )
+
+    def chosen(memory, **more):
+        level = fastest(plan, memory, **more)
+        return level.checkpointing, level.mlp_tile
+
+    assert [chosen(memory, host=1000) for memory in (870, 869, 435, 434, 218, 217)] == [
+        (False, None), ("selective", None), ("selective", None), (True, None), (True, None), ("offload", None),
+    ]  # fmt: skip
+    assert chosen(110, host=50) == ("offload", MLP_TILE)  # the host has no room, and nothing is left but to try
+    assert chosen(50, host=None) == (True, None)  # on a CPU block inputs are in host memory already
+    assert chosen(220, host=None, tile=7) == (True, 7)
+
+
+def test_host_memory_is_in_the_plan_of_offload_alone():
+    planned = LLAMA(gradient_checkpointing="offload", micro_batch_size=2, seq_len=1000)
+    assert planned.host == 32 * 2 * 1000 * 4096 * 2  # blocks, rows, tokens, width, bytes of bf16
+    assert LLAMA(gradient_checkpointing=True).host == LLAMA(gradient_checkpointing="offload", device="cpu").host == 0

@@ -44,14 +44,16 @@ def test_targets_quantization_and_dtype_reach_the_plan(capsys):
 def test_the_exit_code_says_whether_it_fits(capsys):
     least = math.ceil(planned(capsys)["total"] / HEADROOM)
     for card, code in ((least, 0), (least - 1, 1)):
-        assert main(["--model", "llama-7b", "--json", "--gpu-memory", str(card)]) == code
+        arguments = ["--model", "llama-7b", "--json", "--gpu-memory", str(card)]
+        assert main([*arguments, "training.gradient_checkpointing=true"]) == code
         answer = json.loads(capsys.readouterr().out)
         assert (answer["gpu_memory"], answer["fits"]) == (card, code == 0)
 
 
 def test_the_table_shows_every_term_and_the_verdict(capsys):
     plan = planner(load_recipe("alpaca", [("model", "llama-7b")]), MODELS["llama-7b"][1])()
-    assert main(["--model", "llama-7b", "--recipe", "alpaca", "--gpu-memory", "1GiB"]) == 1
+    arguments = ["--model", "llama-7b", "--recipe", "alpaca", "--gpu-memory", "1GiB"]
+    assert main([*arguments, "training.gradient_checkpointing=true"]) == 1
     out = capsys.readouterr().out
     for term, size in {**plan.terms, "total": plan.total}.items():
         assert re.search(rf"{re.escape(term)}\W+{size / 2**20:,.1f}\b", out), term
@@ -162,3 +164,15 @@ def test_a_fit_keeps_the_rows_of_a_step_on_any_number_of_gpus(capsys, gpus):
     chosen = planned(capsys, "--gpus", str(gpus), "--gpu-memory", "80GiB", "data.max_seq_len=64", *settings)["training"]
     assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 16
     assert chosen["micro_batch_size"] == {1: 16, 2: 8, 3: 4, 8: 2}[gpus]
+
+
+@pytest.mark.parametrize(
+    ("memory", "checkpointing", "host"),
+    [("80GiB", False, 0), ("11GiB", "selective", 0), ("7GiB", True, 0), ("5.5GiB", "offload", 32 * 4 * 512 * 4096 * 2)],
+)
+def test_a_card_decides_what_a_step_keeps_and_host_memory_is_said(capsys, memory, checkpointing, host):
+    arguments = ["--model", "llama-7b", "--json", "--gpu-memory", memory]
+    main([*arguments, "data.max_seq_len=512", "training.micro_batch_size=4"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["training"]["gradient_checkpointing"], answer["host"]) == (checkpointing, host)
+    assert answer["training"]["micro_batch_size"] == 4

@@ -7,7 +7,7 @@ stop training in silence. So `.data` is replaced, and the optimizer's moments ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ from qalora.adapter.layer import GatedLinear
 from qalora.adapter.model import ADAPTER, add_layer, gated_layers, remove_layer, sync_config
 from qalora.adapter.saved import read_adapter, scaling_of
 from qalora.base.quantized import linear_maps
+
+PAGED = 100_000  # elements of a parameter from which on bitsandbytes pages its moments
 
 
 def apply_plan(
@@ -189,12 +191,50 @@ def _store(optimizer: object, parameter: nn.Parameter, state: dict[str, Tensor],
         value, quantized = quantize_blockwise(value, code=state[f"qmap{key[-1]}"], blocksize=256)
         state[f"absmax{key[-1]}"] = quantized.absmax
     if hasattr(optimizer, "get_state_buffer") and hasattr(optimizer, "page_mng"):
-        pages = optimizer.page_mng.paged_tensors
-        pages[:] = [page for page in pages if page is not old]
-        state[key] = optimizer.get_state_buffer(parameter, dtype=old.dtype)
+        _give_up(optimizer, [old])
+        state[key] = _buffer(optimizer, parameter, old.dtype)
         state[key].copy_(value)
     else:
         state[key] = value
+
+
+# Managed memory that no moment is in any more. bitsandbytes never frees what it takes of it, so it is used again.
+_spare: list[Tensor] = []
+
+
+def _give_up(optimizer: Any, moments: Iterable[Tensor]) -> None:
+    """Takes moments out of those that bitsandbytes pages."""
+    gone = [moment for moment in moments if getattr(moment, "is_paged", False)]
+    pages = optimizer.page_mng.paged_tensors
+    pages[:] = [page for page in pages if not any(page is moment for moment in gone)]
+    _spare.extend(gone)
+
+
+def _buffer(optimizer: Any, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """Room for a moment of the parameter, as bitsandbytes places it: on the device, or paged."""
+    needed = parameter.numel() * dtype.itemsize
+    fitting = [spare for spare in _spare if spare.untyped_storage().nbytes() >= needed]
+    if not (optimizer.is_paged and parameter.numel() >= PAGED and parameter.device.type != "cpu" and fitting):
+        return optimizer.get_state_buffer(parameter, dtype=dtype)  # type: ignore[no-any-return]
+    spare = min(fitting, key=lambda spare: spare.untyped_storage().nbytes())
+    _spare[:] = [other for other in _spare if other is not spare]
+    again: Any = torch.empty(0, dtype=dtype).set_(spare.untyped_storage(), 0, parameter.shape)  # type: ignore[call-overload]
+    again.is_paged, again.page_deviceid = True, spare.page_deviceid  # type: ignore[attr-defined]
+    optimizer.page_mng.paged_tensors.append(again)
+    return again  # type: ignore[no-any-return]
+
+
+def page_again(optimizer: Any) -> None:
+    """Moments that bitsandbytes would page go back into managed memory: loading a checkpoint has put them on the
+    device."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            loaded = state.get(key)
+            if loaded is not None and loaded.device.type != "cpu" and parameter.numel() >= PAGED:
+                state[key] = _buffer(optimizer, parameter, loaded.dtype).copy_(loaded)
 
 
 def _forget(optimizer: Optimizer | None, *parameters: nn.Parameter) -> None:
@@ -206,9 +246,7 @@ def _forget(optimizer: Optimizer | None, *parameters: nn.Parameter) -> None:
     for parameter in parameters:
         state = optimizer.state.pop(parameter, {})
         if hasattr(optimizer, "page_mng"):
-            held = {id(value) for value in state.values()}
-            pages = optimizer.page_mng.paged_tensors
-            pages[:] = [page for page in pages if id(page) not in held]
+            _give_up(optimizer, state.values())
 
 
 def _admit(optimizer: Optimizer | None, model: PeftModel, layer: GatedLinear) -> None:

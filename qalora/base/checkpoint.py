@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qalora.base.device import best_device
 from qalora.base.families import in_decoder
-from qalora.base.gguf_config import gguf_config
 from qalora.base.registry import ModelSource, check_family
 from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
 from qalora.base.tensor_files import Checkpoint, open_files
@@ -94,7 +94,7 @@ def trained_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization
 
 
 def _dequantized_pieces(checkpoint: Checkpoint, name: str, quantization: Quantization) -> Iterator[Tensor]:
-    device, block = "cuda" if torch.cuda.is_available() else "cpu", QUANT_BLOCK
+    device, block = str(best_device()), QUANT_BLOCK
     (fan_out, fan_in), dtype, quant_type = checkpoint.shapes[name], quantization.compute_dtype, quantization.quant_type
     if name in checkpoint.packed:
         data, state = checkpoint.in_4bit(name)
@@ -213,7 +213,12 @@ def open_config(source: ModelSource) -> PreTrainedConfig:
 
 def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig:
     try:
-        config = gguf_config(location, gguf_file) if gguf_file else AutoConfig.from_pretrained(location)
+        if gguf_file:
+            from qalora.base.gguf_config import gguf_config
+
+            config = gguf_config(location, gguf_file)
+        else:
+            config = AutoConfig.from_pretrained(location)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

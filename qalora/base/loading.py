@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,9 @@ from qalora.base.checkpoint import (
     original_weights,
     storage_dtype,
 )
+from qalora.base.device import best_device
 from qalora.base.families import NAMES, WRAPPED, family_of
 from qalora.base.fingerprint import fingerprint, stored_as
-from qalora.base.gguf_reader import check_tokenizer, fast_gguf
 from qalora.base.parts import Part, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
@@ -101,7 +102,7 @@ def load_base(
         double_quant: also quantize the quantization constants.
         dtype: auto, bfloat16, float16 or float32, or torch's own; auto takes bfloat16 on CUDA (float16 before
             Ampere), and on a CPU whichever of bfloat16 and float32 is measured as faster.
-        device: default: CUDA where there is one, else the CPU.
+        device: default: the accelerator that torch has and bitsandbytes computes on, else the CPU.
         tokenizer: what `load_tokenizer` gave, where it was called already.
 
     Returns:
@@ -120,7 +121,7 @@ def load_base(
     if not isinstance(source, ModelSource):
         source = resolve(str(source))
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
-    device = str(device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"))
+    device = str(device or best_device())
     _check_device(device)
     compute_dtype = choose_compute_dtype(dtype, device)
     check_base(source, in_4bit=load_in_4bit)
@@ -222,6 +223,8 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         InputError: no tokenizer there.
     """
     if source.gguf_file:
+        from qalora.base.gguf_reader import check_tokenizer
+
         check_tokenizer(Path(source.location) / source.gguf_file, source.name)
     tokenizer: PreTrainedTokenizerBase = _found(source, AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
@@ -249,8 +252,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: ModelSource) ->
 def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
     """The dtype of activations and of unquantized weights.
 
-    auto: bfloat16 on CUDA from Ampere on and float16 before it; on a CPU whichever of bfloat16 and float32 is measured
-    to be faster, for that differs between processors.
+    auto: bfloat16 on CUDA from Ampere on and float16 before it, bfloat16 on an XPU that has it; on a CPU whichever
+    of bfloat16
+    and float32 is measured to be faster, for that differs between processors.
 
     Raises:
         InputError: a dtype that the device is slow or wrong with.
@@ -260,6 +264,8 @@ def choose_compute_dtype(requested: str, device: str) -> torch.dtype:
     if requested == "auto":
         if kind == "cuda":
             return torch.bfloat16 if ampere else torch.float16
+        if kind == "xpu" and torch.xpu.is_bf16_supported():
+            return torch.bfloat16
         return _faster_on_cpu() if kind == "cpu" else torch.float32
     if requested == "float16" and kind == "cpu":
         raise InputError("--dtype float16: a CPU computes fp16 about 100 times slower; use bfloat16, float32 or auto.")
@@ -361,10 +367,13 @@ def _word(quantization: Quantization) -> str:
 
 def _found(source: ModelSource, load: Any, **options: Any) -> Any:
     """Calls a from_pretrained of transformers, with its many ways to say "not there" made one sentence."""
+    reading: AbstractContextManager[None] = nullcontext()
     if source.gguf_file:
-        options["gguf_file"] = source.gguf_file
+        from qalora.base.gguf_reader import fast_gguf
+
+        options["gguf_file"], reading = source.gguf_file, fast_gguf()
     try:
-        with fast_gguf():
+        with reading:
             return load(source.location, **options)
     except InputError:
         raise

@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig
 
 from qalora.base.families import in_decoder
 from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
-from qalora.base.gguf_reader import open_shards
 from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
 from qalora.base.weight_files import WeightFiles, short
 from qalora.errors import InputError
@@ -165,6 +164,8 @@ class GgufTensors:
     structure = UNKNOWN
 
     def __init__(self, file: Path, config: PreTrainedConfig):
+        from qalora.base.gguf_reader import open_shards
+
         self.config = config
         self.stored: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Quantization, open_checkpoint
+from qalora.base.device import best_device
 from qalora.base.families import NAMES, WRAPPED
 from qalora.base.loading import load_model
 from qalora.base.parts import Part, from_checkpoint
@@ -55,7 +56,7 @@ ROWS = 1 << 24  # weights of a linear layer that are in fp32 at a time
 
 def as_trained(source: ModelSource, quantization: Quantization | None) -> Parts:
     """The base as training loads it; None: its weights as they are stored."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(best_device())
     asked = quantization or Quantization(None, False, torch.float32)
     opened = open_checkpoint(source) if source.gguf_file else None
     return lambda part: load_model(source, asked, device, part, attention="sdpa", gguf=opened)

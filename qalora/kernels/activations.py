@@ -15,16 +15,18 @@ host          └→ input  └→ input      └→ input                  └ 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qalora.base.device import device_module
 from qalora.errors import InputError
 from qalora.kernels import swiglu, tiles
 from qalora.kernels.recompute import both_runs
@@ -45,6 +47,11 @@ def set_checkpointing(model: nn.Module, kept: Checkpointing) -> None:
         block.kept = kept
         block.gradient_checkpointing = bool(kept)
         block._gradient_checkpointing_func = recompute.get(kept)
+
+
+def forget_kept(model: nn.Module) -> None:
+    """After a forward that broke: what it kept is nobody's, and the next forward begins anew."""
+    set_checkpointing(model, checkpointing_of(model))
 
 
 def checkpointing_of(model: nn.Module) -> Checkpointing:
@@ -90,39 +97,68 @@ def _offloaded(store: _HostStore, block: Callable[..., Tensor], *inputs: Tensor)
         return _recomputed(partial(both_runs, keep=False), block, *inputs)
 
 
-def host_memory_like(tensor: Tensor) -> Tensor:
-    """Room for a tensor in host memory: pinned, or where the system gives no more of that, as it comes, which copies
-    more slowly.
+class HostMemory:
+    """Pieces of host memory, pinned where it can be, that are used again: one for each block input of a step.
 
-    Raises:
-        torch.OutOfMemoryError: host memory has run out too.
+    torch's own pinned memory comes in powers of two, which is up to twice the bytes; here a piece is as large as it
+    has to be.
     """
-    try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:
-        pass
-    try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    except RuntimeError as error:
-        raise torch.OutOfMemoryError(f"host memory: {error}") from None
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Room for a tensor, (nbytes,) uint8 or more.
+
+        Raises:
+            torch.OutOfMemoryError: host memory has run out too.
+        """
+        self.free = [
+            piece for piece in self.free if len(piece) >= tensor.nbytes
+        ]  # longer rows came, and they stay the longest
+        if self.free:
+            return self.free.pop()
+        try:
+            piece = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError(f"host memory: {error}") from None
+        _pin(piece)
+        return piece
+
+
+def _pin(piece: Tensor) -> None:
+    """Pins memory in its place. What the system does not pin is copied more slowly, and nothing else."""
+    if not torch.cuda.is_available():
+        return
+    runtime: Any = torch.cuda.cudart()
+    address = piece.data_ptr()
+    if int(runtime.cudaHostRegister(address, piece.nbytes, 0)) == 0:
+        weakref.finalize(piece.untyped_storage(), runtime.cudaHostUnregister, address)
 
 
 class _Kept:
     """One block's input on its way to host memory and back; `below` is that of the block before."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, below: _Kept | None):
-        self.stream, self.below, self.device = stream, below, tensor.device
-        self.host = host_memory_like(tensor)
+    def __init__(self, tensor: Tensor, streams: Any, stream: Any, memory: HostMemory, below: _Kept | None):
+        self.streams, self.stream, self.below, self.device = streams, stream, below, tensor.device
+        piece = memory.take(tensor)
+        # All copies follow one another on one stream, so the next one into the piece waits for the last one out of it.
+        self.give_back = weakref.finalize(self, memory.free.append, piece)
+        self.host: Tensor | None = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self.back: Tensor | None = None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream.wait_stream(streams.current_stream())
+        with streams.stream(stream):
             # Memory that is not pinned may be let go of before a copy behind the host's back has ended.
-            self.host.copy_(tensor, non_blocking=self.host.is_pinned())
+            self.host.copy_(tensor, non_blocking=piece.is_pinned())
         tensor.record_stream(stream)
 
     def fetch(self) -> None:
+        if self.host is None:
+            raise RuntimeError(
+                "block inputs wait in host memory for one backward; keep them with gradient_checkpointing=True"
+            )
         if self.back is None:
-            with torch.cuda.stream(self.stream):
+            with self.streams.stream(self.stream):
                 self.back = self.host.to(self.device, non_blocking=True)
 
 
@@ -130,13 +166,15 @@ class _HostStore:
     """Copies in both directions, on a stream of their own; a tensor that is in host memory already stays there."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.streams = device_module()
+        self.stream = None if self.streams is None else self.streams.Stream()
+        self.memory = HostMemory()
         self.last: _Kept | None = None
 
     def keep(self, tensor: Tensor) -> Tensor | _Kept:
-        if self.stream is None or not tensor.is_cuda:
+        if self.stream is None or tensor.device.type == "cpu":
             return tensor
-        self.last = _Kept(tensor, self.stream, below=self.last)
+        self.last = _Kept(tensor, self.streams, self.stream, self.memory, below=self.last)
         return self.last
 
     def fetched(self, kept: Tensor | _Kept) -> Tensor:
@@ -144,9 +182,10 @@ class _HostStore:
             return kept
         self.last = None  # the next forward begins a chain of its own
         kept.fetch()
-        current = torch.cuda.current_stream()
+        current = kept.streams.current_stream()
         current.wait_stream(kept.stream)
-        tensor, kept.back = cast(Tensor, kept.back), None
+        tensor, kept.back, kept.host = cast(Tensor, kept.back), None, None
+        kept.give_back()
         tensor.record_stream(current)
         if kept.below is not None:
             kept.below.fetch()

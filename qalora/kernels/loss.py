@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from qalora.base.families import FAMILIES, family_of
 from qalora.data.rows import targets as supervised
 from qalora.errors import InputError
 from qalora.kernels.context import Context
+from qalora.kernels.layout import Layout
 from qalora.kernels.prefixes import causal_lm, final_hidden
 from qalora.sizes import LOGITS_CHUNK
 
@@ -103,7 +105,7 @@ def row_losses(model: nn.Module, batch: Mapping[str, Tensor], *, smoothing: floa
         (rows,) fp32, nats.
     """
     hidden, labels, head = _before_the_head(model, batch)
-    return label_only_loss(hidden, labels, head, smoothing)
+    return label_only_loss(hidden, labels, head, smoothing, _known(batch))
 
 
 def summed_loss(
@@ -112,18 +114,24 @@ def summed_loss(
     """The sum of `row_losses`, (), in nats: what a training step needs, and `fused` computes where it is given."""
     hidden, labels, head = _before_the_head(model, batch)
     if fused is None or smoothing or not hidden.is_cuda or not head.plain:
-        return label_only_loss(hidden, labels, head, smoothing).sum()
-    return fused_loss(hidden, labels, head, fused)
+        return label_only_loss(hidden, labels, head, smoothing, _known(batch)).sum()
+    return fused_loss(hidden, labels, head, fused, _known(batch))
 
 
 def _before_the_head(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Head]:
     """(final hidden states (rows, tokens, d), labels (rows, tokens), the head)."""
     base = causal_lm(model)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     return final_hidden(base, **inputs, use_cache=False), batch["labels"], Head.of(base)
 
 
-def label_only_loss(hidden: Tensor, labels: Tensor, head: Head | Tensor, smoothing: float = 0.0) -> Tensor:
+def _known(batch: Mapping[str, Any]) -> Layout | None:
+    return batch.get("layout")
+
+
+def label_only_loss(
+    hidden: Tensor, labels: Tensor, head: Head | Tensor, smoothing: float = 0.0, layout: Layout | None = None
+) -> Tensor:
     """Summed cross-entropy of each row over its supervised tokens.
 
     Args:
@@ -131,12 +139,13 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Head | Tensor, smoothi
         labels: (rows, tokens), −100 where no loss; position t is predicted from position t − 1.
         head: what makes logits of them; a (vocabulary, d) tensor: nothing beside it.
         smoothing: share of every target that all tokens of the vocabulary have alike.
+        layout: where the supervised tokens are; None: it is looked for in `labels`.
 
     Returns:
         (rows,) fp32, nats.
     """
     head = Head(head) if isinstance(head, Tensor) else head
-    rows, states, targets = _supervised(hidden, labels)
+    rows, states, targets = _supervised(hidden, labels, layout)
     if states.dtype == head.weight.dtype or states.requires_grad or smoothing:
         losses = _FrozenHeadCrossEntropy.apply(states, targets, head, smoothing)
     else:
@@ -144,14 +153,18 @@ def label_only_loss(hidden: Tensor, labels: Tensor, head: Head | Tensor, smoothi
     return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
 
 
-def fused_loss(hidden: Tensor, labels: Tensor, head: Head | Tensor, fused: Fused) -> Tensor:
+def fused_loss(
+    hidden: Tensor, labels: Tensor, head: Head | Tensor, fused: Fused, layout: Layout | None = None
+) -> Tensor:
     """The sum of `label_only_loss` over the rows, () in nats, as `fused` computes it."""
-    _, states, targets = _supervised(hidden, labels)
+    _, states, targets = _supervised(hidden, labels, layout)
     return fused(head if isinstance(head, Tensor) else head.weight, states, targets)
 
 
-def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _supervised(hidden: Tensor, labels: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor, Tensor]:
     """(n,) rows, (n, d) states and (n,) targets of the supervised tokens."""
+    if layout is not None:
+        return layout.rows, hidden[layout.rows, layout.positions], layout.targets
     rows, positions = supervised(labels).nonzero(as_tuple=True)
     return rows, hidden[rows, positions], labels[rows, positions + 1]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qalora.base.quantized import is_4bit
 from qalora.kernels.context import Context
 from qalora.kernels.recompute import kept
-from qalora.kernels.stretches import stretches
+from qalora.kernels.stretches import Stretch, assembled, stretches
 
 Part = tuple[Any, ...]  # an index of stretches.py
 
@@ -135,9 +135,10 @@ def low_rank_backward(
     A, B, gate = m.A, m.B, m.gate
     need_A, need_B, need_gate = needs
     # Of B's transpose, in whose layout thin products take half to a quarter of the time (BLAS on a CPU).
-    B_t = B.T.contiguous()
-    grad_A = torch.zeros_like(A) if need_A else None
-    grad_B_t = torch.zeros_like(B_t) if need_B else None
+    B_t = B.T.contiguous() if B.device.type == "cpu" else B.T
+    grad_A = torch.empty_like(A) if need_A else None
+    grad_B_t = torch.empty_like(B_t) if need_B else None
+    beta = 0  # the first stretch writes, those after it add
     grad_gate = torch.zeros_like(gate) if need_gate and gate is not None else None
     with torch.autocast(grad_z.device.type, enabled=False):
         for part in stretches(grad_z, max(A.shape[1], B.shape[0])):
@@ -149,13 +150,14 @@ def low_rank_backward(
                 grad_gate += (grad_gated * low_part).sum_to_size(grad_gate.shape)
             if grad_B_t is not None:
                 gated = low_part if gate is None else low_part * gate
-                grad_B_t.addmm_(gated.flatten(0, -2).T, grad_out.flatten(0, -2), alpha=m.s)
+                grad_B_t.addmm_(gated.flatten(0, -2).T, grad_out.flatten(0, -2), beta=beta, alpha=m.s)
             grad_low = grad_gated if gate is None else grad_gated * gate
             if grad_A is not None:
-                grad_A.addmm_(grad_low.flatten(0, -2).T, x.flatten(0, -2))
+                grad_A.addmm_(grad_low.flatten(0, -2).T, x.flatten(0, -2), beta=beta)
             x = None  # before there is another fp32 tensor of this width
             if grad_inputs is not None:
                 _add_product(grad_inputs[part], grad_low, A)
+            beta = 1
     return grad_A, None if grad_B_t is None else grad_B_t.T, grad_gate
 
 
@@ -163,20 +165,23 @@ def add_low_rank(z: Tensor, x: Tensor, m: LowRank) -> Tensor:
     """z += s · B diag(gate) A x, in fp32: one rank's share of the output is below bf16's rounding of it. Returns A
     x."""
     A, B, gate = m.A, m.B, m.gate
-    low = torch.empty(*x.shape[:-1], len(A), dtype=A.dtype, device=x.device)
     # In 16 bit as PEFT does it, to the bit: so that rounding hides no error of ours.
     product = thin_product if z.dtype == A.dtype else F.linear
+
+    def add(part: Stretch) -> tuple[Tensor]:
+        low = product(x[part].to(A.dtype), A)
+        gated = low if gate is None else low * gate
+        if z.dtype == B.dtype:
+            _add_product(z[part], gated, B.T, m.s)
+            return (low,)
+        update = F.linear(gated, B).mul_(m.s)
+        # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit
+        # follows it, so that the saved adapter is the function that was trained.
+        z[part].add_(update.to(z.dtype) if is_4bit(m.base) else update)
+        return (low,)
+
     with torch.autocast(x.device.type, enabled=False):
-        for part in stretches(x, max(A.shape[1], B.shape[0])):
-            low[part] = product(x[part].to(A.dtype), A)
-            gated = low[part] if gate is None else low[part] * gate
-            if z.dtype == B.dtype:
-                _add_product(z[part], gated, B.T, m.s)
-                continue
-            update = F.linear(gated, B).mul_(m.s)
-            # PEFT rounds the update before it adds over a 4-bit map and after it over a plain one; the last bit
-            # follows it, so that the saved adapter is the function that was trained.
-            z[part] += update.to(z.dtype) if is_4bit(m.base) else update
+        (low,) = assembled(x, max(A.shape[1], B.shape[0]), add)
     return low
 
 
@@ -196,7 +201,8 @@ def _add_product(z: Tensor, a: Tensor, b: Tensor, s: float = 1.0) -> None:
     if z.dtype == b.dtype and z.is_contiguous():
         z.flatten(0, -2).addmm_(a.flatten(0, -2), b, alpha=s)
     else:
-        z += (a @ b).mul_(s)
+        product = a @ b
+        z.add_(product if s == 1.0 else product.mul_(s))
 
 
 def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:

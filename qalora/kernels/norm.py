@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qalora.base.families import FAMILIES, Weighing
 from qalora.kernels.context import Context
-from qalora.kernels.stretches import stretches
+from qalora.kernels.stretches import Stretch, assembled
 
 KNOWN: dict[str, Weighing] = {family.norm: family.weighing for family in FAMILIES.values() if family.norm}
 
@@ -28,16 +28,15 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Kept, x: Tensor, weight: Tensor, eps: float, weighing: Weighing) -> Tensor:
-        out = torch.empty_like(x)
-        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-        for part in stretches(x, x.shape[-1]):
+        def of_stretch(part: Stretch) -> tuple[Tensor, Tensor]:
             wide = x[part].float()
-            scale[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            normed = wide * scale[part]
+            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            normed = wide * scale
             if weighing == "after":
-                out[part] = weight * normed.to(x.dtype)
-            else:
-                out[part] = normed.mul_(_factor(weight, weighing))
+                return weight * normed.to(x.dtype), scale
+            return normed.mul_(_factor(weight, weighing)).to(x.dtype), scale
+
+        out, scale = assembled(x, x.shape[-1], of_stretch)
         ctx.weighing = weighing
         ctx.save_for_backward(x, weight, scale)
         return out
@@ -46,12 +45,14 @@ class _FrozenRMSNorm(torch.autograd.Function):
     def backward(ctx: _Kept, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         factor = _factor(weight, ctx.weighing)
-        grad = torch.empty_like(x)
-        for part in stretches(x, x.shape[-1]):
+
+        def of_stretch(part: Stretch) -> tuple[Tensor]:
             normed = x[part].float() * scale[part]
             weighted = grad_out[part].float() * factor
             along = (weighted * normed).mean(-1, keepdim=True)
-            grad[part] = weighted.addcmul_(normed, along, value=-1).mul_(scale[part]).to(x.dtype)
+            return (weighted.addcmul_(normed, along, value=-1).mul_(scale[part]).to(x.dtype),)
+
+        (grad,) = assembled(x, x.shape[-1], of_stretch)
         return grad, None, None, None
 
 

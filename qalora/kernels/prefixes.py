@@ -15,8 +15,9 @@ Gradients of the rows add up in what they share, as they do in a padded batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,32 @@ class Shared:
     places: Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """What final_hidden would else read off a batch, (rows, width).
+
+    Attributes:
+        shared: None: too little is shared.
+        padding: where it stands in the rows.
+        packed: a row holds several texts.
+    """
+
+    shared: Shared | None
+    padding: Literal["none", "right", "elsewhere"]
+    packed: bool
+
+
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside of a PeftModel, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def final_hidden(
-    model: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: object
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    layout: Places | None = None,
+    **options: Any,
 ) -> Tensor:
     """Final hidden states of a causal LM, as `model.base_model` gives them, computed once for each distinct prefix
     where that pays.
@@ -64,6 +84,7 @@ def final_hidden(
         model: with the attention `ATTENTION` (install.py); every other one computes row by row.
         input_ids, attention_mask: (rows, width), as the model takes them; only rows padded on the right, at the
             positions 0, 1, 2 …, share their prefixes.
+        layout: what was found of the batch before; None: it is looked for here, and on CUDA waited for.
 
     Returns:
         (rows, width, d); what stands at padding means nothing.
@@ -76,8 +97,11 @@ def final_hidden(
         and OWN_STATES.isdisjoint(name for name, value in options.items() if value is not None)
         and can_share(model, input_ids.shape[1])
     ):
-        shared = share(input_ids, attention_mask)
+        shared = share(input_ids, attention_mask) if layout is None else layout.shared
     if shared is None or input_ids is None:
+        if layout is not None and input_ids is not None and is_causal_alone(model, input_ids.shape[1]):
+            attention_mask, causal = _known_mask(input_ids, attention_mask, layout, options)
+            options["causal"] = causal
         return model.base_model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
     hidden = model.base_model(
         input_ids.flatten()[shared.tokens][None],
@@ -113,13 +137,33 @@ def share(input_ids: Tensor, attention_mask: Tensor) -> Shared | None:
 def can_share(model: PreTrainedModel, width: int) -> bool:
     """Whether equal prefixes have equal states: nothing drops out, every row meets the same gates, and attention alone
     carries them on, and reaches back to a row's first token."""
+    return is_causal_alone(model, width) and not any(_differs_by_row(module) for module in model.modules())
+
+
+def is_causal_alone(model: PreTrainedModel, width: int) -> bool:
+    """Whether attention alone carries states on, is ours, and reaches back to a row's first token."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if family_of(config.model_type).across_rows is not None:
         return False
-    if config._attn_implementation != ATTENTION or (window is not None and width > window):
-        return False
-    return not any(_differs_by_row(module) for module in model.modules())
+    return config._attn_implementation == ATTENTION and (window is None or width <= window)
+
+
+def _known_mask(
+    input_ids: Tensor, attention_mask: Tensor | None, layout: Places, options: Mapping[str, Any]
+) -> tuple[Tensor | None, bool]:
+    """(the mask for transformers, whether attention is causal without one). transformers takes a mask of four
+    dimensions as it
+    is, and reads the values of every other, for which the host waits."""
+    if layout.packed:
+        texts = (options["position_ids"] == 0).cumsum(-1)
+        order = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return ((texts[:, :, None] == texts[:, None]) & (order[:, None] >= order))[:, None], False
+    # Padding on the right comes after every token of its row. On a CPU a mask is kept, and the order of its sums
+    # with it.
+    if layout.padding == "none" or (layout.padding == "right" and input_ids.device.type != "cpu"):
+        return input_ids.new_empty(1, 1, 1, 1), True
+    return attention_mask, False
 
 
 def _differs_by_row(module: nn.Module) -> bool:
@@ -137,11 +181,12 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     shared_prefixes: Shared | None = None,
+    causal: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """(1, heads, T, head_dim) queries, keys and values of distinct states → (1, T, heads, head_dim)."""
     if shared_prefixes is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, None if causal else attention_mask, **options)
 
     def of_rows(states: Tensor) -> Tensor:
         """→ (rows, heads, width, head_dim)"""

@@ -329,10 +329,11 @@ class TrainingConfig(Section):
         None, ge=0, description="NEFTune: noise on the embeddings while training (arXiv 2310.05914); null or 0: none"
     )
     optim: Optimizer = "adamw_torch"
-    gradient_checkpointing: Checkpointing = Field(
-        True,
-        description="compute blocks again in the backward; selective: all but what their maps put out; offload: "
-        "blocks, with their inputs in host memory",
+    gradient_checkpointing: Checkpointing | Literal["auto"] = Field(
+        "auto",
+        description="true: compute blocks again in the backward; selective: all but what their linear layers put out; "
+        "offload: blocks, with their inputs in host memory; false: nothing; auto: the fastest of these that the plan "
+        "has room for",
     )
     mlp_tile: int | None = Field(None, ge=1, description="tokens of a row that an MLP works on at a time; null: all")
     fit: Literal["auto"] | None = Field(

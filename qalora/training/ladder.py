@@ -17,7 +17,7 @@ from qalora import processes
 from qalora.base.device import free_unused
 from qalora.errors import AnswerNo
 from qalora.fitting import LEVELS, lower
-from qalora.kernels.activations import checkpointing_of, set_checkpointing, set_mlp_tile
+from qalora.kernels.activations import checkpointing_of, forget_kept, set_checkpointing, set_mlp_tile
 
 Inputs = dict[str, Any]
 T = TypeVar("T")
@@ -94,6 +94,7 @@ class Ladder:
                 return work([piece for inputs in batch for piece in pieces(inputs, self.halvings)])
             except torch.OutOfMemoryError:
                 pass  # climbing waits until the error's frames have let go of their tensors
+            forget_kept(self.model)
             free_unused()
             self.say(f"out of memory: {self._climb(batch)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from qalora.adapter.given import given_adapter
 from qalora.adapter.targets import targeted
 from qalora.base.registry import ModelShape
-from qalora.fitting import Plan, fit, largest, least
+from qalora.fitting import Plan, fastest, fit, largest, least
 from qalora.memory import plan_memory
 from qalora.recipe import Recipe
 from qalora.sizes import MLP_TILE
@@ -32,7 +32,7 @@ def planner(
         ranks: full module name → rank; None: as the recipe begins.
         processes: that share the rows of a step.
     """
-    dtype = recipe.quantization.bnb_4bit_compute_dtype
+    dtype, kept = recipe.quantization.bnb_4bit_compute_dtype, recipe.training.gradient_checkpointing
     return partial(
         plan_memory,
         shape,
@@ -44,7 +44,8 @@ def planner(
         double_quant=recipe.quantization.bnb_4bit_use_double_quant,
         compute_dtype="bfloat16" if dtype == "auto" else dtype,
         optim=recipe.training.optim,
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        # Where no memory is known yet that `auto` could look at, it is planned as what most runs fit with.
+        gradient_checkpointing=True if kept == "auto" else kept,
         mlp_tile=recipe.training.mlp_tile,
         dropout=recipe.lora.dropout,
         directions=recipe.lora.r if recipe.chosen_init(sixteen_bit=True) == "gradient" else 0,
@@ -88,6 +89,34 @@ def fitted(
     found = fit(planned, memory, batch_size=batch_size, seq_len=seq_len, most=ceil(batch_size / processes))
     settings = (found or least(batch_size)).settings()
     return recipe.with_settings({f"training.{name}": value for name, value in settings.items()}), found is not None
+
+
+def at_fastest_level(
+    recipe: Recipe,
+    shape: ModelShape,
+    memory: int,
+    *,
+    seq_len: int | None = None,
+    device: str = "cuda",
+    host: int | None = None,
+    processes: int = 1,
+) -> Recipe:
+    """The recipe with what `training.gradient_checkpointing=auto` comes to.
+
+    Args:
+        memory: bytes.
+        seq_len: tokens of the longest row (default: data.max_seq_len).
+        host: bytes of host memory, on a device that has its own memory beside it.
+        processes: that share the rows of a step.
+    """
+    training = recipe.training
+    if training.gradient_checkpointing != "auto":
+        return recipe
+    plan = partial(planner(recipe, shape, device, processes=processes), seq_len=seq_len or recipe.data.max_seq_len)
+    level = fastest(plan, memory, host=host, tile=training.mlp_tile)
+    return recipe.with_settings(
+        {"training.gradient_checkpointing": level.checkpointing, "training.mlp_tile": level.mlp_tile}
+    )
 
 
 def decided_by_fit(recipe: Recipe) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def resolve_run(
         warnings += what_changed(recipe, data, continued)
         if recipe.allocation.rounds is None and continued.identity is not None:
             recipe = recipe.with_settings({"allocation.rounds": continued.identity.rounds})
-    elif recipe.training.fit:
+    else:
         longest = recipe.data.max_seq_len if recipe.data.packing else data.longest
         recipe, notes = fitted_to_device(recipe, shape_of(source), longest)
     recipe = with_dtype(recipe)

@@ -4,7 +4,7 @@ Torch-free at import.
     settled             the model: its positions, and the form in which it is stored
     with_its_own        lora.adapter: r, alpha, target_modules
     as_it_began         the run that is continued: what its beginning chose by itself
-    fitted_to_device    the memory of this machine, where training.fit asks for it
+    fitted_to_device    the memory of this machine, where training.fit or gradient_checkpointing=auto asks for it
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from qalora import processes
 from qalora.adapter.given import given_adapter
 from qalora.base.registry import MODELS, ModelSource, check_packing, published_fields, said_of_family, shape_of
 from qalora.errors import InputError
+from qalora.fitting import HEADROOM
 from qalora.recipe.rules import FOLLOWERS
-from qalora.training.planning import decided_by_fit, first_ranks, fitted, planner
+from qalora.training.planning import at_fastest_level, decided_by_fit, first_ranks, fitted, planner
 from qalora.training.resume import Continued, check_settings
 
 if TYPE_CHECKING:
@@ -116,6 +117,9 @@ def as_it_began(recipe: Recipe, continued: Continued) -> Recipe:
         kept |= {f"lora.{name}": begun["lora"][name] for name in own}
     if recipe.training.fit:
         kept |= {f"training.{name}": begun["training"][name] for name in decided_by_fit(recipe)}
+    elif recipe.training.gradient_checkpointing == "auto":
+        names = ("gradient_checkpointing", "mlp_tile")
+        kept |= {f"training.{name}": begun["training"][name] for name in names}
     check_settings(recipe.with_settings(kept).model_dump(mode="json"), begun, continued.checkpoint)
     if recipe.quantization.bnb_4bit_compute_dtype == "auto":
         kept["quantization.bnb_4bit_compute_dtype"] = begun["quantization"]["bnb_4bit_compute_dtype"]
@@ -124,20 +128,29 @@ def as_it_began(recipe: Recipe, continued: Continued) -> Recipe:
 
 
 def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
-    """With the micro-batch, accumulation, checkpointing and tiling that the memory of this machine has room for.
+    """With the micro-batch, accumulation, checkpointing and tiling that the memory of this machine has room for, those
+    of them that the recipe leaves open.
 
     Args:
         longest: tokens of the longest row.
 
     Raises:
-        InputError: nothing fits.
+        InputError: nothing fits; or block inputs are to wait in host memory, and that has no room for them.
     """
-    from qalora.base.device import available_memory, device_kind
+    from qalora.base.device import available_memory, device_kind, host_memory
 
     recipe, device = with_dtype(recipe), device_kind()
-    count = processes.size()
-    # On a CPU the processes of a machine share its memory.
-    memory = processes.least(available_memory() // (processes.on_this_machine() if device == "cpu" else 1))
+    count, here = processes.size(), processes.on_this_machine()  # the processes of a machine share its memory
+    on_card = device == "cuda"
+    memory = processes.least(available_memory() // (1 if on_card else here))
+    host = processes.least(host_memory() // here) if on_card else None
+    if not recipe.training.fit:
+        asked = recipe
+        recipe = at_fastest_level(recipe, shape, memory, seq_len=longest, device=device, host=host, processes=count)
+        check_host_memory(recipe, shape, longest, device, host)
+        chosen = f"training.gradient_checkpointing={str(recipe.training.gradient_checkpointing).lower()}"
+        note = f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}"
+        return recipe, [] if recipe == asked else [note]
     recipe, fits = fitted(recipe, shape, memory, seq_len=longest, device=device, processes=count)
     if not fits:
         needed = planner(recipe, shape, device, processes=count)(seq_len=longest).total
@@ -145,8 +158,24 @@ def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
             f"training.fit=auto: one row of {longest} tokens of {recipe.model} needs {needed / 2**30:.2f} GiB, of "
             f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
         )
+    check_host_memory(recipe, shape, longest, device, host)
     chosen = ", ".join(f"training.{key}={value}" for key, value in decided_by_fit(recipe).items())
     return recipe, [f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}"]
+
+
+def check_host_memory(recipe: Recipe, shape: ModelShape, longest: int, device: str, host: int | None) -> None:
+    """
+    Raises:
+        InputError: block inputs are to wait in host memory, and that has no room for them.
+    """
+    needed = planner(recipe, shape, device)(seq_len=longest).host
+    if host is not None and needed > HEADROOM * host:
+        raise InputError(
+            "training.gradient_checkpointing=offload: the block inputs of "
+            f"{recipe.training.micro_batch_size} × {longest} tokens need {needed / 2**30:.1f} GiB "
+            f"of host memory, of {host / 2**30:.1f} GiB; lower "
+            "training.micro_batch_size or data.max_seq_len, or set training.gradient_checkpointing=true."
+        )
 
 
 def with_dtype(recipe: Recipe) -> Recipe:
@@ -155,12 +184,12 @@ def with_dtype(recipe: Recipe) -> Recipe:
     Raises:
         InputError: a dtype that the device is slow or wrong with.
     """
-    from qalora.base.device import device_kind
+    from qalora.base.device import best_device
     from qalora.base.loading import choose_compute_dtype
 
     asked = recipe.quantization.bnb_4bit_compute_dtype
     # What is faster here is measured, and need not come out alike in every process.
-    dtype = processes.from_first(lambda: choose_compute_dtype(asked, device_kind()))
+    dtype = processes.from_first(lambda: choose_compute_dtype(asked, str(best_device())))
     return recipe.with_settings({"quantization.bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")})
 
 

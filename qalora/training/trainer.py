@@ -39,15 +39,16 @@ from qalora.adapter.model import is_finite, ranks, write_adapter
 from qalora.adapter.provenance import Provenance
 from qalora.adapter.replicas import check_replicas, share_adapter
 from qalora.adapter.start.begin import start, starting_rows
-from qalora.adapter.surgery import restore
+from qalora.adapter.surgery import page_again, restore
 from qalora.adapter.variable_ranks import VariableRanks
 from qalora.base.checkpoint import Weights
-from qalora.base.device import peak_memory
+from qalora.base.device import best_device, device_module, peak_memory
 from qalora.data.batching import Collator, PackingCollator, pack
 from qalora.data.rows import Item, Packed, Row, supervised_tokens
 from qalora.errors import AnswerNo, InputError
 from qalora.files import written_beside
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.layout import prepared
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.metrics import item_losses
 from qalora.progress import console
@@ -152,10 +153,10 @@ class QaloraTrainer(VariableRanks, Trainer):
         mask = inputs.get("attention_mask")
         self.throughput.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.throughput.rows += len(rows)
-        step = super().training_step
+        step, device = super().training_step, self.args.device
 
         def work(part: Inputs) -> Tensor:
-            loss = self.ladder.run(part, lambda piece: step(model, piece, num_items_in_batch))
+            loss = self.ladder.run(part, lambda piece: step(model, prepared(piece, device), num_items_in_batch))
             self._check_loss(loss, rows)
             return loss
 
@@ -163,7 +164,7 @@ class QaloraTrainer(VariableRanks, Trainer):
             return work(inputs)
         self.shared.add(inputs, self.state.global_step, work)
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), device=device)
         return self.shared.end([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def _check_loss(self, loss: Tensor, rows: Sequence[int]) -> None:
@@ -177,6 +178,15 @@ class QaloraTrainer(VariableRanks, Trainer):
                 f"at these rows, lower training.learning_rate (now {self.args.learning_rate:g}) or "
                 f"{'lower' if self.args.max_grad_norm else 'set'} training.max_grad_norm; {self._last_checkpoint()}"
             )
+
+    def get_train_dataloader(self) -> Any:
+        """Its batches stay on the host, where their values are at hand, until `training_step` takes them away."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Tensor | int | None:
+        return super()._get_num_items_in_batch(batch_samples, torch.device("cpu"))
 
     def compute_loss(
         self,
@@ -302,6 +312,7 @@ class QaloraTrainer(VariableRanks, Trainer):
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         asked = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        page_again(optimizer)
         then = optimizer.param_groups[0]["lr"]
         scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
         # A schedule that follows the loss has no curve to be read off: it goes on from the share of the rate that it
@@ -382,7 +393,8 @@ def build_trainer(
     """
     training, allocation = recipe.training, recipe.allocation
     base = cast(PreTrainedModel, model.get_base_model())
-    set_checkpointing(base, training.gradient_checkpointing)
+    kept = training.gradient_checkpointing
+    set_checkpointing(base, True if kept == "auto" else kept)  # a run has settled it (settling.py)
     set_mlp_tile(base, training.mlp_tile)
     collate = Collator(tokenizer.pad_token_id)
     ladder = Ladder(model, say=processes.tell)
@@ -561,10 +573,10 @@ def _arguments(
         report_to=(list(training.report_to) if processes.is_first() else []) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device_module() is not None,
         # fp16 needs a GradScaler, which the Trainer brings with fp16; a bf16 or fp32 base computes in its own dtype.
         fp16=compute_dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
     )
     # The best weights are written whenever they are found, so checkpoints need not fall on validations.
     arguments.save_steps = steps_between(training.save_strategy, training.save_steps, total_steps, per_epoch)

@@ -36,7 +36,7 @@ def mean_loss(model, batch):
 def test_gradients_on_a_4_bit_base_equal_those_in_fp32(tiny_llama, make_batch, randomize_B, dtype):
     gradients = []
     for compute in (dtype, torch.float32):
-        base = tiny_llama().to("cuda", compute)
+        base = tiny_llama().to("cuda", dtype).to(compute)  # both quantize the same, rounded weights
         quantize_(base, compute_dtype=compute)
         model = randomize_B(attach(base, r=4, alpha=8))
         mean_loss(model, {key: value.cuda() for key, value in make_batch().items()}).backward()
@@ -48,7 +48,8 @@ def test_gradients_on_a_4_bit_base_equal_those_in_fp32(tiny_llama, make_batch, r
 def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama, make_batch, name):
     import bitsandbytes as bnb
 
-    base = tiny_llama(hidden_size=512, intermediate_size=1024).to("cuda", torch.bfloat16)
+    # bitsandbytes pages the moments of 100,000 elements and more.
+    base = tiny_llama(hidden_size=1600, intermediate_size=64, num_hidden_layers=1).to("cuda", torch.bfloat16)
     quantize_(base, compute_dtype=torch.bfloat16)
     model = attach(base, r=64, alpha=128)
     optimizer = getattr(bnb.optim, name)([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -61,13 +62,15 @@ def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama,
         optimizer.zero_grad()
         return loss.item()
 
-    losses = [step() for _ in range(4)]
+    losses = [step() for _ in range(3)]
+    paged = [state["state1"] for state in optimizer.state.values() if getattr(state["state1"], "is_paged", False)]
+    assert bool(paged) == name.startswith("Paged")
     first, *_, last = ranks(model)
     apply_plan(model, AllocationPlan({first: tuple(range(0, 64, 2))}, {last: 32}), optimizer)
-    losses += [step() for _ in range(4)]
+    losses += [step() for _ in range(3)]
     assert ranks(model)[first] == 32
     assert ranks(model)[last] == 96
-    assert losses[-1] < losses[3] < losses[0]
+    assert losses[-1] < losses[2] < losses[0]
 
 
 def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_loss(tiny_llama, make_batch):
@@ -98,7 +101,7 @@ def test_corrections_give_the_16_bit_model_back_and_the_best_of_them_lower_the_l
 def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_batch, randomize_B):
     model = randomize_B(attach(tiny_llama().to("cuda"), r=4, alpha=8))
     batch = [{key: value.cuda() for key, value in make_batch().items()}]
-    chosen = [(name, rank) for name in ranks(model) for rank in (0, 3)]
+    chosen = [(name, rank) for name in list(ranks(model))[::3] for rank in (0, 3)]
     with scoring_mode(model):
         on_host, on_device = (ablate(model, batch, chosen, memory=memory) for memory in (0, 1 << 30))
     assert on_host.drop == pytest.approx(on_device.drop, abs=2e-6)
@@ -107,7 +110,7 @@ def test_ablation_is_the_same_with_block_inputs_in_host_memory(tiny_llama, make_
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_a_step_keeps_does_not_change_its_gradients(tiny_llama, make_batch, randomize_B, rows):
-    model = randomize_B(attach(tiny_llama(num_hidden_layers=5).to("cuda"), r=4, alpha=8)).train()
+    model = randomize_B(attach(tiny_llama(num_hidden_layers=3).to("cuda"), r=4, alpha=8)).train()
     batches = [{key: value.cuda() for key, value in make_batch(rows=rows, seed=seed).items()} for seed in (1, 2)]
     gradients = []
     for kept in (True, "offload", "selective"):
@@ -128,10 +131,10 @@ def test_fp16_with_a_grad_scaler_trains_fp32_adapters(tiny_llama, make_batch):
     model = attach(base, r=4, alpha=8).train()
     set_checkpointing(model, True)
     parameters = [p for layer in gated_layers(model).values() for p in (layer.A, layer.B)]
-    optimizer, scaler = torch.optim.AdamW(parameters, lr=3e-3), torch.amp.GradScaler("cuda")
+    optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-2), torch.amp.GradScaler("cuda")
     batch = {key: value.cuda() for key, value in make_batch().items()}
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         with torch.autocast("cuda", torch.float16):
             loss = mean_loss(model, batch)
         scaler.scale(loss).backward()

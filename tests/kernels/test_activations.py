@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -96,25 +98,25 @@ def test_a_tiled_mlp_works_on_so_many_tokens_at_a_time(tiny_adapter, make_batch)
 
 
 @pytest.mark.parametrize("pins", [True, False], ids=["pinned", "not pinned"])
-def test_host_memory_that_cannot_be_pinned_is_taken_as_it_comes(monkeypatch, pins):
-    asked, plain = [], torch.empty
-
-    def empty(*shape, pin_memory=False, **options):
-        asked.append(pin_memory)
-        if pin_memory and not pins:
-            raise RuntimeError("CUDA error: out of memory")
-        return plain(*shape, **options)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    host = activations.host_memory_like(torch.ones(2, 3, dtype=torch.bfloat16))
-    assert (host.shape, host.dtype, host.is_pinned()) == ((2, 3), torch.bfloat16, False)
-    assert asked == ([True] if pins else [True, False])
+def test_host_memory_is_as_large_as_it_has_to_be_and_used_again(monkeypatch, pins):
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 0 if pins else 2, cudaHostUnregister=lambda address: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = activations.HostMemory()
+    first = memory.take(torch.ones(3, 5, dtype=torch.bfloat16))
+    assert (len(first), first.dtype) == (30, torch.uint8)
+    memory.free.append(first)
+    assert memory.take(torch.ones(2, 5)[:1]) is first  # 20 bytes
+    memory.free.append(first)
+    assert len(memory.take(torch.ones(4, 5))) == 80
+    assert not memory.free  # a piece too short for what comes now is let go of
 
 
 def test_a_lack_of_host_memory_is_one_of_memory(monkeypatch):
     def empty(*shape, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
+    tensor = torch.ones(2)
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(torch.OutOfMemoryError, match="host memory: DefaultCPUAllocator"):
-        activations.host_memory_like(torch.ones(2))
+        activations.HostMemory().take(tensor)

@@ -1,0 +1,88 @@
+"""bench/gpu.py with tiny shapes on the device without hardware, its cases in this process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"gguf", "datasets", "pydantic"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import gpu
+"""
+
+
+@pytest.fixture
+def in_this_process(device, monkeypatch):
+    """What workers were asked for; they run here, where the device is."""
+    names = []
+
+    def run(name, args, seconds):
+        names.append(name)
+        return json.loads(json.dumps(gpu.work(name, args.shapes, args.device, seconds)))
+
+    monkeypatch.setattr(gpu, "run", run)
+    return names
+
+
+def test_every_case_is_measured_written_and_not_run_again(in_this_process, device, tmp_path, monkeypatch, capsys):
+    chosen = ["8b", "7b-fp16-15gb"]
+    monkeypatch.setattr(gpu, "CASES", {name: gpu.CASES[name] for name in chosen})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "found")])
+    written = []
+    write = gpu.write_results
+    monkeypatch.setattr(gpu, "write_results", lambda name, found, *args,
+    **kwargs: written.append(list(found["cases"])) or write(name, found, *args, **kwargs))  # fmt: skip
+    gpu.main()
+    assert written == [chosen[: n + 1] for n in range(len(chosen))]
+    found = json.loads((tmp_path / "found" / "gpu.json").read_text())["cases"]
+    assert not [case["error"] for case in found.values() if "error" in case]
+    assert found["8b"]["allocated"] > 0 and found["7b-fp16-15gb"]["losses"]
+    assert "## Training steps" in (tmp_path / "found" / "gpu.md").read_text()
+    in_this_process.clear()
+    gpu.main()
+    assert in_this_process == ["facts"]
+
+
+def test_a_step_launches_no_more_kernels_than_pefts(shapes_only):
+    """Per block, at gradient_checkpointing=false: what three blocks launch more than two."""
+    counts = {}
+    for side in ("qalora", "peft"):
+        case = gpu.Case("train", "llama-7b", side=side, kept=False, tokens=64, optim="adamw_torch")
+        launched = []
+        for blocks in (2, 3):
+            shape = gpu.replace(gpu.MODELS["llama-7b"][1], num_hidden_layers=blocks)
+            model = gpu.SIDES[side](case, shape, "cuda")
+            if side == "peft":
+                model.get_base_model().gradient_checkpointing_disable()
+            batch = gpu.tokens_of(case, shape, "cuda")
+            compute = gpu.stepper(case, model, "cuda")[0]
+            compute(batch)
+            with shapes_only.counted() as (_, kernels):
+                compute(batch)
+            launched.append(sum(kernels.values()))
+        counts[side] = launched[1] - launched[0]
+    print(counts)
+    assert counts["qalora"] <= counts["peft"]
+
+
+def test_the_bench_is_imported_without_gguf_datasets_and_pydantic():
+    folder = Path(gpu.__file__).parent
+    done = subprocess.run([sys.executable, "-c", ABSENT], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_the_commit_is_none_where_there_is_no_git(monkeypatch):
+    import common
+
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() is None
