@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="principal for the weights, or for the outputs on the rows (default: svd)",
     )
     refit = parser.add_argument_group("correction of what is kept, where it helps on the rows that judge")
-    refit.add_argument("--refit", action="store_true", help="by least squares on each module's outputs")
+    refit.add_argument("--refit", action="store_true", help="by least squares on outputs, or new weights of ranks")
     refit.add_argument("--refit-steps", type=int, metavar="N", help="by N steps of training on the rows that order")
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
@@ -267,7 +267,7 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     model = load_adapter(base.model, adapter.path, trainable=True)
     collate = Collator(tokenizer.pad_token_id)
     batches = [on_device(micro_batches(rows, args.batch_size, collate), base.model.device) for rows in parts]
-    refit: Literal["least squares"] | int | None = "least squares" if args.refit else args.refit_steps
+    refit: Literal["closed form"] | int | None = "closed form" if args.refit else args.refit_steps
     report = cut_model(model, asked, Rows(*batches) if batches else None, refit=refit, dtype=dtype_of(adapter))
     report = {"model": source.name, "adapter": str(adapter.path.resolve()), **report}
     return store(model, report, Path(output_dir), adapter, tokenizer, base.compute_dtype, started)

@@ -20,7 +20,7 @@ from qalora.adapter.scores import PerRank
 Order = Literal["path", "sum", "values", "shrunk"]
 Per = Literal["rank", "parameter"]
 Kept = dict[str, list[int]]  # module → its ranks that stay, ascending; a module without any is absent
-SHARES = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.045, 0.03)  # of the ranks: where a curve is taken
+SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625, 0.03)  # of the ranks: where a curve is taken
 SCORING_TOKENS = 2048  # supervised tokens that score; more rows than half are never taken for it
 
 
@@ -104,14 +104,14 @@ def parameters_of(kept: Kept, costs: Mapping[str, int]) -> int:
 
 
 def smallest(curve: Sequence[Point], tolerance: float = 0.0) -> Point:
-    """The point of fewest parameters that `holds`; where none does, the one of the lowest loss.
+    """The point of fewest ranks that `holds`; where none does, the one of the lowest loss.
 
     Args:
         tolerance: nats that the loss may be above the whole adapter's, beside the standard error.
     """
     good = [point for point in curve if point.holds(tolerance)]
     if good:
-        return min(good, key=lambda point: (point.parameters, point.loss))
+        return min(good, key=lambda point: (point.ranks, point.loss))
     return min(curve, key=lambda point: point.loss)
 
 

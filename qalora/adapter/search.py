@@ -6,9 +6,9 @@ given size the lowest loss, without one the smallest size that costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from functools import partial
 
 from peft import PeftModel
 
@@ -17,14 +17,12 @@ from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, ke
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
-from qalora.adapter.scores import PerRank
+from qalora.adapter.scores import PerRank, check_finite
 
-Measure = Callable[[Size], Point]
 BASIS: Basis = "svd"
 PER: Per = "rank"
 ORDERS: tuple[Order, ...] = ("path", "values", "shrunk")
 CLEARLY = 3.0  # standard errors above the whole adapter's loss, twice in a row: a curve goes down no further
-BISECTIONS = 2  # between the smallest size that costs nothing and the next that does
 
 
 @dataclass(frozen=True)
@@ -91,25 +89,29 @@ def find_cut(
     values = into_basis(model, asked.basis, scoring)
     orders = rank_orders(model, values, scoring, asked.orders)
     whole, base = losses(model, judging), losses(model, judging, {})
+    check_finite({}, whole.mean, base.mean)
     costs = rank_parameters(model, values)
-
-    def measured(order: Order) -> Measure:
-        return lambda size: point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
-
-    measures = {order: measured(order) for order in orders}
     everything = kept(values, Size(), costs)
-    start = Point(
-        sum(map(len, everything.values())) / total,
-        sum(map(len, everything.values())),
-        parameters_of(everything, costs),
-        whole.mean,
-        0.0,
-        0.0,
-        everything,
-    )
-    find = _smallest if asked.size is None else _of_size
-    best, chosen, curves = find(measures, asked, start, widest if asked.uniform else total)
-    curves = {order: sorted([start, *points], key=lambda found: -found.parameters) for order, points in curves.items()}
+    count = sum(map(len, everything.values()))
+    start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
+    sizes = _uniform_sizes(widest) if asked.uniform else _global_sizes(total)
+
+    def measure(order: Order, size: Size) -> Point:
+        return point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
+
+    if asked.size is None:
+        curves = {order: _descended(partial(measure, order), sizes, asked.tolerance) for order in orders}
+        ends = {order: smallest([start, *points], asked.tolerance) for order, points in curves.items()}
+        best = min(ends, key=lambda order: (ends[order].ranks, ends[order].loss))
+        chosen = ends[best]
+    else:
+        at_size = {order: measure(order, asked.size) for order in orders}
+        best = min(at_size, key=lambda order: at_size[order].loss)
+        chosen = at_size[best]
+        others = _descended(partial(measure, best), sizes, asked.tolerance)
+        curves = {order: [found] for order, found in at_size.items()}
+        curves[best] += [found for found in others if found.kept != chosen.kept]
+    curves = {order: sorted([start, *points], key=lambda found: -found.ranks) for order, points in curves.items()}
     return Cut(asked.basis, best, chosen, curves, whole, base)
 
 
@@ -121,64 +123,26 @@ def cut_by_values(model: PeftModel, asked: Asked) -> Kept:
     return kept(scores, asked.size or Size(), rank_parameters(model, values), asked.per)
 
 
-Curves = dict[Order, list[Point]]
+def _global_sizes(total: int) -> list[Size]:
+    return [Size(ranks=count) for count in _counts(total)]
 
 
-def _of_size(
-    measures: Mapping[Order, Measure], asked: Asked, start: Point, largest: int
-) -> tuple[Order, Point, Curves]:
-    """Every order at the size that is asked for, and the curve of the best of them."""
-    curves: Curves = {order: [measure(asked.size or Size())] for order, measure in measures.items()}
-    best = min(curves, key=lambda order: curves[order][0].loss)
-    chosen = curves[best][0]
-    curves[best] += [here for _, here in _descended(measures[best], asked, largest) if here.kept != chosen.kept]
-    return best, chosen, curves
+def _uniform_sizes(widest: int) -> list[Size]:
+    return [Size(max_rank=count) for count in _counts(widest)]
 
 
-def _smallest(
-    measures: Mapping[Order, Measure], asked: Asked, start: Point, largest: int
-) -> tuple[Order, Point, Curves]:
-    """Every order's curve, and the smallest size on any of them that costs nothing."""
-    down = {order: _descended(measure, asked, largest) for order, measure in measures.items()}
-    curves: Curves = {order: [here for _, here in points] for order, points in down.items()}
-    ends = {order: smallest([start, *points], asked.tolerance) for order, points in curves.items()}
-    best = min(ends, key=lambda order: (ends[order].parameters, ends[order].loss))
-    curves[best] += _between(measures[best], asked, down[best], ends[best], largest)
-    return best, smallest([start, *curves[best]], asked.tolerance), curves
+def _counts(largest: int) -> list[int]:
+    """Numbers of ranks below the largest, at the curve's shares of it, falling."""
+    return sorted({max(1, round(share * largest)) for share in SHARES} - {largest}, reverse=True)
 
 
-def _size(count: int, asked: Asked) -> Size:
-    return Size(max_rank=count) if asked.uniform else Size(ranks=count)
-
-
-def _descended(measure: Measure, asked: Asked, largest: int) -> list[tuple[int, Point]]:
-    """Numbers of ranks, of all modules or of each, with what they cost: as far down as it is of interest."""
-    counts = {max(1, round(share * largest)) for share in SHARES} - {largest}
-    found: list[tuple[int, Point]] = []
+def _descended(measure: Callable[[Size], Point], sizes: Sequence[Size], tolerance: float) -> list[Point]:
+    """A curve, as far down as it is of interest."""
+    found: list[Point] = []
     worse = 0
-    for count in sorted(counts, reverse=True):
-        here = measure(_size(count, asked))
-        found.append((count, here))
-        worse = worse + 1 if here.difference > asked.tolerance + CLEARLY * here.stderr else 0
+    for size in sizes:
+        found.append(measure(size))
+        worse = worse + 1 if found[-1].difference > tolerance + CLEARLY * found[-1].stderr else 0
         if worse == 2:
             break
-    return found
-
-
-def _between(
-    measure: Measure, asked: Asked, down: Sequence[tuple[int, Point]], chosen: Point, largest: int
-) -> list[Point]:
-    """Further points between the smallest size that holds and the next smaller one, which does not."""
-    good = min((count for count, here in down if here.parameters >= chosen.parameters), default=largest)
-    bad = max((count for count, here in down if here.parameters < chosen.parameters), default=good)
-    found: list[Point] = []
-    for _ in range(BISECTIONS):
-        middle = round(sqrt(good * bad))
-        if middle in (good, bad):
-            break
-        found.append(measure(_size(middle, asked)))
-        if found[-1].holds(asked.tolerance):
-            good = middle
-        else:
-            bad = middle
     return found

@@ -30,11 +30,10 @@ from qalora.deploy.read_by_peft import compare_with_peft
 from qalora.files import write_json, written_beside
 from qalora.pictures import draw_compression
 from qalora.results.card import adapter_card
-from qalora.results.compression import COMPRESSION
+from qalora.results.compression import COMPRESSION, PICTURE
 from qalora.results.facts import run_of
 
-PICTURE = "compression.png"
-Correction = Literal["least squares"] | int  # or steps of training
+Correction = Literal["closed form"] | int  # or steps of training
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def cut_model(
             steps = refit if isinstance(refit, int) else None
             change = cut_and_refit(model, stay, rows.scoring, rows.judging, steps)
             report["refit"] = {
-                "how": f"{steps} steps of training" if steps else refit,
+                "how": change.how,
                 "loss_before": change.before.mean,
                 "loss_after": change.after.mean,
                 "helped": change.helped,

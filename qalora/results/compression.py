@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 COMPRESSION = "compress.json"
+PICTURE = "compression.png"
 ORDERS = {
     "path": "path scores",
     "sum": "sum scores",

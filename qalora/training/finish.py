@@ -17,13 +17,13 @@ from qalora.base.device import device_kind
 from qalora.base.registry import shape_of
 from qalora.data.batching import Collator, micro_batches, on_device
 from qalora.data.rows import Tokenized, supervised_tokens
-from qalora.deploy.compressed import PICTURE, Rows, cut_model
+from qalora.deploy.compressed import Rows, cut_model
 from qalora.deploy.compressed import draw as draw_cut
 from qalora.deploy.merging import merge
 from qalora.errors import AnswerNo
 from qalora.files import write_json
 from qalora.pictures import draw_loss, draw_ranks
-from qalora.results.compression import COMPRESSION, in_sentences
+from qalora.results.compression import COMPRESSION, PICTURE, in_sentences
 from qalora.results.finish import push_run, write_results
 from qalora.training.begin import Say, Session, measure
 from qalora.training.planning import planner

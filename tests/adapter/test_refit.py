@@ -9,7 +9,7 @@ import torch
 from qalora.adapter.cutting import losses
 from qalora.adapter.model import gated_layers, ranks
 from qalora.adapter.principal import input_grams, into_basis
-from qalora.adapter.refit import cut_and_refit, least_squares, train_steps
+from qalora.adapter.refit import _change, cut_and_refit, least_squares, reweighted, train_steps
 
 
 @pytest.fixture
@@ -57,6 +57,39 @@ def test_steps_are_adamws(tiny_adapter, batches):
         torch.testing.assert_close(mine.B, other.B, rtol=1e-3, atol=1e-4)
 
 
+def test_reweighting_gives_a_rank_back_the_size_that_it_should_have(tiny_adapter, make_batch):
+    """Labels are drawn from the adapter itself; then one rank is made half as large. Finite differences find the
+    best weight of that rank, and reweighting goes most of the way there."""
+    model = tiny_adapter(r=1, targets=["down_proj"]).eval()
+    batch = make_batch(rows=24, tokens=16, seed=1)
+    layers = gated_layers(model)
+    for layer in layers.values():
+        layer.B.data.mul_(6)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    drawn = torch.distributions.Categorical(logits=logits).sample()
+    batch["labels"][:, 1:] = torch.where(batch["labels"][:, 1:] == -100, -100, drawn[:, :-1])
+    name = list(layers)[-1]
+    whole = losses(model, [batch]).mean
+    layers[name].B.data.mul_(0.5)
+    halved, before = losses(model, [batch]).mean, {n: layer.B.data.clone() for n, layer in layers.items()}
+    found = reweighted(model, [batch])
+    assert all(torch.equal(layers[n].B, before[n]) for n in layers)
+    weight = float((found[name] / before[name]).mean())
+    assert 1.2 < weight <= 2.0
+    for n, B in found.items():
+        layers[n].B.data.copy_(B)
+    assert losses(model, [batch]).mean < halved - 0.5 * (halved - whole)
+
+
+def test_what_rows_do_not_agree_on_stays():
+    rows = torch.tensor([[1.0, 1.0, 2.0], [1.0, -1.0, -1.0], [1.0, 0.1, -1.0]], dtype=torch.float64)
+    change = _change(rows)
+    assert change[0] == pytest.approx(-(1 - 3 / 9) * 3 / 3)
+    assert change[1] == change[2] == 0
+
+
 @pytest.mark.parametrize("steps", [None, 2])
 def test_a_correction_that_does_not_help_is_taken_back(tiny_adapter, batches, steps, monkeypatch):
     model, plain = tiny_adapter(r=2).eval(), tiny_adapter(r=2).eval()
@@ -67,8 +100,8 @@ def test_a_correction_that_does_not_help_is_taken_back(tiny_adapter, batches, st
     from qalora.adapter.cutting import cut
 
     cut(plain, stay)
-    monkeypatch.setattr(refit, "LEARNING_RATE", 1e3)
-    monkeypatch.setattr(refit, "least_squares", lambda *args: {n: 50 * b for n, b in doubled(model, stay).items()})
+    monkeypatch.setattr(refit, "least_squares", lambda *args: {n: 50 * b for n, b in kept_of(model, stay).items()})
+    monkeypatch.setattr(refit, "reweighted", lambda *args: {n: 60 * b for n, b in kept_of(model, stay).items()})
     monkeypatch.setattr(
         refit, "train_steps", lambda *args: [layer.B.data.mul_(50) for layer in gated_layers(model).values()]
     )
@@ -78,5 +111,5 @@ def test_a_correction_that_does_not_help_is_taken_back(tiny_adapter, batches, st
     assert losses(model, batches[1]).mean == pytest.approx(losses(plain, batches[1]).mean, rel=1e-6)
 
 
-def doubled(model, stay):
+def kept_of(model, stay):
     return {name: gated_layers(model)[name].B.detach()[:, index].clone() for name, index in stay.items()}

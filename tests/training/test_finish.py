@@ -78,8 +78,8 @@ def test_what_a_finished_run_leaves(session_of):
     shape = shape_of(run.source)
     assert metrics["plan"]["total"] == plan_memory(
         shape, ranks=session.start, micro_batch_size=2, gradient_accumulation_steps=1, seq_len=run.data.longest,
-        load_in_4bit=True, double_quant=True, compute_dtype="float32", optim="adamw_torch", gradient_checkpointing=False,
-        mlp_tile=None, dropout=0.0, directions=0, device=metrics["plan"]["device"],
+        load_in_4bit=True, double_quant=True, compute_dtype="float32", optim="adamw_torch",
+        gradient_checkpointing=False, mlp_tile=None, dropout=0.0, directions=0, device=metrics["plan"]["device"],
     ).total  # fmt: skip
 
 
