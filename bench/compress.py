@@ -77,7 +77,7 @@ TASKS = {
     "sst2": Task(32, 30, scoring=40, choosing=24, test=64),
     "alpaca": Task(16, 64, scoring=20, choosing=14, test=28),
     "gsm8k": Task(12, 104, scoring=12, choosing=8, test=20),
-    "boolq": Task(12, 84, scoring=16, choosing=10, test=24),
+    "boolq": Task(12, 92, scoring=16, choosing=10, test=24),
 }
 
 
