@@ -153,7 +153,9 @@ def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
 def main() -> None:
     args = parser().parse_args()
     if args.report:
-        text = report(read(args.lines), RESULTS / "compress.png")
+        text = report(
+            read(args.lines), [vars(run) for run in dict.fromkeys(run for run, _ in plan())], RESULTS / "compress.png"
+        )
         (RESULTS / "compress.md").write_text(text, encoding="utf-8")
         print(text)
         return

@@ -63,10 +63,11 @@ def loss(line: Line, rows: str = "test") -> float:
     return sum(line[rows]) / sum(line[f"{rows}_tokens"])
 
 
-def report(lines: Sequence[Line], picture: Path) -> str:
+def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture: Path) -> str:
     """Markdown.
 
     Args:
+        planned: the runs of the whole grid.
         picture: where loss against size is drawn.
     """
     found: dict[tuple[Any, ...], Adapter] = {}
@@ -79,7 +80,7 @@ def report(lines: Sequence[Line], picture: Path) -> str:
     cut = [adapter for adapter in adapters if any(order == "path" for _, order, *_ in adapter.lines)]
     if not cut:
         return "nothing was cut yet\n"
-    parts = ["# compress\n", what_ran(adapters, cut)]
+    parts = ["# compress\n", what_ran(adapters, cut, planned)]
     for task in dict.fromkeys(adapter.run["task"] for adapter in cut):
         parts += [f"## {task}\n", losses_of(task, [adapter for adapter in cut if adapter.run["task"] == task])]
     parts += ["## The bar\n", bar(cut), "## `--tolerance 0`\n", tolerance(cut)]
@@ -99,11 +100,12 @@ def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], 
     return found
 
 
-def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
+def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter], planned: Sequence[Mapping[str, Any]]) -> str:
     there: set[Any] = {key[:3] for adapter in cut for key in adapter.lines}
-    never = [name for key, name in SHOWN.items() if key not in there]
+    never = [name for key, name in SHOWN.items() if key not in there and key[1] != "chosen"]
     text = (
         f"{len(cut)} adapters were cut, and {len(adapters) - len(cut)} were trained narrow as controls.\n"
+        "`python bench/compress.py --data data --work DIR` runs what is missing.\n"
         "Losses are nats per supervised token on test rows, which chose nothing.\n"
         "Differences are paired with the whole adapter's, ± their standard error over the rows.\n\n"
     )
@@ -120,7 +122,16 @@ def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
         }
         for adapter in adapters
     ]
-    return text + table(rows) + (f"\nNot measured: {'; '.join(never)}.\n" if never else "")
+    text += table(rows)
+    if never:
+        text += f"\nCuts of the plan that no adapter has: {'; '.join(never)}.\n"
+    there_are = [dict(adapter.run) for adapter in adapters]
+    groups = dict.fromkeys((run["origin"], run["r"]) for run in planned)
+    counts = []
+    for origin, r in groups:
+        own = [dict(run) for run in planned if (run["origin"], run["r"]) == (origin, r)]
+        counts.append(f"{origin}, r = {r}: {sum(run in there_are for run in own)} of {len(own)}")
+    return text + f"\nAdapters of the plan that are there: {'; '.join(counts)}.\n"
 
 
 def losses_of(task: str, adapters: Sequence[Adapter]) -> str:
