@@ -121,13 +121,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def in_turns(backends: Sequence[str], steps: int) -> dict[str, dict[str, Any]]:
-    """Starts a worker for each backend, lets each take a step after the other, and returns what they report."""
+def in_turns(backends: Sequence[str], steps: int, script: str = __file__) -> dict[str, dict[str, Any]]:
+    """Starts a worker of the script for each backend, lets each take a step after the other, and returns what they
+    report."""
     workers = {}
     for name in backends:  # one at a time: loading takes every core too
         print(name, file=sys.stderr)
         workers[name] = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            [sys.executable, script, *sys.argv[1:], "--worker", name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         hear(workers[name], READY)
