@@ -384,7 +384,7 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
     Raises:
         InputError: the processes cannot meet, or a script was quicker to use what a run sets up.
     """
-    own = {name: int(environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    own = {name: int(environ.get(name) or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     local = int(environ.get("LOCAL_WORLD_SIZE") or own["WORLD_SIZE"])
     see_one_gpu(environ, own["LOCAL_RANK"])
 
