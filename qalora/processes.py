@@ -128,6 +128,10 @@ def _one_voice() -> Iterator[None]:
         text = error.as_typed if isinstance(error, InputError) else str(error)
         error.args = (f"process {rank()} on {socket.gethostname()}: {text}",)
         raise
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" and _is_said(error):  # process 0 has it too
+            raise EndedElsewhere(1) from None
+        raise
     finally:
         progress.show(drawn)
         progress.console.quiet = False
@@ -299,11 +303,11 @@ def tell(text: str) -> None:
 
 
 def _is_said(error: BaseException) -> bool | None:
-    """Whether all processes know of the error; None: it can be said yet."""
+    """Whether all processes know of the error, or of the one that it gives as its cause; None: it can be said yet."""
     if isinstance(error, (EndedElsewhere, Lost)):
         return True
     said: bool | None = getattr(error, "said", None)
-    return said
+    return _is_said(error.__cause__) if said is None and error.__cause__ is not None else said
 
 
 def _told(work: Callable[[], Any], *, gathered: bool = True) -> list[Any]:
@@ -345,7 +349,7 @@ def _exchange(value: T, trouble: BaseException | None) -> list[T]:
             raise trouble
         raise EndedElsewhere(kinds[errors[0]])
     if "memory" in kinds:
-        error = trouble or torch.OutOfMemoryError(f"out of memory in process {kinds.index('memory')}")
+        error = trouble or torch.OutOfMemoryError(f"in process {kinds.index('memory')}")
         error.said = True  # type: ignore[attr-defined]
         raise error
     return [value for _, value in found]
