@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "memory of a run by term, and whether it fits a card",
     "preview": "rows as they are trained on, with what is learned marked",
     "score": "AB-LoRA importance of every rank of an adapter",
+    "compress": "any LoRA in, a smaller one out that costs no more than asked",
     "merge": "adapter + base → a model folder, a GGUF file, or the adapter in another form",
     "evaluate": "loss, accuracy, exact match, ROUGE-L on a file",
     "generate": "one prompt, one instruction, or a chat",

@@ -11,9 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from qalora.rank_grid import grid, signed
+from qalora.results.compression import ORDERS
 
 DPI = 150
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#8c8c8c"
@@ -30,10 +31,94 @@ def draw_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: str | P
         start: full module name → rank at the start; every module of the picture.
         path: where the PNG goes.
     """
-    rows, columns, place = grid(start)
-    height = min(max(0.24, 9 / len(rows)), 0.4)  # inches a row: 2 to 80 blocks stay readable
+    rows, columns, _ = grid(start)
+    height = _row_height(rows)
     figure = Figure(figsize=(max(2.2 + 0.9 * len(columns), 6.0), 1.5 + height * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
+    _draw_map(figure.add_subplot(), ranks, start, height)
+    _save(figure, path)
+
+
+def draw_compression(
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    chosen: tuple[str, Mapping[str, float]] | None,
+    losses: Mapping[str, float],
+    ranks: Mapping[str, int],
+    start: Mapping[str, int],
+    path: str | Path,
+) -> None:
+    """A cut: the loss of every order of the ranks against the share that is kept, and the rank map of what is.
+
+    Args:
+        curves: order → points with `share`, `loss` and `stderr`, the standard error of its difference from the whole;
+            none: no row was read.
+        chosen: the order and the point that were taken.
+        losses: of the `whole` adapter and of the `base` alone.
+        ranks, start: as of `draw_ranks`.
+    """
+    rows, columns, _ = grid(start)
+    height = _row_height(rows)
+    width = max(2.2 + 0.9 * len(columns), 6.0)
+    top = 3.4 if chosen else 0.0
+    figure = Figure(figsize=(width, 1.5 + height * len(rows) + top), layout="constrained")
+    if chosen is None:
+        _draw_map(figure.add_subplot(), ranks, start, height)
+    else:
+        upper, lower = figure.subplots(2, 1, height_ratios=(top, 1.5 + height * len(rows)))
+        _draw_curves(upper, curves, chosen, losses)
+        _draw_map(lower, ranks, start, height)
+    _save(figure, path)
+
+
+def _draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    chosen: tuple[str, Mapping[str, float]],
+    losses: Mapping[str, float],
+) -> None:
+    _tidy(axes)
+    best, taken = chosen
+    dashes = iter(("-", "--", ":"))
+    for order, points in curves.items():
+        color, width, line = (BLUE, 1.6, "-") if order == best else (GREY, 1.0, next(dashes))
+        shares, values = [point["share"] for point in points], [point["loss"] for point in points]
+        axes.plot(
+            shares,
+            values,
+            marker="o",
+            markersize=3.5,
+            label=ORDERS[order],
+            color=color,
+            linewidth=width,
+            linestyle=line,
+        )
+        if order == best:
+            errors = [point["stderr"] for point in points]
+            low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(shares, low, high, color=BLUE, alpha=0.12, linewidth=0)
+    axes.axhline(losses["whole"], color=ORANGE, linewidth=1, linestyle="--", label="whole adapter")
+    if losses["base"] <= max(point["loss"] for points in curves.values() for point in points):
+        axes.axhline(losses["base"], color=ORANGE, linewidth=1, linestyle=":", label="base alone")
+    axes.plot([taken["share"]], [taken["loss"]], marker="o", markersize=9, color=BLUE, fillstyle="none", linestyle="")
+    axes.set_xscale("log")
+    least = min(point["share"] for points in curves.values() for point in points)
+    axes.set_xticks([share for share in (1, 0.5, 0.25, 0.125, 0.06, 0.03, 0.015) if share >= least])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.invert_xaxis()
+    axes.set_xlabel("ranks kept")
+    axes.set_ylabel("loss, nats a token")
+    axes.set_title(f"Kept: {taken['share']:.1%} of the ranks, ordered by {ORDERS[best]}", size=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _row_height(rows: Sequence[str]) -> float:
+    """Inches a row of the rank map: 2 to 80 blocks stay readable."""
+    return min(max(0.24, 9 / len(rows)), 0.4)
+
+
+def _draw_map(axes: Axes, ranks: Mapping[str, int], start: Mapping[str, int], height: float) -> None:
+    rows, columns, place = grid(start)
+    figure: Any = axes.figure
 
     changes = {name: ranks.get(name, 0) - before for name, before in start.items()}
     norm = TwoSlopeNorm(0, min(-1, *changes.values()), max(1, *changes.values()))
@@ -90,7 +175,6 @@ def draw_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: str | P
     bar.ax.set_yscale("linear")
     bar.locator = MaxNLocator(nbins=9, integer=True)
     bar.outline.set_visible(False)
-    _save(figure, path)
 
 
 def draw_loss(

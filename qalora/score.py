@@ -13,6 +13,7 @@ from qalora.errors import InputError
 from qalora.flags import add
 
 if TYPE_CHECKING:
+    from qalora.adapter.principal import Basis
     from qalora.adapter.scores import Importance, RankScores
     from qalora.base.registry import ModelSource
     from qalora.recipe import Recipe
@@ -41,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
         "--importance",
         choices=("sum", "drop", "alone"),
         help="what decides, for any method but path (default: sum, eq. 6)",
+    )
+    parser.add_argument(
+        "--basis",
+        choices=("trained", "svd", "svd-act"),
+        default="trained",
+        help="which ranks: trained: those that training left; svd: of the principal basis, in which ranks can leave at "
+        "little cost; svd-act: the same, principal for the outputs on the rows that score (default: %(default)s)",
     )
     parser.add_argument(
         "--prune", type=int, metavar="N", help="ranks to name as least important (default: one a module)"
@@ -90,10 +98,8 @@ def main(argv: list[str]) -> int:
         say(note)
     result = scored(recipe, source, args)
     write_json(args.output, result, indent=1)
-    print(
-        f"{args.output}: {len(result['scores'])} ranks on {result['rows']} rows, {result['seconds']:.1f} s; "
-        f"{_summary(result)}"
-    )
+    ranks = f"{len(result['scores'])} ranks" + ("" if args.basis == "trained" else f" of the basis {args.basis}")
+    print(f"{args.output}: {ranks} on {result['rows']} rows, {result['seconds']:.1f} s; {_summary(result)}")
     return 0
 
 
@@ -105,6 +111,7 @@ def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dic
     """
     from qalora.adapter.its_base import how_to_load
     from qalora.adapter.model import load_adapter, ranks
+    from qalora.adapter.principal import into_basis
     from qalora.adapter.saved import check_adapter
     from qalora.adapter.scoring import score_ranks
     from qalora.base.device import memory_to_score
@@ -114,9 +121,7 @@ def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dic
     from qalora.data.tokenization import load_dataset
     from qalora.kernels.activations import set_checkpointing
 
-    of_ranks = check_adapter(args.adapter, source).total_rank
-    if args.prune and args.prune >= of_ranks:
-        raise InputError(f"--prune {args.prune}: the adapter has {of_ranks} ranks; name fewer.")
+    check_prune(args.prune, check_adapter(args.adapter, source).total_rank)
     settings = recipe.quantization
     loading, notes = how_to_load(source, args.adapter, settings.loading(), settings.given())
     for note in notes:
@@ -128,15 +133,28 @@ def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dic
     set_checkpointing(base.model, True)
     batch = on_device(micro_batches(data.items, args.batch_size, Collator(tokenizer.pad_token_id)), base.model.device)
     importance: Importance = "path" if args.method == "path" else args.importance or "sum"
-    prune = args.prune or len(ranks(model))
     start = time.perf_counter()
+    if args.basis != "trained":
+        into_basis(model, args.basis, batch)
+        check_prune(args.prune, sum(ranks(model).values()), f" in the basis {args.basis}")
+    prune = args.prune or len(ranks(model))
     scores = score_ranks(model, batch, args.method, importance=importance, prune=prune, memory=memory_to_score())
-    return as_json(scores, prune, time.perf_counter() - start)
+    return as_json(scores, args.basis, prune, time.perf_counter() - start)
 
 
-def as_json(scores: RankScores, prune: int, seconds: float) -> dict[str, Any]:
+def check_prune(prune: int | None, of_ranks: int, where: str = "") -> None:
+    """
+    Raises:
+        InputError: every rank is to go.
+    """
+    if prune and prune >= of_ranks:
+        raise InputError(f"--prune {prune}: the adapter has {of_ranks} ranks{where}; name fewer.")
+
+
+def as_json(scores: RankScores, basis: Basis, prune: int, seconds: float) -> dict[str, Any]:
     """
     Args:
+        basis: that the ranks are of.
         prune: ranks to name as least important.
         seconds: that the scoring took.
     """
@@ -146,6 +164,7 @@ def as_json(scores: RankScores, prune: int, seconds: float) -> dict[str, Any]:
     pruned = least_important(scores.importance, prune)
     result: dict[str, Any] = {
         "method": scores.method,
+        "basis": basis,
         "rows": scores.rows,
         "supervised_tokens": scores.supervised_tokens,
         "loss": scores.loss,

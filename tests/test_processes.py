@@ -163,6 +163,17 @@ def test_two_processes_make_the_run_of_one(alone, command, launch, tmp_path):
     assert "step 40/40" in run.said[0] and "step 40/40" not in run.said[1]  # one of them speaks
 
 
+def test_two_processes_compress_as_one(command, launch, tmp_path):
+    few = {"training.max_steps": 4, "training.learning_rate": 0.02, "training.eval_strategy": "no"}
+    few |= {"allocation.rounds": 0, "lora.r": 2, "lora.compress": True}
+    assert cli.run(main, command(tmp_path / "alone", **few)) == 0
+    assert launch(2, *command(tmp_path / "run", **few)).codes == [0, 0]
+    alone, run = (json.loads((tmp_path / name / "compress.json").read_text()) for name in ("alone", "run"))
+    assert run["ranks"] == alone["ranks"]
+    assert run["kept"]["ranks"] < run["whole"]["ranks"]
+    assert run["kept"]["loss"] == pytest.approx(alone["kept"]["loss"], abs=1e-5)
+
+
 def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tmp_path):
     """Two, then three with uneven shares, then one; each is interrupted by a signal to one process alone.
 

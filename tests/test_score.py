@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import qalora.base.loading
+from qalora.data.tokenization import load_dataset
 from qalora.errors import InputError
 from qalora.score import main
 
 FIELDS = {
-    "method", "rows", "supervised_tokens", "loss", "base_loss", "seconds", "forward_equivalents", "certified",
+    "method", "basis", "rows", "supervised_tokens", "loss", "base_loss", "seconds", "forward_equivalents", "certified",
     "exact_evaluations", "prune", "pruned", "scores",
 }  # fmt: skip
 
@@ -91,7 +93,6 @@ def test_drop_and_alone_are_those_of_files_without_the_rank_and_with_it_alone(sc
     """The rank deleted from the saved file by hand, no gates anywhere; a 16-bit base, which PEFT alone can load."""
     from qalora.adapter.model import load_adapter
     from qalora.data.batching import Collator
-    from qalora.data.tokenization import load_dataset
 
     result = score("--method", "exact", "--no-quantize")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -175,3 +176,75 @@ def test_a_recipe_reads_the_rows(score, rows, tmp_path):
     )
     with pytest.raises(InputError, match="prompt"):
         score("--method", "first-order", data=other)
+
+
+@pytest.fixture
+def turned_by_hand(folder, adapter, rows, tmp_path):
+    """A basis → the folder of the same adapter, with factors from the decompositions of full matrices."""
+    ending = ".lora_A.weight"
+
+    def outputs():
+        """Module → (tokens, out) of what its adapter adds to the rows, one at a time, in vanilla PEFT."""
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+        seen: dict[str, list[torch.Tensor]] = {}
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A"):
+                module.register_forward_pre_hook(
+                    lambda module, args, name=name: seen.setdefault(name, []).append(
+                        args[0][0] @ (module.lora_B["default"].weight @ module.lora_A["default"].weight).T
+                    )
+                )
+        with torch.no_grad():
+            for item in load_dataset(str(rows), tokenizer).items:
+                model(input_ids=torch.tensor([item["input_ids"]]))
+        return {name: torch.cat(of) for name, of in seen.items()}
+
+    def turned(basis):
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        found = outputs() if basis == "svd-act" else {}
+        for name in [key.removesuffix(ending) for key in tensors if key.endswith(ending)]:
+            A, B = tensors[f"{name}.lora_A.weight"].double(), tensors[f"{name}.lora_B.weight"].double()
+            U = torch.linalg.svd(found[name].double().T if found else B @ A)[0][:, : len(A)]
+            length = (U.T @ B @ A).norm(dim=1).sqrt()
+            tensors[f"{name}.lora_A.weight"] = (U.T @ B @ A / length[:, None]).float()
+            tensors[f"{name}.lora_B.weight"] = (U * length).float().contiguous()
+        (tmp_path / basis).mkdir()
+        save_file(tensors, tmp_path / basis / "adapter_model.safetensors")
+        shutil.copy(adapter / "adapter_config.json", tmp_path / basis)
+        return tmp_path / basis
+
+    return turned
+
+
+@pytest.mark.parametrize(("basis", "methods"), [("svd", ("certified", "path")), ("svd-act", ("exact",))])
+def test_ranks_of_a_principal_basis_are_scored(score, turned_by_hand, basis, methods):
+    by_hand = turned_by_hand(basis)
+    common = ("--no-quantize", "--batch-size", "1")
+    for method in methods:
+        result = score("--basis", basis, "--method", method, *common)
+        expected = score("--method", method, *common, adapter=by_hand)
+        assert (result["basis"], expected["basis"]) == (basis, "trained")
+        assert result["certified"] == (method != "path")
+        assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        for entry, other in zip(result["scores"], expected["scores"], strict=True):
+            assert (entry["module"], entry["rank"]) == (other["module"], other["rank"])
+            for field in ("drop", "alone", "importance", "stderr"):
+                wanted = other[field] if other[field] is None else pytest.approx(other[field], abs=2e-6)
+                assert entry[field] == wanted, (method, entry)
+
+
+def test_a_rank_without_energy_is_none_of_a_principal_basis(score, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    tensors[f"{name}.lora_A.weight"][1] = 2 * tensors[f"{name}.lora_A.weight"][0]
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].zero_()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    result = score("--basis", "svd", "--method", "first-order", "--prune", "5")
+    kept = [(entry["module"].removeprefix("model.layers."), entry["rank"]) for entry in result["scores"]]
+    assert sorted(kept) == [
+        ("0.mlp.up_proj", 0), ("0.mlp.up_proj", 1), ("0.mlp.up_proj", 2), ("0.self_attn.q_proj", 0),
+        ("0.self_attn.q_proj", 1), ("1.self_attn.q_proj", 0),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="prune 6: the adapter has 6 ranks in the basis svd; name fewer"):
+        score("--basis", "svd", "--method", "first-order", "--prune", "6")

@@ -82,6 +82,15 @@ class RankScores:
         return self
 
 
+@dataclass(frozen=True)
+class Shares:
+    """One importance of every rank, in nats a supervised token, and its standard error over the rows (None of one
+    row)."""
+
+    importance: PerRank
+    stderr: PerRank | None
+
+
 def check_finite(importance: PerRank, *losses: float) -> None:
     """
     Raises:

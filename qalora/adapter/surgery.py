@@ -80,8 +80,7 @@ def restore(model: PeftModel, path: str | Path) -> None:
     Raises:
         InputError: not an adapter for this model.
     """
-    saved = read_adapter(path)
-    saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
+    saved = read_adapter(path).fitted({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = cast(LoraConfig, model.peft_config[ADAPTER])
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules", "target_modules"):
         setattr(config, name, getattr(saved.config, name))
@@ -93,6 +92,20 @@ def restore(model: PeftModel, path: str | Path) -> None:
         layer.A.data, layer.B.data = A.to(layer.A, copy=True), B.to(layer.B, copy=True)  # mapped memory is not aligned
         layer.A.grad = layer.B.grad = None
         _note_rank(layer, scaling_of(saved.config, name))
+
+
+def replace_ranks(layer: GatedLinear, A: Tensor, B: Tensor, scaling: float | None = None) -> None:
+    """Gives a layer other ranks.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scaling: None: the one that it has.
+    """
+    scaling = layer.s if scaling is None else scaling
+    layer.A.data, layer.B.data = A.to(layer.A).contiguous(), B.to(layer.B).contiguous()
+    layer.A.grad = layer.B.grad = None
+    _note_rank(layer, scaling)
 
 
 def _note_rank(layer: GatedLinear, scaling: float) -> None:

@@ -39,32 +39,38 @@ def one_at_a_time(write: Callable[P, T]) -> Callable[P, T]:
     return alone
 
 
-def check_output(output_dir: Path, *, model: str, adapter: Path, overwrite: bool) -> None:
+def check_output(
+    output_dir: Path, *, model: str, adapter: Path, overwrite: bool, report: str = REPORT, what: str = "merge"
+) -> None:
     """Refuses a folder whose content is not ours to replace.
+
+    Args:
+        report: the file in which the command says what it wrote.
+        what: the command writes, in words.
 
     Raises:
         InputError: a file; a folder that holds the adapter, the base, the current folder or folders; without
-            `overwrite`, a folder with anything but a previous merge of the same model and adapter.
+            `overwrite`, a folder with anything but a previous output of the same model and adapter.
     """
     for source in (adapter, Path(model).expanduser()):
         if source.exists() and holds(output_dir, source):
-            raise InputError(f"{output_dir}: holds {source}, which the merge reads; choose another output folder.")
+            raise InputError(f"{output_dir}: holds {source}, which the {what} reads; choose another output folder.")
     check_folder(output_dir, str(output_dir))
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     folders = sorted(path.name for path in output_dir.iterdir() if path.is_dir())
     if folders or holds(output_dir, Path.cwd()):
-        found = f"holds the folder {folders[0]}, which no merge wrote" if folders else "the current folder"
-        raise InputError(f"{output_dir}: {found}, and a merge replaces the whole; choose another output folder.")
+        found = f"holds the folder {folders[0]}, which no {what} wrote" if folders else "the current folder"
+        raise InputError(f"{output_dir}: {found}, and a {what} replaces the whole; choose another output folder.")
     if overwrite:
         return
     try:
-        report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
-        same = (report["model"], report["adapter"]) == (model, str(adapter.resolve()))
+        known = json.loads((output_dir / report).read_text(encoding="utf-8"))
+        same = (known["model"], known["adapter"]) == (model, str(adapter.resolve()))
     except (OSError, ValueError, LookupError, TypeError):
         same = False
     if not same:
-        raise InputError(f"{output_dir}: not a merge of {model} with {adapter}; pass --overwrite to replace it.")
+        raise InputError(f"{output_dir}: not a {what} of {model} with {adapter}; pass --overwrite to replace it.")
 
 
 def free_disk(path: Path) -> int:

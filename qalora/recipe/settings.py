@@ -203,6 +203,11 @@ class LoraSettings(Section):
     layers_to_transform: list[int] | None = Field(
         None, description="blocks that get adapters, counted from 0; null: all"
     )
+    compress: bool = Field(
+        False,
+        description="at the end the best weights are cut to the smallest size that costs nothing on validation rows; "
+        "adapter/ holds the cut, the best checkpoint the whole",
+    )
 
     @field_validator("adapter")
     @classmethod

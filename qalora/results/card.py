@@ -32,6 +32,7 @@ from qalora.results.card_sections import (
     rank_map,
     training,
 )
+from qalora.results.compression import COMPRESSION, section
 from qalora.results.facts import RunFacts, hub_ids, run_of
 
 MERGE = "merge.json"
@@ -57,6 +58,8 @@ def adapter_card(folder: str | Path, run: RunFacts | None = None, title: str | N
     base = base_called(
         provenance.model if provenance else None, config.get("base_model_name_or_path"), report.get("model")
     )
+    cut_later = _read(path / COMPRESSION)
+    cut = cut_later or (run.metrics.get("compression", {}) if run else {})
     ranks = given_adapter(path).ranks
     article = f"A LoRA adapter{f' for {link(base)}' if base else ''}"
     made = made_by(run, provenance)
@@ -66,6 +69,7 @@ def adapter_card(folder: str | Path, run: RunFacts | None = None, title: str | N
         f"{article}, {made}." if made else f"{article}.",
         figures(run),
         training(base, run, provenance, config),
+        section(cut, later=bool(cut_later) and run is not None),
         rank_map(ranks, run),
         merge_figures(report),
         loading_adapter(base, provenance),
@@ -165,12 +169,18 @@ def _metadata(base: Base | None, run: RunFacts | None, *, library: str | None, r
 
 
 def _report(folder: Path) -> dict[str, Any]:
+    return _read(folder / MERGE)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a command wrote of a folder; nothing where the file is not there."""
     try:
-        found = json.loads((folder / MERGE).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return {}
     except ValueError:
-        raise InputError(f"{folder / MERGE}: not what a merge wrote; merge again.") from None
+        command = "merge" if file.name == MERGE else "compress"
+        raise InputError(f"{file}: not what a {command} wrote; {command} again.") from None
     return found if isinstance(found, dict) else {}
 
 

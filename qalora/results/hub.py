@@ -19,6 +19,7 @@ from qalora.deploy.output import REPORT
 from qalora.errors import AnswerNo, InputError
 from qalora.results.card import card_of
 from qalora.results.card_sections import HERE
+from qalora.results.compression import COMPRESSION, PICTURE
 from qalora.results.facts import without_paths
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 # What a server or a tokenizer reads beside the weights.
 BESIDE = (
-    CARD, REPORT, PROVENANCE, "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*",
-    "additional_chat_templates/*",
+    CARD, REPORT, COMPRESSION, PICTURE, PROVENANCE, "LICENSE*", "NOTICE*", "USE_POLICY*", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
 WEIGHTS = {
     "adapter": ("adapter_model*.safetensors",),
@@ -42,7 +43,12 @@ SETTINGS = {
     "gguf": ("Modelfile",),
 }
 # Fields of the files that may name a place on this machine.
-PLACES = {ADAPTER: ("base_model_name_or_path",), PROVENANCE: ("model",), REPORT: ("model", "adapter")}
+PLACES = {
+    ADAPTER: ("base_model_name_or_path",),
+    PROVENANCE: ("model",),
+    REPORT: ("model", "adapter"),
+    COMPRESSION: ("model", "adapter"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,18 +10,28 @@ from typing import Any
 
 from qalora import processes
 from qalora.adapter.allocation_round import Record
+from qalora.adapter.compression import ROWS, scoring_rows
 from qalora.adapter.model import ranks, save_adapter
+from qalora.adapter.search import Asked
 from qalora.base.checkpoint import Quantization
 from qalora.base.device import device_kind
 from qalora.base.registry import shape_of
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.rows import Tokenized, supervised_tokens
+from qalora.deploy.compressed import Rows, cut_model
+from qalora.deploy.compressed import draw as draw_cut
 from qalora.deploy.merging import merge
 from qalora.errors import AnswerNo
 from qalora.files import write_json
 from qalora.pictures import draw_loss, draw_ranks
+from qalora.results.compression import COMPRESSION, PICTURE, in_sentences
 from qalora.results.finish import push_run, write_results
 from qalora.training.begin import Say, Session, measure
 from qalora.training.planning import planner
+from qalora.training.rows import RunData
 from qalora.training.run import Run
+
+ENOUGH_APART = 64  # rows held back that do nothing else: from there on they alone decide on a cut
 
 
 def train(run: Run, session: Session, say: Say) -> bool:
@@ -47,8 +58,10 @@ def train(run: Run, session: Session, say: Say) -> bool:
 def finish(run: Run, session: Session, say: Say, warn: Say) -> None:
     """Writes metrics.json, the adapter, its pictures, card and page, and merges and pushes where that was asked for; of
     several processes one writes, and all measure."""
+    session.metrics.update(figures(run, session, ranks(session.model)))
+    if run.recipe.lora.compress:
+        compress_run(run, session, say)
     final = ranks(session.model)
-    session.metrics.update(figures(run, session, final))
     if processes.is_first():
         save_adapter(session.model, run.output_dir / "adapter", session.provenance)
     if run.recipe.evaluation.after:
@@ -69,10 +82,48 @@ def write_up(run: Run, session: Session, final: dict[str, int], say: Say, warn: 
     write_results(run.output_dir, log, warn)
     if run.recipe.merge:
         merge_run(run, session)
-    total, budget = session.metrics["allocation"]["total_rank"], sum(session.start.values())
+    total, budget = sum(final.values()), sum(session.start.values())
     say(f"{run.output_dir}/adapter: a plain PEFT LoRA, total rank {total} of {budget}")
     if repo := run.recipe.repository():
         push_run(run.output_dir, repo, run.recipe.hub_private_repo, say)
+
+
+def compress_run(run: Run, session: Session, say: Say) -> None:
+    """`lora.compress=true`: cuts the best weights to the smallest size that costs nothing. metrics.json has the whole
+    adapter beside what was kept, and compress.json the curves."""
+    scoring, judging, which = rows_to_compress_by(run.data, session.trainer.args.load_best_model_at_end)
+    say(f"compressing: {len(scoring)} validation rows order the ranks and {len(judging)} judge the cut, {which}")
+    collate, device = Collator(run.tokenizer.pad_token_id), session.base.model.device
+    sizes = (run.recipe.training.micro_batch_size, run.recipe.evaluation.batch_size)
+    parts = zip((scoring, judging), sizes, strict=True)
+    rows = Rows(*(on_device(micro_batches(part, size, collate), device) for part, size in parts))
+    report = cut_model(session.model, Asked(), rows)
+    session.metrics["compression"] = {name: of for name, of in report.items() if name not in ("curves", "ranks")}
+    for line in in_sentences(report):
+        say(line)
+    if processes.is_first():
+        write_json(run.output_dir / COMPRESSION, report)
+        with TemporaryDirectory(dir=run.output_dir, prefix=".drawing-") as drawn:
+            draw_cut(report, session.start, Path(drawn) / PICTURE)
+            (Path(drawn) / PICTURE).replace(run.output_dir / PICTURE)
+
+
+def rows_to_compress_by(data: RunData, chose: bool) -> tuple[list[Tokenized], list[Tokenized], str]:
+    """(rows that order the ranks, other rows that judge the cut, which these are): some of the rows held back, and of
+    those that chose no weights and measure nothing, where they are enough.
+
+    Args:
+        chose: the loss on the other ones chose the weights.
+    """
+    if len(data.apart) >= ENOUGH_APART:
+        rows, which = data.apart.items, "none of which chose the weights or measures the result"
+    else:
+        rows = [*data.validation.items, *data.apart.items]
+        also = "chose the weights and measure" if chose else "measure"
+        which = f"which also {also} the result: fewer than {ENOUGH_APART} rows are left beside them"
+    rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
+    scoring, judging = scoring_rows([supervised_tokens([item["labels"]]) for item in rows])
+    return [rows[i] for i in scoring], [rows[i] for i in judging], which
 
 
 def figures(run: Run, session: Session, final: Mapping[str, int]) -> dict[str, Any]:

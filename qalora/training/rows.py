@@ -25,6 +25,7 @@ class RunData:
     validation: TokenizedDataset
     scoring: TokenizedDataset
     rows: Rows
+    apart: TokenizedDataset  # of the rows held back, those that are not among `validation`
 
     @property
     def longest(self) -> int:
@@ -74,7 +75,9 @@ def load_data(
         )
     validation, scoring = scoring_apart(held_back, recipe.allocation.val_batch_size, seed)
     validation = _measured(recipe, validation, tokenizer, positions, say)
-    return RunData(train, validation, scoring, rows_of(train.items, held_back.items, validation.items))
+    measured = {id(item) for item in validation.items}
+    apart = held_back.subset([i for i, item in enumerate(held_back.items) if id(item) not in measured])
+    return RunData(train, validation, scoring, rows_of(train.items, held_back.items, validation.items), apart)
 
 
 def scoring_apart(rows: TokenizedDataset, wanted: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:

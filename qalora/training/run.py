@@ -120,6 +120,11 @@ def resolve_run(
             f"{continued.checkpoint} has {continued.step} steps behind it, and the run is to make {total_steps}: "
             "nothing is left to train; training.max_steps or training.num_epochs make it longer"
         )
+    if recipe.lora.compress and len(data.validation) + len(data.apart) < 2:
+        raise InputError(
+            "lora.compress=true: some validation rows order the ranks and others judge the cut, and there is one row; "
+            "raise data.val_set_size, or give data.validation more rows."
+        )
     rounds = rounds_of(recipe, total_steps, per_epoch, continued)
     if not recipe.data.packing:  # a packed row has several samples, which are shared out
         warnings += idle(recipe.training.micro_batch_size, recipe.training.gradient_accumulation_steps)
@@ -158,7 +163,9 @@ def check_run(
     if processes.is_first():
         check_reporting(recipe.training.report_to)
     check_rates(recipe, total_steps)
-    notes = []
+    notes = list[str | None]()
+    if recipe.lora.compress and recipe.training.save_strategy == "no":
+        notes.append("lora.compress: with training.save_strategy=no nothing keeps the whole adapter beside the cut one")
     if rounds.steps and recipe.allocation.prune_per_round:
         notes.append(check_pruning(recipe, source))
     if recipe.merge:

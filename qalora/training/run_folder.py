@@ -24,6 +24,8 @@ FILES = (
     "metrics.json",
     "ranks.png",
     "loss.png",
+    "compress.json",
+    "compression.png",
     "predictions*.jsonl",
     "report.html",
     "log_history.jsonl",

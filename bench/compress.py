@@ -1,0 +1,381 @@
+"""What is lost when the ranks of a trained LoRA leave, by the basis they are taken in and the order they leave in.
+
+    python bench/compress.py --data data --work DIR                  # adapters first, then their cuts
+    python bench/compress.py --data data --work DIR --part train     # the adapters alone
+    python bench/compress.py --data data --work DIR --part cut       # cuts of the adapters that are there
+    python bench/compress.py --data data --work DIR --only 'e2e/*'   # some of it, by patterns of names
+    python bench/compress.py --report                                # table and picture of what is there
+
+Each adapter is a run of `qalora.finetune` and a folder of DIR; each cut is one line of bench/results/compress.jsonl, or
+of the file that `--lines` names. What is there is not done again, and a run that was killed begins anew. The control
+is LoRA trained at the size of the cut, at its own best learning rate. `data` is the folder of bench/quality.py.
+
+Rows are the short ones of each file, for a CPU's sake. Those that train, those that score ranks, those that choose
+among cuts and those that measure are all distinct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, environment
+from compress_report import report
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+import qalora
+from qalora.adapter.ablation import MicroBatch
+from qalora.adapter.compression import Kept, Per, Size, kept, parameters_of
+from qalora.adapter.cutting import losses, rank_orders
+from qalora.adapter.model import load_adapter, rank_parameters
+from qalora.adapter.model import ranks as ranks_of
+from qalora.adapter.principal import Basis, into_basis
+from qalora.adapter.scores import PerRank
+from qalora.base.loading import LoadedBase, load_base, load_tokenizer
+from qalora.base.registry import resolve
+from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.tokenization import load_dataset
+from qalora.errors import AnswerNo
+from qalora.recipe import load_recipe
+
+MODEL = "smollm2-135m"
+FILE = RESULTS / "compress.jsonl"
+SEEDS = (0, 1, 2)
+ROWS_PER_STEP = 8
+BATCH = {"scoring": 8, "choosing": 32, "test": 32}  # rows per forward
+
+
+@dataclass(frozen=True)
+class Task:
+    """Attributes:
+    steps: of 8 rows, two to four minutes of one CPU core.
+    longest: tokens of a row; longer ones are left out.
+    scoring, choosing, test: rows that score ranks, that choose among cuts, and that measure.
+    settings: of the recipe, for these files.
+    """
+
+    steps: int
+    longest: int
+    scoring: int
+    choosing: int
+    test: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+TASKS = {
+    "e2e": Task(40, 80, scoring=24, choosing=20, test=40, settings={"data.columns": {}}),
+    "sst2": Task(32, 30, scoring=40, choosing=24, test=64),
+    "alpaca": Task(16, 64, scoring=20, choosing=14, test=28),
+    "gsm8k": Task(12, 104, scoring=12, choosing=8, test=20),
+    "boolq": Task(12, 92, scoring=16, choosing=10, test=24),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An adapter: the task it learned, how it began, its ranks per module, the learning rate, and the seed."""
+
+    task: str
+    origin: str  # lora.init: kaiming, as PEFT has it, or quantization
+    r: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.origin}-r{self.r}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The ranks that are kept of an adapter.
+
+    Attributes:
+        order: of qalora's, or random.
+        share: of the whole adapter's ranks.
+        per: what orders the ranks: the score, or the score per parameter, with as many parameters as the score keeps.
+    """
+
+    basis: Basis
+    order: str
+    share: float
+    per: Per = "rank"
+
+
+SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
+DEEP = (0.5, 0.25)
+ORDERS = ("path", "values", "shrunk")
+CORE = (
+    *(Cut("svd", order, share) for order in ORDERS for share in DEEP),
+    *(Cut("trained", "sum", share) for share in DEEP),
+)
+EVERY = tuple(
+    dict.fromkeys(
+        (
+            *(Cut("svd-act", order, share) for order in ORDERS for share in DEEP),
+            *(Cut(basis, order, share) for share in SHARES for basis in ("svd", "svd-act") for order in ORDERS),
+            *(Cut("trained", "sum", share) for share in SHARES),
+            *(Cut("svd", "path", share, "parameter") for share in SHARES),
+            *(Cut("svd", order, share) for order in ("sum", "random") for share in SHARES),
+            *(Cut("trained", order, share) for order in ("path", "random") for share in SHARES),
+        )
+    )
+)
+WHOLE = 8  # ranks per module of the adapters that are cut first
+RATE = 2e-3
+NARROW = {4: (2e-3, 4e-3, 8e-3), 2: (2e-3, 4e-3, 8e-3)}  # ranks per module of the controls → rates to choose from
+
+
+def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
+    """Adapters and how they are cut, the most telling first."""
+    wide = [Run(task, "kaiming", WHOLE, RATE, seed) for seed in SEEDS for task in TASKS]
+    yield from ((run, CORE) for run in wide)
+    for task in ("e2e", "alpaca", "sst2", "gsm8k", "boolq"):
+        for r, rates in sorted(NARROW.items()):
+            for rate in rates:
+                yield Run(task, "kaiming", r, rate, SEEDS[0]), ()
+    others = [Run(task, "quantization", WHOLE, RATE, SEEDS[0]) for task in TASKS]
+    others += [Run(task, "kaiming", r, RATE, SEEDS[0]) for r in (16, 32) for task in TASKS]
+    yield from ((run, CORE) for run in others)
+    yield from ((run, EVERY) for run in [*wide, *others])
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.report:
+        text = report(
+            read(args.lines), [vars(run) for run in dict.fromkeys(run for run, _ in plan())], RESULTS / "compress.png"
+        )
+        (RESULTS / "compress.md").write_text(text, encoding="utf-8")
+        print(text)
+        return
+    for run, cuts in plan():
+        if any(fnmatch(run.name, pattern) for pattern in args.only):
+            if args.part in ("train", "both"):
+                train(run, args.data, args.work)
+            if args.part in ("cut", "both") and (folder_of(run, args.work) / "bench.json").is_file():
+                measure(run, EVERY if args.every and cuts else cuts, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl, validation.jsonl and test.jsonl")
+    parser.add_argument("--work", type=Path, help="folder of the adapters and of the rows that were chosen")
+    parser.add_argument("--part", choices=("train", "cut", "both"), default="both")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/ADAPTER", help="patterns of names")
+    parser.add_argument("--every", action="store_true", help="every cut of an adapter at once, not the core ones first")
+    parser.add_argument("--lines", type=Path, default=FILE, help="where results are appended (default: %(default)s)")
+    parser.add_argument("--report", action="store_true")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------- the adapters
+
+
+def train(run: Run, data: Path, work: Path) -> None:
+    """One adapter, unless it is there."""
+    folder = folder_of(run, work)
+    if (folder / "bench.json").is_file():
+        return
+    print(f"{time.strftime('%H:%M:%S')} training {run.name}", file=sys.stderr, flush=True)
+    task, files = TASKS[run.task], rows_of(run.task, data, work)
+    start = time.process_time()
+    qalora.finetune(
+        run.task,
+        {
+            **reading(run.task),
+            "model": MODEL,
+            "output_dir": str(folder),
+            "data.train": str(files["train"]),
+            "data.validation": str(files["choosing"]),
+            "quantization.bnb_4bit_compute_dtype": "float32",
+            "lora.init": run.origin,
+            "lora.r": run.r,
+            "lora.alpha": 2 * run.r,
+            "allocation.rounds": 0,
+            "training.micro_batch_size": ROWS_PER_STEP,
+            "training.gradient_accumulation_steps": 1,
+            "training.gradient_checkpointing": False,
+            "training.max_steps": task.steps,
+            "training.learning_rate": run.learning_rate,
+            "training.seed": run.seed,
+            "training.eval_strategy": "no",
+            "training.save_strategy": "no",
+            "training.early_stopping_patience": None,
+            "evaluation.before": False,
+            "evaluation.after": False,
+            "logging.quiet": True,
+        },
+        overwrite=True,
+    )
+    taken = {"cpu_seconds": round(time.process_time() - start), **environment()}
+    (folder / "bench.json").write_text(json.dumps(taken) + "\n", encoding="utf-8")
+
+
+def folder_of(run: Run, work: Path) -> Path:
+    return work / "adapters" / run.name
+
+
+# ------------------------------------------------------------------------------------------------------------- the cuts
+
+
+def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
+    """Losses of the base, of the whole adapter and of its cuts, those that the file lacks; each is a line."""
+    there = {(line["basis"], line["order"], line["share"], line["per"]) for line in read(args.lines, run)}
+    wanted = [cut for cut in cuts if (cut.basis, cut.order, cut.share, cut.per) not in there]
+    whole = (None, "whole", 1.0, "rank")
+    if not wanted and whole in there:
+        return
+    print(f"{time.strftime('%H:%M:%S')} measuring {run.name}, {len(wanted)} cuts", file=sys.stderr, flush=True)
+    batches, folder = batches_of(run.task, args.data, args.work), folder_of(run, args.work)
+
+    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel) -> None:
+        line = {"run": vars(run), **facts, **measured(model, ranks, batches)}
+        args.lines.parent.mkdir(parents=True, exist_ok=True)
+        with args.lines.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    if whole not in there:
+        model = load_adapter(base().model, folder / "adapter", trainable=True)
+        bare = {"basis": None, "order": "base", "share": 1.0, "per": "rank"}
+        append(bare, {}, model)
+        taken = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        taken.pop("command")  # names folders of a machine
+        append(
+            {**bare, "order": "whole", **taken}, {name: list(range(r)) for name, r in ranks_of(model).items()}, model
+        )
+    for basis in dict.fromkeys(cut.basis for cut in wanted):
+        own = [cut for cut in wanted if cut.basis == basis]
+        model = load_adapter(base().model, folder / "adapter", trainable=True)
+        total = sum(ranks_of(model).values())
+        values = into_basis(model, basis, batches["scoring"])
+        orders = scores_of(run, basis, model, values, batches["scoring"], {cut.order for cut in own}, args.work)
+        costs = rank_parameters(model, values)
+        for cut in own:
+            ranks = kept(orders[cut.order], Size(ranks=round(cut.share * total)), costs)
+            if cut.per == "parameter":
+                ranks = kept(orders[cut.order], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
+            append(vars(cut), ranks, model)
+
+
+def measured(model: PeftModel, ranks: Kept, batches: Mapping[str, list[MicroBatch]]) -> dict[str, Any]:
+    """Size and losses of some ranks alone: of every row, summed over its supervised tokens."""
+    found: dict[str, Any] = {
+        "ranks": sum(map(len, ranks.values())),
+        "parameters": parameters_of(ranks, rank_parameters(model, ranks)),
+    }
+    for part in ("choosing", "test"):
+        of_rows = losses(model, batches[part], ranks)
+        found |= {part: [round(loss, 5) for loss in of_rows.rows], f"{part}_tokens": of_rows.tokens}
+    return found
+
+
+def scores_of(
+    run: Run,
+    basis: Basis,
+    model: PeftModel,
+    values: PerRank,
+    batch: Sequence[MicroBatch],
+    which: set[str],
+    work: Path,
+) -> dict[str, PerRank]:
+    """Order → scores of every rank, from the file of an earlier call where that has them."""
+    file = work / "scores" / f"{run.name}-{basis}.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    missing: set[Any] = which - set(found)
+    if "random" in missing:
+        draw = random.Random(run.name)
+        found["random"] = {name: [draw.random() for _ in of] for name, of in values.items()}
+    if "path" in missing or "shrunk" in missing:
+        missing |= {"path", "shrunk"}  # one scoring gives both
+    found |= rank_orders(model, values, batch, missing - {"random"})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+@cache
+def base() -> LoadedBase:
+    return load_base(resolve(MODEL), tokenizer=tokenizer(), dtype="float32")
+
+
+@cache
+def batches_of(task: str, data: Path, work: Path) -> dict[str, list[MicroBatch]]:
+    """The rows that score, choose and test, as micro-batches."""
+    recipe = load_recipe(task, {**reading(task), "model": MODEL, "data.train": "rows"})
+    batches = {}
+    for part, file in rows_of(task, data, work).items():
+        if part != "train":
+            items = load_dataset(str(file), tokenizer(), split="train", **recipe.data.reading()).items
+            found = micro_batches(items, BATCH[part], Collator(tokenizer().pad_token_id))
+            batches[part] = on_device(found, base().model.device)
+    return batches
+
+
+def read(file: Path, run: Run | None = None) -> list[dict[str, Any]]:
+    """Lines of the file, or those of one adapter."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [line for line in lines if run is None or line["run"] == vars(run)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+
+def reading(task: str) -> dict[str, Any]:
+    """Settings of how a task's rows are read."""
+    return {"data.chat": False, "data.max_seq_len": TASKS[task].longest, **TASKS[task].settings}
+
+
+def rows_of(name: str, data: Path, work: Path) -> dict[str, Path]:
+    """Files of the rows that train, score, choose and test, drawn once from the short rows of the task's files."""
+    task, parts = TASKS[name], ("train", "scoring", "choosing", "test")
+    files = {part: work / "rows" / name / f"{part}.jsonl" for part in parts}
+    if all(file.is_file() for file in files.values()):
+        return files
+    wanted = {"train": ROWS_PER_STEP * task.steps, "scoring": task.scoring, "choosing": task.choosing}
+    has_validation = (data / name / "validation.jsonl").is_file()  # GSM8K has none: rows of train take its place
+    train = short_rows(name, data / name / "train.jsonl")
+    others = short_rows(name, data / name / "validation.jsonl") if has_validation else train[wanted["train"] :]
+    chosen = {
+        "train": train[: wanted["train"]],
+        "scoring": others[: task.scoring],
+        "choosing": others[task.scoring : task.scoring + task.choosing],
+        "test": short_rows(name, data / name / "test.jsonl")[: task.test],
+    }
+    for part, count in (wanted | {"test": task.test}).items():
+        if len(chosen[part]) < count:
+            raise AnswerNo(f"{name}: {len(chosen[part])} short rows for {part}, and {count} are wanted")
+    for part, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(line + "\n" for line in chosen[part]), encoding="utf-8")
+    return files
+
+
+def short_rows(task: str, file: Path) -> list[str]:
+    """Lines of the file whose tokens are no more than the task's, shuffled."""
+    lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")  # texts hold other ends of lines
+    random.Random(0).shuffle(lines)
+    lines = lines[:4000]
+    recipe = load_recipe(task, {**reading(task), "model": MODEL, "data.train": str(file), "data.max_seq_len": 4096})
+    given: Any = [json.loads(line) for line in lines]
+    items = load_dataset(given, tokenizer(), split="train", **recipe.data.reading()).items
+    return [lines[item["row"]] for item in items if len(item["input_ids"]) <= TASKS[task].longest]
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(resolve(MODEL))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a cut costs, and the cut itself: orders of ranks, losses with some ranks alone, and the ranks that leave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+
+from qalora import processes
+from qalora.adapter.ablation import MicroBatch, scoring_mode
+from qalora.adapter.compression import Kept, Order, Per, Point, Size, kept, paired, parameters_of, shrunk
+from qalora.adapter.layer import gated
+from qalora.adapter.model import gated_layers, rank_parameters, remove_layer, sync_config
+from qalora.adapter.scores import PerRank
+from qalora.adapter.scoring import path_shares, score_ranks
+from qalora.adapter.surgery import replace_ranks
+from qalora.data.rows import targets
+from qalora.kernels.loss import row_losses
+from qalora.progress import track
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of every row of a batch, in its order: summed over the supervised tokens, in nats, and how many those are."""
+
+    rows: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rows) / sum(self.tokens)
+
+
+def rank_orders(
+    model: PeftModel, values: PerRank, batch: Sequence[MicroBatch], which: Collection[Order]
+) -> dict[Order, PerRank]:
+    """Scores of every rank by which ranks can be ordered, in the basis that the model is in.
+
+    Args:
+        values: of `into_basis`.
+        batch: the rows that score; `values` alone needs none.
+        which: values: squared singular values, the energy that a rank carries; path; sum: the paper's; shrunk: path
+            towards the singular values by its standard errors.
+
+    Raises:
+        AnswerNo: a score is not finite.
+    """
+    found: dict[Order, PerRank] = {}
+    if {"path", "shrunk"} & set(which):
+        path = path_shares(model, batch)
+        found["path"] = path.importance
+        if path.stderr is not None:
+            found["shrunk"] = shrunk(path.importance, path.stderr, values)
+    if "sum" in which:
+        found["sum"] = score_ranks(model, batch, "first-order").importance
+    found["values"] = {name: [value * value for value in of] for name, of in values.items()}
+    return {order: found[order] for order in which if order in found}
+
+
+def losses(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = None) -> Losses:
+    """The losses of every row with these ranks alone, which several processes share.
+
+    Args:
+        ranks: those whose gates stay open; none of them: the base alone; None: the whole adapter.
+    """
+    layers = gated_layers(model)
+    gates = {}
+    for name, layer in layers.items() if ranks is not None else ():
+        gates[name] = torch.zeros(len(layer.A), device=layer.A.device)
+        gates[name][(ranks or {}).get(name, [])] = 1.0
+
+    def of(micro: MicroBatch) -> tuple[list[float], list[int]]:
+        return row_losses(model, micro).double().tolist(), targets(micro["labels"]).sum(1).tolist()
+
+    with scoring_mode(model), torch.no_grad(), gated(layers, gates):
+        found = processes.together(batch, of, partial(track, what="measuring"))
+    return Losses([loss for rows, _ in found for loss in rows], [count for _, tokens in found for count in tokens])
+
+
+def curve(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    scores: PerRank,
+    sizes: Sequence[Size],
+    *,
+    whole: Losses,
+    of: int,
+    per: Per = "rank",
+) -> list[Point]:
+    """The cost of cuts to each of the sizes, on rows that gave no scores; the model stays as it is.
+
+    Args:
+        scores: what orders the ranks, see `rank_orders`.
+        whole: losses of the whole adapter on the same batch.
+        of: ranks of the whole adapter, of which shares are.
+    """
+    costs = rank_parameters(model, scores)
+    return [point(model, batch, kept(scores, size, costs, per), whole=whole, of=of) for size in sizes]
+
+
+def point(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept, *, whole: Losses, of: int) -> Point:
+    """What one cut costs, see `curve`."""
+    found = losses(model, batch, ranks)
+    difference, stderr = paired(found.rows, whole.rows, whole.tokens)
+    total = sum(map(len, ranks.values()))
+    parameters = parameters_of(ranks, rank_parameters(model, ranks))
+    return Point(total / of, total, parameters, found.mean, difference, stderr, ranks)
+
+
+def cut(model: PeftModel, ranks: Kept) -> None:
+    """Takes all other ranks off the adapter; a module that keeps none leaves it. Scalings stay, and PEFT's config says
+    what is left."""
+    for name, layer in gated_layers(model).items():
+        index = torch.tensor(ranks.get(name, []), dtype=torch.long, device=layer.A.device)
+        if len(index):
+            replace_ranks(layer, layer.A.data[index], layer.B.data[:, index])
+        else:
+            remove_layer(model, name)
+    sync_config(model)

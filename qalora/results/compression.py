@@ -1,0 +1,58 @@
+"""What compress.json says of a cut, in sentences and for a model card. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COMPRESSION = "compress.json"
+PICTURE = "compression.png"
+ORDERS = {
+    "path": "path scores",
+    "sum": "sum scores",
+    "values": "singular values",
+    "shrunk": "path scores drawn to singular values",
+}
+
+
+def section(report: Mapping[str, Any], *, later: bool) -> str:
+    """The section of a model card; empty where nothing was cut.
+
+    Args:
+        later: the cut was made after the run, whose figures are of the whole adapter.
+    """
+    if not report:
+        return ""
+    lines = [f"- {line[0].upper()}{line[1:]}." for line in in_sentences(report)]
+    if later:
+        lines.append("- Figures before and after training, and numbers of the run's ranks, are of the whole adapter.")
+    return "## Compression\n\n" + "\n".join(lines)
+
+
+def in_sentences(report: Mapping[str, Any]) -> list[str]:
+    """What was kept, what it costs, and what decided."""
+    kept, whole = report["kept"], report["whole"]
+    size = (
+        f"{kept['ranks']:,} of {whole['ranks']:,} ranks ({kept['share']:.1%}) and {kept['parameters']:,} of "
+        f"{whole['parameters']:,} parameters are kept"
+    )
+    if "loss" not in kept:
+        return [f"{size}, by singular values alone: no row was read, so what the cut costs is not known"]
+    judged = report["judged_on"]
+    lines = [
+        size,
+        f"loss {kept['loss']:.4f}, of the whole adapter {whole['loss']:.4f}, of the base {report['base_loss']:.4f}: "
+        f"{kept['difference']:+.4f} ± {kept['stderr']:.4f} nats per token from the whole, on {judged['rows']:,} rows "
+        "that ordered no ranks",
+        f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
+    ]
+    if refit := report.get("refit"):
+        change = f"the loss from {refit['loss_before']:.4f} to {refit['loss_after']:.4f}"
+        stays = "and stays" if refit["helped"] else "so it was taken back"
+        lines.append(f"correction by {refit['how']}: {change}, {stays}")
+    if report["whole_hurts"]:
+        lines.append(
+            f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f} ± "
+            f"{report['gain_stderr']:.4f} nats per token better; are they rows that it was trained for?"
+        )
+    return lines

@@ -1,0 +1,72 @@
+"""What a cut adapter's file holds, whatever the one that came in held."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from qalora.adapter.cutting import cut
+from qalora.adapter.model import gated_layers, ranks
+from qalora.adapter.principal import into_basis
+from qalora.adapter.search import Asked
+from qalora.deploy.compressed import Rows, cut_model, round_weights, to_one_rank, write_cut
+
+
+@pytest.fixture
+def model(tiny_adapter):
+    return tiny_adapter(r=3, alpha=5, targets=["q_proj", "k_proj", "up_proj"]).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(9)[None]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_file_is_of_the_dtype_and_the_function_the_rounded_one(model, tiny_llama, tmp_path, dtype):
+    into_basis(model, "svd")
+    q, k, up = list(ranks(model))[:3]
+    cut(model, {q: [0, 1], up: [2]})
+    round_weights(model, dtype)
+    write_cut(model, tmp_path, dtype, "somebody/base")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
+    assert {layer.A.dtype for layer in gated_layers(model).values()} == {torch.float32}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]  # no k_proj is left
+    assert k not in config["exclude_modules"]
+    assert config["rank_pattern"] == {q: 2, up: 1}
+    assert config["base_model_name_or_path"] == "somebody/base"
+    vanilla = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(vanilla), logits(model), rtol=0, atol=1e-4)
+
+
+def test_one_rank_computes_the_same_and_needs_no_patterns(model, tiny_llama, tmp_path):
+    into_basis(model, "svd")
+    first, second, *_ = ranks(model)
+    cut(model, {first: [0, 1], second: [0]})
+    before = logits(model)
+    to_one_rank(model)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    write_cut(model, tmp_path, torch.float32, None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (2, 2, {}, {})
+    vanilla = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(vanilla), before, rtol=0, atol=1e-4)
+
+
+def test_what_is_measured_is_what_is_written(model, make_batch):
+    """After rounding to 8 bits of mantissa, and not before."""
+    rows = Rows([make_batch(rows=4, seed=1)], [make_batch(rows=4, seed=2)])
+    report = cut_model(model, Asked(orders=("values",)), rows, dtype=torch.bfloat16)
+    batch = rows.judging[0]
+    with torch.no_grad():
+        found = float(model(**batch).loss)
+    assert report["kept"]["loss"] == pytest.approx(found, rel=1e-5)
+    assert report["ranks"] == ranks(model)
+    assert report["kept"]["share"] == sum(ranks(model).values()) / 18
+    for layer in gated_layers(model).values():
+        assert torch.equal(layer.A, layer.A.bfloat16().float())

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from qalora.results.compression import in_sentences, section
+
+
+@pytest.fixture
+def report():
+    return {
+        "whole": {"ranks": 1680, "parameters": 2_442_240, "loss": 1.3215},
+        "kept": {
+            "share": 0.25, "ranks": 420, "parameters": 600_000, "loss": 1.3205, "difference": -0.001, "stderr": 0.0021,
+        },
+        "base_loss": 2.79,
+        "judged_on": {"rows": 168, "supervised_tokens": 5000},
+        "order": "shrunk",
+        "orders": ["path", "values", "shrunk"],
+        "whole_hurts": False,
+        "gain": 1.47,
+        "gain_stderr": 0.05,
+    }  # fmt: skip
+
+
+def test_what_was_kept_is_said(report):
+    size, loss, order = in_sentences(report)
+    assert size == "420 of 1,680 ranks (25.0%) and 600,000 of 2,442,240 parameters are kept"
+    assert "loss 1.3205, of the whole adapter 1.3215, of the base 2.7900: -0.0010 ± 0.0021" in loss
+    assert order == "the order is that of path scores drawn to singular values, the best of 3 here"
+
+
+def test_without_rows_nobody_knows_the_cost(report):
+    kept = {"share": 0.25, "ranks": 420, "parameters": 600_000}
+    (line,) = in_sentences({"whole": report["whole"], "kept": kept, "order": "values"})
+    assert line.endswith("by singular values alone: no row was read, so what the cut costs is not known")
+
+
+def test_an_adapter_that_hurts_and_a_correction_are_said(report):
+    report |= {"whole_hurts": True, "gain": -0.2}
+    report["refit"] = {"how": "least squares", "loss_before": 1.33, "loss_after": 1.34, "helped": False}
+    lines = in_sentences(report)
+    assert "correction by least squares: the loss from 1.3300 to 1.3400, so it was taken back" in lines
+    assert "the base alone is 0.2000 ± 0.0500 nats per token better" in lines[-1]
+
+
+def test_a_card_says_whose_figures_are_whose(report):
+    text = section(report, later=True)
+    assert text.startswith("## Compression\n\n- 420 of 1,680 ranks")
+    assert text.endswith("are of the whole adapter.")
+    assert "of the whole adapter." not in section(report, later=False).splitlines()[-1]
+    assert section({}, later=False) == ""
