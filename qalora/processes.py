@@ -349,7 +349,7 @@ def _exchange(value: T, trouble: BaseException | None) -> list[T]:
             raise trouble
         raise EndedElsewhere(kinds[errors[0]])
     if "memory" in kinds:
-        error = trouble or torch.OutOfMemoryError(f"in process {kinds.index('memory')}")
+        error = trouble or torch.OutOfMemoryError(f"memory ran out in process {kinds.index('memory')}")
         error.said = True  # type: ignore[attr-defined]
         raise error
     return [value for _, value in found]
