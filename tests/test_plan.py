@@ -94,13 +94,13 @@ def test_fit_chooses_settings_for_the_card_and_says_the_limits(capsys):
     assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 16
     assert answer["fits"]
     shape = MODELS["llama-7b"][1]
-    settings = {key: chosen[key] for key in ("micro_batch_size", "gradient_checkpointing", "mlp_tile")}
+    settings = dict(chosen)
     assert answer["total"] == plan_memory(shape, seq_len=2048, **settings).total
     rows = answer["largest_micro_batch_size"]
     totals = [plan_memory(shape, seq_len=2048, **{**settings, "micro_batch_size": n}).total for n in (rows, rows + 1)]
     assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
     length = answer["longest_context"]
-    frugal = dict(gradient_checkpointing="offload", mlp_tile=MLP_TILE)
+    frugal = {**settings, "micro_batch_size": 1, "gradient_checkpointing": "offload", "mlp_tile": MLP_TILE}
     totals = [plan_memory(shape, seq_len=n, **frugal).total for n in (length, length + 1)]
     assert totals[0] <= HEADROOM * 24 * 2**30 < totals[1]
 

@@ -203,10 +203,9 @@ _spare: list[Tensor] = []
 
 def _give_up(optimizer: Any, moments: Iterable[Tensor]) -> None:
     """Takes moments out of those that bitsandbytes pages."""
-    gone = [moment for moment in moments if getattr(moment, "is_paged", False)]
-    pages = optimizer.page_mng.paged_tensors
+    gone, pages = list(moments), optimizer.page_mng.paged_tensors
     pages[:] = [page for page in pages if not any(page is moment for moment in gone)]
-    _spare.extend(gone)
+    _spare.extend(moment for moment in gone if getattr(moment, "is_paged", False))
 
 
 def _buffer(optimizer: Any, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
