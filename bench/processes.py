@@ -1,11 +1,12 @@
 """Several processes as one run, for real: equality with one process, kills at random moments, two nodes.
 
     python bench/processes.py equal                      # a tiny model, 40 steps, three rounds: 1, 2 and 3 processes
-    python bench/processes.py equal --data DIR           # SmolLM2 on E2E rows of DIR, 1 and 2 processes
+    python bench/processes.py resume                     # two processes, then three, then one, go on with one run
     python bench/processes.py kills --kills 20           # one of two processes is killed, then the run goes on
     python bench/processes.py nodes                      # torchrun --nnodes 2 in two network namespaces; Linux, as root
 
-All of it runs over gloo on a CPU. The bar: losses, ranks and adapter within 1e-5 of one process; after a kill the
+With `--data DIR` the first three train SmolLM2 on E2E rows of DIR: fewer steps, and as a rule fewer kills. All of it
+runs over gloo on a CPU. The bar: losses, ranks and adapter within 1e-5 of one process; after a kill the
 others have ended within 30 seconds, and the run that goes on ends with the bytes of an undisturbed one.
 """
 
@@ -50,7 +51,11 @@ KILLED = (
 )  # fmt: skip
 REAL = (
     "training.max_steps=8", "allocation.rounds=2", "allocation.warmup=2", "allocation.interval=3",
-    "training.eval_steps=8", "training.save_steps=4", "allocation.val_batch_size=6", "data.max_rows=120",
+    "training.eval_steps=8", "training.save_steps=2", "allocation.val_batch_size=6", "data.max_rows=120",
+)  # fmt: skip
+REAL_KILLED = (
+    "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1",
+    "training.eval_steps=4", "training.save_steps=1", "allocation.val_batch_size=2", "data.max_rows=40",
 )  # fmt: skip
 # A process of a launch: what a launcher sets, and the command.
 PROCESS = """
@@ -76,12 +81,12 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("equal", "kills", "nodes"))
+    parser.add_argument("what", choices=("equal", "resume", "kills", "nodes"))
     parser.add_argument("--data", type=Path, help="folder with e2e/train.jsonl: SmolLM2 on its rows")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parsed = {"equal": equal, "kills": kills, "nodes": nodes}
-    parser.set_defaults(do=lambda folder, args: parsed[args.what](folder, args))
+    cases = {"equal": equal, "resume": resume, "kills": kills, "nodes": nodes}
+    parser.set_defaults(do=lambda folder, args: cases[args.what](folder, args))
     return parser
 
 
@@ -103,9 +108,29 @@ def equal(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def resume(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One run that is interrupted twice and goes on in another number of processes, compared with one that is not."""
+    to, steps = (real_command(args.data), 8) if args.data else (tiny_command(folder), 40)
+    assert launch(folder, 1, to(folder / "undisturbed")) == [0]
+    words = [*to(folder / "resumed"), "--resume-from-checkpoint", "auto"]
+    found: list[dict[str, Any]] = []
+    for size, until in ((2, steps // 3), (3, 2 * steps // 3), (1, steps)):
+        running, logs = started_processes(folder, size, words)
+        while until < steps and step_in(logs[0]) < until:
+            assert all(process.is_alive() for process in running), [log.read_text() for log in logs]
+            time.sleep(0.05)
+        if until < steps:
+            running[-1].terminate()  # a signal to one is one to all
+        codes = [process.join() or process.exitcode for process in running]
+        found.append({"processes": size, "exit codes": str(codes), "until step": step_in(logs[0])})
+    compared = differences(folder / "resumed", folder / "undisturbed")
+    return [*({**row, **dict.fromkeys(compared)} for row in found[:-1]), {**found[-1], **compared}]
+
+
 def kills(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Kills one of two processes at random moments, and goes on."""
-    to, draw = tiny_command(folder, KILLED), random.Random(args.seed)
+    to = real_command(args.data, REAL_KILLED) if args.data else tiny_command(folder, KILLED)
+    draw = random.Random(args.seed)
     running, _ = met_processes(folder, to(folder / "undisturbed"))
     started = time.monotonic()
     assert [process.join() or process.exitcode for process in running] == [0, 0]
@@ -179,8 +204,9 @@ def tiny_command(folder: Path, settings: Sequence[str] = TINY) -> Callable[[Path
     return lambda to: words_of(str(model), "alpaca", rows, to, ("data.format=auto", *settings))
 
 
-def real_command(data: Path) -> Callable[[Path], list[str]]:
-    return lambda to: words_of("smollm2-135m", "e2e", data / "e2e" / "train.jsonl", to, REAL)
+def real_command(data: Path, settings: Sequence[str] = REAL) -> Callable[[Path], list[str]]:
+    """A run of SmolLM2 on E2E rows, and where it writes."""
+    return lambda to: words_of("smollm2-135m", "e2e", data / "e2e" / "train.jsonl", to, settings)
 
 
 def words_of(model: str, recipe: str, rows: Path, output_dir: Path, settings: Sequence[str]) -> list[str]:
@@ -257,7 +283,8 @@ def digest(output_dir: Path) -> str:
 
 def step_in(log: Path) -> int:
     """The last step that a log speaks of."""
-    steps = [line.split("/")[0].split()[-1] for line in log.read_text().splitlines() if line.startswith("step ")]
+    lines = log.read_text().splitlines() if log.exists() else []
+    steps = [line.split("/")[0].split()[-1] for line in lines if line.startswith("step ")]
     return int(steps[-1]) if steps else 0
 
 

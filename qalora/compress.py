@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qalora.adapter.compression import ROWS
 from qalora.cli import Parser, say
 from qalora.errors import InputError
 from qalora.flags import add
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from qalora.data.rows import Row
     from qalora.recipe import Recipe
 
-ROWS = 200
 SIZES = ("keep", "parameters", "max_rank")
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qalora.cli import DONE, NO, Parser
-from qalora.environment import check_launcher, leave_to_the_recipe
+from qalora.environment import check_launcher, check_ways, leave_to_the_recipe
 from qalora.errors import InputError
 from qalora.flags import add
 
@@ -204,6 +204,7 @@ def of_environment(facts: Mapping[str, Any]) -> Iterator[Finding]:
     environ = dict(facts["environment"])
     try:
         check_launcher(environ)
+        check_ways(environ)
     except InputError as error:
         what, _, do = str(error).rpartition("; ")
         yield Finding("fails", what, do.rstrip("."))

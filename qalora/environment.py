@@ -36,10 +36,8 @@ def check_launcher(environ: Mapping[str, str] = os.environ) -> int:
     """How many processes `torchrun` or `accelerate launch` started, of which this is one.
 
     Raises:
-        InputError: another launcher, a launch that does not say all of what it must, or a way to train that parts the
-            model.
+        InputError: another launcher, or a launch that does not say all of what it must.
     """
-    _check_ways(environ)
     found = _several(environ)
     if found is None:
         return 1
@@ -69,16 +67,18 @@ def check_one_process(environ: Mapping[str, str] = os.environ) -> None:
             f"{found} in the environment: this runs in one process on one device (`qalora finetune` alone takes "
             f"several); start it without torchrun, mpirun or accelerate launch, or unset {found.partition('=')[0]}."
         )
-    _check_ways(environ)
+    check_ways(environ)
 
 
 def _several(environ: Mapping[str, str]) -> str | None:
-    """The variable that speaks of several processes, with its value.
+    """The variable that speaks of several processes, with its value. Where torchrun's WORLD_SIZE says how many there
+    are, what another launcher left, such as srun's PMI_SIZE, says nothing.
 
     Raises:
         InputError: a value that is no number.
     """
-    for name in (*SIZES, *RANKS):
+    torchrun = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    for name in torchrun if environ.get("WORLD_SIZE", "").strip() else (*SIZES, *RANKS):
         least = 1 if name in RANKS else 2
         text = environ.get(name, "").strip()
         if text and not text.lstrip("-").isdecimal():
@@ -88,7 +88,7 @@ def _several(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def _check_ways(environ: Mapping[str, str]) -> None:
+def check_ways(environ: Mapping[str, str]) -> None:
     """
     Raises:
         InputError: accelerate was told to part the model or its optimizer over processes.

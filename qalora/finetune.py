@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,7 @@ from qalora.errors import InputError
 from qalora.files import check_folder
 from qalora.flags import add
 from qalora.locking import locked
+from qalora.training.agreement import check_device, check_recipes
 from qalora.training.checkpoints import find_checkpoint
 from qalora.training.resume import Continued
 from qalora.training.run_folder import (
@@ -60,9 +62,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     from qalora.recipe import recipe_path
 
-    args, rest = parser().parse_known_args(argv)
     with processes.joined():
         with processes.agreeing():
+            args, rest = parsed(argv)
             recipe = asked_recipe(args, rest)
             if args.dry_run:
                 dry_run(recipe)
@@ -74,6 +76,22 @@ def main(argv: list[str]) -> int:
             resume_from_checkpoint=args.resume_from_checkpoint,
             command=argv,
         )
+
+
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """argparse's flags, and the other words. Of several processes the first prints what argparse has to say.
+
+    Raises:
+        SystemExit: it has printed help, or what is wrong.
+        InputError: the same, in a process that prints nothing.
+    """
+    if processes.is_first():
+        return parser().parse_known_args(argv)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:
+        try:
+            return parser().parse_known_args(argv)
+        except SystemExit:
+            raise InputError(f"command line: {said.getvalue().rpartition('error: ')[2].strip()}.") from None
 
 
 def asked_recipe(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
@@ -124,6 +142,8 @@ def run_recipe(
     from qalora.training.settling import as_it_began, check_targets, settled, with_its_own
 
     with processes.joined(), processes.agreeing():
+        check_device()
+        check_recipes(recipe)
         show(processes.is_first() and not recipe.logging.quiet)
         say = teller(recipe)
         source = resolve(recipe.model)
@@ -231,6 +251,7 @@ def dry_run(recipe: Recipe) -> None:
     from qalora.training.planning import planner
     from qalora.training.settling import check_targets, fitted_to_device, settled, with_its_own
 
+    check_recipes(recipe)
     say = teller(recipe)
     source = resolve(recipe.model)
     shape = shape_of(source)

@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalora import progress
-from qalora.environment import check_launcher, taken_out
+from qalora.environment import check_launcher, check_ways, taken_out
 from qalora.errors import AnswerNo, EndedElsewhere, InputError
 from qalora.watch import Watch
 
@@ -56,6 +58,7 @@ class Group:
 
 
 _group = Group()
+_meetings = count()
 
 
 class Lost(AnswerNo):
@@ -83,7 +86,11 @@ def joined(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
         InputError: a launch that cannot be joined, or fewer GPUs than processes.
     """
     global _group
-    if size() > 1 or check_launcher(environ) == 1:
+    if size() > 1:
+        yield
+        return
+    if check_launcher(environ) == 1:
+        check_ways(environ)
         yield
         return
     _group, variables = _join(environ)
@@ -92,6 +99,7 @@ def joined(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     try:
         with _one_voice():
             with agreeing():
+                check_ways(environ)
                 _check_devices()
             yield
         said = True
@@ -240,19 +248,22 @@ def on_this_machine() -> int:
     return _group.on_this_machine
 
 
-def check_same(values: Mapping[str, object], what: str, advice: str) -> None:
+def check_same(
+    values: Mapping[str, object], what: str, advice: str, wrong: type[InputError] | type[AnswerNo] = InputError
+) -> None:
     """
     Args:
         values: name → what all processes are to have alike, such as a digest.
         what: begins the error.
         advice: ends it.
+        wrong: the error.
 
     Raises:
-        AnswerNo: they have not; names the first that differs, and the process.
+        InputError, AnswerNo: they have not; names the first that differs, and the process.
     """
     for other, theirs in enumerate(exchange(dict(values))):
         if differing := [name for name in {**values, **theirs} if values.get(name) != theirs.get(name)]:
-            raise AnswerNo(
+            raise wrong(
                 f"{what}: process {rank()} and process {other} differ in {differing[0]}"
                 + (f" and {len(differing) - 1} more" if len(differing) > 1 else "")
                 + f"; {advice}"
@@ -368,7 +379,11 @@ def _noticed() -> Iterator[None]:
 
 
 def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
-    """(this process among the others, the variables that said so)."""
+    """(this process among the others, the variables that said so).
+
+    Raises:
+        InputError: the processes cannot meet, or a script was quicker to use what a run sets up.
+    """
     own = {name: int(environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     local = int(environ.get("LOCAL_WORLD_SIZE") or own["WORLD_SIZE"])
     see_one_gpu(environ, own["LOCAL_RANK"])
@@ -376,14 +391,18 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
     import torch
     import torch.distributed as dist
 
+    if dist.is_initialized() or (torch.cuda.is_initialized() and torch.cuda.device_count() > 1):
+        begun = "torch.distributed" if dist.is_initialized() else "CUDA"
+        raise InputError(
+            f"{begun} was begun before the run, which does that itself where there are several processes: call "
+            "qalora.finetune first, before init_process_group, Accelerator() or anything on a GPU."
+        )
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-        store.set_timeout(MEETING)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore("qalora", store),
-            rank=rank,
-            world_size=size,
+            store=dist.PrefixStore(f"qalora-{next(_meetings)}", _meeting_place()),
+            rank=own["RANK"],
+            world_size=own["WORLD_SIZE"],
             timeout=PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
@@ -393,6 +412,16 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
             "them."
         ) from None
     return Group(own["RANK"], own["WORLD_SIZE"], local), taken_out(environ)
+
+
+@cache
+def _meeting_place() -> Any:
+    """The store through which the processes of a launch find each other, for as many runs as a script makes."""
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+    store.set_timeout(MEETING)
+    return store
 
 
 def _check_devices() -> None:

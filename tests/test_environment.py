@@ -16,10 +16,12 @@ TORCHRUN = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none",
 }  # fmt: skip
+# A task of srun that runs torchrun for itself.
+IN_SRUN = TORCHRUN | {"PMI_SIZE": "2", "PMI_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_JOB_NUM_NODES": "2"}
 
 
-@pytest.mark.parametrize("environ", [{}, LAUNCHED, TORCHRUN, SLURM, {"LOCAL_RANK": "-1", "WORLD_SIZE": ""}])
+@pytest.mark.parametrize("environ", [{}, LAUNCHED, TORCHRUN, IN_SRUN, SLURM, {"LOCAL_RANK": "-1", "WORLD_SIZE": ""}])
 def test_one_process_is_one_whoever_started_it(environ):
     check_one_process(environ)
     assert check_launcher(environ) == 1
@@ -84,7 +86,6 @@ def test_a_launch_of_torchrun_or_accelerate_is_joined_and_taken_out_of_the_envir
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 in the environment, and MASTER_ADDR is missing"),
         (SEVERAL | {"RANK": "4"}, "RANK=4 in the environment: WORLD_SIZE=4 has processes 0 to 3"),
         (SEVERAL | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: no number"),
-        (SEVERAL | {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true in the environment: each process holds"),
     ],
 )  # fmt: skip
 def test_a_launch_that_cannot_be_joined_is_refused_by_the_variable_that_says_so(environ, says):

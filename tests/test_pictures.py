@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from qalora.pictures import draw_loss, draw_ranks
+from qalora.pictures import draw_compression, draw_loss, draw_ranks
 
 MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MAPS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -106,3 +106,23 @@ def test_loss_with_total_rank_panel(tmp_path, drawn, monkeypatch):
 def test_nothing_logged_still_gives_a_picture(tmp_path):
     draw_loss([], [], tmp_path / "loss.png")
     assert matplotlib.image.imread(tmp_path / "loss.png").shape[:2] == (675, 1200)
+
+
+def test_a_cut_shows_every_curve_and_what_was_taken(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("qalora.pictures._save", lambda figure, path: figures.append(figure))
+    points = [{"share": share, "loss": 1 + 0.1 / share, "stderr": 0.05} for share in (1.0, 0.5, 0.25)]
+    worse = [{**point, "loss": point["loss"] + 1} for point in points]
+    ranks, start = {"model.layers.0.mlp.up_proj": 2}, {"model.layers.0.mlp.up_proj": 8}
+    losses = {"whole": 1.1, "base": 9.0}
+    draw_compression({"path": points, "values": worse}, ("path", points[2]), losses, ranks, start, tmp_path / "a.png")
+    draw_compression({}, None, {}, ranks, start, tmp_path / "b.png")
+    curves, rank_map = figures[0].axes[:2]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
+    assert lines["path scores"] == [[point["share"], point["loss"]] for point in points]
+    assert lines["singular values"] == [[point["share"], point["loss"]] for point in worse]
+    assert lines["whole adapter"][0][1] == 1.1
+    assert "base alone" not in lines  # far above all, it would flatten the rest
+    assert [points[2]["share"], points[2]["loss"]] in [line.get_xydata()[0].tolist() for line in curves.lines]
+    assert "2" in [text.get_text() for text in rank_map.texts]
+    assert len(figures[1].axes) == 2  # the map and its scale

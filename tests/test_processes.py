@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +27,8 @@ plain_sum, plain_check = dist.all_reduce, processes.check_same
 def counted(tensor, *args, **kwargs):
     print("SUM", tensor.dtype, tensor.numel(), file=sys.stderr)
     return plain_sum(tensor, *args, **kwargs)
-def checked(values, what, advice):
-    plain_check(values, what, advice)
+def checked(values, what, *how):
+    plain_check(values, what, *how)
     print("SAME", what, len(values), file=sys.stderr)
 dist.all_reduce, processes.check_same = counted, checked
 """
@@ -52,11 +50,44 @@ begin.build_trainer = with_it
 """
 
 
+# In steps of process 0, and in the round of process 1.
+OUT_OF_MEMORY = """
+from qalora.adapter import ablation
+from qalora.training import trainer
+plain_rows, plain_summed = ablation.row_losses, trainer.summed_loss
+def losses(model, micro, **kwargs):
+    if RANK == 1 and len(micro["labels"]) > 1:
+        raise torch.OutOfMemoryError("out of memory in a round")
+    return plain_rows(model, micro, **kwargs)
+def summed(model, inputs, **kwargs):
+    if RANK == 0 and len(inputs["labels"]) > 1:
+        raise torch.OutOfMemoryError("out of memory in a step")
+    return plain_summed(model, inputs, **kwargs)
+ablation.row_losses, trainer.summed_loss = losses, summed
+"""
+# What `torchrun` runs itself, with processes that it forks: an agent that starts two, and is told to stop.
+AGENT = """
+import os, sys
+sys.stdout = sys.stderr = open({log!r}, "w", buffering=1)
+os.dup2(sys.stderr.fileno(), 2)
+os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+import torch
+torch.set_num_threads(1)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def work():
+    from qalora import cli
+    from qalora.finetune import main
+    sys.exit(cli.run(main, {words!r}))
+where = dict(rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="one", start_method="fork", max_restarts=0)
+elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **where), work)()
+"""
+
+
 @pytest.fixture(scope="module")
 def command(save_tiny_llama, tmp_path_factory):
     """to(folder, **settings) → the words of a run of 40 steps with three rounds, in fp32, that writes there."""
     folder = tmp_path_factory.mktemp("processes")
-    base = save_tiny_llama(folder / "base", max_position_embeddings=64)
+    base = save_tiny_llama(folder / "base", max_position_embeddings=64, num_hidden_layers=1)
     rng = random.Random(0)
     rows = folder / "rows.jsonl"
     rows.write_text(
@@ -144,44 +175,48 @@ def test_two_processes_compress_as_one(command, launch, tmp_path):
 
 
 def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tmp_path):
-    """Two, then three with uneven shares, then one; each is interrupted by a signal to one process alone."""
+    """Two, then three with uneven shares, then one; each is interrupted by a signal to one process alone.
+
+    Memory runs out among the three: in a step in one process alone; in a round in one, and all begin it again together.
+    """
     words = [*command(tmp_path / "run"), "--resume-from-checkpoint", "auto"]
-    for size, rank, step in ((2, 1, 10), (3, 0, 23)):
+    for size, rank, step, code in ((2, 1, 10, ""), (3, 0, 23, OUT_OF_MEMORY)):
         interrupt = AT.format(rank=rank, step=step, what="import signal; os.kill(os.getpid(), signal.SIGTERM)")
-        run = launch(size, *words, code=interrupt)
+        run = launch(size, *words, code=interrupt + code)
         assert run.codes == [cli.INTERRUPTED] * size, run.said
         assert (tmp_path / "run" / f"checkpoint-{step + 1}").is_dir()
+    assert "micro-batches are worked through in 2 pieces" in run.said[0]
+    assert all("micro-batches are worked through in 4 pieces" in text for text in run.said)
     assert cli.run(main, words) == 0
     assert_same_run(tmp_path / "run", alone)
 
 
 def test_one_adapter_that_differs_is_found_named_and_not_written(command, launch, tmp_path):
-    planted = "next(p for n, p in model.named_parameters() if 'layers.1.mlp.up_proj.lora_B' in n).data[0, 0] += 1e-3"
-    run = launch(2, *command(tmp_path / "run"), code=AT.format(rank=1, step=7, what=planted))
+    planted = "next(p for n, p in model.named_parameters() if 'layers.0.mlp.up_proj.lora_B' in n).data[0, 0] += 1e-3"
+    words = command(tmp_path / "run", **{"training.save_steps": 4})
+    run = launch(2, *words, code=AT.format(rank=1, step=2, what=planted))
     assert run.codes == [1, 1]
-    assert "after step 10: process 0 and process 1 differ in B of model.layers.1.mlp.up_proj" in run.said[0]
+    assert "after step 4: process 0 and process 1 differ in B of model.layers.0.mlp.up_proj" in run.said[0]
     assert "error" not in run.said[1]
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_process_that_is_killed_ends_the_others_and_is_named(command, launch, tmp_path, rank):
-    """Between exchanges too: one of the others sleeps."""
-    killed = AT.format(rank=rank, step=7, what="import signal; os.kill(os.getpid(), signal.SIGKILL)")
-    asleep = f"""
+def test_a_process_that_is_killed_ends_the_others_and_is_named(command, launch, tmp_path):
+    """Between exchanges too: the other one sleeps. test_watch.py does it with any of three."""
+    killed = AT.format(rank=0, step=3, what="import signal; os.kill(os.getpid(), signal.SIGKILL)")
+    asleep = """
 import time
 plain_begin = Befalls.on_step_begin
 def also(self, args, state, control, model=None, **kwargs):
-    if RANK == {(rank + 1) % 3} and state.global_step == 7:
+    if RANK == 1 and state.global_step == 3:
         time.sleep(100)
     plain_begin(self, args, state, control, model=model, **kwargs)
 Befalls.on_step_begin = also
 """
-    run = launch(3, *command(tmp_path / "run", **{"training.save_steps": 5}), code=killed + asleep, timeout=200)
-    assert run.codes == [-9 if other == rank else 1 for other in range(3)]
-    told = [text for text in run.said if f"error: process {rank} of 3 has ended" in text]
-    assert len(told) == 1 and "".join(run.said).count("error:") == 1
-    assert (tmp_path / "run" / "checkpoint-5").is_dir()
+    run = launch(2, *command(tmp_path / "run", **{"training.save_steps": 2}), code=killed + asleep, timeout=200)
+    assert run.codes == [-9, 1]
+    assert "error: process 0 of 2 has ended" in run.said[1] and "".join(run.said).count("error:") == 1
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 OTHER_ROWS = """
@@ -196,8 +231,10 @@ if RANK == 1:
     ("settings", "code", "exit_code", "says"),
     [
         ({"data.train": "/nowhere.jsonl"}, "", 2, "/nowhere.jsonl"),
+        ({"--dtype": "int3"}, "", 2, "error: argument --dtype: invalid choice: 'int3'"),
+        ({}, "import os; os.environ['ACCELERATE_USE_FSDP'] = 'true'", 2, "ACCELERATE_USE_FSDP=true in the env"),
         ({"training.learning_rat": 1}, "", 2, "learning_rat"),
-        ({}, OTHER_ROWS, 1, "the rows: process 0 and process 1 differ in"),
+        ({}, OTHER_ROWS, 2, "the rows: process 0 and process 1 differ in"),
     ],
 )
 def test_an_error_is_said_once_and_ends_all(command, launch, tmp_path, settings, code, exit_code, says):
@@ -222,53 +259,25 @@ def test_an_error_of_one_process_names_it(command, launch, tmp_path):
 
 def test_a_loss_that_is_not_finite_in_one_process_is_said_once(command, launch, tmp_path):
     what = "model.get_base_model().model.embed_tokens.weight.data.fill_(float('nan'))"
-    run = launch(2, *command(tmp_path / "run"), code=AT.format(rank=1, step=12, what=what))
+    words = command(tmp_path / "run", **{"training.save_steps": 2})
+    run = launch(2, *words, code=AT.format(rank=1, step=3, what=what))
     assert run.codes == [1, 1]
     assert sum(text.count("error:") for text in run.said) == 1
-    assert "the loss is nan at step 13, on rows [" in run.said[1] and "checkpoint-10" in run.said[1]
+    assert "the loss is nan at step 4, on rows [" in run.said[1] and "checkpoint-2" in run.said[1]
 
 
-def test_memory_that_runs_out_in_one_process_takes_all_down_a_rung(alone, command, launch, tmp_path):
-    """In a step it alone; in a round all of them, who begin it again together."""
-    code = """
-from qalora.adapter import ablation
-from qalora.training import trainer
-plain_rows, plain_summed, broken = ablation.row_losses, trainer.summed_loss, set()
-def losses(model, micro, **kwargs):
-    if RANK == 1 and len(micro["labels"]) > 1:
-        raise torch.OutOfMemoryError("out of memory in a round")
-    return plain_rows(model, micro, **kwargs)
-def summed(model, inputs, **kwargs):
-    if RANK == 0 and len(inputs["labels"]) > 2:
-        raise torch.OutOfMemoryError("out of memory in a step")
-    return plain_summed(model, inputs, **kwargs)
-ablation.row_losses, trainer.summed_loss = losses, summed
-"""
-    run = launch(2, *command(tmp_path / "run"), code=code)
-    assert run.codes == [0, 0], run.said
-    assert "micro-batches are worked through in 2 pieces" in run.said[0]
-    assert_same_run(tmp_path / "run", alone)
-
-
-def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, tmp_path):
-    """accelerate launch, which is torchrun in its own clothes; its word on precision is not the recipe's."""
+def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, forkserver, tmp_path):
+    """Its word on precision is not the recipe's."""
     log = tmp_path / "log"
-    words = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16"]
-    words += [
-        "--main_process_port",
-        "0",
-        "-m",
-        "qalora.finetune",
-        *command(tmp_path / "run", **{"training.max_steps": 4000}),
-    ]
-    with log.open("w") as output:
-        launcher = subprocess.Popen([sys.executable, "-m", *words], stdout=output, stderr=output)
-        waited = time.monotonic()
-        while "step    6/4000" not in log.read_text():
-            assert launcher.poll() is None and time.monotonic() - waited < 240, log.read_text()
-            time.sleep(0.1)
-        launcher.send_signal(signal.SIGTERM)
-        launcher.wait(60)
+    words = command(tmp_path / "run", **{"training.max_steps": 4000})
+    launcher = forkserver.Process(target=exec, args=(AGENT.format(log=str(log), words=words), {"__name__": "agent"}))
+    launcher.start()
+    waited = time.monotonic()
+    while not (log.exists() and "step    3/4000" in log.read_text()):
+        assert launcher.is_alive() and time.monotonic() - waited < 240, log.read_text()
+        time.sleep(0.1)
+    launcher.terminate()
+    launcher.join(60)
     text = log.read_text()
     assert text.count("ACCELERATE_MIXED_PRECISION=bf16 is not followed") == 1
     assert text.count("interrupted after step") == 1
@@ -285,6 +294,25 @@ def test_a_process_sees_one_gpu(visible, place, seen):
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     processes.see_one_gpu(environ, place)
     assert environ == {"CUDA_VISIBLE_DEVICES": seen}
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_a_script_that_began_torch_distributed_itself_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    launched = LAUNCHED | {"MASTER_PORT": "1"}
+    with pytest.raises(InputError, match="torch.distributed was begun before the run"), processes.joined(launched):
+        pass
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.create_server(("", 0)) as taken:
+        launched = LAUNCHED | {"MASTER_PORT": str(taken.getsockname()[1])}
+        said = r"the 2 processes of the launch did not find each other \(.*\); check MASTER_ADDR and MASTER_PORT"
+        with pytest.raises(InputError, match=said), processes.joined(launched):
+            pass
+    assert processes.size() == 1
 
 
 def test_two_processes_on_one_gpu_are_refused(monkeypatch):

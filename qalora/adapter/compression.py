@@ -21,6 +21,7 @@ Order = Literal["path", "sum", "values", "shrunk"]
 Per = Literal["rank", "parameter"]
 Kept = dict[str, list[int]]  # module → its ranks that stay, ascending; a module without any is absent
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625, 0.03)  # of the ranks: where a curve is taken
+ROWS = 200  # that a cut is decided by
 SCORING_TOKENS = 2048  # supervised tokens that score; more rows than half are never taken for it
 
 

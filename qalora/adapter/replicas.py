@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qalora import processes
 from qalora.adapter.model import gated_layers
+from qalora.errors import AnswerNo
 
 PARTED = (
     "they no longer train one adapter, and nothing was written of it. Use GPUs of one kind, and go on from the last "
@@ -45,7 +46,8 @@ def check_replicas(model: PeftModel, optimizer: object, when: str) -> None:
     if processes.size() == 1:
         return
     with processes.agreeing():
-        processes.check_same(dict(_digests(model, getattr(optimizer, "optimizer", optimizer))), when, PARTED)
+        digests = dict(_digests(model, getattr(optimizer, "optimizer", optimizer)))
+        processes.check_same(digests, when, PARTED, AnswerNo)
 
 
 def _digests(model: PeftModel, optimizer: Any) -> Iterator[tuple[str, str]]:

@@ -94,7 +94,8 @@ def find_cut(
     everything = kept(values, Size(), costs)
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
-    sizes = _uniform_sizes(widest) if asked.uniform else _global_sizes(total)
+    counts = _counts(widest if asked.uniform else total)
+    sizes = [Size(max_rank=count) if asked.uniform else Size(ranks=count) for count in counts]
 
     def measure(order: Order, size: Size) -> Point:
         return point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
@@ -121,14 +122,6 @@ def cut_by_values(model: PeftModel, asked: Asked) -> Kept:
     orders: tuple[Order, ...] = ("values",)
     scores = rank_orders(model, values, (), orders)["values"]
     return kept(scores, asked.size or Size(), rank_parameters(model, values), asked.per)
-
-
-def _global_sizes(total: int) -> list[Size]:
-    return [Size(ranks=count) for count in _counts(total)]
-
-
-def _uniform_sizes(widest: int) -> list[Size]:
-    return [Size(max_rank=count) for count in _counts(widest)]
 
 
 def _counts(largest: int) -> list[int]:

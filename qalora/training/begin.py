@@ -15,6 +15,7 @@ from qalora import processes
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import attach, load_adapter, ranks, settle_scalings
 from qalora.adapter.provenance import Provenance
+from qalora.adapter.replicas import check_replicas
 from qalora.base.loading import LoadedBase, load_base
 from qalora.data.chat_template import chat_template
 from qalora.data.ending import taught_ends
@@ -22,6 +23,7 @@ from qalora.data.prompts import served_prompt
 from qalora.files import write_json, write_json_lines, write_whole
 from qalora.metrics import predict
 from qalora.results.facts import with_command
+from qalora.training.agreement import check_bases, check_folder
 from qalora.training.callbacks import InterruptCallback
 from qalora.training.identity import Identity
 from qalora.training.resume import check_base
@@ -65,6 +67,7 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
     base = load_base(run.source, tokenizer=run.tokenizer, **run.recipe.quantization.loading())
     provenance = provenance_of(run, base)
     weights = provenance.base  # downloaded by now
+    check_bases(weights)
     if run.weights is None and run.continued is not None:
         check_base(weights, run.recipe.model, run.continued.identity, run.continued.checkpoint)
     say(_end_line(provenance))
@@ -77,6 +80,7 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
     with processes.agreeing():
         if processes.is_first():
             open_folder(run, weights, start, warn)
+    check_folder(run.output_dir)
     measure_before(run, session, say)
     session.trainer, session.allocator, session.interrupt = build_trainer(
         run.recipe,
@@ -96,6 +100,7 @@ def begin(run: Run, say: Say, warn: Say) -> Session:
     )
     if run.continued is None and not run.recipe.lora.adapter:
         begin_ranks(run.recipe, session.trainer, session.allocator, run.data.train.items, run.original)
+    check_replicas(model, None, "before the first step")
     return session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,7 @@ from typing import Any
 
 from qalora import processes
 from qalora.adapter.allocation_round import Record
-from qalora.adapter.compression import scoring_rows
+from qalora.adapter.compression import ROWS, scoring_rows
 from qalora.adapter.model import ranks, save_adapter
 from qalora.adapter.search import Asked
 from qalora.base.checkpoint import Quantization
@@ -108,8 +109,8 @@ def compress_run(run: Run, session: Session, say: Say) -> None:
 
 
 def rows_to_compress_by(data: RunData, chose: bool) -> tuple[list[Tokenized], list[Tokenized], str]:
-    """(rows that order the ranks, other rows that judge the cut, which these are): of the rows held back, those that
-    chose no weights and measure nothing, where they are enough.
+    """(rows that order the ranks, other rows that judge the cut, which these are): some of the rows held back, and of
+    those that chose no weights and measure nothing, where they are enough.
 
     Args:
         chose: the loss on the other ones chose the weights.
@@ -120,6 +121,7 @@ def rows_to_compress_by(data: RunData, chose: bool) -> tuple[list[Tokenized], li
         rows = [*data.validation.items, *data.apart.items]
         also = "chose the weights and measure" if chose else "measure"
         which = f"which also {also} the result: fewer than {ENOUGH_APART} rows are left beside them"
+    rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
     scoring, judging = scoring_rows([supervised_tokens([item["labels"]]) for item in rows])
     return [rows[i] for i in scoring], [rows[i] for i in judging], which
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qalora import processes
 from qalora.adapter.allocation import Schedule, most_pruned
 from qalora.adapter.its_base import said_of_base
 from qalora.adapter.saved import check_adapter
@@ -25,6 +26,7 @@ from qalora.data.rows import Item
 from qalora.deploy.merging import check_room
 from qalora.errors import InputError
 from qalora.recipe import Recipe
+from qalora.training.agreement import idle
 from qalora.training.planning import first_ranks
 from qalora.training.resume import Continued, changes, check_base, check_rows, rounds_left
 from qalora.training.rows import RunData
@@ -124,6 +126,8 @@ def resolve_run(
             "raise data.val_set_size, or give data.validation more rows."
         )
     rounds = rounds_of(recipe, total_steps, per_epoch, continued)
+    if not recipe.data.packing:  # a packed row has several samples, which are shared out
+        warnings += idle(recipe.training.micro_batch_size, recipe.training.gradient_accumulation_steps)
     notes.append(
         f"{total_steps} optimizer steps, {per_epoch} an epoch; rounds of allocation after steps {list(rounds.steps)}"
     )
@@ -156,7 +160,8 @@ def check_run(
         InputError: the reporting, the schedule of the rate, the pruning, the room to merge or the adapter to start
             from.
     """
-    check_reporting(recipe.training.report_to)
+    if processes.is_first():
+        check_reporting(recipe.training.report_to)
     check_rates(recipe, total_steps)
     notes = list[str | None]()
     if recipe.lora.compress and recipe.training.save_strategy == "no":

@@ -147,7 +147,7 @@ def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
     if not recipe.training.fit:
         asked = recipe
         recipe = at_fastest_level(recipe, shape, memory, seq_len=longest, device=device, host=host, processes=count)
-        check_host_memory(recipe, shape, longest, device, host)
+        check_host_memory(recipe, shape, longest, device, host, count)
         chosen = f"training.gradient_checkpointing={str(recipe.training.gradient_checkpointing).lower()}"
         note = f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}"
         return recipe, [] if recipe == asked else [note]
@@ -158,17 +158,24 @@ def fitted_to_device(recipe: Recipe, shape: ModelShape, longest: int) -> Noted:
             f"training.fit=auto: one row of {longest} tokens of {recipe.model} needs {needed / 2**30:.2f} GiB, of "
             f"{memory / 2**30:.2f} GiB; lower data.max_seq_len or lora.r, or take a smaller model."
         )
-    check_host_memory(recipe, shape, longest, device, host)
+    check_host_memory(recipe, shape, longest, device, host, count)
     chosen = ", ".join(f"training.{key}={value}" for key, value in decided_by_fit(recipe).items())
     return recipe, [f"for {memory / 2**30:.1f} GiB and rows of up to {longest} tokens: {chosen}"]
 
 
-def check_host_memory(recipe: Recipe, shape: ModelShape, longest: int, device: str, host: int | None) -> None:
+def check_host_memory(
+    recipe: Recipe, shape: ModelShape, longest: int, device: str, host: int | None, count: int = 1
+) -> None:
     """
+    Args:
+        longest: tokens of the longest row.
+        host: bytes of host memory that each process may use; None: the device has no memory of its own.
+        count: processes that share the rows of a step.
+
     Raises:
         InputError: block inputs are to wait in host memory, and that has no room for them.
     """
-    needed = planner(recipe, shape, device)(seq_len=longest).host
+    needed = planner(recipe, shape, device, processes=count)(seq_len=longest).host
     if host is not None and needed > HEADROOM * host:
         raise InputError(
             "training.gradient_checkpointing=offload: the block inputs of "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora import processes
+from qalora.base.device import best_device
 from qalora.errors import AnswerNo
 from qalora.training.callbacks import InterruptCallback
 from qalora.training.ladder import Inputs
@@ -153,6 +154,7 @@ def randomness_of(*numbers: int) -> Iterator[None]:
     """In the block torch draws by these numbers alone: dropout of each process is its own, and what all processes draw
     alike stays so."""
     seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest())
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    device = best_device()
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield

@@ -58,8 +58,7 @@ def test_steps_are_adamws(tiny_adapter, batches):
 
 
 def test_reweighting_gives_a_rank_back_the_size_that_it_should_have(tiny_adapter, make_batch):
-    """Labels are drawn from the adapter itself; then one rank is made half as large. Finite differences find the
-    best weight of that rank, and reweighting goes most of the way there."""
+    """Labels are drawn from the adapter itself; then one rank is made half as large, and goes most of the way back."""
     model = tiny_adapter(r=1, targets=["down_proj"]).eval()
     batch = make_batch(rows=24, tokens=16, seed=1)
     layers = gated_layers(model)

@@ -20,6 +20,7 @@ from qalora.memory import plan_memory
 from qalora.training.begin import begin
 from qalora.training.checkpoints import best_beside, find_checkpoint
 from qalora.training.finish import finish, rows_to_compress_by, train
+from qalora.training.resume import Continued
 from qalora.training.rows import load_data
 from qalora.training.run import resolve_run
 
@@ -112,6 +113,17 @@ def test_compressed_at_the_end(session_of):
     assert any(str(kept["ranks"]) in line and "ranks" in line for line in said)
     assert {"compress.json", "compression.png"} <= {path.name for path in run.output_dir.iterdir()}
     assert "## Compression" in (run.output_dir / "adapter" / "README.md").read_text()
+
+    written = load_file(run.output_dir / "adapter" / "adapter_model.safetensors")
+    continued = Continued.at(find_checkpoint(run.output_dir, "auto"))
+    again = resolve_run(run.recipe, run.source, run.tokenizer, run.data, run.output_dir, continued)
+    session = begin(again, print, print)
+    assert train(again, session, print)
+    finish(again, session, print, print)
+    found = load_file(run.output_dir / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == written.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, written[name])
 
 
 def run_batch(run):

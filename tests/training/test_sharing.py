@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,11 +81,22 @@ def test_randomness_of_a_part_is_its_own_and_touches_no_other():
     assert torch.equal(torch.rand(3), wanted)
 
 
-@pytest.mark.parametrize("settings", [{"data.packing": True}, {"lora.dropout": 0.1}])
-def test_packed_rows_and_dropout_train_on_in_three_processes(recipe_over, launch, tmp_path, settings):
-    recipe = recipe_over(**settings, **{"training.max_steps": 3, "evaluation.before": False, "logging.steps": 1})
+TWO_RUNS = """
+import qalora
+for output_dir, settings in {runs!r}:
+    qalora.finetune({file!r}, {{"output_dir": output_dir, **settings}})
+sys.exit(0)
+"""
+
+
+def test_a_script_makes_two_runs_of_packed_rows_and_with_dropout(recipe_over, launch, tmp_path):
+    """In one launch, and with more processes than the second one's steps have rows."""
+    recipe = recipe_over(**{"training.max_steps": 3, "evaluation.before": False, "logging.steps": 1})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    run = launch(3, "--model", recipe.model, "--recipe", file)
-    assert run.codes == [0, 0, 0], run.said
-    assert "step 3/3" in run.said[0]
+    few = {"training.micro_batch_size": 1, "training.gradient_accumulation_steps": 1, "lora.dropout": 0.1}
+    runs = [(str(tmp_path / "packed"), {"data.packing": True}), (str(tmp_path / "dropout"), few)]
+    run = launch(2, code=TWO_RUNS.format(runs=runs, file=str(file)))
+    assert run.codes == [0, 0], run.said
+    assert run.said[0].count("step 3/3  loss") == 2
+    assert run.said[0].count("= 1: the rows of a step leave 1 of 2 processes without any") == 1
