@@ -32,7 +32,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from qalora.adapter.allocation import Schedule
-from qalora.adapter.model import attach, gated_layers, ranks
+from qalora.adapter.model import attach, gated_layers
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.tokenization import load_dataset
@@ -93,13 +93,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def in_turns(backends: Sequence[str], steps: int) -> dict[str, dict[str, Any]]:
-    """Starts a worker for each backend, lets each take a step after the other, and returns what they report."""
+def in_turns(backends: Sequence[str], steps: int, script: str = __file__) -> dict[str, dict[str, Any]]:
+    """Starts a worker of the script for each backend, lets each take a step after the other, and returns what they
+    report."""
     workers = {}
     for name in backends:  # one at a time: loading takes every core too
         print(name, file=sys.stderr)
         workers[name] = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            [sys.executable, script, *sys.argv[1:], "--worker", name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         hear(workers[name], READY)
@@ -187,7 +188,7 @@ def by_qalora(
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
         recipe, model, tokenizer, rows=items, train=items, validation=items[:1], scoring=items[:1], rounds=Schedule((),
-        False), total_steps=steps, start=ranks(model), compute_dtype=base.compute_dtype, output_dir=folder,
+        False), total_steps=steps, compute_dtype=base.compute_dtype, output_dir=folder,
     )  # fmt: skip
     trainer.args.save_strategy = "no"
     return trainer

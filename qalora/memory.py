@@ -188,7 +188,7 @@ def _activations(
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":
         low_rank = 4 * tokens * low_kept
-        outputs = tokens * size * (q + 2 * kv + d) + (inner if tile == tokens else 0)
+        outputs = tokens * size * (q + 2 * kv + d) + (2 * tile * f * size if tile == tokens else 0)
         kept = (hidden + outputs) * blocks + low_rank
         block -= outputs - tokens * size * d + low_rank // blocks  # the last block's are counted as kept
         attended -= outputs + low_rank // blocks

@@ -4,13 +4,18 @@ with PEFT's layers on the same 4-bit base. What a family cannot have is refused 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-from functools import cached_property, partial
+import re
+import shutil
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from qalora.adapter.ablation import ablate
@@ -22,6 +27,7 @@ from qalora.base.families import FAMILIES, family_of
 from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import ModelShape, check_packing, resolve, said_of_family, shape_of
+from qalora.base.structure import check_plain
 from qalora.data.batching import PackingCollator, pack
 from qalora.deploy.export import export_adapter
 from qalora.deploy.merging import merge
@@ -66,19 +72,19 @@ QUIRKS: dict[str, dict] = {
     "gemma4_text": TIED
     | dict(
         num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6,
-        num_kv_shared_layers=2, hidden_size_per_layer_input=64, vocab_size_per_layer_input=258, global_head_dim=64,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=64, vocab_size_per_layer_input=260, global_head_dim=64,
         final_logit_softcapping=3.0, use_double_wide_mlp=True,
     ),
-    "olmo2": {},
-    "olmo3": MIXED,
+    "olmo2": dict(head_dim=16),
+    "olmo3": MIXED | dict(head_dim=16),
     "glm4": dict(attention_bias=True),
     "seed_oss": dict(residual_dropout=0.0, attention_dropout=0.0),
     "ernie4_5": TIED | dict(use_bias=True),
-    "exaone4": MIXED,
+    "exaone4": MIXED | dict(head_dim=16),
     "hunyuan_v1_dense": TIED,
     "cohere": TIED | dict(logit_scale=0.25, use_qk_norm=True, head_dim=16),
-    "cohere2": TIED | MIXED | dict(logit_scale=0.25),
-    "lfm2": TIED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "cohere2": TIED | MIXED | dict(logit_scale=0.25, head_dim=16),
+    "lfm2": TIED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, head_dim=16),
     "apertus": {},
     "internlm3": dict(qkv_bias=True, bias=True),
     # Without a record:
@@ -86,6 +92,19 @@ QUIRKS: dict[str, dict] = {
     "starcoder2": TIED | dict(use_bias=True),
 }  # fmt: skip
 
+# Quirks that llama.cpp has no form of: what is refused, and what a file is made of in its place.
+NOT_IN_GGUF: dict[str, tuple[str, dict]] = {
+    "gemma2": ("query_pre_attn_scalar=20: llama.cpp divides by √32 there", dict(query_pre_attn_scalar=32)),
+    "gemma3_text": ("query_pre_attn_scalar=20: llama.cpp divides by √32 there", dict(query_pre_attn_scalar=32)),
+    "ernie4_5": ("a bias of down_proj: llama.cpp has none there", dict(use_bias=False)),
+    "exaone4": (
+        "windows in 2 blocks: llama.cpp has windows where there are 64",
+        dict(sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 2),
+    ),
+    "cohere": ("use_qk_norm=true and 2 blocks: llama.cpp has such norms from 64 blocks on", dict(use_qk_norm=False)),
+}
+# Of the others transformers reads no GGUF file, or leaves out what the quirks are.
+READ_BY_TRANSFORMERS = ("llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_5_text", "lfm2")
 
 # What the last bits of its weights make of its gradients, in transformers alone: a delta net amplifies them.
 TOLERANCE = {"qwen3_5_text": 5e-5}
@@ -300,30 +319,83 @@ def test_merges_are_the_live_model_as_transformers_reads_them(case, tmp_path):
             torch.testing.assert_close(read(**inputs).logits[real], live(**inputs).logits[real], rtol=2e-4, atol=2e-4)
 
 
-def test_gguf_is_read_back_or_refused_by_name(case, tmp_path):
-    model = case.ours().eval()
-    save_adapter(model, tmp_path / "adapter")
-    source, inputs = resolve(str(case.folder)), {"input_ids": case.batch["input_ids"][:, :6]}
-    given = dict(
-        quantization=NF4, format="gguf", gguf_type="f32", verify=case.name != "mistral"
-    )  # GGUF has no windows of it
+@pytest.fixture(scope="module")
+def in_gguf(case, save_tiny, tmp_path_factory):
+    """(the live model, the folder of its adapter, that of its merge in GGUF, the base)."""
+    folder, given = tmp_path_factory.mktemp(f"{case.name}-gguf"), dict(quantization=NF4, format="gguf", gguf_type="f32")
+    if case.name in NOT_IN_GGUF:
+        refused, quirks = NOT_IN_GGUF[case.name]
+        save_adapter(case.ours().eval(), folder / "refused")
+        with pytest.raises(InputError, match=re.escape(f"{case.name} with {refused}")):
+            merge(resolve(str(case.folder)), folder / "refused", folder / "out", **given)
+        case = Case(case.name, save_tiny(folder / "base", case.name, **COMMON | QUIRKS[case.name] | quirks))
+    model, source = case.ours().eval(), resolve(str(case.folder))
+    save_adapter(model, folder / "adapter")
+    # What llama.cpp has no windows of is compared within one.
+    merge(source, folder / "adapter", folder / "out", verify=case.name not in ("mistral", "ministral"), **given)
+    return model, folder / "adapter", folder / "out", source
+
+
+def windowless(case) -> dict[str, torch.Tensor]:
+    ids = case.batch["input_ids"][:1]
+    return {"input_ids": ids[:, :6] if case.name in ("mistral", "ministral") else ids}
+
+
+def test_gguf_is_read_back_or_refused_by_name(case, request, tmp_path):
     if case.record.gguf is None:
-        for export in (partial(merge, **given), partial(export_adapter, format="gguf-lora")):
-            args = {"source": source} if export.func is export_adapter else {}
-            with pytest.raises(
-                InputError, match=f"model_type={case.name}: GGUF is written and read for .* models only"
-            ):
-                export(*([] if args else [source]), tmp_path / "adapter", tmp_path / "out", **args)
+        save_adapter(case.ours().eval(), tmp_path / "adapter")
+        source, refused = (
+            resolve(str(case.folder)),
+            f"model_type={case.name}: GGUF is written and read for .* models only",
+        )
+        with pytest.raises(InputError, match=refused):
+            merge(source, tmp_path / "adapter", tmp_path / "out", quantization=NF4, format="gguf")
+        with pytest.raises(InputError, match=refused):
+            export_adapter(tmp_path / "adapter", tmp_path / "out", "gguf-lora", source=source)
         return
-    merge(source, tmp_path / "adapter", tmp_path / "out", **given)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
+    model, _, merged, source = request.getfixturevalue("in_gguf")
     own = load_tokenizer(source)  # a GGUF file has a token of nothing for each embedding that has none
-    based = load_base(tmp_path / "out" / "model.gguf", load_in_4bit=False, dtype="float32", tokenizer=own).model.eval()
+    readers = [load_base(merged / "model.gguf", load_in_4bit=False, dtype="float32", tokenizer=own).model.eval()]
+    if case.name in READ_BY_TRANSFORMERS:
+        readers.append(AutoModelForCausalLM.from_pretrained(merged, gguf_file="model.gguf", dtype=torch.float32).eval())
     with torch.no_grad():
-        logits = model(**inputs).logits
-        for found in (read, based):
-            torch.testing.assert_close(found(**inputs).logits, logits, rtol=2e-4, atol=2e-4)
-    export_adapter(tmp_path / "adapter", tmp_path / "lora", "gguf-lora", source=source)
+        logits = model(**windowless(case)).logits
+        for read in readers:
+            torch.testing.assert_close(read(**windowless(case)).logits, logits, rtol=2e-4, atol=2e-4)
+    text = "Zürich, 2024?"
+    assert load_tokenizer(resolve(str(merged / "model.gguf")), spare_tokens=True)(text) == own(text)
+    shape = shape_of(resolve(str(merged / "model.gguf")))
+    assert shape.linear_maps() == shape_of(source).linear_maps()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+def test_llama_cpp_computes_what_transformers_does(case, request, tmp_path):
+    """From the merge as one file, and from the base with the adapter beside it."""
+    from llama_cpp import Llama
+
+    if case.record.gguf is None:
+        return
+    model, adapter, merged, source = request.getfixturevalue("in_gguf")
+    nothing = tmp_path / "nothing"
+    shutil.copytree(adapter, nothing)
+    tensors = load_file(nothing / "adapter_model.safetensors")
+    save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, nothing / "adapter_model.safetensors")
+    merge(source, nothing, tmp_path / "base", quantization=NF4, format="gguf", gguf_type="f32", verify=False)
+    export_adapter(adapter, tmp_path / "lora", "gguf-lora", source=source)
+    inputs = windowless(case)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    # It looks GELU up in a table of half precision.
+    tolerance = 1e-2 if case.record.gguf.activation.startswith("gelu") else 2e-4
+    for file, lora in ((merged, None), (tmp_path / "base", str(tmp_path / "lora" / "adapter.gguf"))):
+        client = Llama(
+            str(file / "model.gguf"), lora_path=lora, n_ctx=64, logits_all=True, n_threads=1, n_threads_batch=1,
+            type_k=0, type_v=0, flash_attn=False, verbose=False,
+        )  # fmt: skip
+        client.eval(inputs["input_ids"][0].tolist())
+        found = torch.from_numpy(np.array(client.scores[: len(logits)]))
+        client.close()
+        torch.testing.assert_close(found, logits, rtol=tolerance, atol=tolerance)
 
 
 def test_weights_are_planned_exactly(case):
@@ -362,9 +434,9 @@ def test_a_step_is_planned(case, live_bytes):
     quantize_(model, compute_dtype=torch.float32)
     model.is_loaded_in_4bit = True
     model, ids = attach(model, r=8, alpha=16).train(), torch.randint(2, 64, (1, 512))
-    for kept in (True, False):
+    summed_loss(model, {"input_ids": ids, "labels": ids}).backward()  # gradients are there from now on
+    for kept in (True, False, "selective"):
         set_checkpointing(model, kept)
-        summed_loss(model, {"input_ids": ids, "labels": ids}).backward()  # gradients are there from now on
         with live_bytes() as live:
             summed_loss(model, {"input_ids": ids, "labels": ids}).backward()
         terms = plan_memory(
@@ -413,10 +485,15 @@ def test_what_cannot_be_trained_is_refused_by_name(fields, named, tmp_path):
         shape_of(resolve(str(tmp_path)))
 
 
-def test_a_model_without_a_record_that_scales_its_logits_is_refused(save_tiny, tmp_path):
-    folder = save_tiny(tmp_path, "hyperclovax", **COMMON | dict(logits_scaling=3.0))
+def test_a_model_without_a_record_that_scales_its_logits_is_refused(tmp_path):
+    """From config.json alone, too."""
+    config = CONFIG_MAPPING["hyperclovax"](vocab_size=260, **COMMON | dict(logits_scaling=3.0))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
-        attach(load_base(folder, dtype="float32").model, r=4, alpha=8)
+        load_base(tmp_path, dtype="float32")
+    with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
+        attach(AutoModelForCausalLM.from_config(config), r=4, alpha=8)
+    check_plain(config.to_dict() | dict(logits_scaling=1.0), "config.json")
 
 
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):

@@ -54,6 +54,7 @@ FOUNDATION = {
     "base.structure": 0,
     "base.weight_files": 0,
     "base.gguf_reader": 0,
+    "base.gguf_fields": 0,
 }
 LAYERS = {
     "base": 2,
@@ -78,6 +79,7 @@ TORCH_FREE = [
     "base.blocks",
     "base.published",
     "base.layout",
+    "base.gguf_fields",
     "base.registry",
     "base.weight_files",
     "memory",

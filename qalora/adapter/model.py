@@ -107,8 +107,7 @@ def load_adapter(
         InputError: not an adapter, not a plain LoRA, made for another model, or with a weight that is not finite.
     """
     _check_model(model)
-    saved = read_adapter(path)
-    saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
+    saved = read_adapter(path).fitted({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = saved.config
     config.inference_mode = not trainable
     if dropout is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qalora.base.families import in_decoder
 from qalora.base.registry import ModelSource, read_fields, shape_of
 from qalora.errors import InputError
 
@@ -59,6 +61,32 @@ class SavedAdapter:
     def total_rank(self) -> int:
         return sum(len(A) for A, _ in self.pairs.values())
 
+    def fitted(self, maps: Mapping[str, tuple[int, int]]) -> SavedAdapter:
+        """The same under the names that a model has for its modules: those of a decoder alone and of one inside of a
+        vision model differ.
+
+        Args:
+            maps: as of `check_fit`.
+
+        Raises:
+            InputError: as `check_fit`.
+        """
+        theirs = {in_decoder(name): name for name in maps}
+        names = {name: theirs.get(in_decoder(name), name) for name in self.pairs}
+        if all(old == new for old, new in names.items()):
+            self.check_fit(maps)
+            return self
+        config = copy.deepcopy(self.config)
+        config.target_modules, config.exclude_modules = sorted(names.values()), None
+        config.rank_pattern = {names[name]: len(A) for name, (A, _) in self.pairs.items()}
+        config.alpha_pattern = {
+            new: scaling_of(self.config, name) * (len(A) ** 0.5 if config.use_rslora else len(A))
+            for (name, (A, _)), new in zip(self.pairs.items(), names.values(), strict=True)
+        }
+        fitted = SavedAdapter(self.path, config, {names[name]: pair for name, pair in self.pairs.items()})
+        fitted.check_fit(maps)
+        return fitted
+
     def check_fit(self, maps: Mapping[str, tuple[int, int]]) -> None:
         """
         Args:
@@ -99,9 +127,7 @@ def check_adapter(path: str | Path, source: ModelSource) -> SavedAdapter:
     Raises:
         InputError: as `read_adapter`, or the adapter was made for another model.
     """
-    adapter = read_adapter(path)
-    adapter.check_fit(shape_of(source).linear_maps())
-    return adapter
+    return read_adapter(path).fitted(shape_of(source).linear_maps())
 
 
 def read_config(path: str | Path) -> LoraConfig:

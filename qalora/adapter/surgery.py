@@ -80,8 +80,7 @@ def restore(model: PeftModel, path: str | Path) -> None:
     Raises:
         InputError: not an adapter for this model.
     """
-    saved = read_adapter(path)
-    saved.check_fit({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
+    saved = read_adapter(path).fitted({name: (m.in_features, m.out_features) for name, m in linear_maps(model).items()})
     config = cast(LoraConfig, model.peft_config[ADAPTER])
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules", "target_modules"):
         setattr(config, name, getattr(saved.config, name))

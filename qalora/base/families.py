@@ -28,6 +28,33 @@ Weighing = Literal["after", "before", "plus_one"]
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How GGUF files have a family, and what llama.cpp computes of it.
+
+    Attributes:
+        architecture: general.architecture.
+        pairs: the rows of q and k are stored in neighbouring pairs, as llama.cpp rotates them there.
+        partial: it rotates a share of each head, where that is asked.
+        scalings: rope types that it has a tensor for, beside linear and yarn.
+        windows: it has sliding windows; elsewhere it attends to the whole text.
+        square: all heads together have to be as wide as the hidden size.
+        head: the head is the embeddings ("tied"), or has a matrix of its own ("own"); None: either.
+        activation: of the MLP.
+        biases: linear layers that it adds a bias to, beside q, k and v.
+    """
+
+    architecture: str
+    pairs: bool = False
+    partial: bool = False
+    scalings: tuple[str, ...] = ()
+    windows: bool = False
+    square: bool = False
+    head: Literal["tied", "own"] | None = None
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """
     Attributes:
@@ -45,8 +72,7 @@ class Family:
         across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor
             share prefixes.
         logits: field of config.json → whether logits are divided by it, or multiplied.
-        gguf: general.architecture of its GGUF files; None: none is written or read.
-        gguf_pairs: whether these store the rows of q and k in neighbouring pairs, as llama.cpp rotates them.
+        gguf: how GGUF files have it; None: none is written or read.
         attention_bias: whether q, k and v have biases where config.json does not say.
         tied: whether the head is the embeddings where config.json does not say.
     """
@@ -62,50 +88,86 @@ class Family:
     eager: bool = False
     across_rows: str | None = None
     logits: tuple[str, Literal["divided", "multiplied"]] | None = None
-    gguf: str | None = None
-    gguf_pairs: bool = False
+    gguf: Gguf | None = None
     attention_bias: bool = False
     tied: bool = False
 
 
+EVERY_BIAS = ("o_proj", "gate_proj", "up_proj", "down_proj")
+GELU = "gelu_pytorch_tanh"
+LLAMA = Gguf("llama", pairs=True, scalings=("llama3",), biases=EVERY_BIAS)
+
 # model_type of config.json → its family.
 FAMILIES = {
-    "llama": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf="llama", gguf_pairs=True),
-    "mistral": Family("MistralRMSNorm", mlp="MistralMLP", attention="MistralAttention", gguf="llama", gguf_pairs=True),
-    "ministral": Family("MinistralRMSNorm", mlp="MinistralMLP", attention="MinistralAttention"),
-    "ministral3": Family("Ministral3RMSNorm", mlp="Ministral3MLP"),
-    "qwen2": Family("Qwen2RMSNorm", mlp="Qwen2MLP", attention="Qwen2Attention", gguf="qwen2", attention_bias=True),
-    "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf="qwen3"),
+    "llama": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
+    "mistral": Family("MistralRMSNorm", mlp="MistralMLP", attention="MistralAttention", gguf=LLAMA),
+    "ministral": Family("MinistralRMSNorm", mlp="MinistralMLP", attention="MinistralAttention", gguf=LLAMA),
+    "ministral3": Family(
+        "Ministral3RMSNorm", mlp="Ministral3MLP", gguf=Gguf("mistral3", pairs=True, biases=EVERY_BIAS)
+    ),
+    "qwen2": Family(
+        "Qwen2RMSNorm", mlp="Qwen2MLP", attention="Qwen2Attention", attention_bias=True,
+        gguf=Gguf("qwen2", square=True),
+    ),
+    "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf=Gguf("qwen3")),
     "qwen3_5_text": Family(
         "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"), measured=False,
-        across_rows="gated delta nets, whose state runs along a row",
+        across_rows="gated delta nets, whose state runs along a row", gguf=Gguf("qwen35", partial=True),
     ),
-    "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True),
+    "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True, gguf=Gguf("smollm3", pairs=True)),
     "granite": Family(
-        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided")
+        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided"),
+        gguf=Gguf("granite", pairs=True, scalings=("llama3",), biases=EVERY_BIAS),
     ),
-    "phi3": Family("Phi3RMSNorm", copies_qk=True),
-    "gemma2": Family("Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True),
-    "gemma3_text": Family("Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True),
-    "gemma4_text": Family("Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True),
-    "olmo2": Family("Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width")),
-    "olmo3": Family("Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width")),
-    "glm4": Family("Glm4RMSNorm", norms=(4, ""), attention_bias=True),
-    "seed_oss": Family("SeedOssRMSNorm", attention_bias=True),
-    "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True),
-    "exaone4": Family("Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head")),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head")),
+    "phi3": Family(
+        "Phi3RMSNorm", copies_qk=True, gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True)
+    ),
+    "gemma2": Family(
+        "Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True,
+        gguf=Gguf("gemma2", windows=True, head="tied", activation=GELU),
+    ),
+    "gemma3_text": Family(
+        "Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True, gguf=Gguf("gemma3", windows=True, activation=GELU)
+    ),
+    "gemma4_text": Family(
+        "Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True,
+        gguf=Gguf("gemma4", scalings=("proportional",), windows=True, activation=GELU),
+    ),
+    "olmo2": Family(
+        "Olmo2RMSNorm", "before", mlp="Olmo2MLP", mlp_normed=True, norms=(2, "width"),
+        gguf=Gguf("olmo2", square=True, head="own"),
+    ),
+    "olmo3": Family(
+        "Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width"),
+        gguf=Gguf("olmo2", windows=True, square=True, head="own"),
+    ),
+    "glm4": Family("Glm4RMSNorm", norms=(4, ""), attention_bias=True, gguf=Gguf("glm4", partial=True)),
+    "seed_oss": Family("SeedOssRMSNorm", attention_bias=True, gguf=Gguf("seed_oss")),
+    "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True, gguf=Gguf("ernie4_5")),
+    "exaone4": Family(
+        "Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head"),
+        gguf=Gguf("exaone4", scalings=("llama3",), windows=True, square=True),
+    ),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head"), gguf=Gguf("hunyuan-dense")
+    ),
     "cohere": Family(
-        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True,
+        gguf=Gguf("command-r", square=True, head="tied"),
     ),
     "cohere2": Family(
-        None, mlp="Cohere2MLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True
+        None, mlp="Cohere2MLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True,
+        gguf=Gguf("cohere2", windows=True, square=True, head="tied"),
     ),
     "lfm2": Family(
-        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row"
+        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row",
+        gguf=Gguf("lfm2", square=True),
     ),
-    "apertus": Family("ApertusRMSNorm", norms=(2, "head"), measured=False),
-    "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention"),
+    "apertus": Family(
+        "ApertusRMSNorm", norms=(2, "head"), measured=False,
+        gguf=Gguf("apertus", scalings=("llama3",), head="own", activation="xielu", biases=("o_proj",)),
+    ),
+    "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
 }  # fmt: skip
 PLAIN = Family(measured=False)
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from qalora.adapter.provenance import Provenance
@@ -33,9 +34,9 @@ from qalora.base.checkpoint import (
     storage_dtype,
 )
 from qalora.base.device import best_device
-from qalora.base.families import NAMES, WRAPPED, family_of
+from qalora.base.families import NAMES, WRAPPED
 from qalora.base.fingerprint import fingerprint, stored_as
-from qalora.base.parts import Part, from_checkpoint, whole
+from qalora.base.parts import Part, attention_of, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
 from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
 from qalora.base.structure import structure_of
@@ -226,7 +227,9 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         from qalora.base.gguf_reader import check_tokenizer
 
         check_tokenizer(Path(source.location) / source.gguf_file, source.name)
-    tokenizer: PreTrainedTokenizerBase = _found(source, AutoTokenizer.from_pretrained)
+    # A GGUF file says itself how its tokenizer splits; AutoTokenizer asks first which architecture it is.
+    loader: Any = PreTrainedTokenizerFast if source.gguf_file else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = _found(source, loader.from_pretrained)
     if not tokenizer.is_fast:
         raise InputError(
             f"--model {source.name}: no fast tokenizer (tokenizer.json); convert it once with transformers."
@@ -306,7 +309,7 @@ def _from_pretrained(
     config = open_config(folder)
     options: dict[str, Any] = {
         "dtype": quantization.compute_dtype,
-        "attn_implementation": "eager" if family_of(config.model_type).eager else attention,
+        "attn_implementation": attention_of(config, attention),
         "device_map": {"": device},
     }
     if quantization.quant_type and not getattr(config, "quantization_config", None):

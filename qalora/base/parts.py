@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from qalora.base.families import family_of
 from qalora.base.tensor_files import Checkpoint
 from qalora.progress import track
 
@@ -50,6 +51,11 @@ def whole(config: PreTrainedConfig) -> Part:
     return Part(tuple(range(config.num_hidden_layers)), ends=True)
 
 
+def attention_of(config: PreTrainedConfig, asked: str) -> str:
+    """transformers' name of the attention that a model computes with."""
+    return "eager" if family_of(config.model_type).eager else asked
+
+
 def from_checkpoint(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
@@ -70,7 +76,10 @@ def from_checkpoint(
         progress: the word before a progress bar; None: there is none.
     """
     with torch.device("meta"):
-        model: Any = part.of(config)._from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = part.of(config)._from_config(
+            config, dtype=dtype, attn_implementation=attention_of(config, attention)
+        )
+    _compute_buffers(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     tied = config.tie_word_embeddings
     modules = list(model.named_modules())
@@ -80,9 +89,22 @@ def from_checkpoint(
         for child in dict(module.named_parameters(recurse=False)):
             value = torch.cat([piece.to(dtype) for piece in checkpoint.pieces(f"{name}.{child}")])
             setattr(module, child, nn.Parameter(value.to(device), requires_grad=False))
+        for child, buffer in module.named_buffers(recurse=False):
+            if f"{name}.{child}" in checkpoint.structure.shapes:
+                buffer.copy_(checkpoint.tensor(f"{name}.{child}"))
         if convert is not None and isinstance(module, nn.Linear) and ".layers." in name:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, convert(module))
     if part.ends:
         model.tie_weights()
     return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Gives a model on the meta device what it computes from its config, such as the scale of embeddings."""
+    for module in model.modules():
+        own = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in own:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if own:
+            model._init_weights(module)

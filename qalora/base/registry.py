@@ -322,22 +322,6 @@ def check_packing(model_type: str | None) -> None:
         )
 
 
-def gguf_model_type(architecture: str, where: str) -> str:
-    """The model_type of the models that a GGUF architecture is written of.
-
-    Raises:
-        InputError: none that is read from GGUF here.
-    """
-    known = [model_type for model_type, family in FAMILIES.items() if family.gguf == architecture]
-    if not known:
-        readable = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
-        raise InputError(
-            f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the "
-            "model's folder."
-        )
-    return known[0]
-
-
 def hub_hint(source: ModelSource) -> str:
     """What to look at where a model of the Hub cannot be had."""
     hint = "check the name, HF_TOKEN for gated models, and HF_HUB_OFFLINE if it should be downloaded"
@@ -404,35 +388,6 @@ def read_fields(file: Path) -> dict[str, Any]:
 
 
 def _gguf_shape(file: Path) -> ModelShape:
-    from qalora.base.gguf_reader import open_shards
+    from qalora.base.gguf_fields import read_fields as read_gguf
 
-    readers = open_shards(file)
-    reader = readers[0]
-    try:
-        architecture = reader.fields["general.architecture"].contents()
-        keys = {
-            "hidden_size": "embedding_length",
-            "intermediate_size": "feed_forward_length",
-            "num_hidden_layers": "block_count",
-            "num_attention_heads": "attention.head_count",
-            "num_key_value_heads": "attention.head_count_kv",
-        }
-        if f"{architecture}.attention.key_length" in reader.fields:
-            keys["head_dim"] = "attention.key_length"
-        config = {ours: int(reader.fields[f"{architecture}.{theirs}"].contents()) for ours, theirs in keys.items()}
-        said = {key.removeprefix(f"{architecture}."): field.contents() for key, field in reader.fields.items()}
-        positions = said.get("context_length")
-        scaling = {
-            "type": said.get("rope.scaling.type"),
-            "factor": said.get("rope.scaling.factor"),
-            "original_max_position_embeddings": said.get("rope.scaling.original_context_length"),
-        }
-        names = {tensor.name: tensor for shard in readers for tensor in shard.tensors}
-        config["vocab_size"] = int(names["token_embd.weight"].shape[1])
-    except (LookupError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{file}: not a GGUF file of a LLaMA-class model ({error}).") from None
-    return ModelShape.from_config(
-        config
-        | {"tie_word_embeddings": "output.weight" not in names, "model_type": gguf_model_type(architecture, str(file))}
-        | {"max_position_embeddings": positions, "rope_scaling": scaling}
-    )
+    return ModelShape.from_config(read_gguf(file))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qalora.base.families import WRAPPED, WRAPPERS, in_wrapper, refusal
 from qalora.errors import InputError
@@ -178,7 +179,41 @@ def _not_plain(model: Any) -> str | None:
         return (
             f"with weights that are no linear layers (model.layers.{wide[0]}); it would need adapters on such tensors"
         )
+    if _alters_logits(model):
+        return "which does to its logits what is not known here; it would need a record"
     return None
+
+
+def _alters_logits(model: Any) -> bool:
+    """Whether a causal LM, given what its decoder puts out, makes something else of it than its head and a soft cap
+    do. The head is a small one in its place, and the decoder never runs.
+
+    Args:
+        model: without weights; it is of no use afterwards.
+    """
+    head = nn.Linear(model.lm_head.in_features, 8, bias=False, device="cpu")
+    hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1)
+    model.model, model.lm_head = _PutsOut(hidden), head
+    with torch.no_grad():
+        try:
+            found = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+        except Exception:  # its forward asks its decoder for more; the check on weights is left (kernels/loss.py)
+            return False
+        expected = head(hidden)
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        expected = (expected / cap).tanh() * cap
+    return not torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+class _PutsOut(nn.Module):
+    """In place of a decoder: the same last hidden states whatever it is given."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **options: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 def final_norm(decoder: Any) -> str | None:

@@ -9,7 +9,7 @@ No more than what is asked for is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import is_zipfile
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from qalora.base.families import in_decoder
-from qalora.base.gguf_names import gguf_name, is_permuted, unpermuted
+from qalora.base.gguf_names import constant, from_gguf, gguf_name, is_convolution, is_permuted
 from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
 from qalora.base.weight_files import WeightFiles, short
 from qalora.errors import InputError
@@ -172,7 +172,10 @@ class GgufTensors:
         self._info: dict[str, tuple[Path, int, tuple[int, ...], np.dtype[Any], Any]] = {}  # by stored name
         readers = open_shards(file)
         self.files = tuple(reader.path for reader in readers)
-        names = {gguf_name(name, config): name for name in (*structure_of(config).shapes, HEAD)}
+        shapes = structure_of(config).shapes
+        self._constants = _constants(shapes, readers[0].fields)
+        self.shapes |= {name: tuple(value.shape) for name, value in self._constants.items()}
+        names = {gguf_name(name, config): name for name in (*shapes, HEAD) if not constant(name)}
         for reader in readers:
             for info in reader.tensors:
                 if info.name.startswith("rope_"):  # no weights, but what the config has
@@ -183,22 +186,25 @@ class GgufTensors:
                     )
                 name = names[info.name]
                 self.stored[name] = info.name
-                self.shapes[name] = tuple(int(n) for n in reversed(info.shape))
+                shape = tuple(int(n) for n in reversed(info.shape))
+                self.shapes[name] = (shape[0], 1, *shape[1:]) if is_convolution(name) else shape
                 self._info[info.name] = (
                     reader.path, int(info.data_offset), tuple(info.data.shape), info.data.dtype, info.tensor_type,
                 )  # fmt: skip
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        if is_permuted(name, self.config):
+        if name in self._constants or is_permuted(name, self.config):
             yield self.tensor(name)
             return
         rows, fp32_row = self.shapes[name][0], 4 * int(np.prod(self.shapes[name][1:]))
         step = max(1, PIECE // fp32_row)
         for start in range(0, rows, step):
-            yield self._rows(name, start, min(rows, start + step))
+            yield from_gguf(name, self._rows(name, start, min(rows, start + step)), self.config)
 
     def tensor(self, name: str) -> Tensor:
-        return unpermuted(name, self._rows(name, 0, self.shapes[name][0]), self.config)
+        if name in self._constants:
+            return self._constants[name]
+        return from_gguf(name, self._rows(name, 0, self.shapes[name][0]), self.config)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         from gguf import dequantize
@@ -212,3 +218,14 @@ class GgufTensors:
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
         raise KeyError(name)
+
+
+def _constants(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What GGUF has as metadata, one number a block, and transformers as tensors."""
+    found = {}
+    for name, shape in shapes.items():
+        if (key := constant(name)) and key in fields:
+            values = fields[key].contents()
+            block = int(name.split(".")[2])
+            found[name] = torch.tensor(values[block] if isinstance(values, list) else values).reshape(shape)
+    return found

@@ -61,9 +61,8 @@ def export_adapter(
     """
     adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
-    adapter = read_adapter(adapter_dir)
     model_config = open_config(source)
-    adapter.check_fit(structure_of(model_config).adapted)
+    adapter = read_adapter(adapter_dir).fitted(structure_of(model_config).adapted)
     updates = low_rank_updates(adapter)
     written = updates if format == "peft" else uniform(updates)
     with written_beside(output_dir) as partial:

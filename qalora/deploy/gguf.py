@@ -18,18 +18,40 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qalora.base.checkpoint import Pieces
-from qalora.base.gguf_config import FREQUENCIES, add_positions, head_dim, rope_divisors
-from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
+from qalora.base.gguf_config import add_positions, position_tensors
+from qalora.base.gguf_fields import metadata
+from qalora.base.gguf_names import (
+    adapter_from_gguf,
+    adapter_to_gguf,
+    constant,
+    gguf_name,
+    gguf_of,
+    is_convolution,
+    is_permuted,
+    to_gguf,
+)
 from qalora.base.gguf_reader import open_gguf
 from qalora.base.registry import ModelSource
 from qalora.data.ending import Ending
+from qalora.deploy.gguf_limits import check_written
 from qalora.errors import InputError
 from qalora.progress import track
 
-# The regular expression in tokenizer.json that splits text before BPE → llama.cpp's name for it.
+# The regular expression in tokenizer.json that splits text before BPE → llama.cpp's name for it; where that takes words
+# that are tokens as they are, whatever the merges, another name does not.
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?%s+|%s| ?[^\s%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{a}{_LOWER}{b}%s" for a, b in (("*", "+"), ("+", "*")))
+_REST = r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+SPLITS = {
+    _WORDS % (r"\p{L}", r"\p{N}{1,3}", r"\p{L}"): ("llama-bpe", "dbrx"),
+    _WORDS % (r"\p{L}", r"\p{N}", r"\p{L}"): ("qwen2", "qwen2"),
+    _WORDS % (r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}"): ("qwen35", "qwen35"),
+    _CASES % ("", "") + _REST % r"\p{N}": ("tekken", "tekken"),
+    _CASES % (_ENDS, _ENDS) + _REST % r"\p{N}{1,3}": ("gpt-4o", "gpt-4o"),
+}
 # llama.cpp stops at either, as at eos; a third one it knows by its text.
 TURN_ENDS = (Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -65,43 +87,47 @@ def write_model(
     Raises:
         InputError: a model or a tokenizer that has no GGUF form here, or a value beyond the range of the type.
     """
-    writer = Writer(str(file), architecture(config))
+    check_written(config, shapes)
+    writer = Writer(str(file), gguf_of(config).architecture)
     _add_shape(writer, config, gguf_type)
+    _add_constants(writer, shapes, pieces)
     turns = [token for token in ending.turns if token != tokenizer.eos_token_id]
     if source.gguf_file:
         turns += _copy_tokenizer(writer, Path(source.location) / source.gguf_file)
     else:
-        _add_tokenizer(writer, tokenizer, config.vocab_size)
+        _add_tokenizer(writer, tokenizer, config)
     template: Any = tokenizer.chat_template
     if template:
         named = isinstance(template, dict)  # several, of which one is the default
         writer.add_chat_template([dict(name=n, template=t) for n, t in template.items()] if named else template)
     for key, token in zip(TURN_ENDS, dict.fromkeys(turns), strict=False):
         writer.add_uint32(key, token)
-    frequencies = rope_divisors(config)
-    if frequencies is not None:
-        writer.add_tensor_info(FREQUENCIES, frequencies.shape, frequencies.dtype, frequencies.nbytes)
-    kinds = {name: _kind(name, shape, gguf_type) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
+    positions = position_tensors(config)
+    for name, values in positions.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    tensors = {name: shape for name, shape in shapes.items() if not constant(name)}
+    kinds = {name: _kind(name, shape, gguf_type) for name, shape in tensors.items()}
+    for name, shape in tensors.items():
+        stored_shape = (shape[0], *shape[2:]) if is_convolution(name) else shape
         writer.add_tensor_info(
-            gguf_name(name, config), shape, np.dtype(np.float32), _bytes(shape, kinds[name]), kinds[name]
+            gguf_name(name, config), stored_shape, np.dtype(np.float32), _bytes(shape, kinds[name]), kinds[name]
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if frequencies is not None:
-        writer.write_tensor_data(frequencies)
-    for name, shape in track(shapes.items(), "merging"):
+    for values in positions.values():
+        writer.write_tensor_data(values)
+    for name, shape in track(tensors.items(), "merging"):
         writer.write_tensor_data(_encoded(name, shape, pieces(name), kinds[name], config))
     writer.close()
 
 
 def narrower(config: PreTrainedConfig) -> str | None:
-    """What llama.cpp does otherwise than the model: it knows no sliding windows of these architectures; None:
-    nothing."""
+    """What llama.cpp does otherwise than the model: of many it knows no sliding windows; None: nothing."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if not window or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
+    known = gguf_of(config).windows
+    if known or not window or window >= config.max_position_embeddings or "sliding_attention" not in kinds:
         return None
     return (
         f"sliding_window={window}: llama.cpp attends to the whole text in {config.model_type} models, so the GGUF file "
@@ -118,14 +144,15 @@ def write_adapter(file: Path, updates: Mapping[str, tuple[Tensor, Tensor, float]
     scalings = {s for _, _, s in updates.values()}
     if len(ranks) != 1 or len(scalings) != 1:
         raise ValueError(f"ranks {ranks} and scalings {scalings}: an adapter in GGUF has one of each")
-    writer = GGUFWriter(str(file), architecture(config))
+    writer = GGUFWriter(str(file), gguf_of(config).architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(scalings.pop() * ranks.pop()))
     for name, (A, B, _) in updates.items():
         stem = gguf_name(f"{name}.weight", config)
+        A, B = adapter_to_gguf(name, A, B, config)
         writer.add_tensor(f"{stem}.lora_a", A.contiguous().numpy())
-        writer.add_tensor(f"{stem}.lora_b", permuted(f"{name}.weight", B, config).contiguous().numpy())
+        writer.add_tensor(f"{stem}.lora_b", B.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -140,7 +167,7 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
     found = {}
     for name in names:
         stem = gguf_name(f"{name}.weight", config)
-        A, B = tensors[f"{stem}.lora_a"], unpermuted(f"{name}.weight", tensors[f"{stem}.lora_b"], config)
+        A, B = adapter_from_gguf(name, tensors[f"{stem}.lora_a"], tensors[f"{stem}.lora_b"], config)
         found[name] = (A, B, alpha / len(A))
     return found
 
@@ -149,8 +176,9 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
 
 
 def _kind(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantizationType:
-    """Vectors stay fp32, as llama.cpp wants them; embeddings and head keep 8 bits where the maps have fewer."""
-    if len(shape) == 1:
+    """Vectors, norms and convolutions stay fp32, as llama.cpp wants them; embeddings and head keep 8 bits where the
+    maps have fewer."""
+    if len(shape) != 2 or "norm" in name:
         return GGMLQuantizationType.F32
     wanted = GGMLQuantizationType[gguf_type.upper()]
     block, size = GGML_QUANT_SIZES[wanted]
@@ -177,7 +205,7 @@ def _encoded(
     out = np.empty(_bytes(shape, kind), dtype=np.uint8)
     at = 0
     for piece in [torch.cat(list(pieces))] if is_permuted(name, config) else pieces:
-        rows = permuted(name, piece, config).float().contiguous().numpy()
+        rows = to_gguf(name, piece, config).float().contiguous().numpy()
         if kind == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0.0) > np.finfo(np.float16).max:
             raise InputError(f"{name}: a merged value is beyond the range of f16; pass --gguf-type bf16.")
         data = quantize(rows, kind).view(np.uint8).reshape(-1)
@@ -190,25 +218,30 @@ def _encoded(
 
 
 def _add_shape(writer: GGUFWriter, config: PreTrainedConfig, gguf_type: str) -> None:
-    if config.hidden_act != "silu":
-        raise InputError(f"hidden_act={config.hidden_act}: there is no GGUF form of it here; use --format hf.")
     writer.add_type("model")
     writer.add_file_type(LlamaFileType[{"f32": "ALL_F32"}.get(gguf_type, f"MOSTLY_{gguf_type.upper()}")])
     writer.add_quantization_version(2)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    architecture = gguf_of(config).architecture
+    for key, value in metadata(config).items():
+        _add(writer, f"{architecture}.{key}", value)
     add_positions(writer, config)
-    if window := getattr(config, "sliding_window", None):
-        writer.add_sliding_window(window)
+
+
+def _add_constants(writer: GGUFWriter, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces) -> None:
+    found: dict[str, list[float]] = {}
+    for name in shapes:
+        if key := constant(name):
+            found.setdefault(key, []).append(float(torch.cat([piece.reshape(-1) for piece in pieces(name)])))
+    for key, values in found.items():
+        _add(writer, key, values)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    if isinstance(value, list):
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=kinds[type(value[0])])
+    else:
+        writer.add_key_value(key, value, kinds[type(value)])
 
 
 def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
@@ -222,8 +255,10 @@ def _copy_tokenizer(writer: GGUFWriter, file: Path) -> list[int]:
     return [int(fields[key].contents()) for key in TURN_ENDS if key in fields]
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """From tokenizer.json: byte-level BPE (gpt2 in GGUF), or SentencePiece's BPE with byte fallback (llama)."""
+def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """From tokenizer.json: byte-level BPE (gpt2 in GGUF), or SentencePiece's BPE with byte fallback (llama, which goes
+    by scores; or gemma4, which goes by merges)."""
+    vocab_size = config.vocab_size
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
@@ -248,9 +283,12 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab
             types[model["vocab"][f"<0x{byte:02X}>"]] = TokenType.BYTE
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
+        by_merges = gguf_of(config).architecture == "gemma4"
+        writer.add_tokenizer_model("gemma4" if by_merges else "llama")
+        writer.add_tokenizer_pre("gemma4" if by_merges else "default")
         writer.add_token_list(tokens)
+        if by_merges:
+            writer.add_token_merges(merges)
         writer.add_token_scores(_scores(tokens, model["merges"]))
         writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("x", add_special_tokens=False).tokens != ["x"])
     else:
@@ -291,7 +329,8 @@ def _pre_tokenizer(backend: Mapping[str, Any]) -> str:
             {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
         ]:
-            name = SPLITS.get(words)
+            whole_words, merged = SPLITS.get(words, (None, None))
+            name = whole_words if backend["model"].get("ignore_merges") else merged
         case [
             {"type": "Digits", "individual_digits": True},
             {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},

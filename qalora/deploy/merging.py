@@ -85,7 +85,7 @@ def merge(
     check_output(output_dir, model=source.name, adapter=adapter_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     checkpoint, config = open_checkpoint(source)
-    adapter.check_fit(checkpoint.structure.adapted)
+    adapter = adapter.fitted(checkpoint.structure.adapted)
     if quantization is not None:
         quantization = as_stored(checkpoint, quantization)
     elif checkpoint.packed:

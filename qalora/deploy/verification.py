@@ -141,6 +141,12 @@ def fault(report: Mapping[str, Any], stored: str) -> str | None:
     }
     for name, (limit, what) in limits.items():
         if not report[name] <= limit:
+            if name == "relative_difference" and report["unexplained_difference"] <= UNEXPLAINED:
+                return (
+                    f"rounding to {stored} alone changes the logits by {report[name]:.2g} ({limit:.2g} at most is "
+                    "usual), for small changes of weights grow in this model; keep fp32 (--dtype float32, or "
+                    "--gguf-type f32)"
+                )
             return f"the merged model differs from base + adapter by {report[name]:.2g} {what} ({limit:.2g})"
     return None
 

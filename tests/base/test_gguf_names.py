@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from qalora.base.gguf_names import architecture, gguf_name, is_permuted, permuted, unpermuted
+from qalora.base.gguf_names import from_gguf, gguf_name, gguf_of, is_permuted, to_gguf
 from qalora.errors import InputError
 
 LLAMA = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=16, num_hidden_layers=4)
@@ -33,16 +33,16 @@ def test_rows_of_q_and_k_are_those_of_llama_cpps_converter(name, heads):
     name = f"model.layers.0.self_attn.{name}.weight"
     weight = torch.arange(heads * 4 * 16).view(heads * 4, 16).float()
     theirs = weight.reshape(heads, 2, 4 // 2, 16).swapaxes(1, 2).reshape(weight.shape)
-    assert torch.equal(permuted(name, weight, LLAMA), theirs)
-    assert torch.equal(unpermuted(name, theirs, LLAMA), weight)
+    assert torch.equal(to_gguf(name, weight, LLAMA), theirs)
+    assert torch.equal(from_gguf(name, theirs, LLAMA), weight)
 
 
 def test_nothing_else_changes_places():
     weight = torch.arange(8.0)[:, None]
     for name, config in (("model.layers.0.self_attn.v_proj.weight", LLAMA), ("m.layers.0.self_attn.q_proj.bias", QWEN)):
-        assert not is_permuted(name, config) and permuted(name, weight, config) is weight
+        assert not is_permuted(name, config) and to_gguf(name, weight, config) is weight
 
 
 def test_a_model_that_is_not_written_is_named():
-    with pytest.raises(InputError, match="model_type=gpt2: GGUF is written and read for llama, mistral, qwen2"):
-        architecture(type("Config", (), {"model_type": "gpt2"})())
+    with pytest.raises(InputError, match="model_type=gpt2: GGUF is written and read for llama, mistral, ministral"):
+        gguf_of(type("Config", (), {"model_type": "gpt2"})())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from qalora.adapter.model import load_adapter
@@ -233,6 +234,34 @@ def test_an_exported_adapter_is_the_same_on_the_whole(trained, form, tmp_path):
         for folder in (tmp_path / "out", adapter)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_the_text_part_alone_fits_the_whole_and_the_other_way_round(trained, tmp_path):
+    """As PEFT names one that was trained on the decoder by itself."""
+    model, adapter = trained("gemma3")
+    shutil.copytree(adapter, tmp_path / "alone")
+    saved = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def own(name):
+        return name.replace("model.language_model.", "model.")
+
+    save_file({own(name): tensor for name, tensor in saved.items()}, tmp_path / "alone" / "adapter_model.safetensors")
+    for field in ("rank_pattern", "alpha_pattern"):
+        config[field] = {own(name): value for name, value in config[field].items()}
+    config["target_modules"] = [own(name) for name in config["target_modules"]]
+    (tmp_path / "alone" / "adapter_config.json").write_text(json.dumps(config))
+    base = load_base(str(model), dtype="float32").model
+    expected = logits(load_adapter(copy.deepcopy(base), adapter).eval(), model)
+    found = load_adapter(copy.deepcopy(base), tmp_path / "alone")
+    torch.testing.assert_close(logits(found.eval(), model), expected)
+    for name in (adapter, tmp_path / "alone"):
+        arguments = ["--model", str(model), "--adapter", str(name), "--output", str(tmp_path / f"{name.name}-merged")]
+        assert run(merge, [*arguments, "--dtype", "float32"]) == 0
+    merged = [tensors(tmp_path / f"{name}-merged") for name in (adapter.name, "alone")]
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+    maps = {own(name): (A.shape[1], len(B)) for name, (A, B) in read_adapter(adapter).pairs.items()}
+    assert set(read_adapter(adapter).fitted(maps).pairs) == set(maps)
 
 
 def test_gguf_has_the_text_part_by_its_own_names(trained, tmp_path):

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qalora.adapter.model import load_adapter
@@ -255,8 +256,11 @@ LLAMA3 = PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 @pytest.mark.parametrize(
     ("how", "name"),
     [
-        (splits(words(LLAMA3), use_regex=False), "llama-bpe"),
+        (splits(words(LLAMA3), use_regex=False), "dbrx"),
         (splits(words(PRETOKENIZE_REGEX), use_regex=False), "qwen2"),
+        (splits(words(GGUF_PRE_TOKENIZER_SPLITS["qwen35"]), use_regex=False), "qwen35"),
+        (splits(words(GGUF_PRE_TOKENIZER_SPLITS["tekken"]), use_regex=False), "tekken"),
+        (splits(words(GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"]), use_regex=False), "gpt-4o"),
         (splits(DIGITS), "smollm"),
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
         (splits(words(r"\p{N}{1,3}|\s+"), use_regex=False), None),
@@ -279,6 +283,13 @@ def test_how_text_is_split_has_llama_cpps_name_or_is_refused(how, name):
             gguf._pre_tokenizer(backend)
     else:
         assert gguf._pre_tokenizer(backend) == name
+
+
+def test_words_that_are_tokens_whatever_the_merges_have_a_name_of_their_own():
+    """As in Llama 3, where llama.cpp does the same under one name, and under the other does not."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = splits(words(LLAMA3), use_regex=False)
+    assert gguf._pre_tokenizer(json.loads(tokenizer.to_str())) == "llama-bpe"
 
 
 def test_a_sentencepiece_tokenizer_in_gguf(folder, adapter, tmp_path):

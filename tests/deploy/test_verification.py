@@ -7,6 +7,7 @@ Without the fault each of these merges passes, and is what vanilla transformers 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -23,6 +24,7 @@ from qalora.base.registry import resolve
 from qalora.base.weight_files import WeightFiles
 from qalora.deploy import gguf, merging, settings
 from qalora.deploy.merging import merge
+from qalora.deploy.verification import fault
 from qalora.errors import AnswerNo, InputError
 
 NF4_FP32, NF4_BF16 = (Quantization("nf4", True, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -141,8 +143,16 @@ def writes_no(method):
     return fault
 
 
+def says_no(key):
+    def fault(monkeypatch):
+        own = gguf.metadata
+        monkeypatch.setattr(gguf, "metadata", lambda config: {k: v for k, v in own(config).items() if k != key})
+
+    return fault
+
+
 def swaps_no_rows(monkeypatch):
-    monkeypatch.setattr(gguf, "permuted", lambda name, tensor, config: tensor)
+    monkeypatch.setattr(gguf, "to_gguf", lambda name, tensor, config: tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------ the cases
@@ -212,7 +222,7 @@ GGUF_FAULTS = {
     "original context": (YARN, writes_no("add_rope_scaling_orig_ctx_len")),
     "the whole scaling": (dict(YARN, rope_type="linear"), writes_no("add_rope_scaling_factor")),
     "rope_theta": (None, writes_no("add_rope_freq_base")),
-    "eps": (None, writes_no("add_layer_norm_rms_eps")),
+    "eps": (None, says_no("attention.layer_norm_rms_epsilon")),
     "rows of q and k": (None, swaps_no_rows),
 }  # fmt: skip
 
@@ -232,6 +242,16 @@ def test_a_fault_of_a_gguf_file_is_found(folder, adapter, tmp_path, monkeypatch,
         report = merge(resolve(str(folder)), adapter, tmp_path / "merged", **options)
         assert report["unexplained_difference"] < 1e-3
         assert report["position_difference"] < 1e-5
+
+
+def test_a_model_that_rounding_alone_changes_is_told_from_a_wrong_merge():
+    report = {"relative_difference": 0.062, "unexplained_difference": 1e-6, "position_difference": 0.0}
+    assert re.match(
+        "rounding to bfloat16 alone changes the logits by 0.062 .*--dtype float32", fault(report, "bfloat16")
+    )
+    assert fault(report | {"relative_difference": 0.03}, "bfloat16") is None
+    wrong = fault(report | {"unexplained_difference": 0.05}, "bfloat16")
+    assert "by 0.062 of its logits, more than rounding to bfloat16 explains (0.04)" in wrong
 
 
 # -------------------------------------------------------------------------------------------------- against the vanilla
