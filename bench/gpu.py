@@ -35,7 +35,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -49,6 +49,7 @@ from qalora.adapter.scoring import score_ranks
 from qalora.base.registry import MODELS, ModelShape
 from qalora.fitting import HEADROOM, fit, largest
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.layout import prepared
 from qalora.kernels.loss import liger_loss, summed_loss
 from qalora.memory import CUDA_CONTEXT, Checkpointing, plan_memory
 from qalora.sizes import MLP_TILE
@@ -264,7 +265,7 @@ def steps_of(case: Case, shape: ModelShape, device: str) -> tuple[list[float], l
     """(seconds, losses, the optimizer)."""
     model = SIDES[case.side](case, shape, device)
     step, optimizer = stepper(case, model, device)
-    batch = tokens_of(case, shape, device)
+    batch = batch_of(case, shape, device)
     fresh_peak(device)
     times, losses = [], []
     for _ in range(case.warm_up + case.steps):
@@ -326,7 +327,7 @@ def longest(case: Case, shape: ModelShape, device: str, seconds: float) -> dict[
     limit(device, case.card, beside=paged_bytes(optimizer))
 
     def attempt(tokens: int, blocks: int) -> dict[str, Any]:
-        return long_step(model, tokens_of(replace(case, tokens=tokens), shape, device), blocks, device)
+        return long_step(model, batch_of(replace(case, tokens=tokens), shape, device), blocks, device)
 
     def left() -> float:
         return seconds - (time.perf_counter() - start)
@@ -507,11 +508,18 @@ def tokens_of(case: Case, shape: ModelShape, device: str) -> Batch:
     }
 
 
+def batch_of(case: Case, shape: ModelShape, device: str) -> Batch:
+    """A micro-batch as a trainer hands it over: ours with what was found of it on the host (kernels/layout.py)."""
+    batch = tokens_of(case, shape, "cpu" if case.side == "qalora" else device)
+    return cast(Batch, prepared(batch, torch.device(device))) if case.side == "qalora" else batch
+
+
 def plan_of(case: Case, shape: ModelShape, device: str = "cuda") -> Callable[..., Any]:
     """`plan_memory` with the case's settings, of which any can be set anew."""
     return partial(
         plan_memory, shape, ranks=case.r, micro_batch_size=case.rows, seq_len=case.tokens, compute_dtype=case.dtype,
-        optim=case.optim, gradient_checkpointing=case.kept, mlp_tile=case.tile, device=device,
+        optim=case.optim, gradient_checkpointing=case.kept, mlp_tile=case.tile, packed=case.samples > 1,
+        device=device,
     )  # fmt: skip
 
 

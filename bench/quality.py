@@ -4,10 +4,11 @@
     python bench/quality.py --data data --grid long     # what rounds of allocation give in runs of hundreds of steps
     python bench/quality.py --data data --grid budgets  # a quarter of the ranks, and twice as many
     python bench/quality.py --data data --grid full     # everything, for a GPU
+    python bench/quality.py --data data --grid gpu      # 1,000 steps, in as many processes as the cards hold
     python bench/quality.py --data data --only e2e/lora '*/eva'  # some of it, by patterns of names
     python bench/quality.py --data data --jobs 2        # on a CPU: so many runs at a time, a thread each
     python bench/quality.py --data data --jobs 8        # on 8 GPUs: a run on each
-    python bench/quality.py --data data --smoke         # minutes: every method for two steps; nothing is kept
+    python bench/quality.py --data data --smoke         # minutes: a grid's methods for two steps; nothing is kept
     python bench/quality.py --report                    # table and plot of what is there, at the core grid's rates
 
 First the learning rate of each method, on validation rows, one seed; then every seed at that rate, measured on test
@@ -54,12 +55,13 @@ from qalora.adapter.scores import RankScores
 from qalora.answers import generate_answers
 from qalora.base.checkpoint import Weights, open_checkpoint, original_weights
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
-from qalora.base.registry import resolve
+from qalora.base.registry import resolve, shape_of
 from qalora.data.batching import on_device
 from qalora.data.tokenization import TokenizedDataset, load_dataset, tokenize_prompt
 from qalora.metrics import evaluate
 from qalora.processes import see_one_gpu
 from qalora.recipe import Recipe, load_recipe
+from qalora.training.planning import planner
 from qalora.training.trainer import QaloraTrainer, begin_ranks, build_trainer, schedule_of
 
 MODEL = "smollm2-135m"
@@ -172,6 +174,7 @@ GRIDS = {
     "core": Grid(CORE, STEPS, CHOSEN_ON),
     "full": Grid(FULL, STEPS, None),
     "long": Grid(LONG, {"e2e": 300}, CHOSEN_ON),
+    "gpu": Grid(LONG, {"e2e": 1000}, CHOSEN_ON),
     "budgets": Grid(BUDGETS, {"e2e": STEPS["e2e"]}, CHOSEN_ON),
 }
 
@@ -189,6 +192,7 @@ class Run:
 
 def main() -> None:
     args = parser().parse_args()
+    args.jobs = args.jobs or jobs_held(args.dtype)
     if args.report:
         shown = {
             shown_as(task, steps): (task, steps)
@@ -207,7 +211,8 @@ def main() -> None:
         (RESULTS / "quality.md").write_text(text + "\n", encoding="utf-8")
         print(text)
     elif args.smoke:
-        for line in processes([Run("e2e", name, 0, 1e-3, "validation", 2, args.dtype) for name in FULL], args):
+        runs = [Run(task, name, 0, 1e-3, "validation", 2, args.dtype) for task, name in asked(args)]
+        for line in processes(runs, args):
             print(f"{line['run']['method']}: loss {line['result']['loss']:.4f}, {line['seconds']:.0f} s")
     else:
         fill(args)
@@ -224,21 +229,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/METHOD", help="patterns of names")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--dtype", default="bfloat16", help="to compute in: float32 on a CPU without bf16 products")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one: each has one CPU thread")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: as many as the GPUs hold, or 1 on a CPU)")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true")
     return parser
 
 
+def asked(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(task, method) of the grid, those of --only."""
+    grid = GRIDS[args.grid]
+    names = [(task, method) for task in grid.steps for method in grid.methods]
+    return [name for name in names if any(fnmatch("/".join(name), pattern) for pattern in args.only)]
+
+
 def fill(args: argparse.Namespace) -> None:
     """Runs what the file lacks, learning rates first, and appends each result as it comes."""
     grid = GRIDS[args.grid]
-    names = [
-        (task, method)
-        for task in grid.steps
-        for method in grid.methods
-        if any(fnmatch(f"{task}/{method}", pattern) for pattern in args.only)
-    ]
+    names = asked(args)
 
     def run_all(runs: Iterable[Run]) -> None:
         there = {Run(**line["run"]) for line in read(FILE) if args.grid != "full" or complete(line)}
@@ -299,6 +306,17 @@ def validation_losses(lines: Sequence[Mapping[str, Any]], method: str, task: str
             found.setdefault(run["dtype"], {})[run["learning_rate"]] = line["result"]["loss"]
     rates = set(METHODS[method].learning_rates)
     return next((losses for losses in found.values() if rates <= set(losses)), None)
+
+
+def jobs_held(dtype: str) -> int:
+    """Processes that the GPUs hold together, by the plan of a step, with as much again for what measuring takes; no
+    more than the CPU has cores."""
+    if not torch.cuda.is_available():
+        return 1
+    recipe = load_recipe("e2e", [("model", MODEL), ("quantization.bnb_4bit_compute_dtype", dtype)])
+    each = 2 * planner(recipe, shape_of(resolve(MODEL)))().total
+    cards = [torch.cuda.mem_get_info(index)[0] // each for index in range(torch.cuda.device_count())]
+    return max(1, min(sum(cards), os.cpu_count() or 1))
 
 
 def read(file: Path) -> list[dict[str, Any]]:

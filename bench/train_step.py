@@ -2,15 +2,18 @@
 
     python bench/train_step.py --recipe e2e --data data/e2e/train.jsonl
     python bench/train_step.py --recipe alpaca --data data/alpaca/train.jsonl --micro-batch-size 4
+    python bench/train_step.py --recipe e2e --data data/e2e/train.jsonl --backends qalora-auto trl peft --dtype bfloat16
 
 The same rows, the same NF4 base of SmolLM2-135M and compute dtype, r = 8 on every linear map, AdamW. Each backend in a
 process of its own; they take their steps in turns, one at a time, so that a machine's slow minutes fall on all of them.
 
+qalora-auto       as installed: training.gradient_checkpointing=auto
 qalora            training.gradient_checkpointing=false: short rows are small beside what PEFT's logits take
 qalora-selective  training.gradient_checkpointing=selective
-qalora-blocks     training.gradient_checkpointing=true, the default
+qalora-blocks     training.gradient_checkpointing=true
 peft              as QLoRA's users write it, checkpointed, in qalora's batches (length-grouped, padded to the longest)
 peft-random       the same in the batches that the Trainer makes by itself (random rows, padded to the longest)
+trl               TRL's SFTTrainer with its defaults, prompts not learned (completion_only_loss)
 peft-adalora      AdaLoRA at the same average rank, in qalora's batches
 """
 
@@ -24,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from common import TARGETS, AllocateAdaLora, environment, peak_rss, reset_peak, table, write_results
@@ -33,16 +36,18 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from qalora.adapter.allocation import Schedule
 from qalora.adapter.model import attach, gated_layers
+from qalora.base.device import available_memory
 from qalora.base.loading import load_base, load_tokenizer
-from qalora.base.registry import resolve
+from qalora.base.registry import ModelShape, resolve, shape_of
 from qalora.data.tokenization import load_dataset
 from qalora.memory import Checkpointing
 from qalora.recipe import Recipe, load_recipe
+from qalora.training.planning import at_fastest_level
 from qalora.training.trainer import build_trainer
 
 READY, GO = "ready", "go"
 PAUSE = 0.3  # seconds, in which a worker's idle threads go to sleep
-BACKENDS = ("qalora", "qalora-selective", "qalora-blocks", "peft", "peft-random", "peft-adalora")
+BACKENDS = ("qalora-auto", "qalora", "qalora-selective", "qalora-blocks", "trl", "peft", "peft-random", "peft-adalora")
 
 
 def main() -> None:
@@ -50,7 +55,9 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    speed = products_per_second(getattr(torch, args.dtype))
     found = in_turns(args.backends, args.steps)
+    ours = next(name for name in args.backends if name.startswith("qalora"))
     seconds = {name: sum(worker["step_seconds"]) for name, worker in found.items()}
     rows = [
         {
@@ -59,24 +66,45 @@ def main() -> None:
             "rows/s": f"{args.steps * args.micro_batch_size / seconds[name]:.2f}",
             "tokens of the rows/s": f"{worker['tokens'] / seconds[name]:.0f}",
             "peak MB": round(worker["peak_bytes"] / 1e6),
-            "qalora's rows/s": f"{seconds[name] / seconds['qalora']:.2f} x",
-            "qalora's memory": f"{found['qalora']['peak_bytes'] / worker['peak_bytes']:.2f} x",
+            "of the machine's products": f"{worker['useful_operations'] / seconds[name] / speed:.0%}",
+            f"{ours}'s rows/s": f"{seconds[name] / seconds[ours]:.2f} x",
+            f"{ours}'s memory": f"{found[ours]['peak_bytes'] / worker['peak_bytes']:.2f} x",
         }
         for name, worker in found.items()
     ]
-    pairs = zip(found["qalora"]["losses"], found["peft"]["losses"], strict=True)
-    difference = max(abs(ours - theirs) for ours, theirs in pairs)
-    results = {**environment(), "backends": found, "largest_loss_difference_to_peft": difference}
+    pairs = zip(found[ours]["losses"], found.get("peft", found[ours])["losses"], strict=True)
+    difference = max(abs(own - theirs) for own, theirs in pairs)
+    results = {**environment(), "backends": found, "largest_loss_difference_to_peft": difference, "products": speed}
+    useful = "frozen linear layers forward and backward over the rows' tokens, the head over learned ones"
     text = (
         f"# train_step-{args.recipe}\n\nSmolLM2-135M, NF4 computed in {args.dtype}, {args.steps} micro-batches of "
-        f"{args.micro_batch_size} rows, step by step in turns. Memory is the peak over the loaded model.\n"
+        f"{args.micro_batch_size} rows, step by step in turns. Memory is the peak over the loaded model. "
+        f"The machine multiplies matrices at {speed / 1e9:.0f} billion operations a second; useful work is {useful}.\n"
         f"{results['device']}; torch {results['torch']}, transformers {results['transformers']}, peft "
         f"{results['peft']}, "
         f"bitsandbytes {results['bitsandbytes']}; {results['date']}, commit {results['commit']}.\n\n"
         f"    {results['command']}\n\n{table(rows)}\n"
         f"The losses of the steps differ from peft's, on the same batches, by at most {difference:.1e}.\n"
     )
-    write_results(f"train_step-{args.recipe}", results, text)
+    write_results(f"train_step-{args.recipe}" + ("" if args.dtype == "float32" else f"-{args.dtype}"), results, text)
+
+
+def products_per_second(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Operations a second of a matrix product of a step's size, by the best of many."""
+    a, b = torch.randn(1024, 576).to(dtype), torch.randn(576, 1536).to(dtype)
+    a @ b  # the first one is slower
+    best, start = float("inf"), time.perf_counter()
+    while (now := time.perf_counter()) < start + seconds:
+        a @ b
+        best = min(best, time.perf_counter() - now)
+    return float(2 * a.numel() * b.shape[1] / best)
+
+
+def useful_operations(shape: ModelShape, items: Sequence[Any]) -> int:
+    """Of a forward and backward over frozen weights, whose own gradient nobody needs."""
+    linear = sum(fan_in * fan_out for fan_in, fan_out in shape.linear_maps().values())
+    learned = sum(label != -100 for item in items for label in item["labels"])
+    return 4 * (linear * sum(len(i["input_ids"]) for i in items) + shape.hidden_size * shape.vocab_size * learned)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,7 +181,8 @@ def work(args: argparse.Namespace) -> None:
         )
         base = load_base(resolve(recipe.model), tokenizer=tokenizer, dtype=args.dtype)
         set_seed(recipe.training.seed)
-        make = by_qalora if args.worker.startswith("qalora") else by_peft
+        useful = useful_operations(shape_of(resolve(recipe.model)), data.items)
+        make = by_qalora if args.worker.startswith("qalora") else by_trl if args.worker == "trl" else by_peft
         trainer = make(args.worker, recipe, base, tokenizer, data.items, steps, Path(folder))
         loaded = reset_peak()
         warm_up(trainer, args.micro_batch_size)
@@ -163,6 +192,7 @@ def work(args: argparse.Namespace) -> None:
     found = {
         "step_seconds": clock.seconds,
         "tokens": sum(len(item["input_ids"]) for item in data.items),
+        "useful_operations": useful,
         "peak_bytes": peak_rss() - loaded,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -183,7 +213,8 @@ def warm_up(trainer: Trainer, rows: int) -> None:
 def by_qalora(
     backend: str, recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path
 ) -> Trainer:
-    kept: Checkpointing = {"qalora": False, "qalora-selective": "selective", "qalora-blocks": True}[backend]
+    levels: dict[str, Checkpointing] = {"qalora": False, "qalora-selective": "selective", "qalora-blocks": True}
+    kept = levels[backend] if backend in levels else as_installed(recipe, items)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"gradient_checkpointing": kept})})
     model = attach(base.model, r=recipe.lora.r, alpha=recipe.lora.alpha, seed=0)
     trainer, _, _ = build_trainer(
@@ -192,6 +223,35 @@ def by_qalora(
     )  # fmt: skip
     trainer.args.save_strategy = "no"
     return trainer
+
+
+def as_installed(recipe: Recipe, items: list[Any]) -> Checkpointing:
+    """The level that `auto` comes to on this machine."""
+    longest = max(len(item["input_ids"]) for item in items)
+    shape, memory = shape_of(resolve(recipe.model)), available_memory()
+    settled = at_fastest_level(recipe, shape, memory, seq_len=longest, device="cpu")
+    return cast(Checkpointing, settled.training.gradient_checkpointing)
+
+
+def by_trl(
+    backend: str, recipe: Recipe, base: Any, tokenizer: Any, items: list[Any], steps: int, folder: Path
+) -> Trainer:
+    """Rows of prompt and completion, tokenized already, and nothing set that need not be."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([
+        {"input_ids": item["input_ids"], "completion_mask": [int(label != -100) for label in item["labels"]]}
+        for item in items
+    ])  # fmt: skip
+    training = recipe.training
+    arguments = SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=training.micro_batch_size, max_steps=steps,
+        completion_only_loss=True, bf16=base.compute_dtype == torch.bfloat16, logging_steps=1, seed=training.seed,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    lora = LoraConfig(r=recipe.lora.r, lora_alpha=recipe.lora.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return SFTTrainer(base.model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
 
 def by_peft(

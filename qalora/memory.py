@@ -22,6 +22,8 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATE_BLOCK = 256  # absmax values, or 8-bit optimizer states, that share one fp32 constant
 MIN_8BIT = 4096  # bitsandbytes keeps fp32 moments for smaller tensors
 CUDA_CONTEXT = 500 * 2**20
+KEPT = "checkpoints", "kept by the blocks"  # the terms of what blocks keep, with and without checkpointing
+GONE = "gone before gradients are whole"  # of that: a term below zero
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def plan_memory(
     mlp_tile: int | None = None,
     dropout: float = 0.0,
     directions: int = 0,
+    packed: bool = False,
     device: str = "cuda",
     processes: int = 1,
 ) -> MemoryPlan:
@@ -68,6 +71,7 @@ def plan_memory(
         mlp_tile: tokens of a row that an MLP works on at a time; None: all, and so it is with dropout.
         dropout: of the adapters' inputs.
         directions: of ∂L/∂W that are looked for in every module before the first step.
+        packed: a row holds several texts, which attention tells apart by a mask over all pairs of tokens.
         device: cuda adds the context's own memory.
         processes: that share the rows of an optimizer step; the plan is of each.
     """
@@ -84,11 +88,28 @@ def plan_memory(
 
     def activations(ranks: Mapping[str, int]) -> dict[str, int]:
         return _activations(
-            shape, ranks, micro_batch_size, seq_len, size, load_in_4bit, gradient_checkpointing, tile, mask, device
+            shape,
+            ranks,
+            micro_batch_size,
+            seq_len,
+            size,
+            load_in_4bit,
+            gradient_checkpointing,
+            tile,
+            mask,
+            packed,
+            device,
         )
 
     step = activations(rank_of)
     kept, *_ = step.values()
+    offloads = gradient_checkpointing == "offload"
+    of_one = kept // (min(2, shape.num_hidden_layers) if offloads else shape.num_hidden_layers)
+    accumulates, gradients = step_rows > micro_batch_size, 4 * sum(adapters)
+    # Gradients grow while what the blocks kept goes: where they are whole, at the first block's backward, its own is
+    # left. Of what is offloaded two inputs are there until the last two blocks.
+    until = 2 * gradients // shape.num_hidden_layers if offloads else gradients
+    gone = 0 if accumulates else min(until, kept - of_one)
     terms = {
         "4-bit weights" if load_in_4bit else "weights": sum(
             (i * o + 1) // 2 if load_in_4bit else i * o * size for i, o in maps.values()
@@ -97,23 +118,23 @@ def plan_memory(
         "embeddings and head": shape.embeddings_and_head() * size,
         "norms and biases": shape.norms_and_biases() * size,
         "adapter": 4 * sum(adapters),
-        "gradients": 4 * sum(adapters),
+        "gradients": gradients,
         "optimizer moments": sum(_moments(*matrix, optim) for matrix in matrices),
         **step,
-        # They grow while what the blocks kept goes: at the first block's backward both are whole, and nothing else is
-        # left.
-        "earlier gradients beyond it": max(0, 4 * sum(adapters) - kept) if step_rows > micro_batch_size else 0,
+        GONE: -gone,
+        "earlier gradients beyond it": max(0, gradients - kept) if accumulates else 0,
         "gradients to sum over processes": 4 * sum(adapters) if processes > 1 else 0,
         "CUDA context": CUDA_CONTEXT if device == "cuda" else 0,
     }
     if directions:
         longer = {name: rank and rank + min(directions + OVERSAMPLING, *maps[name]) for name, rank in rank_of.items()}
-        trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step))
+        trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step)) - gone
         start = terms["adapter"] + _sketch(maps, rank_of, longer, activations(longer))
         terms["gradient start beyond it"] = max(0, start - trained)
-    offloads = gradient_checkpointing == "offload" and device == "cuda"
     inputs = micro_batch_size * seq_len * shape.hidden_size * size * shape.num_hidden_layers
-    return MemoryPlan({name: size for name, size in terms.items() if size}, host=inputs if offloads else 0)
+    return MemoryPlan(
+        {name: size for name, size in terms.items() if size}, host=inputs if offloads and device == "cuda" else 0
+    )
 
 
 def _activations(
@@ -126,6 +147,7 @@ def _activations(
     checkpointing: bool | str,
     mlp_tile: int,
     mask: int,
+    packed: bool,
     device: str,
 ) -> dict[str, int]:
     """What is alive at the worst moment of a step, beside weights and adapters.
@@ -157,7 +179,7 @@ def _activations(
     attention = (1 + norms) * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
     if inner_norms or family.copies_qk:
         attention += tokens * size * (q + kv)
-    masks, of_block = _masks(shape, rows, seq_len, size)
+    masks, of_block = _masks(shape, rows, seq_len, size, packed)
     attention += of_block
     rotation = tokens * 2 * shape.head_dim * size
     # gate x and up x, which the backward writes its gradients into; of a plain MLP what is made of them too
@@ -196,10 +218,10 @@ def _activations(
         kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
     else:
         own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
-        unwindowed = 0 if family.eager else blocks - shape.windowed
+        unwindowed = 0 if family.eager or packed else blocks - shape.windowed
         kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
     return {
-        "checkpoints" if checkpointing else "kept by the blocks": kept,
+        KEPT[0 if checkpointing else 1]: kept,
         "block working set": block,
         "attention's backward beyond it": max(0, attended - block),
         "loss beyond it": max(0, loss - max(block, attended)),
@@ -215,14 +237,17 @@ def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
     return 4 * (q + heads) + (2 * size * q if kv != q else 0)
 
 
-def _masks(shape: ModelShape, rows: int, seq_len: int, size: int) -> tuple[int, int]:
-    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a window beyond it."""
+def _masks(shape: ModelShape, rows: int, seq_len: int, size: int, packed: bool) -> tuple[int, int]:
+    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a mask of its own beyond
+    it."""
     pairs = rows * seq_len**2
     if shape.family.eager:
         return (
             2 * pairs * size,
             8 * pairs * shape.num_attention_heads,
         )  # capped scores, and what softmax makes of them in fp32
+    if packed:
+        return 4 * pairs, pairs * size  # which pairs may see each other and what is made of it; numbers to add
     if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
         return 0, 0
     return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add

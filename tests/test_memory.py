@@ -17,7 +17,7 @@ from qalora.base.quantized import linear_maps, quantize_
 from qalora.base.registry import MODELS, ModelShape
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
 from qalora.kernels.loss import summed_loss
-from qalora.memory import CUDA_CONTEXT, plan_memory
+from qalora.memory import CUDA_CONTEXT, GONE, plan_memory
 from qalora.training.ladder import Ladder
 
 # Adapters of 3 · 160 (below the 4,096 elements of 8-bit states) up to 16 · 321 and a number that 256 does not divide.
@@ -261,3 +261,18 @@ def test_a_start_along_the_gradient_is_planned_beyond_a_step(tiny_llama, live_by
         assert planned == pytest.approx(live.peak, rel=0.07)
     else:
         assert live.peak < planned
+
+
+def test_gradients_and_what_the_blocks_kept_are_never_whole_together():
+    """At the last block's backward there are no gradients, and at the first block's all of them and one block's
+    input."""
+    shape = MODELS["llama3.1-8b"][1]
+
+    def plan(**settings):
+        return plan_memory(shape, ranks=64, micro_batch_size=2, **settings)
+
+    for seq_len in (64, 2048):
+        once, twice = (plan(seq_len=seq_len, gradient_accumulation_steps=n) for n in (1, 2))
+        kept, gradients = once.terms["checkpoints"], once.terms["gradients"]
+        assert once.terms[GONE] == -min(gradients, kept - kept // 32)
+        assert twice.total - once.total == max(0, gradients - kept) - once.terms[GONE]

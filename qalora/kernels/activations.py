@@ -113,9 +113,8 @@ class HostMemory:
         Raises:
             torch.OutOfMemoryError: host memory has run out too.
         """
-        self.free = [
-            piece for piece in self.free if len(piece) >= tensor.nbytes
-        ]  # longer rows came, and they stay the longest
+        # Longer rows came, and they stay the longest. In place: pieces that are out come back into this list.
+        self.free[:] = [piece for piece in self.free if len(piece) >= tensor.nbytes]
         if self.free:
             return self.free.pop()
         try:

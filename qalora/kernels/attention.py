@@ -9,7 +9,7 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qalora.base.families import FAMILIES
+from qalora.kernels import fused
 from qalora.kernels.context import Context
 from qalora.kernels.low_rank import (
     Frozen,
@@ -93,10 +94,8 @@ class _RotatedQKV(torch.autograd.Function):
         maps = put_together(frozen, trained)
 
         def compute() -> tuple[Tensor | None, ...]:
-            found = [map_forward(x, m) for m in maps]
-            for z, _ in found[:2]:
-                rotate_(z, cos, sin, head_dim)
-            return tuple(z for z, _ in found) + tuple(low for _, low in found)
+            (query, key, value), low = zip(*(map_forward(x, m) for m in maps), strict=True)
+            return *rotated_(query, key, cos, sin, head_dim), value, *low
 
         states = kept(compute)
         ctx.frozen, ctx.head_dim = frozen, head_dim
@@ -111,14 +110,37 @@ class _RotatedQKV(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         grad_x: Tensor | None = None
         found: list[Tensor | None] = []
-        for i, (grad, m) in enumerate(zip(grads, put_together(ctx.frozen, trained), strict=True)):
-            if i < 2:
-                grad = grad.clone(memory_format=torch.contiguous_format)
-                rotate_(grad, cos, -sin, ctx.head_dim)  # a rotation's gradient turns back
+        maps = put_together(ctx.frozen, trained)
+        for i, (grad, m) in enumerate(zip(turned_back(grads, cos, sin, ctx.head_dim), maps, strict=True)):
             if need_x:
                 grad_x = frozen_backward(grad, m.base, onto=grad_x)
             found += low_rank_backward(grad, x.__getitem__, low[i], m, needs[3 * i : 3 * i + 3], grad_x)
         return grad_x, None, None, None, None, *found
+
+
+def rotated_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """q and k turned to their positions, in their own memory; see `rotate_`."""
+    if fused.rotates(q):
+        return fused.rotated(q, k, cos, sin, head_dim)
+    for z in (q, k):
+        rotate_(z, cos, sin, head_dim)
+    return q, k
+
+
+def turned_back(grads: Sequence[Tensor], cos: Tensor, sin: Tensor, head_dim: int) -> Iterator[Tensor]:
+    """Gradients of q and k before their rotation, which a gradient turns back, and that of v."""
+    query, key, value = grads
+    if fused.rotates(query):
+        yield from fused.rotated(_copy(query), _copy(key), cos, sin, head_dim, back=True)
+    else:
+        for grad in map(_copy, (query, key)):
+            rotate_(grad, cos, -sin, head_dim)
+            yield grad
+    yield value
+
+
+def _copy(grad: Tensor) -> Tensor:
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 def rotate_(z: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:

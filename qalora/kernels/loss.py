@@ -7,7 +7,6 @@ no gradient: d loss / d hidden = (softmax − one-hot) W is formed in the forwar
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from qalora.base.families import FAMILIES, family_of
 from qalora.data.rows import targets as supervised
 from qalora.errors import InputError
 from qalora.kernels.context import Context
+from qalora.kernels.fused import liger
 from qalora.kernels.layout import Layout
 from qalora.kernels.prefixes import causal_lm, final_hidden
 from qalora.sizes import LOGITS_CHUNK
@@ -172,11 +172,8 @@ def _supervised(hidden: Tensor, labels: Tensor, layout: Layout | None) -> tuple[
 def liger_loss() -> Fused | None:
     """Liger-Kernel's head and cross-entropy in one CUDA kernel, where the package is installed; it sums only, so that
     the losses of rows, which scores are made of, stay our own."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    kernels = liger("transformers")
+    return None if kernels is None else kernels.LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora.base.families import FAMILIES, Weighing
+from qalora.kernels import fused
 from qalora.kernels.context import Context
 from qalora.kernels.stretches import Stretch, assembled
 
@@ -70,4 +71,7 @@ def replaceable(model: nn.Module) -> Iterator[nn.Module]:
 
 def forward(self: Any, hidden_states: Tensor) -> Tensor:
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    return _FrozenRMSNorm.apply(hidden_states, self.weight, eps, KNOWN[type(self).__name__])
+    weighing = KNOWN[type(self).__name__]
+    if fused.norms(hidden_states, self.weight, weighing):
+        return fused.rms_norm(hidden_states, self.weight, eps, weighing)
+    return _FrozenRMSNorm.apply(hidden_states, self.weight, eps, weighing)

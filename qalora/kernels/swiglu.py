@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qalora.base.families import FAMILIES
+from qalora.kernels import fused
 from qalora.kernels.context import Context
 from qalora.kernels.low_rank import (
     Frozen,
@@ -135,7 +136,11 @@ def _inner(x: Tensor, maps: Sequence[LowRank]) -> Inner:
 
 
 def _down(inner: Inner, maps: Sequence[LowRank]) -> Tensor:
-    return map_forward(F.silu(inner[0]).mul_(inner[1]), maps[2])[0]
+    return map_forward(_product(inner[0], inner[1]), maps[2])[0]
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    return fused.silu_product(gate, up) if fused.multiplies(gate, up) else F.silu(gate).mul_(up)
 
 
 def _backward(
@@ -150,7 +155,7 @@ def _backward(
     (to_gate, to_up, to_down), (gate, up, low_gate, low_up) = maps, inner
 
     def product(part: Part) -> Tensor:
-        return F.silu(gate[part]).mul_(up[part])
+        return _product(gate[part], up[part])
 
     grad_product = frozen_backward(grad_z, to_down.base)
     grads_down = low_rank_backward(grad_z, product, None, to_down, needs[6:], grad_product)
@@ -164,7 +169,9 @@ def _backward(
 
 
 def _through_product(grad_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from that of silu(gate) ∘ up, in the memory of `up` and of `grad_product`."""
+    """Gradients of gate and up from that of silu(gate) ∘ up, in the memory of two of the three."""
+    if fused.multiplies(gate, up, grad_product):
+        return fused.silu_product_backward(gate, up, grad_product)
     up.mul_(grad_product)
     for part in stretches(gate, gate.shape[-1]):
         grad_product[part].mul_(F.silu(gate[part]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from qalora.memory import GONE, KEPT
 from qalora.rank_grid import grid
 from qalora.results.facts import RunFacts
 
@@ -79,10 +80,17 @@ def speed(run: RunFacts) -> go.Figure | None:
     return _laid_out(figure, 240)
 
 
+def drawn_terms(plan: Mapping[str, Any]) -> dict[str, int]:
+    """The terms of a plan, in bytes, none of them below zero: what is gone again is taken off what the blocks kept."""
+    terms = {name: size for name, size in (plan.get("terms") or {}).items() if size}
+    gone = terms.pop(GONE, 0)
+    return {name: size + gone if name in KEPT else size for name, size in terms.items()}
+
+
 def memory(run: RunFacts) -> go.Figure | None:
     """The plan by term, one bar, above the measured peak, another."""
     plan, measured = run.metrics.get("plan") or {}, (run.metrics.get("train") or {}).get("peak_memory_bytes")
-    terms = {name: size for name, size in (plan.get("terms") or {}).items() if size}
+    terms = drawn_terms(plan)
     if not terms and measured is None:
         return None
     figure = go.Figure()

@@ -154,12 +154,11 @@ def _memory_section(run: RunFacts) -> str:
 
 def _terms(plan: Mapping[str, Any]) -> str:
     """The legend of the planned bar, with each term's size."""
-    from qalora.results.figures import DARK, SERIES
+    from qalora.results.figures import DARK, SERIES, drawn_terms
 
-    terms = {name: size for name, size in (plan.get("terms") or {}).items() if size}
     items = "".join(
         f'<li><i style="--light:{color};--dark:{DARK[color]}"></i>{escape(name)}<b>{_size(size)}</b></li>'
-        for (name, size), color in zip(terms.items(), cycle(SERIES), strict=False)
+        for (name, size), color in zip(drawn_terms(plan).items(), cycle(SERIES), strict=False)
     )
     return f'<ul class="legend">{items}</ul>' if items else ""
 

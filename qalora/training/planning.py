@@ -49,6 +49,7 @@ def planner(
         mlp_tile=recipe.training.mlp_tile,
         dropout=recipe.lora.dropout,
         directions=recipe.lora.r if recipe.chosen_init(sixteen_bit=True) == "gradient" else 0,
+        packed=recipe.data.packing,
         device=device,
         processes=processes,
     )

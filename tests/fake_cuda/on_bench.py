@@ -22,7 +22,7 @@ import gpu
 
 
 @pytest.fixture
-def in_this_process(device, monkeypatch):
+def in_this_process(shapes_only, monkeypatch):
     """What workers were asked for; they run here, where the device is."""
     names = []
 
@@ -34,8 +34,8 @@ def in_this_process(device, monkeypatch):
     return names
 
 
-def test_every_case_is_measured_written_and_not_run_again(in_this_process, device, tmp_path, monkeypatch, capsys):
-    chosen = ["8b", "7b-fp16-15gb"]
+def test_every_case_is_measured_written_and_not_run_again(in_this_process, tmp_path, monkeypatch, capsys):
+    chosen = ["8b", "7b-fp16-15gb", "8b-longest-24gib"]
     monkeypatch.setattr(gpu, "CASES", {name: gpu.CASES[name] for name in chosen})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "found")])
     written = []
@@ -51,6 +51,18 @@ def test_every_case_is_measured_written_and_not_run_again(in_this_process, devic
     in_this_process.clear()
     gpu.main()
     assert in_this_process == ["facts"]
+
+
+@pytest.mark.parametrize("name", ["8b-hf", "8b-trl"])
+def test_rivals_train_too(shapes_only, monkeypatch, name):
+    monkeypatch.setattr(gpu, "TINY", gpu.replace(gpu.TINY, vocab_size=512))
+    found = gpu.work(name, "tiny", "cuda", 600)
+    assert len(found["losses"]) == 2 and found["allocated"] > 0
+
+
+def test_a_rival_that_is_not_installed_says_so(shapes_only):
+    with pytest.raises(SystemExit, match="liger_kernel not installed"):
+        gpu.work("8b-trl-liger", "tiny", "cuda", 600)
 
 
 def test_a_step_launches_no_more_kernels_than_pefts(shapes_only):

@@ -82,14 +82,14 @@ def test_a_broken_forward_leaves_no_block_inputs_to_the_next(device, tiny_llama,
             raise torch.OutOfMemoryError("in the forward")
         fetch = activations._Kept.fetch
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(activations._Kept, "fetch", lambda kept: fetched.append(id(kept)) or fetch(kept))
+            patch.setattr(activations._Kept, "fetch", lambda kept: fetched.append(kept) or fetch(kept))
             loss.backward()
         return loss.detach()
 
     ladder = Ladder(model, lambda line: None)
     ladder.halvings = 1  # so that a single row is the next piece
     ladder.run(batch, work)
-    assert len(set(fetched)) == 2 * 3 * 2 // 2  # of two rungs' rows: each block's input, and no other
+    assert len({id(kept) for kept in fetched}) == 2 * 3 * 2 // 2  # of two rungs' rows: each block's input, and no other
 
 
 def test_block_inputs_share_pieces_of_host_memory_from_step_to_step(device, tiny_llama, make_batch, monkeypatch):

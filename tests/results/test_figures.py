@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qalora.results.facts import RunFacts, read_run
-from qalora.results.figures import DARK, RANKS, losses, memory, rank_map, speed
+from qalora.results.figures import DARK, RANKS, drawn_terms, losses, memory, rank_map, speed
 
 
 def test_losses_are_those_of_the_log_with_a_line_at_each_round(run):
@@ -17,6 +17,11 @@ def test_losses_are_those_of_the_log_with_a_line_at_each_round(run):
 def test_memory_is_the_plan_by_term_and_the_peak_in_mib(run):
     bars = {bar.name: bar.x[0] for bar in memory(read_run(run)).data}
     assert bars == {"4-bit weights": 3.0, "adapter": 1.0, "peak": 1024.0}
+
+
+def test_what_is_gone_again_is_taken_off_what_the_blocks_kept():
+    terms = {"adapter": 5, "checkpoints": 7, "gone before gradients are whole": -3, "block working set": 0}
+    assert drawn_terms({"terms": terms}) == {"adapter": 5, "checkpoints": 4}
 
 
 def test_the_map_has_a_state_for_the_start_and_every_round(run):
