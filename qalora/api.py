@@ -323,7 +323,7 @@ def plan_memory(model: str | Path, **settings: Any) -> MemoryPlan:
             tokens per row), load_in_4bit (True), double_quant (True), compute_dtype ("bfloat16"), optim
             ("adamw_torch"), gradient_checkpointing (True), mlp_tile, dropout, directions (0; as many as ranks for
             init="gradient"),
-            device ("cuda"), processes (1; GPUs that share a step).
+            packed (False), device ("cuda"), processes (1; GPUs that share a step).
 
     Returns:
         `.terms`, bytes by name, and `.total`, bytes.

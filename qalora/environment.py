@@ -17,6 +17,7 @@ RANKS = (
     "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK",
 )  # fmt: skip
 OTHERS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Ways to train that part a model over processes.
 WAYS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER", "PARALLELISM_CONFIG")
 # What accelerate would do otherwise → what decides it here.
@@ -54,6 +55,12 @@ def check_launcher(environ: Mapping[str, str] = os.environ) -> int:
     size, rank = int(environ["WORLD_SIZE"]), int(environ["RANK"])
     if not 0 <= rank < size:
         raise InputError(f"RANK={rank} in the environment: WORLD_SIZE={size} has processes 0 to {size - 1}.")
+    here, local = int(environ.get("LOCAL_WORLD_SIZE") or size), int(environ.get("LOCAL_RANK") or 0)
+    if not 0 <= local < here <= size:
+        raise InputError(
+            f"LOCAL_RANK={local} in the environment: of WORLD_SIZE={size} processes LOCAL_WORLD_SIZE={here} are on "
+            "this machine; torchrun and accelerate launch set all three."
+        )
     return size
 
 
@@ -77,15 +84,14 @@ def _several(environ: Mapping[str, str]) -> str | None:
     Raises:
         InputError: a value that is no number.
     """
-    torchrun = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    for name in torchrun if environ.get("WORLD_SIZE", "").strip() else (*SIZES, *RANKS):
-        least = 1 if name in RANKS else 2
-        text = environ.get(name, "").strip()
-        if text and not text.lstrip("-").isdecimal():
+    launched = bool(environ.get("WORLD_SIZE", "").strip())
+    names = TORCHRUN if launched else (*SIZES, *RANKS)
+    given = {name: text for name in names if (text := environ.get(name, "").strip())}
+    for name, text in given.items():
+        if not text.removeprefix("-").isdecimal():
             raise InputError(f"{name}={text} in the environment: no number of processes; unset it.")
-        if text and int(text) >= least:
-            return f"{name}={text}"
-    return None
+    counts = [name for name in given if name != "LOCAL_WORLD_SIZE"]
+    return next((f"{name}={given[name]}" for name in counts if int(given[name]) >= (1 if name in RANKS else 2)), None)
 
 
 def check_ways(environ: Mapping[str, str]) -> None:

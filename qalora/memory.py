@@ -198,14 +198,12 @@ def _activations(
     # too.
     dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
     block = dropped + attention + rotation + max(down, norm) + transposed + masks
-    # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them.
-    attended = (
-        2 * hidden
-        + masks
-        + rotation
-        + tokens
-        * (size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size, device))
-    )
+    # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them. On a CPU,
+    # whose kernel takes nothing more, the working set above covers it.
+    attended = 0
+    if device != "cpu":
+        of_token = size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size)
+        attended = 2 * hidden + masks + rotation + tokens * of_token
     logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
     loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
     if checkpointing == "selective":
@@ -228,12 +226,9 @@ def _activations(
     }
 
 
-def _scratch(q: int, kv: int, heads: int, size: int, device: str) -> int:
+def _scratch(q: int, kv: int, heads: int, size: int) -> int:
     """Bytes a token that the backward of a fused attention on CUDA takes beside what it puts out (FlashAttention-2:
-    dq and sums in
-    fp32, and under grouped queries dk and dv of all of them)."""
-    if device == "cpu":
-        return 0
+    dq and sums in fp32, and under grouped queries dk and dv of all of them)."""
     return 4 * (q + heads) + (2 * size * q if kv != q else 0)
 
 

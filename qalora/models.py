@@ -60,7 +60,7 @@ def described(
         cards: name → bytes of GPUs, for what a step that is fitted to each of them takes; None where none fits.
     """
     from qalora.fitting import HEADROOM
-    from qalora.training.planning import fitted, planner
+    from qalora.training.planning import fitted, on_card, planner
 
     hub_id, shape = MODELS[name]
     seq_len = min(recipe.data.max_seq_len, shape.positions or recipe.data.max_seq_len)
@@ -70,7 +70,8 @@ def described(
         return planner(chosen, shape)(seq_len=seq_len).total if fits else None
 
     at_best = fitted_to(card) if recipe.training.fit and card is not None else None
-    total = at_best or planner(recipe, shape)(seq_len=seq_len).total
+    chosen = recipe if card is None else on_card(recipe, shape, card, seq_len=seq_len)
+    total = at_best or planner(chosen, shape)(seq_len=seq_len).total
     return {
         "name": name,
         "hub_id": hub_id,

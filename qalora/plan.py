@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     from qalora.base.registry import resolve, shape_of
     from qalora.recipe import load_recipe, parse_overrides
-    from qalora.training.planning import at_fastest_level, fitted, limits, planner
+    from qalora.training.planning import fitted, limits, on_card, planner
     from qalora.training.settling import settled, with_its_own
 
     args, rest = parser().parse_known_args(argv)
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> int:
         recipe, _ = fitted(recipe, shape, card, processes=args.gpus)
     most = {} if card is None else limits(planner(recipe, shape, processes=args.gpus), card)
     if card is not None:
-        # The host memory is that of whatever machine has the card.
-        recipe = at_fastest_level(recipe, shape, card, host=1 << 62, processes=args.gpus)
+        recipe = on_card(recipe, shape, card, processes=args.gpus)
     plan = planner(recipe, shape, processes=args.gpus)()
     fits = card is None or plan.total <= HEADROOM * card
     if args.json:

@@ -128,6 +128,10 @@ def _one_voice() -> Iterator[None]:
         text = error.as_typed if isinstance(error, InputError) else str(error)
         error.args = (f"process {rank()} on {socket.gethostname()}: {text}",)
         raise
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" and _is_said(error):  # process 0 has it too
+            raise EndedElsewhere(1) from None
+        raise
     finally:
         progress.show(drawn)
         progress.console.quiet = False
@@ -299,11 +303,11 @@ def tell(text: str) -> None:
 
 
 def _is_said(error: BaseException) -> bool | None:
-    """Whether all processes know of the error; None: it can be said yet."""
+    """Whether all processes know of the error, or of the one that it gives as its cause; None: it can be said yet."""
     if isinstance(error, (EndedElsewhere, Lost)):
         return True
     said: bool | None = getattr(error, "said", None)
-    return said
+    return _is_said(error.__cause__) if said is None and error.__cause__ is not None else said
 
 
 def _told(work: Callable[[], Any], *, gathered: bool = True) -> list[Any]:
@@ -345,7 +349,7 @@ def _exchange(value: T, trouble: BaseException | None) -> list[T]:
             raise trouble
         raise EndedElsewhere(kinds[errors[0]])
     if "memory" in kinds:
-        error = trouble or torch.OutOfMemoryError(f"out of memory in process {kinds.index('memory')}")
+        error = trouble or torch.OutOfMemoryError(f"memory ran out in process {kinds.index('memory')}")
         error.said = True  # type: ignore[attr-defined]
         raise error
     return [value for _, value in found]
@@ -384,7 +388,7 @@ def _join(environ: MutableMapping[str, str]) -> tuple[Group, dict[str, str]]:
     Raises:
         InputError: the processes cannot meet, or a script was quicker to use what a run sets up.
     """
-    own = {name: int(environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    own = {name: int(environ.get(name) or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     local = int(environ.get("LOCAL_WORLD_SIZE") or own["WORLD_SIZE"])
     see_one_gpu(environ, own["LOCAL_RANK"])
 

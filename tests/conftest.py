@@ -18,6 +18,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,6 +40,8 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 VOCAB = 128
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 prefixes.register()  # tests set the attention by its name
 
 

@@ -86,6 +86,12 @@ def test_a_launch_of_torchrun_or_accelerate_is_joined_and_taken_out_of_the_envir
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 in the environment, and MASTER_ADDR is missing"),
         (SEVERAL | {"RANK": "4"}, "RANK=4 in the environment: WORLD_SIZE=4 has processes 0 to 3"),
         (SEVERAL | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: no number"),
+        (SEVERAL | {"RANK": "one"}, "RANK=one in the environment: no number"),
+        (SEVERAL | {"LOCAL_RANK": "0.0"}, "LOCAL_RANK=0.0 in the environment: no number"),
+        (SEVERAL | {"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE=all in the environment: no number"),
+        (SEVERAL | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment: of WORLD_SIZE=4 processes"),
+        (SEVERAL | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 in the environment: of WORLD_SIZE=4 processes LOCAL_WORLD"),
+        (SEVERAL | {"LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK=1 in the environment: of WORLD_SIZE=4 processes LOCAL_WORLD"),
     ],
 )  # fmt: skip
 def test_a_launch_that_cannot_be_joined_is_refused_by_the_variable_that_says_so(environ, says):

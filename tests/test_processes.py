@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qalora import cli, processes
-from qalora.errors import InputError
+from qalora.errors import EndedElsewhere, InputError
 from qalora.finetune import main
 from qalora.training.checkpoints import problem_with
 
@@ -264,6 +264,37 @@ def test_a_loss_that_is_not_finite_in_one_process_is_said_once(command, launch, 
     assert run.codes == [1, 1]
     assert sum(text.count("error:") for text in run.said) == 1
     assert "the loss is nan at step 4, on rows [" in run.said[1] and "checkpoint-2" in run.said[1]
+
+
+FULL_DISK = """
+import errno
+from qalora.training import trainer
+def full(model, folder):
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+trainer.write_adapter = full
+"""
+
+
+def test_a_disk_that_is_full_is_said_once_and_by_its_cause(command, launch, tmp_path):
+    words = command(tmp_path / "run", **{"training.save_steps": 1})
+    run = launch(2, *words, code=FULL_DISK)
+    assert run.codes == [2, 2], run.said
+    assert "No space left on device" in run.said[0] and "Earlier checkpoints are untouched" in run.said[0]
+    assert "".join(run.said).count("error:") == 1
+
+
+@pytest.mark.parametrize(("rank", "ends"), [(0, torch.OutOfMemoryError), (1, EndedElsewhere)])
+def test_memory_that_ran_out_in_one_process_for_good_is_said_by_process_0(monkeypatch, rank, ends):
+    """Outside the steps, as in a validation, where nothing smaller is tried."""
+    monkeypatch.setattr(processes, "_group", processes.Group(rank, 2))
+
+    def gathered(found, value):
+        found[:] = [(None, None), ("memory", None)]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    with pytest.raises(ends) as error, processes._one_voice():
+        processes.exchange(None)
+    assert "in process 1" in str(error.value) if rank == 0 else error.value.code == cli.NO
 
 
 def test_a_signal_to_the_launcher_leaves_a_checkpoint(command, forkserver, tmp_path):

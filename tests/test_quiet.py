@@ -106,6 +106,7 @@ def test_lines_are_hidden_for_a_while(caplog):
 LINES = [
     r"rows\.jsonl \(train\): 24 rows, \d+ tokens, \d+ of them supervised",
     r"4 optimizer steps, \d+ an epoch; rounds of allocation after steps \[2\]",
+    r"for \S+ GiB and rows of up to \d+ tokens: training\.gradient_checkpointing=false",
     r"what ends an answer, as these rows teach it: '</s>'",
     r"before: rows 4  supervised_tokens \d+  loss \S+  perplexity \S+  exact_match \S+",
     r"round 1/1 after step 2: \d+ ranks pruned, \d+ grown in \d+ modules, total \d+ of \d+ \(.* s, \d+ forwards, \w+\)",

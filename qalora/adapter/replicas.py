@@ -33,6 +33,17 @@ def share_adapter(model: PeftModel) -> None:
         layers[name].B.data.copy_(B)
 
 
+def check_given(model: PeftModel) -> None:
+    """
+    Raises:
+        InputError: `lora.adapter` holds another one for another process; names the module.
+        EndedElsewhere: the same, in the processes that say nothing.
+    """
+    if processes.size() > 1:
+        with processes.agreeing():
+            processes.check_same(dict(_digests(model, None)), "lora.adapter", "give every node the same files.")
+
+
 def check_replicas(model: PeftModel, optimizer: object, when: str) -> None:
     """Compares every adapter's A, B, moments and ranks over all processes.
 

@@ -15,7 +15,7 @@ from qalora import processes
 from qalora.adapter.callback import AllocationCallback
 from qalora.adapter.model import attach, load_adapter, ranks, settle_scalings
 from qalora.adapter.provenance import Provenance
-from qalora.adapter.replicas import check_replicas
+from qalora.adapter.replicas import check_given, check_replicas
 from qalora.base.loading import LoadedBase, load_base
 from qalora.data.chat_template import chat_template
 from qalora.data.ending import taught_ends
@@ -111,6 +111,7 @@ def first_model(run: Run, base: LoadedBase) -> tuple[PeftModel, dict[str, int]]:
         return load_adapter(base.model, continued.checkpoint, trainable=True), continued.identity.ranks
     if continued is None and lora.adapter:
         model = load_adapter(base.model, Path(lora.adapter).expanduser(), trainable=True, dropout=lora.dropout)
+        check_given(model)
         if run.rounds.steps:
             settle_scalings(model)
         return model, ranks(model)

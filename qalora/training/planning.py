@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from math import ceil
@@ -118,6 +119,11 @@ def at_fastest_level(
     return recipe.with_settings(
         {"training.gradient_checkpointing": level.checkpointing, "training.mlp_tile": level.mlp_tile}
     )
+
+
+def on_card(recipe: Recipe, shape: ModelShape, card: int, *, seq_len: int | None = None, processes: int = 1) -> Recipe:
+    """`at_fastest_level` of a card in a machine of which nothing is known: its host memory is taken to suffice."""
+    return at_fastest_level(recipe, shape, card, seq_len=seq_len, host=sys.maxsize, processes=processes)
 
 
 def decided_by_fit(recipe: Recipe) -> dict[str, Any]:

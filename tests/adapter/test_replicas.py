@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from qalora import processes
 from qalora.adapter import replicas
 from qalora.adapter.model import gated_layers
+from qalora.errors import InputError
 
 
 @pytest.mark.parametrize("what", ["A", "B", "exp_avg", "exp_avg_sq", "step"])
@@ -33,3 +36,17 @@ def test_alone_nothing_is_compared(tiny_adapter, monkeypatch):
     model = tiny_adapter()
     replicas.check_replicas(model, None, "after step 1")
     replicas.share_adapter(model)
+
+
+def test_a_given_adapter_that_is_another_elsewhere_is_refused_by_its_module(tiny_adapter, monkeypatch):
+    model = tiny_adapter()
+    name, layer = next(iter(gated_layers(model).items()))
+    other = dict(replicas._digests(model, None))
+    layer.A.data.view(-1)[0] += 1e-6
+    monkeypatch.setattr(processes, "_group", processes.Group(0, 2))
+    monkeypatch.setattr(processes, "exchange", lambda value: [value, other])
+    monkeypatch.setattr(processes, "agreeing", nullcontext)
+    with pytest.raises(InputError) as error:
+        replicas.check_given(model)
+    said = f"lora.adapter: process 0 and process 1 differ in A of {name}; give every node the same files."
+    assert str(error.value) == said

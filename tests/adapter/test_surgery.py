@@ -457,8 +457,10 @@ def test_pages_of_moments_that_are_gone_are_forgotten(tiny_adapter, train, make_
     plain, pages = optimizer.get_state_buffer, optimizer.page_mng.paged_tensors
 
     def paged(parameter, dtype=torch.float32):
-        pages.append(plain(parameter, dtype=dtype))
-        return pages[-1]
+        page = plain(parameter, dtype=dtype)
+        page.is_paged, page.page_deviceid = True, 0
+        pages.append(page)
+        return page
 
     optimizer.get_state_buffer = paged
     before = len(pages)
