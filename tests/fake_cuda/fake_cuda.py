@@ -26,6 +26,7 @@ os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a dispatch mode is one thread's
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from bitsandbytes.functional import name2qmap  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -305,3 +306,4 @@ def shapes_only(device):
     device.values = False
     yield device
     device.values = True
+    name2qmap.clear()  # made without values

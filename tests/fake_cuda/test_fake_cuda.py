@@ -1,60 +1,29 @@
-"""What runs on the CUDA device without hardware (fake_cuda.py), in a process of its own: the device has to be there
-before torch."""
+"""Plans, runs and kernels on the CUDA device without hardware; test_bench_and_gpu.py has the rest, so that two workers
+share the time."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
-from build import built, missing  # noqa: E402
+from build import missing
+from parts import outcomes_of
 
 PARTS = {
-    "plans": "tests/fake_cuda/on_plans.py",
     "training": "tests/fake_cuda/on_training.py",
     "kernels": "tests/fake_cuda/on_kernels.py",
-    "bench": "tests/fake_cuda/on_bench.py",
-    "tests-gpu": "tests/gpu/test_cuda.py",
+    "plans": "tests/fake_cuda/on_plans.py",
 }
-LARGE = "tests/gpu/test_cuda.py::test_the_ladder_gives_the_same_gradients_after_a_real_out_of_memory"
-
-MAY_BE_SKIPPED = {"test_two_gpus_make_the_run_of_one", "test_liger_computes_our_loss"}
-
-
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> list[tuple[str, str, str]]:
-    """(file, test, what went wrong; "" where nothing did) of all parts, which share the time that imports take."""
-    found = tmp_path_factory.mktemp("fake_cuda") / "found.xml"
-    paths = [str(REPOSITORY), str(REPOSITORY / "bench"), str(HERE), os.environ.get("PYTHONPATH", "")]
-    options = ["-p", "fake_cuda", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", f"--junitxml={found}"]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "FAKE_CUDA_SHIM": str(built())}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "--deselect", LARGE, *PARTS.values()],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=1500,
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert found.exists(), done.stdout[-6000:] + done.stderr[-2000:]
-    return [
-        (case.get("classname", "").replace(".", "/") + ".py", case.get("name", ""), wrong_with(case))
-        for case in ElementTree.parse(found).iter("testcase")
-    ]
-
-
-def wrong_with(case: ElementTree.Element) -> str:
-    if case.find("skipped") is not None and case.get("name") not in MAY_BE_SKIPPED:
-        return "skipped"
-    return "".join(part.text or "" for part in case if part.tag in ("failure", "error"))
+    return outcomes_of(list(PARTS.values()), tmp_path_factory.mktemp("fake_cuda") / "found.xml")
 
 
 @pytest.mark.parametrize("file", PARTS.values(), ids=PARTS)

@@ -1,0 +1,28 @@
+"""bench/gpu.py and tests/gpu on the CUDA device without hardware."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from build import missing
+from parts import outcomes_of
+
+PARTS = {"bench": "tests/fake_cuda/on_bench.py", "tests-gpu": "tests/gpu/test_cuda.py"}
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> list[tuple[str, str, str]]:
+    return outcomes_of(list(PARTS.values()), tmp_path_factory.mktemp("fake_cuda") / "found.xml")
+
+
+@pytest.mark.parametrize("file", PARTS.values(), ids=PARTS)
+def test_on_the_device_without_hardware(outcomes, file):
+    here = {name: wrong for place, name, wrong in outcomes if place == file}
+    assert here
+    assert not [f"{name}: {wrong}" for name, wrong in here.items() if wrong]
