@@ -59,8 +59,9 @@ class Point:
     kept: Kept = field(repr=False, compare=False)
 
     def holds(self, tolerance: float = 0.0) -> bool:
-        """Whether its loss is not above the whole adapter's, beyond the standard error and the tolerance."""
-        return self.difference <= self.stderr + tolerance
+        """Whether its loss is not above the whole adapter's, beyond the standard error and the tolerance. A single row
+        has no standard error, and tells nothing."""
+        return math.isfinite(self.stderr) and self.difference <= self.stderr + tolerance
 
 
 def kept(scores: PerRank, size: Size, costs: Mapping[str, int], per: Per = "rank") -> Kept:

@@ -7,6 +7,7 @@ from typing import Any
 
 COMPRESSION = "compress.json"
 PICTURE = "compression.png"
+COARSE = 0.01  # nats per token: a standard error that hides what users would mind
 ORDERS = {
     "path": "path scores",
     "sum": "sum scores",
@@ -46,6 +47,11 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
         "that ordered no ranks",
         f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
     ]
+    if kept["stderr"] > COARSE:
+        lines.append(
+            f"{judged['rows']:,} rows cannot tell a loss of {kept['stderr']:.3f} nats per token from none; more rows "
+            "judge finer"
+        )
     if refit := report.get("refit"):
         change = f"the loss from {refit['loss_before']:.4f} to {refit['loss_after']:.4f}"
         stays = "and stays" if refit["helped"] else "so it was taken back"

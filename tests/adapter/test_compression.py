@@ -104,3 +104,9 @@ def test_rows_score_until_they_have_tokens_enough_and_never_more_than_half():
     assert len(scoring) == 5
     assert scoring_rows([100] * 100, least=450)[0] == scoring != scoring_rows([100] * 100, least=450, seed=1)[0]
     assert len(scoring_rows([5, 5])[0]) == 1
+
+
+def test_a_single_row_holds_no_cut():
+    """Its standard error is not known, so nothing smaller than the whole is chosen by it."""
+    difference, stderr = paired([1.0], [1.5], [3])
+    assert smallest([point(100, 0.0, 0.0), point(50, difference, stderr, 0.1)]).parameters == 100

@@ -49,3 +49,10 @@ def test_a_card_says_whose_figures_are_whose(report):
     assert text.endswith("are of the whole adapter.")
     assert "of the whole adapter." not in section(report, later=False).splitlines()[-1]
     assert section({}, later=False) == ""
+
+
+@pytest.mark.parametrize(("stderr", "said"), [(0.0131, 1), (0.0099, 0)])
+def test_few_rows_are_said_to_tell_little(report, stderr, said):
+    report["kept"]["stderr"] = stderr
+    lines = [line for line in in_sentences(report) if line.startswith("168 rows cannot tell a loss of 0.013")]
+    assert len(lines) == said
