@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qalora.kernels import fused
 from qalora.kernels import loss as module
 from qalora.kernels.loss import fused_loss, label_only_loss, liger_loss, row_losses, summed_loss
 
@@ -82,13 +83,22 @@ def test_a_fused_loss_gets_the_supervised_positions(problem):
     torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_liger_is_taken_where_it_is_installed(monkeypatch):
+@pytest.fixture
+def unknown_liger():
+    """Whether Liger-Kernel is there is looked up once; in the test, and after it, anew."""
+    fused.liger.cache_clear()
+    yield
+    fused.liger.cache_clear()
+
+
+def test_liger_is_taken_where_it_is_installed(monkeypatch, unknown_liger):
     package, transformers = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
     package.__spec__ = importlib.machinery.ModuleSpec("liger_kernel", None)
     transformers.LigerFusedLinearCrossEntropyLoss = lambda reduction: ("liger", reduction)
     monkeypatch.setitem(sys.modules, "liger_kernel", package)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
     assert liger_loss() == ("liger", "sum")
+    fused.liger.cache_clear()
     monkeypatch.delitem(sys.modules, "liger_kernel")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert liger_loss() is None
