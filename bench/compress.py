@@ -36,10 +36,11 @@ from transformers import PreTrainedTokenizerBase
 import qalora
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import Kept, Per, Size, kept, parameters_of
-from qalora.adapter.cutting import losses, rank_orders
+from qalora.adapter.cutting import cut, losses, rank_orders
 from qalora.adapter.model import load_adapter, rank_parameters
 from qalora.adapter.model import ranks as ranks_of
-from qalora.adapter.principal import Basis, into_basis
+from qalora.adapter.principal import Basis, input_grams, into_basis
+from qalora.adapter.refit import Correction, least_squares, put, reweighted
 from qalora.adapter.scores import PerRank
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -101,7 +102,7 @@ class Cut:
     """The ranks that are kept of an adapter.
 
     Attributes:
-        order: of qalora's, or random.
+        order: of qalora's, or random; or one of CORRECTED.
         share: of the whole adapter's ranks.
         per: what orders the ranks: the score, or the score per parameter, with as many parameters as the score keeps.
     """
@@ -111,16 +112,26 @@ class Cut:
     share: float
     per: Per = "rank"
 
+    @property
+    def score(self) -> str:
+        """What orders the ranks."""
+        return CORRECTED[self.order][0] if self.order in CORRECTED else self.order
+
 
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 DEEP = (0.5, 0.25)
 ORDERS = ("path", "values", "shrunk")
+CORRECTED = {f"{order}, {how}": (order, how) for order in ("path", "values") for how in ("reweighted", "least squares")}
 CORE = (
     *(Cut("svd", order, share) for share in DEEP for order in ORDERS),
     *(Cut("trained", "sum", share) for share in DEEP),
     *(Cut("svd", order, 0.75) for order in ("path", "values")),
 )
 MORE = tuple(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP)
+CORRECTIONS = (
+    *(Cut("svd", "path, reweighted", share) for share in (*DEEP, 1.0)),
+    Cut("svd", "path, least squares", 0.5),
+)
 EVERY = tuple(
     dict.fromkeys(
         (
@@ -142,6 +153,7 @@ def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
     """Adapters and how they are cut, the most telling first."""
     wide = [Run(task, "kaiming", WHOLE, RATE, seed) for seed in SEEDS for task in TASKS]
     yield from ((run, (*CORE, *MORE) if run.seed == SEEDS[0] else CORE) for run in wide)
+    yield from ((run, CORRECTIONS) for run in wide)
     for task in ("e2e", "alpaca", "sst2", "gsm8k", "boolq"):
         for r, rates in sorted(NARROW.items()):
             for rate in rates:
@@ -256,18 +268,22 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
         append(
             {**bare, "order": "whole", **taken}, {name: list(range(r)) for name, r in ranks_of(model).items()}, model
         )
-    for basis in dict.fromkeys(cut.basis for cut in wanted):
-        own = [cut for cut in wanted if cut.basis == basis]
+    for basis in dict.fromkeys(each.basis for each in wanted):
+        own = [each for each in wanted if each.basis == basis]
         model = load_adapter(base().model, folder / "adapter", trainable=True)
         total = sum(ranks_of(model).values())
         values = into_basis(model, basis, batches["scoring"])
-        orders = scores_of(run, basis, model, values, batches["scoring"], {cut.order for cut in own}, args.work)
+        orders = scores_of(run, basis, model, values, batches["scoring"], {each.score for each in own}, args.work)
         costs = rank_parameters(model, values)
-        for cut in own:
-            ranks = kept(orders[cut.order], Size(ranks=round(cut.share * total)), costs)
-            if cut.per == "parameter":
-                ranks = kept(orders[cut.order], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
-            append(vars(cut), ranks, model)
+        for each in own:
+            ranks = kept(orders[each.score], Size(ranks=round(each.share * total)), costs)
+            if each.per == "parameter":
+                ranks = kept(orders[each.score], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
+            if each.order in CORRECTED:
+                model = load_adapter(base().model, folder / "adapter", trainable=True)
+                into_basis(model, basis, batches["scoring"])
+                ranks = corrected(model, ranks, CORRECTED[each.order][1], batches["scoring"])
+            append(vars(each), ranks, model)
 
 
 def measured(model: PeftModel, ranks: Kept, batches: Mapping[str, list[MicroBatch]]) -> dict[str, Any]:
@@ -280,6 +296,14 @@ def measured(model: PeftModel, ranks: Kept, batches: Mapping[str, list[MicroBatc
         of_rows = losses(model, batches[part], ranks)
         found |= {part: [round(loss, 5) for loss in of_rows.rows], f"{part}_tokens": of_rows.tokens}
     return found
+
+
+def corrected(model: PeftModel, ranks: Kept, how: str, scoring: Sequence[MicroBatch]) -> Kept:
+    """Cuts the model and corrects what is left; returns the ranks that it then has."""
+    fitted: Correction = least_squares(model, input_grams(model, scoring), ranks) if how == "least squares" else {}
+    cut(model, ranks)
+    put(model, fitted or reweighted(model, scoring))
+    return {name: list(range(r)) for name, r in ranks_of(model).items()}
 
 
 def scores_of(

@@ -71,10 +71,10 @@ def cut_and_refit(
         tried = {"least squares": fitted, "reweighting": reweighted(model, scoring)}
         found = []
         for how, correction in tried.items():
-            _put(model, correction)
+            put(model, correction)
             found.append(Refit(how, before, losses(model, judging)))
         best = min(found, key=lambda refit: refit.after.mean)
-        _put(model, tried[best.how])
+        put(model, tried[best.how])
     else:
         train_steps(model, scoring, steps)
         best = Refit(f"{steps} steps of training", before, losses(model, judging))
@@ -116,9 +116,9 @@ def reweighted(model: PeftModel, batch: Sequence[MicroBatch]) -> Correction:
 
     found: list[tuple[float, float]] = []
     for size in (0.0, *STEP_SIZES):
-        _put(model, at(size))
+        put(model, at(size))
         found.append((losses(model, batch).mean, size))
-    _put(model, own)
+    put(model, own)
     return at(min(found)[1])
 
 
@@ -133,7 +133,8 @@ def _change(rows: Tensor) -> Tensor:
     return -sure * total / squares
 
 
-def _put(model: PeftModel, correction: Correction) -> None:
+def put(model: PeftModel, correction: Correction) -> None:
+    """Gives modules the B of a correction."""
     for name, B in correction.items():
         gated_layers(model)[name].B.data.copy_(B)
 
