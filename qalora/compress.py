@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qalora.adapter.compression import ROWS
 from qalora.cli import Parser, say
 from qalora.errors import InputError
-from qalora.flags import add
+from qalora.flags import add, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,19 +77,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The flags that were given, as settings of a recipe."""
-    given = {
-        "model": args.model,
-        "data.train": args.data or "none",
-        "data.format": args.data_format,
-        "data.max_seq_len": args.max_seq_len,
-        "quantization.load_in_4bit": False if args.no_quantize else None,
-        "quantization.bnb_4bit_compute_dtype": args.dtype,
-    }
-    return [(key, value) for key, value in given.items() if value is not None]
-
-
 def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
     args.adapter, args.output = (str(Path(path).expanduser()) for path in (args.adapter, args.output))
@@ -100,7 +87,8 @@ def main(argv: list[str]) -> int:
     from qalora.progress import show
     from qalora.recipe import asked_recipe, parse_overrides
 
-    recipe = asked_recipe(args.recipe, [*settings(args), *parse_overrides(rest, ("data",))], "qalora compress")
+    given = [*settings(args, {"data.train": args.data or "none"}), *parse_overrides(rest, ("data",))]
+    recipe = asked_recipe(args.recipe, given, "qalora compress")
     show(not args.quiet)
     report = one_at_a_time(compressed)(recipe, resolve(recipe.model), args, output_dir=args.output)
 

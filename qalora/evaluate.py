@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser, make_callable
 from qalora.errors import InputError
-from qalora.flags import add
+from qalora.flags import add, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,25 +56,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The flags that were given, as settings of a recipe."""
-    split_list = {"evaluation.metrics": args.metrics, "evaluation.choices": args.choices}
-    given = {
-        "model": args.model,
+def own_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Setting → what this command's own flags say of it; None: not given."""
+    lists = {"evaluation.metrics": args.metrics, "evaluation.choices": args.choices}
+    return {
+        "data.train": args.data if args.recipe is None else None,
         "data.validation": args.data,
         "data.validation_split": args.split,
-        "data.format": args.data_format,
-        "data.max_seq_len": args.max_seq_len,
         "evaluation.rows": args.rows,
         "evaluation.batch_size": args.batch_size,
         "evaluation.max_new_tokens": args.max_new_tokens,
         "evaluation.answer_pattern": args.answer_pattern,
-        "quantization.load_in_4bit": False if args.no_quantize else None,
-        "quantization.bnb_4bit_compute_dtype": args.dtype,
-    } | {key: [part.strip() for part in value.split(",")] for key, value in split_list.items() if value}
-    if args.recipe is None:
-        given["data.train"] = args.data
-    return [(key, value) for key, value in given.items() if value is not None]
+    } | {key: [part.strip() for part in value.split(",")] for key, value in lists.items() if value}
 
 
 def main(argv: list[str]) -> int:
@@ -113,7 +106,7 @@ def recipe_of(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
 
     if args.recipe is None and args.data is None:
         raise InputError("--data is missing: pass a file or a Hub id, or a --recipe that has data.validation.")
-    asked = [*settings(args), *parse_overrides(rest, ("data", "evaluation"))]
+    asked = [*settings(args, own_settings(args)), *parse_overrides(rest, ("data", "evaluation"))]
     recipe = asked_recipe(args.recipe, asked, "qalora evaluate")
     if recipe.data.validation is None:
         raise InputError(f"{args.recipe}: has no data.validation; pass --data FILE.")

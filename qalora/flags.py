@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -42,3 +43,23 @@ def add(
         known = {**FLAGS[flag], **settings}
         words = ", ".join(filter(None, (known.pop("help", ""), more)))
         parser.add_argument(flag, help=f"{words} (default: {otherwise})" if otherwise else words, **known)
+
+
+SETTINGS = {  # flag's attribute → the setting of a recipe that it is
+    "model": "model",
+    "data_format": "data.format",
+    "max_seq_len": "data.max_seq_len",
+    "dtype": "quantization.bnb_4bit_compute_dtype",
+}
+
+
+def settings(args: argparse.Namespace, own: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
+    """The flags that were given, as settings of a recipe.
+
+    Args:
+        args: of a command that has --no-quantize and the flags of SETTINGS, or some of these.
+        own: setting → value, of this command alone; None: not given.
+    """
+    given = {setting: getattr(args, name, None) for name, setting in SETTINGS.items()}
+    given["quantization.load_in_4bit"] = False if args.no_quantize else None
+    return [(key, value) for key, value in {**given, **(own or {})}.items() if value is not None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qalora.cli import Parser, say
 from qalora.errors import InputError
 from qalora.fitting import HEADROOM
-from qalora.flags import add
+from qalora.flags import add, settings
 from qalora.sizes import MLP_TILE, parse_size
 
 if TYPE_CHECKING:
@@ -44,13 +44,7 @@ def main(argv: list[str]) -> int:
     card = parse_size(args.gpu_memory) if args.gpu_memory else None
     if args.gpus < 1:
         raise InputError(f"--gpus {args.gpus}: at least 1.")
-    flags = {
-        "model": args.model,
-        "quantization.load_in_4bit": False if args.no_quantize else None,
-        "quantization.bnb_4bit_compute_dtype": args.dtype,
-    }
-    given = [(key, value) for key, value in flags.items() if value is not None]
-    recipe = load_recipe(args.recipe, [*given, *parse_overrides(rest)], args.profile)
+    recipe = load_recipe(args.recipe, [*settings(args), *parse_overrides(rest)], args.profile)
     source = resolve(recipe.model)
     shape = shape_of(source)
     recipe, notes = settled(with_its_own(recipe), source)

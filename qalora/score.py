@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.cli import Parser
 from qalora.errors import InputError
-from qalora.flags import add
+from qalora.flags import add, settings
 
 if TYPE_CHECKING:
     from qalora.adapter.principal import Basis
@@ -63,19 +63,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The flags that were given, as settings of a recipe."""
-    given = {
-        "model": args.model,
-        "data.train": args.data,
-        "data.format": args.data_format,
-        "data.max_seq_len": args.max_seq_len,
-        "quantization.load_in_4bit": False if args.no_quantize else None,
-        "quantization.bnb_4bit_compute_dtype": args.dtype,
-    }
-    return [(key, value) for key, value in given.items() if value is not None]
-
-
 def main(argv: list[str]) -> int:
     args, rest = parser().parse_known_args(argv)
 
@@ -85,7 +72,7 @@ def main(argv: list[str]) -> int:
     from qalora.recipe import asked_recipe, parse_overrides
     from qalora.training.settling import settled
 
-    asked = [*settings(args), *parse_overrides(rest, ("data",))]
+    asked = [*settings(args, {"data.train": args.data}), *parse_overrides(rest, ("data",))]
     recipe = asked_recipe(args.recipe, asked, "qalora score")
     source = resolve(recipe.model)
     if args.rows < 1 or args.batch_size < 1 or (args.prune is not None and args.prune < 1):
@@ -122,8 +109,8 @@ def scored(recipe: Recipe, source: ModelSource, args: argparse.Namespace) -> dic
     from qalora.kernels.activations import set_checkpointing
 
     check_prune(args.prune, check_adapter(args.adapter, source).total_rank)
-    settings = recipe.quantization
-    loading, notes = how_to_load(source, args.adapter, settings.loading(), settings.given())
+    quantization = recipe.quantization
+    loading, notes = how_to_load(source, args.adapter, quantization.loading(), quantization.given())
     for note in notes:
         say(note)
     tokenizer = load_tokenizer(source)

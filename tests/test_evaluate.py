@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qalora.base.loading
 from qalora.errors import InputError
-from qalora.evaluate import main, parser, settings
+from qalora.evaluate import main, own_settings, parser
+from qalora.flags import settings
 
 ROWS = [("Is water wet? ", "yes"), ("Is the sun cold? ", "no"), ("Do fish swim? ", "yes")]
 
@@ -94,11 +96,16 @@ def naive_loss(model, folder, rows) -> tuple[float, int]:
     return total / tokens, tokens
 
 
+def given(flags: list[str]) -> list[tuple[str, Any]]:
+    args = parser().parse_args(flags)
+    return settings(args, own_settings(args))
+
+
 def test_flags_become_settings_of_a_recipe():
     flags = ["--model", "m", "--data", "f.csv", "--metrics", "loss,rougeL", "--no-quantize", "--rows", "7"]
     flags += ["--choices", "yes,no", "--answer-pattern", "(.)", "--batch-size", "3", "--max-new-tokens", "5"]
     flags += ["--max-seq-len", "99", "--data-format", "text", "--dtype", "float32"]
-    assert dict(settings(parser().parse_args(flags))) == {
+    assert dict(given(flags)) == {
         "evaluation.choices": ["yes", "no"],
         "evaluation.answer_pattern": "(.)",
         "evaluation.batch_size": 3,
@@ -117,7 +124,7 @@ def test_flags_become_settings_of_a_recipe():
 
 def test_flags_that_are_not_given_leave_the_recipe_alone():
     flags = ["--model", "m", "--recipe", "sst2"]
-    assert settings(parser().parse_args(flags)) == [("model", "m")]
+    assert given(flags) == [("model", "m")]
 
 
 @pytest.mark.parametrize(

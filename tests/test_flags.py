@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from qalora.flags import FLAGS, add
+from qalora.flags import FLAGS, add, settings
 
 COMMANDS = ("plan", "models", "preview", "score", "merge", "evaluate", "generate", "push", "doctor")
 OWN = {("merge", "--dtype")}  # of the weights that are written, not of a computation
@@ -43,3 +43,15 @@ def test_more_words_and_what_holds_without_the_flag_follow_the_meaning():
     assert model.help == "registry name, Hub id, folder or .gguf file, of the training (default: the recipe's)"
     assert (batch_size.help, batch_size.default) == ("rows a forward pass (default: %(default)s)", 8)
     assert (json.help, json.default) == ("print it as JSON", False)
+
+
+def test_flags_that_were_given_are_settings_and_own_ones_follow():
+    parser = argparse.ArgumentParser()
+    add(parser, "--model", "--no-quantize", "--dtype", "--max-seq-len", "--data-format")
+    args = parser.parse_args(["--model", "m", "--no-quantize", "--max-seq-len", "64"])
+    assert settings(args, {"data.train": "rows", "evaluation.rows": None}) == [
+        ("model", "m"),
+        ("data.max_seq_len", 64),
+        ("quantization.load_in_4bit", False),
+        ("data.train", "rows"),
+    ]
