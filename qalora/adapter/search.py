@@ -18,6 +18,7 @@ from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
 from qalora.adapter.scores import PerRank, check_finite
+from qalora.progress import Bar
 
 BASIS: Basis = "svd"
 PER: Per = "rank"
@@ -85,6 +86,14 @@ def find_cut(
     Raises:
         AnswerNo: the adapter adds nothing, or a score is not finite.
     """
+    with Bar("cutting") as bar:
+        return _find_cut(model, scoring, judging, asked, bar)
+
+
+def _find_cut(
+    model: PeftModel, scoring: Sequence[MicroBatch], judging: Sequence[MicroBatch], asked: Asked, bar: Bar
+) -> Cut:
+    """`find_cut`, whose measurements move a bar."""
     total, widest = sum(ranks(model).values()), max(ranks(model).values())
     values = into_basis(model, asked.basis, scoring)
     orders = rank_orders(model, values, scoring, asked.orders)
@@ -95,10 +104,14 @@ def find_cut(
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
     counts = _counts(widest if asked.uniform else total)
+    searched = len(orders) if asked.size is None else 1  # curves; a given size needs that of the best order alone
+    bar.expect(searched * len(counts) + (0 if asked.size is None else len(orders)))
     sizes = [Size(max_rank=count) if asked.uniform else Size(ranks=count) for count in counts]
 
     def measure(order: Order, size: Size) -> Point:
-        return point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
+        found = point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
+        bar.advance()
+        return found
 
     if asked.size is None:
         curves = {order: _descended(partial(measure, order), sizes, asked.tolerance) for order in orders}

@@ -1,0 +1,98 @@
+"""Memory and time of `qalora compress` on a model's shape, weights and adapter random, against what `plan` counts.
+
+    python bench/compress_shape.py --shape llama-7b --disk DIR              # 14 GB of disk
+    python bench/compress_shape.py --shape llama-7b --disk DIR --layers 4   # some of its blocks
+
+Rows are random tokens: one orders the ranks, one judges. Memory is the peak resident set above what imports took, from
+the base's loading on. `plan` counts a training step of the same rows; scoring has neither moments nor gradients of
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import environment, peak_rss, reset_peak, table, write_results
+from merge import make_adapter, make_base
+from transformers import LlamaConfig
+
+from qalora.adapter.ablation import MicroBatch
+from qalora.adapter.compression import Size
+from qalora.adapter.model import load_adapter, ranks
+from qalora.adapter.search import Asked
+from qalora.base.loading import load_base, load_tokenizer
+from qalora.base.registry import resolve, shape_of
+from qalora.deploy.compressed import Rows, cut_model
+from qalora.kernels.activations import set_checkpointing
+from qalora.memory import plan_memory
+
+TRAINING_ALONE = ("gradients", "optimizer moments", "gone before gradients are whole", "earlier gradients beyond it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-7b", help="a registered model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="blocks (default: all)")
+    parser.add_argument("--disk", type=Path, required=True, help="a folder for the weights, which are made once")
+    parser.add_argument("--tokens", type=int, default=64, help="of a row (default: %(default)s)")
+    args = parser.parse_args()
+    row = measured(args)
+    results = {**environment(), **row}
+    text = (
+        f"# compress-{args.shape}\n\n{results['device']}; torch {results['torch']}, transformers "
+        f"{results['transformers']}, peft {results['peft']}, bitsandbytes {results['bitsandbytes']}; "
+        f"{results['date']}, commit {results['commit']}.\n\n    {results['command']}\n\n"
+        "Weights and adapter are random, r = 8 on every linear layer, NF4 computed in fp32; "
+        f"{args.tokens} tokens order the ranks and as many judge.\n\n"
+    )
+    write_results(f"compress-{args.shape}", results, text + table([row]))
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    shape = shape_of(resolve(args.shape))
+    shape = replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers)
+    base, adapter = (args.disk / f"{name}-{shape.num_hidden_layers}" for name in ("base", "adapter"))
+    if not (base / "model.safetensors.index.json").is_file():
+        make_base(LlamaConfig(**{**vars(shape), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}), base)
+        make_adapter(shape, adapter)
+    tokenizer = load_tokenizer(resolve("smollm2-135m"))  # which nothing reads
+    before, start = reset_peak(), time.perf_counter()
+    loaded = load_base(resolve(str(base)), tokenizer=tokenizer, dtype="float32")
+    set_checkpointing(loaded.model, True)
+    model = load_adapter(loaded.model, adapter, trainable=True)
+    ready = time.perf_counter()
+    report = cut_model(model, Asked(Size(ranks=sum(ranks(model).values()) // 2)), Rows(*rows(args.tokens)))
+    seconds, peak = time.perf_counter() - ready, peak_rss() - before
+    step = plan_memory(shape, seq_len=args.tokens, compute_dtype="float32", device="cpu")
+    scoring = sum(size for name, size in step.terms.items() if name not in TRAINING_ALONE)
+    return {
+        "model": args.shape,
+        "blocks": shape.num_hidden_layers,
+        "ranks kept": f"{sum(report['ranks'].values()):,} of {report['whole']['ranks']:,}",
+        "losses measured": sum(map(len, report["curves"].values())) + 2,
+        "seconds to load": round(ready - start),
+        "seconds to cut": round(seconds),
+        "peak MB": round(peak / 1e6),
+        "planned MB": round(scoring / 1e6),
+        "a training step, MB": round(step.total / 1e6),
+    }
+
+
+def rows(tokens: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
+    """A micro-batch of one row that orders, and one that judges; half of each is learned."""
+    found = []
+    for seed in (0, 1):
+        ids = torch.randint(5, 30000, (1, tokens), generator=torch.Generator().manual_seed(seed))
+        labels = ids.clone()
+        labels[:, : tokens // 2] = -100
+        found.append([{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}])
+    return found[0], found[1]
+
+
+if __name__ == "__main__":
+    main()
