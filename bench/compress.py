@@ -121,16 +121,17 @@ class Cut:
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 DEEP = (0.5, 0.25)
 ORDERS = ("path", "values", "shrunk")
-CORRECTED = {f"{order}, {how}": (order, how) for order in ("path", "values") for how in ("reweighted", "least squares")}
+CORRECTED = {f"{order}, {how}": (order, how) for order in ORDERS for how in ("reweighted", "least squares")}
 CORE = (
     *(Cut("svd", order, share) for share in DEEP for order in ORDERS),
-    *(Cut("trained", "sum", share) for share in DEEP),
-    *(Cut("svd", order, 0.75) for order in ("path", "values")),
+    Cut("trained", "sum", 0.5),
+    *(Cut("svd", "shrunk, reweighted", share) for share in DEEP),
 )
-MORE = tuple(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP)
-CORRECTIONS = (
-    *(Cut("svd", "path, reweighted", share) for share in (*DEEP, 1.0)),
-    Cut("svd", "path, least squares", 0.5),
+MORE = (
+    Cut("trained", "sum", 0.25),
+    Cut("svd", "shrunk, reweighted", 1.0),
+    *(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP),
+    *(Cut("svd", order, 0.75) for order in ("path", "values")),
 )
 EVERY = tuple(
     dict.fromkeys(
@@ -152,8 +153,8 @@ NARROW = {4: (2e-3, 4e-3, 8e-3), 2: (2e-3, 4e-3, 8e-3)}  # ranks per module of t
 def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
     """Adapters and how they are cut, the most telling first."""
     wide = [Run(task, "kaiming", WHOLE, RATE, seed) for seed in SEEDS for task in TASKS]
-    yield from ((run, (*CORE, *MORE) if run.seed == SEEDS[0] else CORE) for run in wide)
-    yield from ((run, CORRECTIONS) for run in wide)
+    yield from ((run, CORE) for run in wide)
+    yield from ((run, MORE) for run in wide if run.seed == SEEDS[0])
     for task in ("e2e", "alpaca", "sst2", "gsm8k", "boolq"):
         for r, rates in sorted(NARROW.items()):
             for rate in rates:

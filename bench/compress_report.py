@@ -23,6 +23,7 @@ SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("svd", "path", "rank"): "svd, path",
     ("svd", "path", "parameter"): "svd, path per parameter",
     ("svd", "shrunk", "rank"): "svd, shrunk",
+    ("svd", "shrunk, reweighted", "rank"): "svd, shrunk, reweighted",
     ("svd", "path, reweighted", "rank"): "svd, path, reweighted",
     ("svd", "path, least squares", "rank"): "svd, path, least squares",
     ("svd", "chosen", "rank"): "svd, the order that other rows choose",
