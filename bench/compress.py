@@ -36,11 +36,11 @@ from transformers import PreTrainedTokenizerBase
 import qalora
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import Kept, Per, Size, kept, parameters_of
-from qalora.adapter.cutting import cut, losses, rank_orders
+from qalora.adapter.cutting import losses, rank_orders
 from qalora.adapter.model import load_adapter, rank_parameters
 from qalora.adapter.model import ranks as ranks_of
-from qalora.adapter.principal import Basis, input_grams, into_basis
-from qalora.adapter.refit import Correction, least_squares, put, reweighted
+from qalora.adapter.principal import Basis, into_basis
+from qalora.adapter.refit import reweighted
 from qalora.adapter.scores import PerRank
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
@@ -76,9 +76,9 @@ class Task:
 TASKS = {
     "e2e": Task(60, 80, scoring=24, choosing=32, test=40, settings={"data.columns": {}}),
     "sst2": Task(80, 30, scoring=40, choosing=64, test=64),
-    "alpaca": Task(32, 64, scoring=24, choosing=32, test=32),
+    "alpaca": Task(32, 80, scoring=20, choosing=24, test=32),
     "gsm8k": Task(24, 104, scoring=12, choosing=16, test=20),
-    "boolq": Task(40, 92, scoring=24, choosing=28, test=28),
+    "boolq": Task(32, 92, scoring=16, choosing=24, test=28),
 }
 
 
@@ -102,7 +102,7 @@ class Cut:
     """The ranks that are kept of an adapter.
 
     Attributes:
-        order: of qalora's, or random; or one of CORRECTED.
+        order: of qalora's, or random; "…, reweighted": the ranks that stay then have new weights.
         share: of the whole adapter's ranks.
         per: what orders the ranks: the score, or the score per parameter, with as many parameters as the score keeps.
     """
@@ -115,13 +115,13 @@ class Cut:
     @property
     def score(self) -> str:
         """What orders the ranks."""
-        return CORRECTED[self.order][0] if self.order in CORRECTED else self.order
+        return self.order.removesuffix(REWEIGHTED)
 
 
+REWEIGHTED = ", reweighted"
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 DEEP = (0.5, 0.25)
 ORDERS = ("path", "values", "shrunk")
-CORRECTED = {f"{order}, {how}": (order, how) for order in ORDERS for how in ("reweighted", "least squares")}
 CORE = (
     *(Cut("svd", order, share) for share in DEEP for order in ORDERS),
     Cut("trained", "sum", 0.5),
@@ -254,8 +254,8 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
     print(f"{time.strftime('%H:%M:%S')} measuring {run.name}, {len(wanted)} cuts", file=sys.stderr, flush=True)
     batches, folder = batches_of(run.task, args.data, args.work), folder_of(run, args.work)
 
-    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel) -> None:
-        line = {"run": vars(run), **facts, **measured(model, ranks, batches)}
+    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel, weights: PerRank | None = None) -> None:
+        line = {"run": vars(run), **facts, **measured(model, ranks, weights, batches)}
         args.lines.parent.mkdir(parents=True, exist_ok=True)
         with args.lines.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
@@ -280,31 +280,22 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
             ranks = kept(orders[each.score], Size(ranks=round(each.share * total)), costs)
             if each.per == "parameter":
                 ranks = kept(orders[each.score], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
-            if each.order in CORRECTED:
-                model = load_adapter(base().model, folder / "adapter", trainable=True)
-                into_basis(model, basis, batches["scoring"])
-                ranks = corrected(model, ranks, CORRECTED[each.order][1], batches["scoring"])
-            append(vars(each), ranks, model)
+            weights = reweighted(model, batches["scoring"], ranks) if each.order.endswith(REWEIGHTED) else None
+            append(vars(each), ranks, model, weights)
 
 
-def measured(model: PeftModel, ranks: Kept, batches: Mapping[str, list[MicroBatch]]) -> dict[str, Any]:
+def measured(
+    model: PeftModel, ranks: Kept, weights: PerRank | None, batches: Mapping[str, list[MicroBatch]]
+) -> dict[str, Any]:
     """Size and losses of some ranks alone: of every row, summed over its supervised tokens."""
     found: dict[str, Any] = {
         "ranks": sum(map(len, ranks.values())),
         "parameters": parameters_of(ranks, rank_parameters(model, ranks)),
     }
     for part in ("choosing", "test"):
-        of_rows = losses(model, batches[part], ranks)
+        of_rows = losses(model, batches[part], ranks, weights)
         found |= {part: [round(loss, 5) for loss in of_rows.rows], f"{part}_tokens": of_rows.tokens}
     return found
-
-
-def corrected(model: PeftModel, ranks: Kept, how: str, scoring: Sequence[MicroBatch]) -> Kept:
-    """Cuts the model and corrects what is left; returns the ranks that it then has."""
-    fitted: Correction = least_squares(model, input_grams(model, scoring), ranks) if how == "least squares" else {}
-    cut(model, ranks)
-    put(model, fitted or reweighted(model, scoring))
-    return {name: list(range(r)) for name, r in ranks_of(model).items()}
 
 
 def scores_of(

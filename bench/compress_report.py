@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from common import table
 
-from qalora.adapter.compression import Point, paired, smallest
+from qalora.adapter.compression import paired
 
 Line = Mapping[str, Any]  # of compress.jsonl
-OURS = ("path", "values", "shrunk")  # orders of which the rows that choose may take one
+OURS = ("path", "values", "shrunk", "shrunk, reweighted")  # cuts of which the rows that choose may take one
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",
     ("trained", "sum", "rank"): "trained, sum (the paper's)",
@@ -25,8 +25,7 @@ SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("svd", "shrunk", "rank"): "svd, shrunk",
     ("svd", "shrunk, reweighted", "rank"): "svd, shrunk, reweighted",
     ("svd", "path, reweighted", "rank"): "svd, path, reweighted",
-    ("svd", "path, least squares", "rank"): "svd, path, least squares",
-    ("svd", "chosen", "rank"): "svd, the order that other rows choose",
+    ("svd", "chosen", "rank"): "svd, what other rows choose",
     ("svd-act", "values", "rank"): "svd-act, singular values",
     ("svd-act", "path", "rank"): "svd-act, path",
     ("svd-act", "shrunk", "rank"): "svd-act, shrunk",
@@ -48,17 +47,14 @@ class Adapter(NamedTuple):
         return paired(line[rows], self.whole[rows], line[f"{rows}_tokens"])
 
     def chosen(self) -> Line | None:
-        """What `qalora compress --tolerance 0` takes on the rows that choose; None: no cut is there."""
+        """What `--tolerance 0` takes on the rows that choose, of the cuts that were measured: at the smallest share
+        whose best cut is not above the whole; None: no cut is there."""
         cuts = [line for (basis, order, *_), line in self.lines.items() if basis == "svd" and order in OURS]
-        points = {}
-        for line in cuts:
-            difference, stderr = self.difference(line, "choosing")
-            point = Point(line["share"], line["ranks"], line["parameters"], loss(line), difference, stderr, {})
-            points[id(point)] = (point, line)
-        if not points:
-            return None
-        best = smallest([point for point, _ in points.values()])
-        return points[id(best)][1] if best.holds() else self.whole
+        for share in sorted({line["share"] for line in cuts}):
+            best = min((line for line in cuts if line["share"] == share), key=lambda line: loss(line, "choosing"))
+            if self.difference(best, "choosing")[0] <= 0:
+                return best
+        return self.whole if cuts else None
 
 
 def loss(line: Line, rows: str = "test") -> float:
@@ -97,9 +93,9 @@ def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], 
     """At each share the cut that `qalora compress --keep` takes: the one of the lowest loss on the rows that choose."""
     found: dict[tuple[str | None, str, str, float], Line] = {}
     for share in {key[3] for key in adapter.lines}:
-        cuts = [adapter.lines.get(("svd", order, "rank", share)) for order in OURS]
-        if all(cuts):
-            found["svd", "chosen", "rank", share] = min(filter(None, cuts), key=lambda line: loss(line, "choosing"))
+        cuts = [adapter.lines[key] for order in OURS if (key := ("svd", order, "rank", share)) in adapter.lines]
+        if cuts and share < 1:
+            found["svd", "chosen", "rank", share] = min(cuts, key=lambda line: loss(line, "choosing"))
     return found
 
 

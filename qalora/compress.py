@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qalora.adapter.compression import ROWS
 from qalora.cli import Parser, say
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora compress",
         description="Makes an adapter smaller: its ranks go into their principal basis, and those that matter stay. "
-        "Without a size it takes the smallest whose loss is not above the whole adapter's beyond the standard error.",
+        "Without a size it takes the smallest whose loss is not above the whole adapter's.",
         epilog="Any setting of a recipe's data can follow, as key=value or --key value, e.g. data.columns={output: "
         "answer}.",
     )
@@ -63,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
         help="principal for the weights, or for the outputs on the rows (default: svd)",
     )
     refit = parser.add_argument_group("correction of what is kept, where it helps on the rows that judge")
-    refit.add_argument("--refit", action="store_true", help="by least squares on outputs, or new weights of ranks")
+    refit.add_argument(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        help="by new weights of the ranks that stay (default: yes, where there are rows)",
+    )
     refit.add_argument("--refit-steps", type=int, metavar="N", help="by N steps of training on the rows that order")
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
@@ -118,8 +122,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--tolerance {args.tolerance}: takes a number of nats, 0 or more.")
     if args.keep is not None:
         share(args.keep)
-    if args.refit and args.refit_steps:
-        raise InputError("--refit and --refit-steps: two ways to correct; keep one.")
     if args.no_data:
         if not given:
             raise InputError(
@@ -181,13 +183,14 @@ def asked_of(args: argparse.Namespace, adapter: SavedAdapter) -> Asked:
     Raises:
         InputError: an adapter that adds nothing, or a size without room for a rank.
     """
-    from qalora.adapter.search import BASIS, Asked
+    from qalora.adapter.search import BASIS, REFIT, Asked
 
     costs = {name: A.shape[1] + B.shape[0] for name, (A, B) in adapter.pairs.items() if A.any() and B.any()}
     if not costs:
         raise InputError(f"{adapter.path}: the adapter is untrained (every B A is zero), so there is nothing to keep.")
     size = asked_size(args, adapter.total_rank, costs)
-    return Asked(size, args.tolerance or 0.0, args.uniform, args.basis or BASIS)
+    refit = REFIT if args.refit is None else args.refit
+    return Asked(size, args.tolerance or 0.0, args.uniform, args.basis or BASIS, refit=refit)
 
 
 def asked_size(args: argparse.Namespace, total: int, costs: Mapping[str, int]) -> Size | None:
@@ -255,8 +258,8 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     model = load_adapter(base.model, adapter.path, trainable=True)
     collate = Collator(tokenizer.pad_token_id)
     batches = [on_device(micro_batches(rows, args.batch_size, collate), base.model.device) for rows in parts]
-    refit: Literal["closed form"] | int | None = "closed form" if args.refit else args.refit_steps
-    report = cut_model(model, asked, Rows(*batches) if batches else None, refit=refit, dtype=dtype_of(adapter))
+    rows = Rows(*batches) if batches else None
+    report = cut_model(model, asked, rows, train_steps=args.refit_steps, dtype=dtype_of(adapter))
     report = {"model": source.name, "adapter": str(adapter.path.resolve()), **report}
     return store(model, report, Path(output_dir), adapter, tokenizer, base.compute_dtype, started)
 

@@ -287,7 +287,7 @@ def _block_of(name: str) -> int:
 
 
 def gate_gradients(
-    model: PeftModel, batch: Sequence[MicroBatch], value: float, *, by_row: bool = True
+    model: PeftModel, batch: Sequence[MicroBatch], value: float | Mapping[str, Tensor], *, by_row: bool = True
 ) -> tuple[float, dict[str, Tensor], Tensor]:
     """L with all gates at `value`, and ∂/∂α of every row's loss: one forward and backward of each micro-batch, which
     several processes share.
@@ -296,19 +296,22 @@ def gate_gradients(
     number at α = 1): the product with A x that it needs is there already, and ∂L/∂A is not formed.
 
     Args:
+        value: of every gate, or module → (r,).
         by_row: without, one gate for all rows: only sums, but what rows begin with alike is computed once.
 
     Returns:
         (loss, module → (rows, or micro-batches, r) fp64 gradients of their summed losses, (rows,) supervised tokens).
     """
     layers = gated_layers(model)
+    open_gates = (
+        value
+        if isinstance(value, Mapping)
+        else {name: torch.full((len(layer.A),), value, device=layer.A.device) for name, layer in layers.items()}
+    )
 
     def gradients_of(micro: MicroBatch) -> tuple[float, dict[str, Tensor], Tensor]:
         shape = (len(micro["labels"]), 1) if by_row else ()
-        gates = {
-            name: torch.full((*shape, len(layer.A)), value, device=layer.A.device, requires_grad=True)
-            for name, layer in layers.items()
-        }
+        gates = {name: open_gates[name].expand(*shape, -1).clone().requires_grad_() for name in layers}
         with gated(layers, gates), torch.enable_grad():
             loss = row_losses(model, micro).sum()
             found = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))

@@ -48,6 +48,7 @@ class Point:
         ranks, parameters: that stay.
         loss: nats a supervised token.
         difference: of the loss from the whole adapter's on the same rows; stderr: its standard error over the rows.
+        weights: of the ranks that stay; None: 1.
     """
 
     share: float
@@ -57,11 +58,12 @@ class Point:
     difference: float
     stderr: float
     kept: Kept = field(repr=False, compare=False)
+    weights: PerRank | None = field(default=None, repr=False, compare=False)
 
     def holds(self, tolerance: float = 0.0) -> bool:
-        """Whether its loss is not above the whole adapter's, beyond the standard error and the tolerance. A single row
-        has no standard error, and tells nothing."""
-        return math.isfinite(self.stderr) and self.difference <= self.stderr + tolerance
+        """Whether its loss is not above the whole adapter's, beyond the tolerance. A single row has no standard error,
+        and tells nothing."""
+        return math.isfinite(self.stderr) and self.difference <= tolerance
 
 
 def kept(scores: PerRank, size: Size, costs: Mapping[str, int], per: Per = "rank") -> Kept:
@@ -103,18 +105,6 @@ def equal_ranks(size: Size, costs: Mapping[str, int]) -> int:
 
 def parameters_of(kept: Kept, costs: Mapping[str, int]) -> int:
     return sum(len(ranks) * costs[name] for name, ranks in kept.items())
-
-
-def smallest(curve: Sequence[Point], tolerance: float = 0.0) -> Point:
-    """The point of fewest ranks that `holds`; where none does, the one of the lowest loss.
-
-    Args:
-        tolerance: nats that the loss may be above the whole adapter's, beside the standard error.
-    """
-    good = [point for point in curve if point.holds(tolerance)]
-    if good:
-        return min(good, key=lambda point: (point.ranks, point.loss))
-    return min(curve, key=lambda point: point.loss)
 
 
 def paired(losses: Sequence[float], others: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from qalora import processes
 from qalora.adapter.ablation import MicroBatch, scoring_mode
@@ -60,17 +61,17 @@ def rank_orders(
     return {order: found[order] for order in which if order in found}
 
 
-def losses(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = None) -> Losses:
+def losses(
+    model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = None, weights: PerRank | None = None
+) -> Losses:
     """The losses of every row with these ranks alone, which several processes share.
 
     Args:
         ranks: those whose gates stay open; none of them: the base alone; None: the whole adapter.
+        weights: of those ranks; None: 1.
     """
     layers = gated_layers(model)
-    gates = {}
-    for name, layer in layers.items() if ranks is not None else ():
-        gates[name] = torch.zeros(len(layer.A), device=layer.A.device)
-        gates[name][(ranks or {}).get(name, [])] = 1.0
+    gates = {} if ranks is None else gates_of(model, ranks, weights)
 
     def of(micro: MicroBatch) -> tuple[list[float], list[int]]:
         return row_losses(model, micro).double().tolist(), targets(micro["labels"]).sum(1).tolist()
@@ -78,6 +79,16 @@ def losses(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = N
     with scoring_mode(model), torch.no_grad(), gated(layers, gates):
         found = processes.together(batch, of, partial(track, what="measuring"))
     return Losses([loss for rows, _ in found for loss in rows], [count for _, tokens in found for count in tokens])
+
+
+def gates_of(model: PeftModel, ranks: Kept, weights: PerRank | None = None) -> dict[str, Tensor]:
+    """Module → (r,) gates at which these ranks alone are open, at their weights."""
+    gates = {}
+    for name, layer in gated_layers(model).items():
+        gates[name] = torch.zeros(len(layer.A), device=layer.A.device)
+        own = ranks.get(name, [])
+        gates[name][own] = torch.tensor(weights[name] if weights and own else [1.0] * len(own)).to(gates[name])
+    return gates
 
 
 def curve(
@@ -101,22 +112,35 @@ def curve(
     return [point(model, batch, kept(scores, size, costs, per), whole=whole, of=of) for size in sizes]
 
 
-def point(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept, *, whole: Losses, of: int) -> Point:
+def point(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    ranks: Kept,
+    weights: PerRank | None = None,
+    *,
+    whole: Losses,
+    of: int,
+) -> Point:
     """What one cut costs, see `curve`."""
-    found = losses(model, batch, ranks)
+    found = losses(model, batch, ranks, weights)
     difference, stderr = paired(found.rows, whole.rows, whole.tokens)
     total = sum(map(len, ranks.values()))
     parameters = parameters_of(ranks, rank_parameters(model, ranks))
-    return Point(total / of, total, parameters, found.mean, difference, stderr, ranks)
+    return Point(total / of, total, parameters, found.mean, difference, stderr, ranks, weights)
 
 
-def cut(model: PeftModel, ranks: Kept) -> None:
+def cut(model: PeftModel, ranks: Kept, weights: PerRank | None = None) -> None:
     """Takes all other ranks off the adapter; a module that keeps none leaves it. Scalings stay, and PEFT's config says
-    what is left."""
+    what is left.
+
+    Args:
+        weights: by which columns of B are multiplied; None: 1.
+    """
+    gates = gates_of(model, ranks, weights)
     for name, layer in gated_layers(model).items():
         index = torch.tensor(ranks.get(name, []), dtype=torch.long, device=layer.A.device)
         if len(index):
-            replace_ranks(layer, layer.A.data[index], layer.B.data[:, index])
+            replace_ranks(layer, layer.A.data[index], layer.B.data[:, index] * gates[name][index])
         else:
             remove_layer(model, name)
     sync_config(model)

@@ -1,17 +1,14 @@
 """What is left of an adapter after a cut, corrected for what has left.
 
-least squares   of a module whose ranks K stay, the B* that comes closest to the outputs of all its ranks, in the
-                mean square over inputs x: B* = B G[:, K] G[K, K]⁻¹ with G = mean (A x)(A x)ᵀ. In the basis `svd-act`
-                G is diagonal, and B* = B.
-reweighting     of each rank that stays, the weight that one Newton step gives its gate: 1 − t · Σ g / Σ g², of the
-                gradients g of the rows' losses (their squares stand for the curvature). What the rows do not tell
-                from noise is left out, and t is the best of a few.
-training        some steps of AdamW at the small size.
+reweighting   of each rank that stays, the weight that one Newton step gives its gate: 1 − t · Σ g / Σ g², of the
+              gradients g of the rows' losses (their squares stand for the curvature). What the rows do not tell from
+              noise is left out, and t is the best of a few.
+training      some steps of AdamW at the small size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +17,9 @@ from torch import Tensor
 
 from qalora.adapter.ablation import MicroBatch, gate_gradients, scoring_mode
 from qalora.adapter.compression import Kept
-from qalora.adapter.cutting import Losses, cut, losses
+from qalora.adapter.cutting import Losses, gates_of, losses
 from qalora.adapter.model import gated_layers
-from qalora.adapter.principal import input_grams
+from qalora.adapter.scores import PerRank
 from qalora.data.rows import supervised_tokens
 from qalora.kernels.loss import row_losses
 from qalora.progress import track
@@ -31,95 +28,31 @@ LEARNING_RATE = 1e-3  # of the steps
 STEP_SIZES = (0.03, 0.1, 0.3, 1.0)  # of the Newton step
 
 
-Correction = dict[str, Tensor]  # module → its B
-
-
-@dataclass(frozen=True)
-class Refit:
-    """
-    Attributes:
-        how: what corrected best.
-        before, after: losses of the cut adapter on the rows that judge, without the correction and with it.
-        helped: the loss is lower with it, so it stayed.
-    """
-
-    how: str
-    before: Losses
-    after: Losses
-
-    @property
-    def helped(self) -> bool:
-        return self.after.mean < self.before.mean
-
-
-def cut_and_refit(
-    model: PeftModel, ranks: Kept, scoring: Sequence[MicroBatch], judging: Sequence[MicroBatch], steps: int | None
-) -> Refit:
-    """Cuts the adapter to these ranks, and corrects what is left; a correction that does not help is taken back.
-
-    Args:
-        scoring: rows that correct.
-        judging: other rows, that say whether it helps.
-        steps: of training; None: least squares or reweighting, whichever is better.
-    """
-    fitted = {} if steps is not None else least_squares(model, input_grams(model, scoring), ranks)
-    cut(model, ranks)
-    layers = gated_layers(model)
-    own = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in layers.items()}
-    before = losses(model, judging)
-    if steps is None:
-        tried = {"least squares": fitted, "reweighting": reweighted(model, scoring)}
-        found = []
-        for how, correction in tried.items():
-            put(model, correction)
-            found.append(Refit(how, before, losses(model, judging)))
-        best = min(found, key=lambda refit: refit.after.mean)
-        put(model, tried[best.how])
-    else:
-        train_steps(model, scoring, steps)
-        best = Refit(f"{steps} steps of training", before, losses(model, judging))
-    if not best.helped:
-        for name, (A, B) in own.items():
-            layers[name].A.data, layers[name].B.data = A, B
-    return best
-
-
-def least_squares(model: PeftModel, grams: Mapping[str, Tensor], ranks: Kept) -> Correction:
-    """Module → B*, (out, kept), of the ranks that stay; the model is left as it is.
-
-    Args:
-        model: with all its ranks.
-        grams: of `input_grams`, of the same ranks.
-    """
-    found = {}
-    for name, index in ranks.items():
-        layer = gated_layers(model)[name]
-        gram = grams[name].to(layer.B.device)
-        inverse = torch.linalg.pinv(gram[index][:, index], hermitian=True)
-        found[name] = (layer.B.detach().double() @ gram[:, index] @ inverse).to(layer.B)
-    return found
-
-
-def reweighted(model: PeftModel, batch: Sequence[MicroBatch]) -> Correction:
-    """Module → its B with every rank reweighted; the model is left as it is.
+def reweighted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept) -> PerRank:
+    """Module → the weights of its ranks that stay; the model is left as it is.
 
     Args:
         batch: rows that say by how much.
     """
     with scoring_mode(model):
-        _, gradients, _ = gate_gradients(model, batch, 1.0)
-    changes = {name: _change(rows) for name, rows in gradients.items()}
-    own = {name: layer.B.data.clone() for name, layer in gated_layers(model).items()}
+        _, gradients, _ = gate_gradients(model, batch, gates_of(model, ranks))
+    changes = {name: _change(gradients[name][:, own]) for name, own in ranks.items()}
 
-    def at(size: float) -> Correction:
-        return {name: own[name] * (1 + size * change).clamp(0, 2).to(own[name]) for name, change in changes.items()}
+    def at(size: float) -> PerRank:
+        return {name: (1 + size * change).clamp(0, 2).tolist() for name, change in changes.items()}
 
-    found: list[tuple[float, float]] = []
-    for size in (0.0, *STEP_SIZES):
-        put(model, at(size))
-        found.append((losses(model, batch).mean, size))
-    put(model, own)
-    return at(min(found)[1])
+    found = {size: losses(model, batch, ranks, at(size)).mean for size in (0.0, *STEP_SIZES)}
+    return at(min(found, key=lambda size: found[size]))
+
+
+def without_zeros(ranks: Kept, weights: PerRank) -> tuple[Kept, PerRank]:
+    """The ranks whose weight is not 0, and their weights."""
+    pairs = {name: [pair for pair in zip(own, weights[name], strict=True) if pair[1]] for name, own in ranks.items()}
+    pairs = {name: own for name, own in pairs.items() if own}
+    return (
+        {name: [rank for rank, _ in own] for name, own in pairs.items()},
+        {name: [weight for _, weight in own] for name, own in pairs.items()},
+    )
 
 
 def _change(rows: Tensor) -> Tensor:
@@ -133,10 +66,37 @@ def _change(rows: Tensor) -> Tensor:
     return -sure * total / squares
 
 
-def put(model: PeftModel, correction: Correction) -> None:
-    """Gives modules the B of a correction."""
-    for name, B in correction.items():
-        gated_layers(model)[name].B.data.copy_(B)
+@dataclass(frozen=True)
+class Training:
+    """Attributes: before, after: losses of the cut adapter on the rows that judge, without the steps and with them."""
+
+    before: Losses
+    after: Losses
+
+    @property
+    def helped(self) -> bool:
+        """Whether the loss is lower with it, so it stayed."""
+        return self.after.mean < self.before.mean
+
+
+def train_where_it_helps(
+    model: PeftModel, scoring: Sequence[MicroBatch], judging: Sequence[MicroBatch], steps: int
+) -> Training:
+    """Trains a cut adapter for some steps; where they do not help, they are taken back.
+
+    Args:
+        scoring: rows that train it.
+        judging: other rows, that say whether it helps.
+    """
+    layers = gated_layers(model)
+    own = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in layers.items()}
+    before = losses(model, judging)
+    train_steps(model, scoring, steps)
+    found = Training(before, losses(model, judging))
+    if not found.helped:
+        for name, (A, B) in own.items():
+            layers[name].A.data, layers[name].B.data = A, B
+    return found
 
 
 def train_steps(model: PeftModel, batch: Sequence[MicroBatch], steps: int, rate: float = LEARNING_RATE) -> None:

@@ -1,28 +1,31 @@
 """The cut of an adapter: its basis, the order of its ranks and its size, found by rows that gave no scores.
 
-Which order is best depends on how much the scoring rows tell, so every one has its curve, and the curves decide: at a
-given size the lowest loss, without one the smallest size that costs nothing.
+Which order is best depends on how much the scoring rows tell, so every one has its curve. At each size the order of the
+lowest loss is taken, and what stays is reweighted by the scoring rows (refit.py). The judging rows decide whether that
+stays, and without a given size which is the smallest that costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from peft import PeftModel
 
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, paired, parameters_of, smallest
+from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, paired, parameters_of
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
+from qalora.adapter.refit import reweighted, without_zeros
 from qalora.adapter.scores import PerRank, check_finite
 from qalora.progress import Bar
 
 BASIS: Basis = "svd"
 PER: Per = "rank"
 ORDERS: tuple[Order, ...] = ("path", "values", "shrunk")
+REFIT = True
 CLEARLY = 3.0  # standard errors above the whole adapter's loss, twice in a row: a curve goes down no further
 
 
@@ -34,6 +37,7 @@ class Asked:
         tolerance: nats that it may cost all the same.
         uniform: all modules keep the same number of ranks, as far as they have them.
         orders: that are tried.
+        refit: ranks that stay are reweighted, where that helps.
     """
 
     size: Size | None = None
@@ -42,21 +46,37 @@ class Asked:
     basis: Basis = BASIS
     orders: tuple[Order, ...] = ORDERS
     per: Per = PER
+    refit: bool = REFIT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Attributes:
+        order: the one that won.
+        plain: a point of its curve; refitted: that with its ranks reweighted; None: this was not tried.
+    """
+
+    order: Order
+    plain: Point
+    refitted: Point | None = None
+
+    @property
+    def point(self) -> Point:
+        """Of both the one of the lower loss."""
+        return min(filter(None, (self.plain, self.refitted)), key=lambda point: point.loss)
 
 
 @dataclass(frozen=True)
 class Cut:
     """
     Attributes:
-        order: the one that won.
-        chosen: a point of its curve.
-        curves: order → its points, the largest first.
+        curves: order → its points, the largest first; without new weights.
         whole, base: losses of the whole adapter and of the base alone on the rows that judge.
     """
 
     basis: Basis
-    order: Order
-    chosen: Point
+    chosen: Choice
     curves: dict[Order, list[Point]]
     whole: Losses
     base: Losses
@@ -104,29 +124,55 @@ def _find_cut(
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
     counts = _counts(widest if asked.uniform else total)
-    searched = len(orders) if asked.size is None else 1  # curves; a given size needs that of the best order alone
-    bar.expect(searched * len(counts) + (0 if asked.size is None else len(orders)))
     sizes = [Size(max_rank=count) if asked.uniform else Size(ranks=count) for count in counts]
+    searched = len(orders) if asked.size is None else 1  # curves; a given size needs that of the best order alone
+    bar.expect(searched * len(sizes) + (0 if asked.size is None else len(orders)))
 
     def measure(order: Order, size: Size) -> Point:
         found = point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
         bar.advance()
         return found
 
+    def refitted(found: Point) -> Point:
+        if found.kept == everything:
+            return found  # nothing left that could be made up for
+        stay, weights = without_zeros(found.kept, reweighted(model, scoring, found.kept))
+        return point(model, judging, stay, weights, whole=whole, of=total)
+
+    refit = refitted if asked.refit else None
     if asked.size is None:
         curves = {order: _descended(partial(measure, order), sizes, asked.tolerance) for order in orders}
-        ends = {order: smallest([start, *points], asked.tolerance) for order, points in curves.items()}
-        best = min(ends, key=lambda order: (ends[order].ranks, ends[order].loss))
-        chosen = ends[best]
+        chosen = smallest(curves, asked.tolerance, refit) or Choice(next(iter(orders)), start)
     else:
         at_size = {order: measure(order, asked.size) for order in orders}
-        best = min(at_size, key=lambda order: at_size[order].loss)
-        chosen = at_size[best]
-        others = _descended(partial(measure, best), sizes, asked.tolerance)
+        chosen = best_of(at_size, refit)
+        others = _descended(partial(measure, chosen.order), sizes, asked.tolerance)
         curves = {order: [found] for order, found in at_size.items()}
-        curves[best] += [found for found in others if found.kept != chosen.kept]
+        curves[chosen.order] += [found for found in others if found.kept != chosen.plain.kept]
     curves = {order: sorted([start, *points], key=lambda found: -found.ranks) for order, points in curves.items()}
-    return Cut(asked.basis, best, chosen, curves, whole, base)
+    return Cut(asked.basis, chosen, curves, whole, base)
+
+
+def best_of(points: Mapping[Order, Point], refit: Callable[[Point], Point] | None) -> Choice:
+    """Of cuts of one size, by order, the one of the lowest loss, and it reweighted."""
+    order = min(points, key=lambda order: points[order].loss)
+    return Choice(order, points[order], refit(points[order]) if refit else None)
+
+
+def smallest(
+    curves: Mapping[Order, Sequence[Point]], tolerance: float, refit: Callable[[Point], Point] | None
+) -> Choice | None:
+    """The choice of fewest ranks whose loss `holds`; None: there is none.
+
+    Args:
+        tolerance: nats that the loss may be above the whole adapter's.
+    """
+    for count in sorted({each.ranks for points in curves.values() for each in points}):
+        at = {order: each for order, points in curves.items() for each in points if each.ranks == count}
+        found = best_of(at, refit)
+        if found.point.holds(tolerance):
+            return found
+    return None
 
 
 def cut_by_values(model: PeftModel, asked: Asked) -> Kept:

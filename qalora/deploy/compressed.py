@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from qalora.adapter.compression import Point, paired
 from qalora.adapter.cutting import Losses, cut, losses
 from qalora.adapter.model import ADAPTER, gated_layers, ranks, sync_config, write_adapter
 from qalora.adapter.provenance import read_provenance
-from qalora.adapter.refit import cut_and_refit
+from qalora.adapter.refit import train_where_it_helps
 from qalora.adapter.saved import SavedAdapter
 from qalora.adapter.search import Asked, Cut, cut_by_values, find_cut
 from qalora.adapter.surgery import replace_ranks
@@ -32,8 +32,6 @@ from qalora.pictures import draw_compression
 from qalora.results.card import adapter_card
 from qalora.results.compression import COMPRESSION, PICTURE
 from qalora.results.facts import run_of
-
-Correction = Literal["closed form"] | int  # or steps of training
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ def cut_model(
     asked: Asked,
     rows: Rows | None,
     *,
-    refit: Correction | None = None,
+    train_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Cuts the model's adapter in place, and measures what will be written.
 
     Args:
         rows: None: singular values alone decide, and nothing is measured.
-        refit: how what is kept is corrected, where that helps.
+        train_steps: of training what is kept on the rows that order, where that helps.
         dtype: of the file that it is for, to which weights are rounded.
 
     Returns:
@@ -71,18 +69,11 @@ def cut_model(
         found = find_cut(model, rows.scoring, rows.judging, asked)
         report |= report_of(found)
         report["whole"]["loss"] = found.whole.mean
-        stay = processes.from_first(lambda: found.chosen.kept)
-        if refit is None:
-            cut(model, stay)
-        else:
-            steps = refit if isinstance(refit, int) else None
-            change = cut_and_refit(model, stay, rows.scoring, rows.judging, steps)
-            report["refit"] = {
-                "how": change.how,
-                "loss_before": change.before.mean,
-                "loss_after": change.after.mean,
-                "helped": change.helped,
-            }
+        chosen = processes.from_first(lambda: found.chosen.point)
+        cut(model, chosen.kept, chosen.weights)
+        if train_steps is not None:
+            change = train_where_it_helps(model, rows.scoring, rows.judging, train_steps)
+            report["training"] = {"steps": train_steps, **_correction(change.before.mean, change.after.mean)}
     if asked.uniform:
         to_one_rank(model)
     round_weights(model, dtype)
@@ -92,12 +83,17 @@ def cut_model(
     return {**report, "ranks": ranks(model)}
 
 
+def _correction(before: float, after: float) -> dict[str, Any]:
+    return {"loss_before": before, "loss_after": after, "helped": after < before}
+
+
 def report_of(found: Cut) -> dict[str, Any]:
     """What compress.json says of a search, but for what was kept in the end."""
     gain, stderr = found.gain
+    chosen = found.chosen
     return {
         "basis": found.basis,
-        "order": found.order,
+        "order": chosen.order,
         "orders": list(found.curves),
         "judged_on": {"rows": len(found.whole.rows), "supervised_tokens": sum(found.whole.tokens)},
         "base_loss": found.base.mean,
@@ -105,6 +101,7 @@ def report_of(found: Cut) -> dict[str, Any]:
         "gain_stderr": stderr,
         "whole_hurts": found.hurts,
         "curves": {order: [_figures(point) for point in points] for order, points in found.curves.items()},
+        **({"refit": _correction(chosen.plain.loss, chosen.refitted.loss)} if chosen.refitted else {}),
     }
 
 
@@ -239,4 +236,4 @@ def draw(report: Mapping[str, Any], start: Mapping[str, int], file: Path) -> Non
 
 
 def _figures(point: Point) -> dict[str, float]:
-    return {name: value for name, value in asdict(point).items() if name != "kept"}
+    return {name: value for name, value in asdict(point).items() if name not in ("kept", "weights")}

@@ -53,12 +53,17 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
             "judge finer"
         )
     if refit := report.get("refit"):
-        change = f"the loss from {refit['loss_before']:.4f} to {refit['loss_after']:.4f}"
-        stays = "and stays" if refit["helped"] else "so it was taken back"
-        lines.append(f"correction by {refit['how']}: {change}, {stays}")
+        lines.append(f"new weights of the ranks that stay took {_change(refit)}")
+    if training := report.get("training"):
+        lines.append(f"{training['steps']} steps of training took {_change(training)}")
     if report["whole_hurts"]:
         lines.append(
             f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f} ± "
             f"{report['gain_stderr']:.4f} nats per token better; are they rows that it was trained for?"
         )
     return lines
+
+
+def _change(correction: Mapping[str, Any]) -> str:
+    stays = "and stay" if correction["helped"] else "so they were taken back"
+    return f"the loss from {correction['loss_before']:.4f} to {correction['loss_after']:.4f}, {stays}"

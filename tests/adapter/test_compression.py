@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qalora.adapter.compression import Point, Size, kept, paired, parameters_of, scoring_rows, shrunk, smallest
+from qalora.adapter.compression import Point, Size, kept, paired, parameters_of, scoring_rows, shrunk
 
 SCORES = {"a": [5.0, 1.0], "b": [4.0, -2.0, 3.0], "c": [0.5]}
 COSTS = {"a": 100, "b": 10, "c": 1}
@@ -47,15 +47,10 @@ def test_no_rank_that_leaves_is_better_than_one_that_stays(values, count):
     assert parameters_of(found, dict.fromkeys(scores, 7)) == 7 * len(stay)
 
 
-def test_the_smallest_is_the_one_within_the_standard_error_and_the_tolerance():
-    curve = [point(100, 0.0, 0.0), point(50, 0.002, 0.003), point(25, 0.004, 0.003), point(12, 0.02, 0.005)]
-    assert smallest(curve).parameters == 50
-    assert smallest(curve, 0.001).parameters == 25
-    assert smallest(curve, 0.015).parameters == 12
-
-
-def test_where_nothing_holds_the_lowest_loss_is_taken():
-    assert smallest([point(50, 0.5, 0.1, 1.5), point(25, 0.4, 0.1, 1.4)]).parameters == 25
+def test_a_cut_holds_that_is_not_above_the_whole_or_the_tolerance():
+    assert point(50, -0.002, 0.003).holds() and point(100, 0.0, 0.0).holds()
+    assert not point(25, 0.001, 0.003).holds()
+    assert point(25, 0.001, 0.003).holds(tolerance=0.001)
 
 
 def test_paired_difference_is_that_of_a_bootstrap():
@@ -108,5 +103,4 @@ def test_rows_score_until_they_have_tokens_enough_and_never_more_than_half():
 
 def test_a_single_row_holds_no_cut():
     """Its standard error is not known, so nothing smaller than the whole is chosen by it."""
-    difference, stderr = paired([1.0], [1.5], [3])
-    assert smallest([point(100, 0.0, 0.0), point(50, difference, stderr, 0.1)]).parameters == 100
+    assert not point(50, *paired([1.0], [0.5], [3])).holds(tolerance=1.0)

@@ -1,44 +1,19 @@
-"""Least squares against numpy's on the outputs themselves, and steps against torch's own loop."""
+"""New weights against labels that the adapter itself drew, and steps against torch's own loop."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from qalora.adapter.cutting import losses
+from qalora.adapter import refit
+from qalora.adapter.cutting import cut, losses
 from qalora.adapter.model import gated_layers, ranks
-from qalora.adapter.principal import input_grams, into_basis
-from qalora.adapter.refit import _change, cut_and_refit, least_squares, reweighted, train_steps
+from qalora.adapter.refit import _change, reweighted, train_steps, train_where_it_helps, without_zeros
 
 
 @pytest.fixture
 def batches(make_batch):
     return [make_batch(rows=6, seed=1)], [make_batch(rows=6, seed=2)]
-
-
-def test_what_stays_is_the_least_squares_fit_of_the_outputs(tiny_adapter, batches):
-    model = tiny_adapter().eval()
-    into_basis(model, "svd")
-    name, layer = list(gated_layers(model).items())[2]
-    inputs = []
-    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).double().numpy()))
-    grams = input_grams(model, batches[0])
-    hook.remove()
-    A, B = layer.A.detach().double().numpy(), layer.B.detach().double().numpy()
-    outputs, low = inputs[0] @ A.T @ B.T, inputs[0] @ A[[0, 2]].T
-    expected = np.linalg.lstsq(low, outputs, rcond=None)[0].T
-    found = least_squares(model, grams, {name: [0, 2]})[name]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-5)
-    assert np.abs(expected - B[:, [0, 2]]).max() > 1e-3
-
-
-def test_in_the_basis_of_the_outputs_nothing_is_left_to_fit(tiny_adapter, batches):
-    model = tiny_adapter().eval()
-    into_basis(model, "svd-act", batches[0])
-    name, layer = next(iter(gated_layers(model).items()))
-    found = least_squares(model, input_grams(model, batches[0]), {name: [0, 1]})[name]
-    torch.testing.assert_close(found, layer.B.detach()[:, :2], rtol=1e-3, atol=1e-5)
 
 
 def test_steps_are_adamws(tiny_adapter, batches):
@@ -73,13 +48,29 @@ def test_reweighting_gives_a_rank_back_the_size_that_it_should_have(tiny_adapter
     whole = losses(model, [batch]).mean
     layers[name].B.data.mul_(0.5)
     halved, before = losses(model, [batch]).mean, {n: layer.B.data.clone() for n, layer in layers.items()}
-    found = reweighted(model, [batch])
+    every = {n: [0] for n in layers}
+    found = reweighted(model, [batch], every)
     assert all(torch.equal(layers[n].B, before[n]) for n in layers)
-    weight = float((found[name] / before[name]).mean())
-    assert 1.2 < weight <= 2.0
-    for n, B in found.items():
-        layers[n].B.data.copy_(B)
-    assert losses(model, [batch]).mean < halved - 0.5 * (halved - whole)
+    assert 1.2 < found[name][0] <= 2.0
+    after = losses(model, [batch], every, found).mean
+    assert after < halved - 0.5 * (halved - whole)
+    cut(model, every, found)
+    assert losses(model, [batch]).mean == pytest.approx(after, rel=1e-6)
+
+
+def test_ranks_that_left_have_no_weight(tiny_adapter, batches):
+    model = tiny_adapter(r=2).eval()
+    first, second = list(ranks(model))[:2]
+    found = reweighted(model, batches[0], {first: [1], second: [0, 1]})
+    assert {name: len(weights) for name, weights in found.items()} == {first: 1, second: 2}
+    cut(model, {first: [1], second: [0, 1]})
+    again = reweighted(model, batches[0], {first: [0], second: [0, 1]})
+    assert found == {name: pytest.approx(weights, rel=1e-3) for name, weights in again.items()}
+
+
+def test_ranks_of_no_weight_leave_and_modules_that_have_no_other():
+    ranks, weights = {"a": [0, 3], "b": [1], "c": [2]}, {"a": [0.5, 0.0], "b": [0.0], "c": [2.0]}
+    assert without_zeros(ranks, weights) == ({"a": [0], "c": [2]}, {"a": [0.5], "c": [2.0]})
 
 
 def test_what_rows_do_not_agree_on_stays():
@@ -89,26 +80,13 @@ def test_what_rows_do_not_agree_on_stays():
     assert change[1] == change[2] == 0
 
 
-@pytest.mark.parametrize("steps", [None, 2])
-def test_a_correction_that_does_not_help_is_taken_back(tiny_adapter, batches, steps, monkeypatch):
-    model, plain = tiny_adapter(r=2).eval(), tiny_adapter(r=2).eval()
-    for each in (model, plain):
-        into_basis(each, "svd")
-    stay = {name: [0] for name in ranks(model)}
-    from qalora.adapter import refit
-    from qalora.adapter.cutting import cut
-
-    cut(plain, stay)
-    monkeypatch.setattr(refit, "least_squares", lambda *args: {n: 50 * b for n, b in kept_of(model, stay).items()})
-    monkeypatch.setattr(refit, "reweighted", lambda *args: {n: 60 * b for n, b in kept_of(model, stay).items()})
+def test_training_that_does_not_help_is_taken_back(tiny_adapter, batches, monkeypatch):
+    model = tiny_adapter(r=2).eval()
+    before = losses(model, batches[1]).mean
     monkeypatch.setattr(
-        refit, "train_steps", lambda *args: [layer.B.data.mul_(50) for layer in gated_layers(model).values()]
+        refit, "train_steps", lambda *args: [layer.B.data.mul_(1000) for layer in gated_layers(model).values()]
     )
-    found = cut_and_refit(model, stay, *batches, steps)
+    found = train_where_it_helps(model, *batches, 2)
     assert not found.helped
-    assert found.after.mean > found.before.mean
-    assert losses(model, batches[1]).mean == pytest.approx(losses(plain, batches[1]).mean, rel=1e-6)
-
-
-def kept_of(model, stay):
-    return {name: gated_layers(model)[name].B.detach()[:, index].clone() for name, index in stay.items()}
+    assert found.after.mean > found.before.mean == before
+    assert losses(model, batches[1]).mean == before

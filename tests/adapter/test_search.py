@@ -15,15 +15,15 @@ def made_up(monkeypatch):
     """run(costs, asked) → (the cut, the numbers of ranks measured). `costs` of an order gives the loss difference of a
     number of ranks; the standard error is 0.01."""
 
-    def run(costs, asked):
+    def run(costs, asked, gain=0.0):
         measured = []
         orders = {order: {"m": [float(100 - rank) for rank in range(100)]} for order in costs}
 
-        def point(model, judging, kept: Kept, *, whole, of):
+        def point(model, judging, kept: Kept, weights=None, *, whole, of):
             count = len(kept["m"])
-            measured.append(count)
-            difference = current["cost"](count)
-            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, kept)
+            measured.append(count if weights is None else -count)
+            difference = current["cost"](count) - (0 if weights is None else gain)
+            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, kept, weights)
 
         current = {}
 
@@ -38,6 +38,7 @@ def made_up(monkeypatch):
         monkeypatch.setattr(search, "losses", lambda *args: Losses([1.0, 1.0], [1, 1]))
         monkeypatch.setattr(search, "rank_parameters", lambda *args: {"m": 10})
         monkeypatch.setattr(search, "point", point)
+        monkeypatch.setattr(search, "reweighted", lambda model, batch, kept: {"m": [1.0] * len(kept["m"])})
         return find_cut(None, [], [], asked), measured
 
     return run
@@ -46,46 +47,58 @@ def made_up(monkeypatch):
 def test_the_order_that_cuts_deepest_wins_and_curves_end_where_they_cost(made_up):
     costs = {"path": lambda n: 0.0 if n >= 25 else 1.0, "values": lambda n: 0.0 if n >= 60 else 1.0}
     found, measured = made_up(costs, Asked())
-    assert (found.order, found.chosen.ranks) == ("path", 25)
-    assert measured == [75, 50, 25, 12, 6, 75, 50, 25]  # two failures in a row are enough
+    assert (found.chosen.order, found.chosen.point.ranks) == ("path", 25)
+    curves, tried = measured[:8], measured[8:]
+    assert curves == [75, 50, 25, 12, 6, 75, 50, 25]  # two failures in a row are enough
+    assert tried == [-6, -12, -25]  # the smallest first, with new weights
+
+
+def test_new_weights_may_hold_where_the_cut_alone_does_not(made_up):
+    costs = {"path": lambda n: 0.01 if n >= 25 else 1.0}
+    found, _ = made_up(costs, Asked(), gain=0.02)
+    assert (found.chosen.point.ranks, found.chosen.point.difference) == (25, pytest.approx(-0.01))
+    assert found.chosen.point is found.chosen.refitted and found.chosen.plain.difference == 0.01
+    assert made_up(costs, Asked(refit=False), gain=0.02)[0].chosen.point.ranks == 100
+    worse, _ = made_up(costs, Asked(Size(ranks=50)), gain=-0.02)
+    assert worse.chosen.point is worse.chosen.plain
 
 
 def test_of_two_orders_that_cut_as_deep_the_better_wins(made_up):
-    costs = {"path": lambda n: 0.002 if n >= 25 else 1.0, "values": lambda n: 0.001 if n >= 25 else 1.0}
-    assert made_up(costs, Asked())[0].order == "values"
+    costs = {"path": lambda n: -0.001 if n >= 25 else 1.0, "values": lambda n: -0.002 if n >= 25 else 1.0}
+    assert made_up(costs, Asked())[0].chosen.order == "values"
 
 
 def test_one_failure_by_chance_ends_no_curve(made_up):
     found, _ = made_up({"path": lambda n: 0.05 if n == 75 else 0.0 if n >= 9 else 1.0}, Asked())
-    assert found.chosen.ranks == 12
+    assert found.chosen.point.ranks == 12
 
 
 def test_where_every_cut_costs_something_the_whole_stays(made_up):
     found, _ = made_up({"path": lambda n: 0.5, "values": lambda n: 0.4}, Asked())
-    assert (found.chosen.ranks, found.chosen.share) == (100, 1.0)
-    assert made_up({"path": lambda n: 0.5}, Asked(tolerance=0.5))[0].chosen.ranks == 3
+    assert (found.chosen.point.ranks, found.chosen.point.share) == (100, 1.0)
+    assert made_up({"path": lambda n: 0.5}, Asked(tolerance=0.5))[0].chosen.point.ranks == 3
 
 
 def test_a_given_size_takes_the_best_order_and_draws_its_curve(made_up):
     found, _ = made_up({"path": lambda n: 0.3, "values": lambda n: 0.2}, Asked(Size(ranks=40)))
-    assert (found.order, found.chosen.ranks) == ("values", 40)
+    assert (found.chosen.order, found.chosen.point.ranks) == ("values", 40)
     assert [point.ranks for point in found.curves["path"]] == [100, 40]
     assert [point.ranks for point in found.curves["values"]][:3] == [100, 75, 50]
 
 
 def test_one_rank_for_all(made_up):
     found, measured = made_up({"values": lambda n: 0.0 if n >= 20 else 1.0}, Asked(uniform=True))
-    assert found.chosen.ranks == 25
-    assert measured == [75, 50, 25, 12, 6]
+    assert found.chosen.point.ranks == 25
+    assert measured[:5] == [75, 50, 25, 12, 6]
 
 
 def test_on_a_model(tiny_adapter, make_batch):
     """Of every order's points the smallest that holds; and a whole adapter against the base."""
     model = tiny_adapter(r=2, targets=["q_proj", "v_proj"]).eval()
     scoring, judging = [make_batch(rows=4, seed=1)], [make_batch(rows=6, seed=2)]
-    found = find_cut(model, scoring, judging, Asked(orders=("path", "values")))
+    found = find_cut(model, scoring, judging, Asked(orders=("path", "values"), refit=False))
     points = [point for curve in found.curves.values() for point in curve]
-    assert found.chosen.ranks == min(p.ranks for p in points if p.difference <= p.stderr)
+    assert found.chosen.point.ranks == min(p.ranks for p in points if p.difference <= 0)
     gain = sum(found.base.rows) / sum(found.base.tokens) - sum(found.whole.rows) / sum(found.whole.tokens)
     assert found.gain[0] == pytest.approx(gain)
     assert found.hurts == (gain < -found.gain[1])
