@@ -26,6 +26,7 @@ from qalora.progress import track
 
 LEARNING_RATE = 1e-3  # of the steps
 STEP_SIZES = (0.03, 0.1, 0.3, 1.0)  # of the Newton step
+WEIGHTS = (0.1, 2.0)  # as far as it may go: no rank leaves by its weight
 
 
 def reweighted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept) -> PerRank:
@@ -39,20 +40,10 @@ def reweighted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept) -> Pe
     changes = {name: _change(gradients[name][:, own]) for name, own in ranks.items()}
 
     def at(size: float) -> PerRank:
-        return {name: (1 + size * change).clamp(0, 2).tolist() for name, change in changes.items()}
+        return {name: (1 + size * change).clamp(*WEIGHTS).tolist() for name, change in changes.items()}
 
     found = {size: losses(model, batch, ranks, at(size)).mean for size in (0.0, *STEP_SIZES)}
     return at(min(found, key=lambda size: found[size]))
-
-
-def without_zeros(ranks: Kept, weights: PerRank) -> tuple[Kept, PerRank]:
-    """The ranks whose weight is not 0, and their weights."""
-    pairs = {name: [pair for pair in zip(own, weights[name], strict=True) if pair[1]] for name, own in ranks.items()}
-    pairs = {name: own for name, own in pairs.items() if own}
-    return (
-        {name: [rank for rank, _ in own] for name, own in pairs.items()},
-        {name: [weight for _, weight in own] for name, own in pairs.items()},
-    )
 
 
 def _change(rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, ke
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
-from qalora.adapter.refit import reweighted, without_zeros
+from qalora.adapter.refit import reweighted
 from qalora.adapter.scores import PerRank, check_finite
 from qalora.progress import Bar
 
@@ -136,8 +136,8 @@ def _find_cut(
     def refitted(found: Point) -> Point:
         if found.kept == everything:
             return found  # nothing left that could be made up for
-        stay, weights = without_zeros(found.kept, reweighted(model, scoring, found.kept))
-        return point(model, judging, stay, weights, whole=whole, of=total)
+        weights = reweighted(model, scoring, found.kept)
+        return point(model, judging, found.kept, weights, whole=whole, of=total)
 
     refit = refitted if asked.refit else None
     if asked.size is None:
