@@ -63,11 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="principal for the weights, or for the outputs on the rows (default: svd)",
     )
     refit = parser.add_argument_group("correction of what is kept, where it helps on the rows that judge")
-    refit.add_argument(
-        "--refit",
-        action=argparse.BooleanOptionalAction,
-        help="by new weights of the ranks that stay (default: yes, where there are rows)",
-    )
+    refit.add_argument("--refit", action="store_true", help="by new weights of the ranks that stay")
     refit.add_argument("--refit-steps", type=int, metavar="N", help="by N steps of training on the rows that order")
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
@@ -183,14 +179,13 @@ def asked_of(args: argparse.Namespace, adapter: SavedAdapter) -> Asked:
     Raises:
         InputError: an adapter that adds nothing, or a size without room for a rank.
     """
-    from qalora.adapter.search import BASIS, REFIT, Asked
+    from qalora.adapter.search import BASIS, Asked
 
     costs = {name: A.shape[1] + B.shape[0] for name, (A, B) in adapter.pairs.items() if A.any() and B.any()}
     if not costs:
         raise InputError(f"{adapter.path}: the adapter is untrained (every B A is zero), so there is nothing to keep.")
     size = asked_size(args, adapter.total_rank, costs)
-    refit = REFIT if args.refit is None else args.refit
-    return Asked(size, args.tolerance or 0.0, args.uniform, args.basis or BASIS, refit=refit)
+    return Asked(size, args.tolerance or 0.0, args.uniform, args.basis or BASIS, refit=args.refit)
 
 
 def asked_size(args: argparse.Namespace, total: int, costs: Mapping[str, int]) -> Size | None:

@@ -194,7 +194,7 @@ def test_sizes(compress, flags, check):
 
 @pytest.mark.usefixtures("undrawn")
 def test_one_rank_for_servers_that_know_one(compress, folder, trained):
-    output, report = compress("--uniform", "--keep", "40%", "--rows", "12", "--no-refit")
+    output, report = compress("--uniform", "--keep", "40%", "--rows", "12")
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (3, 3, {})  # 3 of 8 is 37.5 %
     assert {len(t) for key, t in tensors_of(output).items() if "lora_A" in key} == {3}
@@ -252,8 +252,8 @@ def test_an_adapter_that_hurts_is_said_to(compress, trained, tmp_path, capsys):
 
 @pytest.mark.usefixtures("undrawn")
 def test_corrections_stay_only_where_they_help(compress):
-    _, plain = compress("--keep", "10%", "--no-quantize", "--no-refit")
-    _, report = compress("--keep", "10%", "--no-quantize", "--refit-steps", "6")
+    _, plain = compress("--keep", "10%", "--no-quantize")
+    _, report = compress("--keep", "10%", "--no-quantize", "--refit", "--refit-steps", "6")
     assert "refit" not in plain
     refit, training = report["refit"], report["training"]
     assert training["steps"] == 6

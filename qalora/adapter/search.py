@@ -25,7 +25,6 @@ from qalora.progress import Bar
 BASIS: Basis = "svd"
 PER: Per = "rank"
 ORDERS: tuple[Order, ...] = ("path", "values", "shrunk")
-REFIT = True
 CLEARLY = 3.0  # standard errors above the whole adapter's loss, twice in a row: a curve goes down no further
 
 
@@ -46,7 +45,7 @@ class Asked:
     basis: Basis = BASIS
     orders: tuple[Order, ...] = ORDERS
     per: Per = PER
-    refit: bool = REFIT
+    refit: bool = False
 
 
 @dataclass(frozen=True)
