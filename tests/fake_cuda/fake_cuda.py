@@ -19,6 +19,7 @@ import traceback
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 ctypes.CDLL(os.environ["FAKE_CUDA_SHIM"], mode=ctypes.RTLD_GLOBAL)  # before torch
@@ -28,7 +29,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from bitsandbytes.functional import name2qmap  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_impls import has_meta, op_implementations_checks  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only  # noqa: E402
 
@@ -89,8 +91,7 @@ class Device(TorchDispatchMode):
             return self.written(func, args, kwargs, known)
         if known and self.values and not func.is_view:
             return tree_map_only(Tensor, self.like, self.computed(func, args, kwargs))
-        with self.shapes:
-            out = func(*tree_map(self.faked, args), **tree_map(self.faked, kwargs))
+        out = self.shaped(func, args, kwargs, tensors)
         fresh = [x for x in tree_leaves(out) if is_cuda(x) and x.untyped_storage()._cdata not in self.sizes]
         scratch = self.allocate(SCRATCH[func](*args)) if func in SCRATCH else 0
         try:
@@ -102,6 +103,16 @@ class Device(TorchDispatchMode):
             for x, value in zip(tree_leaves(out), tree_leaves(self.computed(func, args, kwargs)), strict=True):
                 self.fill(x, value)
         return out
+
+    def shaped(self, func, args, kwargs, tensors):
+        """What an operation puts out, without values. FakeTensorMode knows that of all, at a cost; for most of them
+        it would do no more than this."""
+        if kwargs.get("device") is None and meta_says_all(func) and all(map(is_cuda, tensors)):
+            with in_kernel_invocation_manager(self.shapes):
+                out = func(*args, **kwargs)
+            return tree_map_only(Tensor, lambda x: FakeTensor(self.shapes, x, CUDA), out)
+        with self.shapes:
+            return func(*tree_map(self.faked, args), **tree_map(self.faked, kwargs))
 
     def launched(self, name, compute, x, *others):
         """The output, in the shape of x, of a kernel that no operation of torch's CPU build stands for."""
@@ -208,6 +219,13 @@ class Device(TorchDispatchMode):
 
 
 # ------------------------------------------------------------ operations that are not as on a CPU
+
+
+@cache
+def meta_says_all(func):
+    """Whether FakeTensorMode runs an operation's kernel for shapes as it is."""
+    has_rule = any(applies(func) for applies, _ in op_implementations_checks)
+    return func.is_view or func is aten._unsafe_view.default or (has_meta(func) and not has_rule)
 
 
 def _to_copy(device, func, x, /, *, non_blocking=False, **options):

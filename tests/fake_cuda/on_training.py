@@ -174,7 +174,7 @@ def run(save_tiny_llama, tmp_path_factory):
     return of
 
 
-def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run):
+def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run, monkeypatch):
     from safetensors.torch import load_file
 
     whole = run("whole", "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1")
@@ -184,11 +184,14 @@ def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run):
     assert state["global_step"] == 4
     (whole / "checkpoint-4").rename(whole / "gone")
     straight = load_file(whole / "adapter" / "adapter_model.safetensors")
+    loaded = []
+    monkeypatch.setattr("qalora.training.trainer.page_again", lambda optimizer: loaded.append(len(optimizer.state)))
     again = run("whole", "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1",
                 "--resume-from-checkpoint", str(whole / "checkpoint-2"))  # fmt: skip
     resumed = load_file(again / "adapter" / "adapter_model.safetensors")
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor)
+    assert loaded and loaded[0]  # moments are there, and go back into managed memory
 
 
 def test_a_step_has_one_synchronization_and_no_more_kernels_than_counted(device, run, monkeypatch):
