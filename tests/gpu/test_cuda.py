@@ -53,7 +53,7 @@ def test_training_goes_on_after_surgery_with_bitsandbytes_optimizers(tiny_llama,
     # bitsandbytes pages the moments of 100,000 elements and more.
     base = tiny_llama(hidden_size=1600, intermediate_size=64, num_hidden_layers=1).to("cuda", torch.bfloat16)
     quantize_(base, compute_dtype=torch.bfloat16)
-    model = attach(base, r=64, alpha=128)
+    model = attach(base, r=64, alpha=128, target_modules=["q_proj", "o_proj"])
     optimizer = getattr(bnb.optim, name)([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     batch = {key: value.cuda() for key, value in make_batch().items()}
 
@@ -190,7 +190,7 @@ def test_the_ladder_gives_the_same_gradients_after_a_real_out_of_memory(tiny_lla
 def test_a_gguf_base_is_quantized_on_the_card_without_its_16_bit_model_there(save_tiny_llama, tmp_path):
     from accelerate import Accelerator
 
-    wide = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
+    wide = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
     folder = save_tiny_llama(tmp_path / "model", **wide)
     source = resolve(str(folder))
     (tmp_path / "adapter").mkdir()
@@ -202,9 +202,8 @@ def test_a_gguf_base_is_quantized_on_the_card_without_its_16_bit_model_there(sav
     before = torch.cuda.memory_allocated()
     base = load_base(resolve(str(tmp_path / "gguf" / "model.gguf")), dtype="bfloat16", tokenizer=tokenizer).model
     held = torch.cuda.memory_allocated() - before
-    assert (
-        torch.cuda.max_memory_allocated() - before < held + 16 * 512 * 1024
-    )  # and not the 16-bit maps, 8 times as much
+    # And not the 16-bit maps, four times as much.
+    assert torch.cuda.max_memory_allocated() - before < held + 8 * 512 * 1024
     for name, module in linear_maps(base).items():
         assert torch.equal(dequantize(module), dequantize(expected.get_submodule(name))), name
     assert {parameter.device.type for parameter in base.parameters()} == {"cuda"}
@@ -212,7 +211,7 @@ def test_a_gguf_base_is_quantized_on_the_card_without_its_16_bit_model_there(sav
 
 
 def normal(*shape, seed):
-    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed), dtype=torch.bfloat16)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
 
 
 def assert_close(theirs, ours):
@@ -259,7 +258,7 @@ def test_liger_computes_our_swiglu():
 def test_liger_computes_our_loss():
     pytest.importorskip("liger_kernel")
     hidden, head = normal(2, 40, 256, seed=0), normal(5000, 256, seed=1) / 16
-    labels = torch.randint(0, 5000, (2, 40), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    labels = torch.randint(0, 5000, (2, 40), generator=torch.Generator().manual_seed(0)).cuda()
     results = []
     for compute in (lambda *problem: label_only_loss(*problem).sum(), partial(fused_loss, fused=liger_loss())):
         leaf = hidden.clone().requires_grad_()
