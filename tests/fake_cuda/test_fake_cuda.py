@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from build import built, missing
 
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 PARTS = {
     "training": "tests/fake_cuda/on_training.py",
     "kernels": "tests/fake_cuda/on_kernels.py",
