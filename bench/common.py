@@ -95,10 +95,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_results(name: str, results: Mapping[str, Any], text: str, folder: Path = RESULTS) -> None:
-    """FOLDER/NAME.json and .md, and the table on standard output."""
+    """FOLDER/NAME.json and .md, each whole or as it was, and the table on standard output."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    for kind, content in (("json", json.dumps(results, indent=1) + "\n"), ("md", text)):
+        part = folder / f"{name}.{kind}.part"
+        part.write_text(content, encoding="utf-8")
+        part.replace(folder / f"{name}.{kind}")
     print(text)
 
 

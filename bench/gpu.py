@@ -1,8 +1,6 @@
 """What needs a GPU: memory and speed of training steps against PEFT's under other trainers, the longest context, a
-round of
-scoring, and the planned bytes against the measured ones. Random weights in real shapes, made a block at a time:
-nothing is
-downloaded.
+round of scoring, and the planned bytes against the measured ones. Random weights in real shapes, made a block at a
+time: nothing is downloaded.
 
     python bench/gpu.py --describe                    # what will run, in which part
     python bench/gpu.py --part 1                      # tests/gpu and the 8B cases; under 9 minutes
@@ -10,13 +8,10 @@ downloaded.
     python bench/gpu.py --only 7b 33b                 # some of the cases, by the beginnings of their names
     python bench/gpu.py --shapes tiny --device cpu    # every path on any machine; the figures mean nothing
 
-In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own,
-and gpu.json and gpu.md in
---out are written after each: what is there without an error is not run again. One that fails leaves its error in the
-results.
-Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a CUDA context. That
-limits
-memory, not speed, and an imitated T4 still has this card's attention kernels.
+In a checkout that is not installed, with PYTHONPATH=. before it. Each case has a process of its own, and gpu.json and
+gpu.md in --out are written after each: what is there without an error is not run again. One that fails leaves its error
+in the results. Smaller cards are imitated by a limit on what torch may reserve: the card's bytes less those of a CUDA
+context. That limits memory, not speed, and an imitated T4 still has this card's attention kernels.
 """
 
 from __future__ import annotations
@@ -136,7 +131,10 @@ def main() -> None:
     elif args.describe:
         print(description())
     elif args.device == "cuda" and not torch.cuda.is_available():
-        print("needs a CUDA device: nothing was measured")
+        raise SystemExit(
+            f"no GPU: torch {torch.__version__} sees no CUDA device here, so nothing was measured "
+            "(--shapes tiny --device cpu tries every path without one)"
+        )
     else:
         measure(args)
 

@@ -114,9 +114,12 @@ def step_of(device: Any, case: gpu.Case, shape: ModelShape, padded: bool = False
 
 
 def by_blocks(device: Any, case: gpu.Case, shape: ModelShape, padded: bool = False) -> tuple[int, int]:
-    """`step_of`, where each further block takes what the third one takes."""
-    few, more = (step_of(device, case, replace(shape, num_hidden_layers=n), padded) for n in (2, 3))
-    peak, paged = (low + (shape.num_hidden_layers - 2) * (high - low) for low, high in zip(few, more, strict=True))
+    """`step_of`, where each further block takes what the last of a few takes. Of block inputs that wait on the host two
+    are on the device, so there it is the third."""
+    fewest = 2 if case.kept == "offload" else 1
+    few, more = (step_of(device, case, replace(shape, num_hidden_layers=fewest + n), padded) for n in (0, 1))
+    further = shape.num_hidden_layers - fewest
+    peak, paged = (low + further * (high - low) for low, high in zip(few, more, strict=True))
     return peak, paged
 
 

@@ -192,7 +192,8 @@ def _activations(
 
     # Beside them the gradient of their product, and a dequantized weight, or the product and its copy in fp32.
     product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
-    down = inner + tile * f * size + hidden + max(weight, product)
+    # In tiles the gradient of the MLP's input is there too, whole.
+    down = inner + tile * f * size + hidden * (1 if tile == tokens else 2) + max(weight, product)
     # A norm that is computed in one stretch puts its gradient nowhere but in an fp32 temporary.
     norm = (1 if 4 * tokens * d <= FP32_TEMPORARY else 2) * hidden + 3 * wide(tokens, d)
     # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product

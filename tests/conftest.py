@@ -47,7 +47,7 @@ prefixes.register()  # tests set the attention by its name
 
 def pytest_collection_modifyitems(items):
     """The longest files first: at the end they would keep one worker busy while the others wait."""
-    longest = ("test_smollm2.py", "test_finetune.py", "test_bench_and_gpu.py", "test_fake_cuda.py", "test_notebook.py")
+    longest = ("test_smollm2.py", "test_finetune.py", "test_fake_cuda.py", "test_notebook.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

@@ -120,6 +120,7 @@ class _GatedSwiGLU(torch.autograd.Function):
             own, *more = _backward(grad_z[part], x[part], _inner(x[part], maps), maps, need_x, needs)
             if grad_x is not None and own is not None:
                 grad_x[part] = own
+            own = None  # before the next tile's is there
             grads = [b if a is None or b is None else a.add_(b) for a, b in zip(grads, more, strict=True)]
         return grad_x, None, None, None, *grads
 

@@ -19,6 +19,7 @@ import traceback
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 ctypes.CDLL(os.environ["FAKE_CUDA_SHIM"], mode=ctypes.RTLD_GLOBAL)  # before torch
@@ -28,9 +29,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from bitsandbytes.functional import name2qmap  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_impls import has_meta, op_implementations_checks  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only  # noqa: E402
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -39,6 +40,26 @@ INTEGERS = 1 << 26  # bytes of a tensor of integers that is computed without `va
 
 def is_cuda(x):
     return isinstance(x, FakeTensor)
+
+
+def found_in(values):
+    """The tensors among the arguments of an operation, or what it puts out, in order."""
+    found = []
+    for x in values:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, list | tuple):
+            found += found_in(x)
+    return found
+
+
+def each(change, x):
+    """The same, with every tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {name: each(change, value) for name, value in x.items()}
+    return type(x)([each(change, value) for value in x]) if isinstance(x, list | tuple) else x
 
 
 class Device(TorchDispatchMode):
@@ -63,7 +84,7 @@ class Device(TorchDispatchMode):
         if func is torch.ops.prim.device.default and is_cuda(args[0]):
             return CUDA
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = found_in(args) + found_in(kwargs.values())
         if not any(map(is_cuda, tensors)) and torch.device(kwargs.get("device") or "cpu").type != "cuda":
             return func(*args, **kwargs)
         if func in SPECIAL and (out := SPECIAL[func](self, func, *args, **kwargs)) is not NotImplemented:
@@ -76,22 +97,17 @@ class Device(TorchDispatchMode):
         if masked or func in WAITS:
             self.wait(func)
             assert known or tensors[0].dtype.is_floating_point or tensors[0].dtype == torch.bool, f"{func}: not known"
-            return (
-                tree_map_only(Tensor, self.like, self.computed(func, args, kwargs))
-                if known
-                else (
-                    not tensors[0].dtype.is_floating_point  # all is well, and no number is not finite
-                )
-            )
+            if known:
+                return each(self.like, self.computed(func, args, kwargs))
+            return not tensors[0].dtype.is_floating_point  # all is well, and no number is not finite
         if not func.is_view and func not in NO_KERNEL:
-            self.kernels[str(func)] += 1
+            self.kernels[func] += 1
         if func._schema.is_mutable:
             return self.written(func, args, kwargs, known)
         if known and self.values and not func.is_view:
-            return tree_map_only(Tensor, self.like, self.computed(func, args, kwargs))
-        with self.shapes:
-            out = func(*tree_map(self.faked, args), **tree_map(self.faked, kwargs))
-        fresh = [x for x in tree_leaves(out) if is_cuda(x) and x.untyped_storage()._cdata not in self.sizes]
+            return each(self.like, self.computed(func, args, kwargs))
+        out = self.shaped(func, args, kwargs, tensors)
+        fresh = [x for x in found_in([out]) if is_cuda(x) and x.untyped_storage()._cdata not in self.sizes]
         scratch = self.allocate(SCRATCH[func](*args)) if func in SCRATCH else 0
         try:
             for x in fresh:
@@ -99,9 +115,19 @@ class Device(TorchDispatchMode):
         finally:
             self.allocated -= scratch
         if known and any(map(self.computes, fresh)):
-            for x, value in zip(tree_leaves(out), tree_leaves(self.computed(func, args, kwargs)), strict=True):
+            for x, value in zip(found_in([out]), found_in([self.computed(func, args, kwargs)]), strict=True):
                 self.fill(x, value)
         return out
+
+    def shaped(self, func, args, kwargs, tensors):
+        """What an operation puts out, without values. FakeTensorMode knows that of all, at a cost; for most of them
+        it would do no more than this."""
+        if kwargs.get("device") is None and meta_says_all(func) and all(map(is_cuda, tensors)):
+            with in_kernel_invocation_manager(self.shapes):
+                out = func(*args, **kwargs)
+            return each(lambda x: FakeTensor(self.shapes, x, CUDA), out)
+        with self.shapes:
+            return func(*each(self.faked, args), **each(self.faked, kwargs))
 
     def launched(self, name, compute, x, *others):
         """The output, in the shape of x, of a kernel that no operation of torch's CPU build stands for."""
@@ -115,9 +141,10 @@ class Device(TorchDispatchMode):
         """What an operation gives on the host, of the memory behind its arguments."""
 
         def behind(x):
-            return self.real(x) if is_cuda(x) else torch.device("cpu") if isinstance(x, torch.device) else x
+            return self.real(x) if is_cuda(x) else x
 
-        return func(*tree_map(behind, args), **tree_map(behind, kwargs))
+        on_host = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+        return func(*each(behind, args), **each(behind, kwargs | on_host))
 
     def written(self, func, args, kwargs, known):
         """What an operation returns that writes into its arguments: those."""
@@ -127,7 +154,7 @@ class Device(TorchDispatchMode):
         into = [given[name] for name in writes if name in given]
         if known:
             self.computed(func, args, kwargs)
-        for x in () if known else filter(is_cuda, tree_leaves(into)):
+        for x in () if known else filter(is_cuda, found_in(into)):
             self.memory.pop(x.untyped_storage()._cdata, None)
         returned = len(func._schema.returns)
         return None if not returned else into[0] if returned == 1 else tuple(into)
@@ -184,8 +211,7 @@ class Device(TorchDispatchMode):
         return out
 
     def faked(self, x):
-        real = isinstance(x, Tensor) and not is_cuda(x)
-        return self.shapes.fake_tensor_converter.from_real_tensor(self.shapes, x) if real else x
+        return x if is_cuda(x) else self.shapes.fake_tensor_converter.from_real_tensor(self.shapes, x)
 
     # ------------------------------------------------------------ what tests ask
 
@@ -208,6 +234,13 @@ class Device(TorchDispatchMode):
 
 
 # ------------------------------------------------------------ operations that are not as on a CPU
+
+
+@cache
+def meta_says_all(func):
+    """Whether FakeTensorMode runs an operation's kernel for shapes as it is."""
+    has_rule = any(applies(func) for applies, _ in op_implementations_checks)
+    return func.is_view or func is aten._unsafe_view.default or (has_meta(func) and not has_rule)
 
 
 def _to_copy(device, func, x, /, *, non_blocking=False, **options):

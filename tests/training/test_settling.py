@@ -103,6 +103,20 @@ def test_a_fit_keeps_the_rows_of_a_step_and_stays_within_the_memory(recipe_over,
         fitted_to_device(recipe, shape, 64)
 
 
+def test_block_inputs_that_host_memory_has_no_room_for_are_refused(recipe_over, saved_base, monkeypatch):
+    shape = shape_of(resolve(str(saved_base)))
+    recipe = recipe_over(**{"training.gradient_checkpointing": "offload", "training.micro_batch_size": 4})
+    waiting = shape.num_hidden_layers * 4 * 64 * shape.hidden_size * 4  # of blocks, rows, tokens, features in fp32
+    recipe = recipe.with_settings({"quantization.bnb_4bit_compute_dtype": "float32"})
+    monkeypatch.setattr(device, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(device, "available_memory", lambda: 80 * 2**30)
+    monkeypatch.setattr(device, "host_memory", lambda: 2 * waiting)
+    assert fitted_to_device(recipe, shape, 64)[0].training.gradient_checkpointing == "offload"
+    monkeypatch.setattr(device, "host_memory", lambda: waiting)  # of which a share stays free
+    with pytest.raises(InputError, match=r"gradient_checkpointing=offload: the block inputs of 4 × 64 tokens need"):
+        fitted_to_device(recipe, shape, 64)
+
+
 def test_auto_becomes_a_dtype(recipe_over, unchanged):
     after = unchanged(recipe_over(), with_dtype)
     assert after.quantization.bnb_4bit_compute_dtype in ("bfloat16", "float32", "float16")
