@@ -52,7 +52,6 @@ with torch.no_grad():
     if kind == "16bit":
         found["merged"] = model.merge_and_unload()(tokens).logits
 torch.save(found, output)
-print("qalora" in sys.modules)
 """
 
 
@@ -91,12 +90,11 @@ def edit_tensors(path, change):
 
 
 @pytest.mark.parametrize("kind", ["16bit", "4bit"])
-def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, run_python, kind):
+def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, vanilla, kind):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = uneven(four_bit=kind == "4bit").eval()
     save_adapter(model, tmp_path / "adapter")
-    out = run_python(VANILLA, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.pt", kind)
-    assert out.strip() == "False"
+    vanilla(VANILLA, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.pt", kind)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         ours = model(torch.arange(24).view(2, 12)).logits
