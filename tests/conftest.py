@@ -48,10 +48,17 @@ hypothesis.settings.load_profile("untimed")
 prefixes.register()  # tests set the attention by its name
 
 
+# The files that take longest, the longest first.
+LONGEST = [
+    "test_finetune.py", "test_smollm2.py", "test_fake_cuda.py", "test_bench_and_gpu.py", "test_families.py",
+    "test_merging.py", "test_api.py", "test_processes.py", "test_wrapper.py", "test_scoring.py", "test_memory.py",
+    "test_verification.py", "test_compress.py", "test_quiet.py", "test_settings.py", "test_notebook.py",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: at the end they would keep one worker busy while the others wait."""
-    longest = ("test_smollm2.py", "test_finetune.py", "test_bench_and_gpu.py", "test_fake_cuda.py", "test_notebook.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish():

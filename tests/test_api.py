@@ -403,7 +403,7 @@ def test_the_example_on_smollm2(tmp_path):
 
     base = qalora.load_base("smollm2-135m", dtype="float32")
     rows = qalora.load_rows(ROWS, base.tokenizer)
-    model = qalora.attach(base.model, r=2, alpha=4)
+    model = qalora.attach(base.model, r=2, alpha=4, layers_to_transform=[28, 29])
     qalora.start(model, rows, "quantization", original=base.original(), max_rows=4)
     rounds = qalora.AllocationCallback(rows[:4], rounds=1, warmup=2, interval=1)
     config = trl.SFTConfig(

@@ -193,7 +193,7 @@ def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tm
 
 def test_one_adapter_that_differs_is_found_named_and_not_written(command, launch, tmp_path):
     planted = "next(p for n, p in model.named_parameters() if 'layers.0.mlp.up_proj.lora_B' in n).data[0, 0] += 1e-3"
-    words = command(tmp_path / "run", **{"training.save_steps": 4})
+    words = command(tmp_path / "run", **{"training.save_steps": 4, "allocation.warmup": 6})
     run = launch(2, *words, code=AT.format(rank=1, step=2, what=planted))
     assert run.codes == [1, 1]
     assert "after step 4: process 0 and process 1 differ in B of model.layers.0.mlp.up_proj" in run.said[0]
