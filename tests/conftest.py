@@ -62,8 +62,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Each training run collects garbage: what the imports left is none, and takes a third of a second to look
-    through."""
+    """Each training run collects garbage. What the imports left is none, and to look through it takes a third of a
+    second."""
     gc.collect()
     gc.freeze()
 
@@ -279,6 +279,7 @@ for line in sys.stdin:
         sys.argv, failed = ["-c", *job["arguments"]], 1
         try:
             exec(job["code"], {"__name__": "__main__"})
+            assert not any(name.partition(".")[0] == "qalora" for name in sys.modules)
             failed = 0
         except BaseException:
             traceback.print_exc()
@@ -299,7 +300,6 @@ def vanilla(tmp_path_factory):
 
         def run(code: str, *arguments: object) -> str:
             files = [folder / "said", folder / "errors"]
-            code += '\nassert not any(name.partition(".")[0] == "qalora" for name in sys.modules)'
             job = {"code": code, "arguments": list(map(str, arguments)), "files": list(map(str, files))}
             print(json.dumps(job), file=forking.stdin, flush=True)
             assert forking.stdout.readline() == "0\n", files[1].read_text()

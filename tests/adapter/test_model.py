@@ -27,7 +27,7 @@ V = "model.layers.1.self_attn.v_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 UNEVEN = AllocationPlan({Q: (0, 1, 2, 3), V: (1,)}, {DOWN: 3, "model.layers.0.mlp.up_proj": 2})
 
-# Plain PEFT, in a process that never hears of qalora. Arguments: base folder, adapter folder, output, 4bit | 16bit.
+# Plain PEFT. Arguments: base folder, adapter folder, output, 4bit | 16bit.
 VANILLA = """
 import sys, torch
 from peft import PeftModel
