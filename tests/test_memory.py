@@ -204,7 +204,7 @@ STEPS = {
     "selective, fp32": dict(gradient_checkpointing="selective", compute_dtype="float32", seq_len=512),
     "selective and tiled": dict(gradient_checkpointing="selective", compute_dtype="float32", seq_len=512, mlp_tile=64),
     "tiled, bf16": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, mlp_tile=64),
-    "tiled, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=512, mlp_tile=64),
+    "tiled, fp32": dict(gradient_checkpointing=True, compute_dtype="float32", seq_len=1024, mlp_tile=128),
     "kept and tiled": dict(gradient_checkpointing=False, compute_dtype="bfloat16", seq_len=512, mlp_tile=64),
     "16 bit": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=512, load_in_4bit=False),
     "large vocabulary": dict(gradient_checkpointing=True, compute_dtype="bfloat16", seq_len=256, vocab_size=16000),
