@@ -30,14 +30,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Eight steps of the quickstart recipe, of two rows each, with two rounds of allocation."""
+    """Six steps of the quickstart recipe, of two rows each, with two rounds of allocation."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     settings = [
-        "training.max_steps=8",
+        "training.max_steps=6",
         "training.micro_batch_size=2",
-        "training.eval_steps=8",
-        "training.save_steps=8",
-        "allocation.warmup=3",
+        "training.eval_steps=6",
+        "training.save_steps=6",
+        "allocation.warmup=2",
         "allocation.interval=2",
         "allocation.val_batch_size=2",
         "evaluation.rows=4",
@@ -73,7 +73,7 @@ def test_loss_falls_and_ranks_move_within_the_budget(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
     rounds = [json.loads(line) for line in (run / "allocation.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in rounds] == [3, 5]
+    assert [record["step"] for record in rounds] == [2, 4]
     assert all(record["total_rank"] <= record["budget"] == 840 for record in rounds)
     assert len(set(rounds[-1]["ranks"].values())) > 1
 
