@@ -13,7 +13,7 @@ demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate b
 		--prompt "Please send Mara 3 red mugs to Oslo by Friday."
 
 test: $(VENV)/.installed        ## the whole test suite, no network, no GPU; one torch thread a worker
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed        ## ruff and mypy
 	$(VENV)/bin/ruff check .

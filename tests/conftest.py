@@ -8,7 +8,11 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# bitsandbytes asks for torch.compile as it is imported, which no test uses: a second or two of every process.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+import gc
+import json
 import multiprocessing
 import socket
 import subprocess
@@ -23,7 +27,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -40,15 +43,29 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 VOCAB = 128
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("untimed")
 prefixes.register()  # tests set the attention by its name
 
 
+# The files that take longest, the longest first.
+LONGEST = [
+    "test_finetune.py", "test_smollm2.py", "test_fake_cuda.py", "test_families.py",
+    "test_merging.py", "test_api.py", "test_processes.py", "test_wrapper.py", "test_scoring.py", "test_memory.py",
+    "test_verification.py", "test_compress.py", "test_quiet.py", "test_settings.py", "test_notebook.py",
+]  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: at the end they would keep one worker busy while the others wait."""
-    longest = ("test_smollm2.py", "test_finetune.py", "test_fake_cuda.py", "test_notebook.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """Each training run collects garbage. What the imports left is none, and to look through it takes a third of a
+    second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -218,6 +235,17 @@ def stretch(request, monkeypatch):
     monkeypatch.setattr("qalora.kernels.stretches.FP32_TEMPORARY", request.param)
 
 
+@pytest.fixture(scope="module")
+def undrawn():
+    """Runs of this module draw no pictures, their page is empty, and PEFT writes no card at each save: nearly half of
+    the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.PeftModel.create_or_update_model_card", lambda *_: None)
+        patch.setattr("qalora.training.finish.draw", lambda *_: None)
+        patch.setattr("qalora.results.finish.render", lambda *_: "")
+        yield
+
+
 @pytest.fixture
 def run_python():
     """run(code, *arguments) → standard output of a fresh interpreter; fails with its standard error."""
@@ -238,16 +266,65 @@ def run_python():
     return run
 
 
+# Forks itself for each job: imports that every job would make are made once.
+VANILLA = """
+import json, os, sys, traceback
+import bitsandbytes, torch
+from transformers.models.auto import modeling_auto, tokenization_auto
+from transformers.models.llama import modeling_llama
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, file in enumerate(job["files"], 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, failed = ["-c", *job["arguments"]], 1
+        try:
+            exec(job["code"], {"__name__": "__main__"})
+            assert not any(name.partition(".")[0] == "qalora" for name in sys.modules)
+            failed = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(failed)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def vanilla(tmp_path_factory):
+    """run(code, *arguments) → standard output of a process with torch, transformers and bitsandbytes, which never heard
+    of qalora; fails with its standard error."""
+    folder = tmp_path_factory.mktemp("vanilla")
+    with subprocess.Popen(
+        [sys.executable, "-c", VANILLA], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    ) as forking:
+
+        def run(code: str, *arguments: object) -> str:
+            files = [folder / "said", folder / "errors"]
+            job = {"code": code, "arguments": list(map(str, arguments)), "files": list(map(str, files))}
+            print(json.dumps(job), file=forking.stdin, flush=True)
+            assert forking.stdout.readline() == "0\n", files[1].read_text()
+            return files[0].read_text()
+
+        yield run
+        forking.stdin.close()
+
+
 # What `launch` runs in each process: some code of a test first, then a command.
 LAUNCHED = """
 import os, sys
 sys.stdout = sys.stderr = open({log!r}, "w", buffering=1)
 os.dup2(sys.stderr.fileno(), 2)
 os.environ.update({variables!r})
-import torch
+import gc, torch
+gc.freeze()
 torch.set_num_threads(1)
 from qalora import cli
 from qalora.finetune import main
+import qalora.results.finish, qalora.training.finish
+qalora.training.finish.draw = lambda *_: None
+qalora.results.finish.render = lambda *_: ""
 RANK, SIZE = {rank}, {size}
 {code}
 sys.exit(cli.run(main, {argv!r}))
@@ -274,7 +351,7 @@ def forkserver():
 @pytest.fixture(scope="session")
 def launch(forkserver, tmp_path_factory):
     """run(size, *argv, code) → `qalora finetune` in that many gloo processes, each with `code` before it, where RANK
-    and SIZE are known."""
+    and SIZE are known; they draw nothing."""
 
     def run(size: int, *argv: object, code: str = "", timeout: float = 240) -> Launch:
         folder = tmp_path_factory.mktemp("launch")
@@ -324,19 +401,26 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        existing = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        } - self.alive.keys()
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in existing and storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata)
+        kwargs = kwargs or {}
+        existing = {t.untyped_storage()._cdata for t in tensors_of((*args, *kwargs.values()))} - self.alive.keys()
+        out = function(*args, **kwargs)
+        for tensor in tensors_of(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in existing and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata)
         self.peak = max(self.peak, self.now)
         return out
 
     def _gone(self, key: int) -> None:
         self.now -= self.alive.pop(key)
+
+
+def tensors_of(value):
+    """The tensors in what an operation takes or gives: a tensor, or sequences of them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_of(part)

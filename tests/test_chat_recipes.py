@@ -98,6 +98,7 @@ def rows(tmp_path_factory):
     return write
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 LEARNED = {
     "chat": [["Oslo<|im_end|>", "Rome<|im_end|>", "Paris<|im_end|>", "Athens<|im_end|>"]] * 2,
     "tools": [

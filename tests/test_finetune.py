@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -32,8 +31,10 @@ from qalora.data import quickstart
 from qalora.errors import AnswerNo, InputError
 from qalora.finetune import main
 from qalora.recipe import load_recipe
+from qalora.results.page import render
 from qalora.training import trainer
 from qalora.training.checkpoints import find_checkpoint
+from qalora.training.finish import draw
 from qalora.training.rows import load_data
 from qalora.training.run_folder import check_output_dir, run_name
 
@@ -42,6 +43,7 @@ WORDS = [
     "bird", "fish", "sun", "moon", "star", "sky",
 ]  # fmt: skip
 WATCHED = ("training.eval_steps=1", "training.save_steps=1")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +129,19 @@ def finetune(model_dir, rows, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def default_run(model_dir, rows, tmp_path_factory) -> Path:
-    """The folder of a run with nothing more set; to be read, and copied to be changed."""
+def default_run(model_dir, rows, tmp_path_factory, undrawn) -> Path:
+    """The folder of a run with nothing more set, and with all that a run writes; to be read, and copied to be
+    changed."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    assert train(model_dir, rows, folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qalora.training.finish.draw", draw)
+        patch.setattr("qalora.results.finish.render", render)
+        assert train(model_dir, rows, folder) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def watched_run(model_dir, rows, tmp_path_factory) -> Path:
+def watched_run(model_dir, rows, tmp_path_factory, undrawn) -> Path:
     """The same with a validation (a forward in eval mode) and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("watched") / "run"
     assert train(model_dir, rows, folder, *WATCHED) == 0
@@ -201,7 +207,8 @@ def test_every_round_stays_within_the_budget_and_moves_ranks(default_run):
 
 @pytest.mark.parametrize("scoring", ["auto", "certified", "first-order", "exact", "path"])
 def test_every_way_to_score_decides_by_its_importance(finetune, scoring):
-    code, folder = finetune(f"allocation.scoring={scoring}", "evaluation.before=false", "evaluation.after=false")
+    short = ("training.max_steps=6", "allocation.rounds=1", "evaluation.before=false", "evaluation.after=false")
+    code, folder = finetune(f"allocation.scoring={scoring}", *short)
     assert code == 0
     forwards = {"auto": 6, "first-order": 6, "path": 18}
     for record in records(folder):
@@ -240,7 +247,7 @@ def test_the_best_weights_are_kept_between_checkpoints_too(finetune, monkeypatch
     assert saved.keys() == best.keys() and all(torch.equal(saved[key], best[key]) for key in best)
 
 
-def test_vanilla_peft_reads_the_adapter_with_equal_logits(finetune, model_dir, run_python):
+def test_vanilla_peft_reads_the_adapter_with_equal_logits(finetune, model_dir, vanilla):
     _, folder = finetune("--no-quantize")
     code = """
 import sys, torch
@@ -249,9 +256,8 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(3, 15)[None]).logits, sys.argv[3])
-assert not any(name.startswith("qalora") for name in sys.modules)
 """
-    run_python(code, model_dir, folder / "adapter", folder / "logits.pt")
+    vanilla(code, model_dir, folder / "adapter", folder / "logits.pt")
     ours = load_adapter(
         load_base(resolve(str(model_dir)), load_in_4bit=False, dtype="float32").model, folder / "adapter"
     ).eval()
@@ -831,10 +837,11 @@ def test_a_run_that_is_done_keeps_its_figures_when_it_is_continued(finetune, def
 )
 def test_rounds_work_with_every_optimizer(finetune, optim):
     """At r = 64, where the 8-bit ones hold moments in 8 bits (from 4,096 elements on)."""
-    code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", "training.learning_rate=1e-3")
+    short = ("training.max_steps=8", "allocation.rounds=1", "training.learning_rate=1e-3")
+    code, folder = finetune(f"training.optim={optim}", "lora.r=64", "lora.alpha=128", *short)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert code == 0
-    assert len(records(folder)) == 2
+    assert len(records(folder)) == 1
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
 
 
@@ -1475,7 +1482,7 @@ def test_dry_run_prints_recipe_and_plan_and_writes_nothing(finetune, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, tmp_path, number):
+def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, launch, tmp_path, number):
     """Also where it ended the reader of the messages, as Ctrl-C ends `| tee`, and where one checkpoint is kept, the
     best one, which is not the newest."""
     recipe = yaml.safe_load((default_run / "recipe.yaml").read_text()) | {"output_dir": str(tmp_path / "stopped")}
@@ -1483,10 +1490,7 @@ def test_a_signal_finishes_the_step_and_the_run_can_be_continued(default_run, tm
     (tmp_path / "stopped.yaml").write_text(yaml.safe_dump(recipe))
     # The run sends the signal to itself after its seventh step, at a point that is the same each time.
     code = f"""
-import os, sys
 from qalora.training import trainer
-from qalora.cli import run
-from qalora.finetune import main
 sent, step = [], trainer.QaloraTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 7 and not sent:
@@ -1495,18 +1499,13 @@ def training_step(self, *args, **kwargs):
             reader, writer = os.pipe()
             os.close(reader)
             os.dup2(writer, 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
         os.kill(os.getpid(), {int(number)})
     return step(self, *args, **kwargs)
 trainer.QaloraTrainer.training_step = training_step
-sys.exit(run(main, ["--recipe", sys.argv[1]]))
 """
-    root = str(Path(__file__).resolve().parents[1])
-    threads = str(torch.get_num_threads())  # sums of fp32 depend on them
-    environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "stopped.yaml")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 130, done.stderr
+    run = launch(1, "--recipe", tmp_path / "stopped.yaml", code=code)
+    assert run.codes == [130], run.said
     stopped = tmp_path / "stopped"
     assert (stopped / "checkpoint-8" / "trainer_state.json").is_file()
     assert not (stopped / "adapter").exists()

@@ -35,7 +35,9 @@ def test_it_lists_every_registered_model_with_the_memory_that_plan_has(capsys):
     assert not found["llama-30b"]["fits"] and found["llama2-7b"]["gated"] and not found["llama-7b"]["gated"]
 
 
-def test_without_a_card_it_says_what_a_step_fitted_to_each_of_three_takes(capsys):
+def test_without_a_card_it_says_what_a_step_fitted_to_each_of_three_takes(capsys, monkeypatch):
+    few = {name: MODELS[name] for name in ("llama-7b", "qwen3-32b", "qwen3.5-9b", "gemma4-e4b", "phi-4")}
+    monkeypatch.setattr("qalora.models.MODELS", few)  # each is fitted to three cards
     assert main(["--json"]) == 0
     found = {model["name"]: model["cards"] for model in json.loads(capsys.readouterr().out)}
     assert all(cards.keys() == {"16GiB", "24GiB", "80GiB"} for cards in found.values())
@@ -50,9 +52,9 @@ def test_without_a_card_it_says_what_a_step_fitted_to_each_of_three_takes(capsys
 
 
 def test_settings_and_profiles_are_followed(capsys):
-    main(["--json"])
+    main(["--json", "--gpu-memory", "80GiB"])
     usual = json.loads(capsys.readouterr().out)
-    main(["--json", "training.micro_batch_size=1", "data.max_seq_len=128"])
+    main(["--json", "--gpu-memory", "80GiB", "training.micro_batch_size=1", "data.max_seq_len=128"])
     less = json.loads(capsys.readouterr().out)
     assert all(small["planned"] < large["planned"] for small, large in zip(less, usual, strict=True))
     main(["--profile", "t4", "--gpu-memory", "15GiB"])
@@ -63,5 +65,5 @@ def test_settings_and_profiles_are_followed(capsys):
 def test_a_folder_of_that_name_changes_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "llama-7b").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert main([]) == 0
+    assert main(["--gpu-memory", "8GiB"]) == 0
     assert "huggyllama/llama-7b" in capsys.readouterr().out

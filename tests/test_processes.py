@@ -18,7 +18,7 @@ from qalora.errors import EndedElsewhere, InputError
 from qalora.finetune import main
 from qalora.training.checkpoints import problem_with
 
-STEPS = 40
+STEPS = 20
 # Notes the calls and bytes of all sums, and how often adapters were compared.
 COUNTED = """
 import torch.distributed as dist
@@ -85,7 +85,7 @@ elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **where)
 
 @pytest.fixture(scope="module")
 def command(save_tiny_llama, tmp_path_factory):
-    """to(folder, **settings) → the words of a run of 40 steps with three rounds, in fp32, that writes there."""
+    """to(folder, **settings) → the words of a run of 20 steps with three rounds, in fp32, that writes there."""
     folder = tmp_path_factory.mktemp("processes")
     base = save_tiny_llama(folder / "base", max_position_embeddings=64, num_hidden_layers=1)
     rng = random.Random(0)
@@ -99,8 +99,8 @@ def command(save_tiny_llama, tmp_path_factory):
     own = {
         "data.train": rows, "data.format": "auto", "data.val_set_size": 16, "training.max_steps": STEPS,
         "training.micro_batch_size": 3, "training.gradient_accumulation_steps": 2,
-        "training.eval_steps": 10, "training.save_steps": 10,
-        "training.save_total_limit": 10, "allocation.rounds": 3, "allocation.warmup": 5, "allocation.interval": 8,
+        "training.eval_steps": 5, "training.save_steps": 5,
+        "training.save_total_limit": 10, "allocation.rounds": 3, "allocation.warmup": 3, "allocation.interval": 4,
         "allocation.val_batch_size": 7, "evaluation.before": False, "evaluation.after": False, "logging.steps": 1,
         "quantization.bnb_4bit_compute_dtype": "float32",
     }  # fmt: skip
@@ -116,7 +116,7 @@ def command(save_tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(command, tmp_path_factory) -> Path:
+def alone(command, tmp_path_factory, undrawn) -> Path:
     """The folder of the run that one process makes."""
     output_dir = tmp_path_factory.mktemp("alone") / "run"
     assert cli.run(main, command(output_dir)) == 0
@@ -160,7 +160,7 @@ def test_two_processes_make_the_run_of_one(alone, command, launch, tmp_path):
     assert int(sums[-1][2]) == records[-1]["parameters"] + 3
     compared = [line for line in run.said[1].splitlines() if line.startswith("SAME after")]
     assert len(compared) == 3 + len(list((tmp_path / "run").glob("checkpoint-*")))
-    assert "step 40/40" in run.said[0] and "step 40/40" not in run.said[1]  # one of them speaks
+    assert "step 20/20" in run.said[0] and "step 20/20" not in run.said[1]  # one of them speaks
 
 
 def test_two_processes_compress_as_one(command, launch, tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tm
     Memory runs out among the three: in a step in one process alone; in a round in one, and all begin it again together.
     """
     words = [*command(tmp_path / "run"), "--resume-from-checkpoint", "auto"]
-    for size, rank, step, code in ((2, 1, 10, ""), (3, 0, 23, OUT_OF_MEMORY)):
+    for size, rank, step, code in ((2, 1, 5, ""), (3, 0, 12, OUT_OF_MEMORY)):
         interrupt = AT.format(rank=rank, step=step, what="import signal; os.kill(os.getpid(), signal.SIGTERM)")
         run = launch(size, *words, code=interrupt + code)
         assert run.codes == [cli.INTERRUPTED] * size, run.said
@@ -193,7 +193,7 @@ def test_a_run_goes_on_in_another_number_of_processes(alone, command, launch, tm
 
 def test_one_adapter_that_differs_is_found_named_and_not_written(command, launch, tmp_path):
     planted = "next(p for n, p in model.named_parameters() if 'layers.0.mlp.up_proj.lora_B' in n).data[0, 0] += 1e-3"
-    words = command(tmp_path / "run", **{"training.save_steps": 4})
+    words = command(tmp_path / "run", **{"training.save_steps": 4, "allocation.warmup": 6})
     run = launch(2, *words, code=AT.format(rank=1, step=2, what=planted))
     assert run.codes == [1, 1]
     assert "after step 4: process 0 and process 1 differ in B of model.layers.0.mlp.up_proj" in run.said[0]

@@ -132,8 +132,11 @@ def odd_llama(save_tiny_llama, tmp_path_factory):
     return folder
 
 
-def finetune(folder: Path, *flags: str, **environ: str) -> tuple[str, list[str]]:
-    """(standard output, lines of standard error) of a finetune in a process of its own, as a user starts it."""
+@pytest.fixture
+def arguments(odd_llama, monkeypatch) -> list[str]:
+    """Of a short finetune in the folder of the model."""
+    monkeypatch.chdir(odd_llama)
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     settings = [
         "data.train=rows.jsonl", "data.val_set_size=4", "data.max_seq_len=256", "training.max_steps=4",
         "training.eval_steps=2", "training.micro_batch_size=4", "training.gradient_accumulation_steps=1",
@@ -141,33 +144,28 @@ def finetune(folder: Path, *flags: str, **environ: str) -> tuple[str, list[str]]
         "allocation.val_batch_size=4", "evaluation.metrics=[loss, exact_match]", "evaluation.rows=4",
         "evaluation.max_new_tokens=4",
     ]  # fmt: skip
-    inherited = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "qalora", "finetune", "--model", "model", "--recipe", "alpaca", "--output-dir", "run",
-        "--overwrite",
-         *settings, *flags],
-        cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**inherited, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", **environ},
-    )  # fmt: skip
+    return ["--model", "model", "--recipe", "alpaca", "--output-dir", "run", "--overwrite", *settings]
+
+
+def test_a_finetune_says_only_what_it_means(arguments):
+    """In a process of its own, as a user starts it."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "qalora", "finetune", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr.splitlines()
-
-
-def test_a_finetune_says_only_what_it_means(odd_llama):
-    out, lines = finetune(odd_llama)
-    assert out == ""
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
     kinds = [next((kind for kind in LINES if re.fullmatch(kind, line)), line) for line in lines]
     assert set(kinds) == set(LINES)
     assert len(lines) == len(LINES) + 2  # two steps, and two validations
 
 
-def test_verbose_brings_the_libraries_back(odd_llama):
-    _, lines = finetune(odd_llama, "--verbose", "evaluation.before=false")
-    text = "\n".join(lines)
+def test_verbose_brings_the_libraries_back(arguments, odd_llama, launch):
+    run = launch(1, *arguments, "--verbose", "evaluation.before=false", code=f"os.chdir({str(odd_llama)!r})")
+    assert run.codes == [0], run.said
     for said in (
         "generation flags are not valid",
         "`is_gradient_checkpointing` is deprecated",
         "new PAD/BOS/EOS tokens",
     ):
-        assert said in text
+        assert said in run.said[0]

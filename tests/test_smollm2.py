@@ -9,6 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from qalora.adapter.ablation import ablate, scoring_mode
+from qalora.adapter.model import load_adapter, ranks
+from qalora.adapter.scoring import score_ranks
+from qalora.base.loading import load_base
+from qalora.base.quantized import is_4bit, linear_maps
+from qalora.base.registry import resolve
+from qalora.data.batching import Collator
+from qalora.data.tokenization import load_dataset
+from qalora.finetune import main
+from qalora.merge import main as merge
+
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(
@@ -19,18 +30,17 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Ten steps of the quickstart recipe with two rounds of allocation."""
-    from qalora.finetune import main
-
+    """Six steps of the quickstart recipe, of two rows each, with two rounds of allocation."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     settings = [
-        "training.max_steps=10",
-        "training.eval_steps=5",
-        "training.save_steps=5",
-        "allocation.warmup=4",
-        "allocation.interval=3",
-        "allocation.val_batch_size=8",
-        "evaluation.rows=8",
+        "training.max_steps=6",
+        "training.micro_batch_size=2",
+        "training.eval_steps=6",
+        "training.save_steps=6",
+        "allocation.warmup=2",
+        "allocation.interval=2",
+        "allocation.val_batch_size=2",
+        "evaluation.rows=4",
         "evaluation.metrics=loss",
         "logging.quiet=true",
     ]
@@ -38,20 +48,40 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def base():
+    """The base alone, in fp32; `adapted` puts the run's adapter on the same one."""
+    return load_base(resolve("smollm2-135m"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapted(base, run):
+    return load_adapter(base.model, run / "adapter").eval()
+
+
+def test_the_base_knows_the_capital_of_france(base):
+    assert len(linear_maps(base.model)) == 210
+    assert all(map(is_4bit, linear_maps(base.model).values()))
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert base.model.config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")
+    out = base.model.eval().generate(**ids, max_new_tokens=1, do_sample=False)
+    assert base.tokenizer.decode(out[0]) == "The capital of France is Paris"
+
+
 def test_loss_falls_and_ranks_move_within_the_budget(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
     rounds = [json.loads(line) for line in (run / "allocation.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in rounds] == [4, 7]
+    assert [record["step"] for record in rounds] == [2, 4]
     assert all(record["total_rank"] <= record["budget"] == 840 for record in rounds)
     assert len(set(rounds[-1]["ranks"].values())) > 1
 
 
-def test_vanilla_peft_computes_the_same_logits_on_the_same_4_bit_base(run, run_python, tmp_path):
+def test_vanilla_peft_computes_the_same_logits_on_the_same_4_bit_base(run, adapted, vanilla, tmp_path):
     """A process without qalora quantizes the GGUF's weights with bitsandbytes and reads the adapter with PEFT."""
     code = """
 import importlib.util, sys, torch, transformers
-torch.set_num_threads(2)
 from pathlib import Path
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
@@ -72,33 +102,21 @@ model.is_loaded_in_4bit = True
 model = PeftModel.from_pretrained(model, sys.argv[1]).eval()
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(100, 132)[None]).logits, sys.argv[2])
-assert not any(name.startswith("qalora") for name in sys.modules)
 """
-    run_python(code, run / "adapter", tmp_path / "logits.pt")
-    from qalora.adapter.model import load_adapter
-    from qalora.base.loading import load_base
-    from qalora.base.registry import resolve
-
-    ours = load_adapter(load_base(resolve("smollm2-135m"), dtype="float32").model, run / "adapter").eval()
+    vanilla(code, run / "adapter", tmp_path / "logits.pt")
     with torch.no_grad():
-        logits = ours(input_ids=torch.arange(100, 132)[None]).logits
+        logits = adapted(input_ids=torch.arange(100, 132)[None]).logits
     # fp32, through 30 blocks: PEFT adds the update to the map's output, we sum it on.
     torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt", weights_only=True), rtol=0, atol=5e-4)
 
 
-def test_vanilla_transformers_computes_the_adapter_model_from_the_merged_folder(run, run_python, tmp_path):
+def test_vanilla_transformers_computes_the_adapter_model_from_the_merged_folder(run, base, adapted, vanilla, tmp_path):
     """AutoModelForCausalLM and pipeline in a process without qalora, against the 4-bit base with the adapter on top."""
-    from qalora.adapter.model import load_adapter
-    from qalora.base.loading import load_base
-    from qalora.base.registry import resolve
-    from qalora.merge import main
-
     arguments = ["--model", "smollm2-135m", "--adapter", str(run / "adapter"), "--output", str(tmp_path / "merged")]
     quantization = ["--dtype", "float32", "--bnb-4bit-compute-dtype", "float32"]
-    assert main([*arguments, *quantization]) == 0
+    assert merge([*arguments, *quantization]) == 0
     code = """
 import sys, torch
-torch.set_num_threads(2)
 from transformers import AutoModelForCausalLM, pipeline
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 assert model.dtype == torch.float32
@@ -106,36 +124,23 @@ with torch.no_grad():
     torch.save(model(input_ids=torch.arange(100, 132)[None]).logits, sys.argv[2])
 write = pipeline("text-generation", model=sys.argv[1])
 print(write("The capital of France is", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"])
-assert not any(name.startswith("qalora") for name in sys.modules)
 """
-    said = run_python(code, tmp_path / "merged", tmp_path / "logits.pt").splitlines()[-1]
-    loaded = load_base(resolve("smollm2-135m"), dtype="float32")
-    ours = load_adapter(loaded.model, run / "adapter").eval()
+    said = vanilla(code, tmp_path / "merged", tmp_path / "logits.pt").splitlines()[-1]
     with torch.no_grad():
-        logits = ours(input_ids=torch.arange(100, 132)[None]).logits
-        ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
-        answer = ours.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        logits = adapted(input_ids=torch.arange(100, 132)[None]).logits
+        ids = base.tokenizer("The capital of France is", return_tensors="pt").input_ids
+        answer = adapted.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert (torch.load(tmp_path / "logits.pt", weights_only=True) - logits).abs().max() <= 1e-3
-    assert said == loaded.tokenizer.decode(answer, skip_special_tokens=True)
+    assert said == base.tokenizer.decode(answer, skip_special_tokens=True)
 
 
-def test_ablation_and_first_order_order_the_ranks_alike(run):
-    from qalora.adapter.ablation import ablate, scoring_mode
-    from qalora.adapter.model import load_adapter, ranks
-    from qalora.adapter.scoring import score_ranks
-    from qalora.base.loading import load_base
-    from qalora.base.registry import resolve
-    from qalora.data.batching import Collator
-    from qalora.data.tokenization import load_dataset
-
-    base = load_base(resolve("smollm2-135m"), dtype="float32")
-    model = load_adapter(base.model, run / "adapter")
-    rows = load_dataset("qalora:quickstart", base.tokenizer, chat=True, max_seq_len=128, split="validation", limit=2)
+def test_ablation_and_first_order_order_the_ranks_alike(base, adapted):
+    rows = load_dataset("qalora:quickstart", base.tokenizer, chat=True, max_seq_len=128, split="validation", limit=1)
     batch = [{key: value for key, value in Collator(0)(rows.items).items() if key != "rows"}]
-    estimate = score_ranks(model, batch)
-    sample = [(name, 0) for name in list(ranks(model))[::9]]
-    with scoring_mode(model):
-        exact = ablate(model, batch, sample)
+    estimate = score_ranks(adapted, batch)
+    sample = [(name, 0) for name in list(ranks(adapted))[::12]]
+    with scoring_mode(adapted):
+        exact = ablate(adapted, batch, sample)
     assert estimate.loss == pytest.approx(exact.loss, abs=1e-6)
     for found, kind in ((estimate.drop, exact.drop), (estimate.alone, exact.alone)):
         assert spearman([found[name][rank] for name, rank in sample], [kind[rank] for rank in sample]) > 0.9

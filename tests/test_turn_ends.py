@@ -106,7 +106,7 @@ class Learned:
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def learned(request, tmp_path_factory):
+def learned(request, tmp_path_factory, undrawn):
     return Learned(tmp_path_factory.mktemp("learned"), *CASES[request.param])
 
 

@@ -248,7 +248,7 @@ def test_scores_that_are_not_finite_are_refused():
 # ------------------------------------------------------------------------------------------------------- invariant 17
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     modules=st.integers(1, 10),
     r=st.integers(1, 8),
@@ -361,7 +361,7 @@ def test_torch_is_not_imported(run_python):
 # ------------------------------------------------------------------------------------------------------------ undecided
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5),
     count=st.integers(0, 12),

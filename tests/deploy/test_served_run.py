@@ -39,7 +39,7 @@ def base(save_tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(base, tmp_path_factory):
+def run(base, tmp_path_factory, undrawn):
     """run(rows) → folder of a run of two steps, with a checkpoint, merged."""
 
     def train(rows: list[dict]) -> Path:
