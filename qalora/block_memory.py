@@ -76,14 +76,17 @@ class BlockMemory:
 
     Attributes:
         inside: what its backward needs, its input included.
-        spared: of that, what the first block does without: a norm whose input needs no gradient keeps nothing.
+        unread: of that, the input where a norm alone reads it. The first block's needs no gradient, so its norm does
+            not keep it.
+        copied: of that, what a norm makes of its input, and in the first block does not keep either.
         outputs: what its linear layers put out, and their A x: what "selective" keeps beside the input.
         working: alive beside its input at the worst moment of its backward, all that this needs included.
         mixing: the same while its mixer goes backward; 0 where that is less for certain.
     """
 
     inside: int
-    spared: int
+    unread: int
+    copied: int
     outputs: int
     working: int
     mixing: int
@@ -130,14 +133,17 @@ def block_memory(shape: ModelShape, layers: tuple[Layer, ...], masked: bool, bat
     read = 0 if kept.norm else hidden  # a norm of ours keeps what it reads, another one copies of that
     own_rotation = kept.expanded * 2 * tokens * shape.head_dim * size
     around = dropped + normed + own_rotation + mixer.kept + FP32 * tokens * ranks
-    held = [layer for layer in layers if not (layer in mlp.layers and (batch.tiled or mlp.fused and layer == mlp.down))]
+    held = [
+        layer for layer in layers if not (layer in mlp.layers and (batch.tiled or (mlp.fused and layer == mlp.down)))
+    ]
     # A norm that is computed in one stretch puts its gradient nowhere but in an fp32 temporary.
     norm = (1 if FP32 * tokens * d <= FP32_TEMPORARY else 2) * hidden + 3 * batch.wide(tokens, d)
     # The largest B, of which a backward makes a transposed copy.
     transposed = max((FP32 * layer.rank * layer.fan_out for layer in layers), default=0)
     return BlockMemory(
         inside=read + around + (0 if batch.tiled else mlp.kept) + _per_layer(shape, layers, batch),
-        spared=0 if shape.family.mlp_normed else read + tokens * FP32 * kept.norm * d,
+        unread=0 if shape.family.mlp_normed else read,
+        copied=tokens * FP32 * kept.norm * d,
         outputs=tokens * sum(size * layer.fan_out + FP32 * layer.rank for layer in held),
         working=around + kept.gradients * hidden + max(mlp.backward, norm) + transposed,
         mixing=mixer.backward and mixer.backward + 2 * hidden + tokens * FP32 * (1 + ranks),
@@ -177,10 +183,14 @@ def mlp_of(shape: ModelShape, layers: tuple[Layer, ...], batch: MicroBatch) -> M
     # Beside the gradient of the product: a dequantized weight, or fp32 copies of what down reads, or more gradients.
     wide, rounds = batch.wide(tile, width), size < FP32
     if fused:
-        beside = max(weight + hidden, wide * (3 if rounds else 2) // 2 + rounds * batch.wide(tile, d))
+        beside = max(
+            weight + min(hidden, tile * d * size), wide * (3 if rounds else 2) // 2 + rounds * batch.wide(tile, d)
+        )
     else:
         gone = hidden if shape.family.norms[0] > 2 else 0  # the gradient of what a norm after the MLP reads
         beside = max(weight, rounds * (wide + batch.wide(tile, d)), facts.inner_gradients * inner - gone)
+    if batch.tiled:  # gradients of the whole input, and of our adapters a tile's beside the sum of those before
+        beside += hidden + fused * 2 * FP32 * sum(layer.rank * (layer.fan_in + layer.fan_out) for layer in own)
     return Mlp(own, down, width, fused, held + facts.signs * tile * width, held + inner + hidden + beside)
 
 
@@ -242,6 +252,9 @@ def _attention(shape: ModelShape, layers: tuple[Layer, ...], masked: bool, batch
     if not shape.family.eager and (masked or q // heads > GROUPED):
         of_token += size * 2 * (q - kv)  # keys and values are copied for each head of queries
     kept = batch.tokens * of_token + masked * _mask_of_block(shape, batch)
+    if shape.family.eager:  # gradients of both in fp32, when what softmax put out in 16 bits is gone
+        pairs = batch.rows * batch.seq_len**2 * heads
+        return Mixer(kept, kept + pairs * (2 * FP32 - (size if size < FP32 else 0)))
     backward = size * 4 * (q + kv) + FP32 * heads + _scratch(q, kv, heads, size)
     return Mixer(kept, 0 if batch.device == "cpu" else batch.tokens * backward)
 
@@ -283,11 +296,13 @@ class Beside:
     """Bytes that are alive beside the blocks until the first one goes backward.
 
     Attributes:
-        all_along: cosines and sines, masks, inputs of each block of its own, and keys and values for later blocks.
-        gradients: of such keys and values, while a block goes backward, first to last.
+        all_along: cosines and sines, masks, and inputs of each block of its own.
+        keys: keys and values for later blocks, which the block that made them keeps where nothing is computed again.
+        gradients: of these, while a block goes backward, first to last.
     """
 
     all_along: int
+    keys: int
     gradients: tuple[int, ...]
 
 
@@ -306,8 +321,8 @@ def beside_blocks(shape: ModelShape, batch: MicroBatch) -> Beside:
     def taken(after: int) -> int:
         return of_element * sum(stored[kind] for kind in {kind for block, kind in takers if block > after})
 
-    all_along = rotation + _mask_of_step(shape, batch) + of_element * own + taken(-1)
-    return Beside(all_along, tuple(map(taken, range(shape.num_hidden_layers))))
+    all_along = rotation + _mask_of_step(shape, batch) + of_element * own
+    return Beside(all_along, taken(-1), tuple(map(taken, range(shape.num_hidden_layers))))
 
 
 def _mask_of_step(shape: ModelShape, batch: MicroBatch) -> int:

@@ -142,21 +142,26 @@ def _activations(
     if checkpointing == "selective":
         kept = [hidden + block.outputs for block in blocks]
     elif not checkpointing:
-        kept[0] -= blocks[0].spared
+        kept[0] -= blocks[0].unread + blocks[0].copied
     beside = beside_blocks(shape, batch)
 
     def until(block: int) -> int:
         """What is kept while a block goes backward, of those before it, and its input."""
         return hidden * min(2, len(blocks)) if checkpointing == "offload" else sum(kept[:block]) + hidden
 
+    def alive(block: int) -> int:
+        """At the worst moment of a block's backward."""
+        missing = 0 if block else blocks[0].copied
+        return until(block) + blocks[block].working - missing + beside.gradients[block]
+
     last = len(blocks) - 1
-    working = max(until(i) + block.working + beside.gradients[i] for i, block in enumerate(blocks)) - until(last)
+    working = max(map(alive, range(len(blocks)))) - until(last)
     mixing = max(until(i) + block.mixing for i, block in enumerate(blocks)) - until(last)
     logits = min(LOGITS_CHUNK, FP32 * tokens * shape.vocab_size)
     loss = kept[last] + 3 * hidden + (logits if size == FP32 else logits * 3 // 2)
     return {
         KEPT[0 if checkpointing else 1]: until(last),
-        "block working set": beside.all_along + working,
+        "block working set": beside.all_along + (beside.keys if checkpointing else 0) + working,
         "attention's backward beyond it": max(0, mixing - working),
         "loss beyond it": max(0, loss - max(working, mixing)),
     }

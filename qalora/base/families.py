@@ -95,7 +95,6 @@ class Family:
             whole width).
         copies_qk: whether q and k are there twice, before and after something else than a norm.
         kept: of its blocks, what the plan of a step counts.
-        measured: whether the plan of a step was held against the tensors alive in one.
         eager: attention is more than torch's fused one computes.
         across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor
             share prefixes.
@@ -113,7 +112,6 @@ class Family:
     norms: tuple[int, Literal["", "head", "width"]] = (2, "")
     copies_qk: bool = False
     kept: Kept = Kept()
-    measured: bool = True
     eager: bool = False
     across_rows: str | None = None
     logits: tuple[str, Literal["divided", "multiplied"]] | None = None
@@ -206,7 +204,7 @@ FAMILIES = {
     ),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
 }  # fmt: skip
-PLAIN = Family(measured=False)
+PLAIN = Family()
 
 # ------------------------------------------------------------------------------- vision models with a decoder inside
 

@@ -306,14 +306,15 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def said_of_family(shape: ModelShape) -> list[str]:
-    """Lines on the text part of a vision model, a model without a record, and one whose plans have not been tried."""
-    lines, guess = [], "the plan of its memory is an estimate, not measured"
+    """Lines on the text part of a vision model, and on a model without a record."""
+    lines = []
     if shape.wrapped_in:
         lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")
     if shape.model_type not in FAMILIES:
-        lines.append(f"{shape.model_type} models have no record here: transformers' own forward runs, and {guess}")
-    elif not shape.family.measured:
-        lines.append(f"{shape.model_type} models: {guess}")
+        lines.append(
+            f"{shape.model_type} models have no record here: transformers' own forward runs, and the plan of its "
+            "memory is an estimate, not measured"
+        )
     return lines
 
 
