@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 import qalora
 from qalora import recipe
-from qalora.base.families import FAMILIES, REFUSED
+from qalora.base.families import FAMILIES, GGUF_OF_TRANSFORMERS, REFUSED
 
 DOCS = Path(__file__).parent
 HEAD = "<!-- Written by docs/generate.py; edit the sources. -->\n\n"
@@ -82,9 +82,9 @@ def families_page() -> str:
         "`--model FILE.gguf` reads. llama.cpp (llama-cpp-python 0.3.36) reads those of the tests' tiny models. Its\n"
         "logits are those of transformers within 2e-4, from the merge and from the base with the adapter beside it.\n"
         "Those of Gemma are within 1e-2, for it looks GELU up in a table of half precision. transformers itself\n"
-        "reads the architectures `llama`, `qwen2`, `qwen3`, `qwen35` and `lfm2` so. Some of a model llama.cpp has no\n"
-        "key for, such as windows in a `llama` or an attention scale of one's own in a `gemma3`. That is refused or\n"
-        "said by name.\n\n"
+        f"reads the architectures {', '.join(f'`{name}`' for name in GGUF_OF_TRANSFORMERS)} so. Some of a model\n"
+        "llama.cpp has no key for, such as windows in a `llama` or an attention scale of one's own in a `gemma3`.\n"
+        "That is refused or said by name.\n\n"
         "## What is refused, by name\n\n" + "\n".join(refused) + "\n"
     )
 

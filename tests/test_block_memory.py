@@ -84,6 +84,11 @@ def test_blocks_keep_what_autograd_saves(family, dtype):
         load_in_4bit=True, device="cpu",
     )  # fmt: skip
     blocks = blocks_of(shape, dict.fromkeys(shape.linear_maps(), 8), batch)
-    planned = sum(block.inside for block in blocks) - blocks[0].unread - blocks[0].copied + beside_blocks(shape, batch).all_along
+    planned = (
+        sum(block.inside for block in blocks)
+        - blocks[0].unread
+        - blocks[0].copied
+        + beside_blocks(shape, batch).all_along
+    )
     found = saved_bytes(model, {"input_ids": ids, "labels": ids})
     assert planned == pytest.approx(found, rel=0.03)

@@ -67,6 +67,7 @@ QUIRKS: dict[str, dict] = {
     "smollm3": TIED | dict(num_hidden_layers=4),
     "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=2.5),
     "phi3": dict(rope_parameters=LONGROPE, head_dim=16, original_max_position_embeddings=16),
+    "gemma": TIED | dict(num_key_value_heads=1),
     "gemma2": TIED | MIXED | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20),
     "gemma3_text": TIED | MIXED | dict(num_key_value_heads=1, query_pre_attn_scalar=20, final_logit_softcapping=3.0),
     "gemma4_text": TIED
@@ -86,6 +87,7 @@ QUIRKS: dict[str, dict] = {
     "cohere2": TIED | MIXED | dict(logit_scale=0.25, head_dim=16),
     "lfm2": TIED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, head_dim=16),
     "apertus": {},
+    "arcee": dict(mlp_bias=True),
     "internlm3": dict(qkv_bias=True, bias=True),
     # Without a record:
     "helium": dict(head_dim=16),

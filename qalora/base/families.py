@@ -151,6 +151,7 @@ FAMILIES = {
         "Phi3RMSNorm", copies_qk=True, kept=Kept(copied=True),
         gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True),
     ),
+    "gemma": Family("GemmaRMSNorm", "plus_one", attention="GemmaAttention", tied=True),
     "gemma2": Family(
         "Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True,
         gguf=Gguf("gemma2", windows=True, head="tied", activation=GELU),
@@ -202,9 +203,12 @@ FAMILIES = {
         "ApertusRMSNorm", norms=(2, "head"), kept=Kept(activation=3, signs=1, inner_gradients=3),
         gguf=Gguf("apertus", scalings=("llama3",), head="own", activation="xielu", biases=("o_proj",)),
     ),
+    "arcee": Family("ArceeRMSNorm", attention="ArceeAttention", kept=Kept(inner_gradients=2)),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
 }  # fmt: skip
 PLAIN = Family()
+# Architectures of GGUF files that transformers reads with all that makes the family.
+GGUF_OF_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen35", "lfm2")
 
 # ------------------------------------------------------------------------------- vision models with a decoder inside
 
