@@ -13,7 +13,8 @@ from math import ceil
 from typing import Literal
 
 from qalora.base.registry import ModelShape
-from qalora.sizes import FP32_TEMPORARY, LOGITS_CHUNK, OVERSAMPLING, QUANT_BLOCK
+from qalora.block_memory import FP32, MicroBatch, beside_blocks, blocks_of
+from qalora.sizes import LOGITS_CHUNK, OVERSAMPLING, QUANT_BLOCK
 
 # What a step keeps of its blocks: all; block inputs and what maps put out; block inputs; those, in host memory.
 Checkpointing = bool | Literal["selective", "offload"]
@@ -82,26 +83,18 @@ def plan_memory(
     matrices = [matrix for name, io in maps.items() for matrix in _matrices(rank_of.get(name, 0), *io)]
     adapters = [rows * columns for rows, columns in matrices]
 
-    tile = seq_len if dropout or mlp_tile is None else mlp_tile
-    # A mask of what is dropped: on CUDA of bytes, on a CPU in the dtype of what it multiplies.
-    mask = 0 if not dropout else 1 if device == "cuda" else size
-
-    def activations(ranks: Mapping[str, int]) -> dict[str, int]:
-        return _activations(
-            shape,
-            ranks,
-            micro_batch_size,
-            seq_len,
-            size,
-            load_in_4bit,
-            gradient_checkpointing,
-            tile,
-            mask,
-            packed,
-            device,
-        )
-
-    step = activations(rank_of)
+    batch = MicroBatch(
+        micro_batch_size,
+        seq_len,
+        tile=seq_len if dropout or mlp_tile is None else min(seq_len, mlp_tile),
+        size=size,
+        # A mask of what is dropped: on CUDA of bytes, on a CPU in the dtype of what it multiplies.
+        mask=0 if not dropout else 1 if device == "cuda" else size,
+        packed=packed,
+        load_in_4bit=load_in_4bit,
+        device=device,
+    )
+    step = _activations(shape, rank_of, batch, gradient_checkpointing)
     kept, *_ = step.values()
     offloads = gradient_checkpointing == "offload"
     of_one = kept // (min(2, shape.num_hidden_layers) if offloads else shape.num_hidden_layers)
@@ -129,7 +122,9 @@ def plan_memory(
     if directions:
         longer = {name: rank and rank + min(directions + OVERSAMPLING, *maps[name]) for name, rank in rank_of.items()}
         trained = sum(terms[name] for name in ("adapter", "gradients", "optimizer moments", *step)) - gone
-        start = terms["adapter"] + _sketch(maps, rank_of, longer, activations(longer))
+        start = terms["adapter"] + _sketch(
+            maps, rank_of, longer, _activations(shape, longer, batch, gradient_checkpointing)
+        )
         terms["gradient start beyond it"] = max(0, start - trained)
     inputs = micro_batch_size * seq_len * shape.hidden_size * size * shape.num_hidden_layers
     return MemoryPlan(
@@ -138,116 +133,38 @@ def plan_memory(
 
 
 def _activations(
-    shape: ModelShape,
-    ranks: Mapping[str, int],
-    rows: int,
-    seq_len: int,
-    size: int,
-    load_in_4bit: bool,
-    checkpointing: bool | str,
-    mlp_tile: int,
-    mask: int,
-    packed: bool,
-    device: str,
+    shape: ModelShape, ranks: Mapping[str, int], batch: MicroBatch, checkpointing: Checkpointing
 ) -> dict[str, int]:
-    """What is alive at the worst moment of a step, beside weights and adapters.
-
-    Args:
-        size: bytes of an element of the compute dtype.
-        mask: bytes of an element of dropout's mask; 0 without dropout.
-    """
-    d, f, heads, blocks = (
-        shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_hidden_layers
-    )  # fmt: skip
-    q, kv = heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    tokens, tile = rows * seq_len, rows * min(seq_len, mlp_tile)
-    low: dict[str, int] = {}
-    read: dict[str, int] = {}  # what a block's adapters read, in elements a token
-    maps = shape.linear_maps()
-    # The largest B, of which a backward makes a transposed copy.
-    transposed = max((4 * rank * maps[name][1] for name, rank in ranks.items()), default=0)
-    low_kept = 0  # of the maps whose output "selective" keeps
-    for name, rank in ranks.items():
-        index, _, layer = name.split(".layers.")[1].partition(".")
-        low[index] = low.get(index, 0) + rank
-        read[index] = read.get(index, 0) + (maps[name][0] if rank else 0)
-        low_kept += 0 if layer == "mlp.down_proj" or (layer.startswith("mlp.") and tile != tokens) else rank
-
-    family, hidden = shape.family, tokens * d * size
-    norms, inner_norms = family.norms
-    # The norms' outputs and scales and the first residual; q, k, v, attention's output and log-sums; every A x.
-    attention = (1 + norms) * hidden + tokens * (size * 2 * (q + kv) + 4 * (2 + heads + max(low.values(), default=0)))
-    if inner_norms or family.copies_qk:
-        attention += tokens * size * (q + kv)
-    masks, of_block = _masks(shape, rows, seq_len, size, packed)
-    attention += of_block
-    rotation = tokens * 2 * shape.head_dim * size
-    # gate x and up x, which the backward writes its gradients into; of a plain MLP what is made of them too
-    inner = (2 if family.mlp else 4) * tile * f * size
-    weight = d * f * size + d * f // QUANT_BLOCK * 4 if load_in_4bit else 0
-
-    def wide(count: int, width: int) -> int:
-        """An fp32 temporary beside a tensor of the compute dtype."""
-        return min(FP32_TEMPORARY, 4 * count * width)
-
-    # Beside them the gradient of their product, and a dequantized weight, or the product and its copy in fp32.
-    product = wide(tile, f) if size == 4 else wide(tile, f) * 3 // 2 + wide(tile, d)
-    # In tiles the gradient of the MLP's input is there too, whole.
-    down = inner + tile * f * size + hidden * (1 if tile == tokens else 2) + max(weight, product)
-    # A norm that is computed in one stretch puts its gradient nowhere but in an fp32 temporary.
-    norm = (1 if 4 * tokens * d <= FP32_TEMPORARY else 2) * hidden + 3 * wide(tokens, d)
-    # With dropout every adapter has an input of its own, and an MLP of single maps keeps silu(gate x) and the product
-    # too.
-    dropped = tokens * (max(read.values(), default=0) * (size + mask) + 2 * f * size) if mask else 0
-    block = dropped + attention + rotation + max(down, norm) + transposed + masks
-    # Attention's backward: q, k, v, its output, the gradients of each, and what its kernel takes beside them. On a CPU,
-    # whose kernel takes nothing more, the working set above covers it.
-    attended = 0
-    if device != "cpu":
-        of_token = size * 4 * (q + kv) + 4 * (1 + heads + max(low.values(), default=0)) + _scratch(q, kv, heads, size)
-        attended = 2 * hidden + masks + rotation + tokens * of_token
-    logits = min(LOGITS_CHUNK, 4 * tokens * shape.vocab_size)
-    loss = 4 * hidden + rotation + (logits if size == 4 else logits * 3 // 2)
+    """What is alive at the worst moment of a step, beside weights and adapters."""
+    blocks, tokens, size = blocks_of(shape, ranks, batch), batch.tokens, batch.size
+    hidden = tokens * shape.hidden_size * size
+    kept = [hidden if checkpointing else block.inside for block in blocks]
     if checkpointing == "selective":
-        low_rank = 4 * tokens * low_kept
-        outputs = tokens * size * (q + 2 * kv + d) + (2 * tile * f * size if tile == tokens else 0)
-        kept = (hidden + outputs) * blocks + low_rank
-        block -= outputs - tokens * size * d + low_rank // blocks  # the last block's are counted as kept
-        attended -= outputs + low_rank // blocks
-    elif checkpointing:
-        kept = hidden * (min(2, blocks) if checkpointing == "offload" else blocks)
-    else:
-        own = dropped + attention + (inner if tile == tokens else 0)  # a tiled MLP is computed again
-        unwindowed = 0 if family.eager or packed else blocks - shape.windowed
-        kept, loss = hidden * blocks + own * (blocks - 1) - of_block * unwindowed, loss + own
+        kept = [hidden + block.outputs for block in blocks]
+    elif not checkpointing:
+        kept[0] -= blocks[0].unread + blocks[0].copied
+    beside = beside_blocks(shape, batch)
+
+    def until(block: int) -> int:
+        """What is kept while a block goes backward, of those before it, and its input."""
+        return hidden * min(2, len(blocks)) if checkpointing == "offload" else sum(kept[:block]) + hidden
+
+    def alive(block: int) -> int:
+        """At the worst moment of a block's backward."""
+        missing = 0 if block else blocks[0].copied
+        return until(block) + blocks[block].working - missing + beside.gradients[block]
+
+    last = len(blocks) - 1
+    working = max(map(alive, range(len(blocks)))) - until(last)
+    mixing = max(until(i) + block.mixing for i, block in enumerate(blocks)) - until(last)
+    logits = min(LOGITS_CHUNK, FP32 * tokens * shape.vocab_size)
+    loss = kept[last] + 3 * hidden + (logits if size == FP32 else logits * 3 // 2)
     return {
-        KEPT[0 if checkpointing else 1]: kept,
-        "block working set": block,
-        "attention's backward beyond it": max(0, attended - block),
-        "loss beyond it": max(0, loss - max(block, attended)),
+        KEPT[0 if checkpointing else 1]: until(last),
+        "block working set": beside.all_along + (beside.keys if checkpointing else 0) + working,
+        "attention's backward beyond it": max(0, mixing - working),
+        "loss beyond it": max(0, loss - max(working, mixing)),
     }
-
-
-def _scratch(q: int, kv: int, heads: int, size: int) -> int:
-    """Bytes a token that the backward of a fused attention on CUDA takes beside what it puts out (FlashAttention-2:
-    dq and sums in fp32, and under grouped queries dk and dv of all of them)."""
-    return 4 * (q + heads) + (2 * size * q if kv != q else 0)
-
-
-def _masks(shape: ModelShape, rows: int, seq_len: int, size: int, packed: bool) -> tuple[int, int]:
-    """What attention holds of every pair of tokens, bytes: of the step, and of a block with a mask of its own beyond
-    it."""
-    pairs = rows * seq_len**2
-    if shape.family.eager:
-        return (
-            2 * pairs * size,
-            8 * pairs * shape.num_attention_heads,
-        )  # capped scores, and what softmax makes of them in fp32
-    if packed:
-        return 4 * pairs, pairs * size  # which pairs may see each other and what is made of it; numbers to add
-    if not shape.windowed or seq_len <= (shape.sliding_window or seq_len):
-        return 0, 0
-    return 2 * pairs, pairs * size  # which pairs may see each other, and the same as numbers to add
 
 
 def _sketch(

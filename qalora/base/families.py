@@ -55,6 +55,33 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a block keeps for its backward otherwise than LLaMA's, where transformers' own forward runs.
+
+    Attributes:
+        norm: fp32 tensors as wide as what a norm reads, of a norm that is no kernel of ours.
+        normed_v: values have a norm too.
+        copied: attention's output is copied, for heads that were rotated in part lie otherwise.
+        expanded: each block makes cosines and sines of its own.
+        rotations: pairs of cosines and sines of the model, for blocks that rotate otherwise.
+        gradients: of the hidden size, beside the one that goes into the MLP's backward.
+        activation: tensors of the MLP's inner width that its activation keeps, or puts out.
+        signs: bytes beside each element of them, of where the activation takes another form.
+        inner_gradients: of that width at the worst moment of the activation's backward, beside the product's.
+    """
+
+    norm: int = 0
+    normed_v: bool = False
+    copied: bool = False
+    expanded: bool = False
+    rotations: int = 1
+    gradients: int = 0
+    activation: int = 1
+    signs: int = 0
+    inner_gradients: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """
     Attributes:
@@ -67,7 +94,7 @@ class Family:
         norms: of a block, (how many over the hidden size, and whether q and k have one over each head, or over their
             whole width).
         copies_qk: whether q and k are there twice, before and after something else than a norm.
-        measured: whether the plan of a step was held against the tensors alive in one.
+        kept: of its blocks, what the plan of a step counts.
         eager: attention is more than torch's fused one computes.
         across_rows: what carries a token's state on otherwise than by attention, so that rows can neither be packed nor
             share prefixes.
@@ -84,7 +111,7 @@ class Family:
     attention: str | None = None
     norms: tuple[int, Literal["", "head", "width"]] = (2, "")
     copies_qk: bool = False
-    measured: bool = True
+    kept: Kept = Kept()
     eager: bool = False
     across_rows: str | None = None
     logits: tuple[str, Literal["divided", "multiplied"]] | None = None
@@ -111,26 +138,30 @@ FAMILIES = {
     ),
     "qwen3": Family("Qwen3RMSNorm", mlp="Qwen3MLP", norms=(2, "head"), gguf=Gguf("qwen3")),
     "qwen3_5_text": Family(
-        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"), measured=False,
+        "Qwen3_5RMSNorm", "plus_one", mlp="Qwen3_5MLP", norms=(2, "head"),
         across_rows="gated delta nets, whose state runs along a row", gguf=Gguf("qwen35", partial=True),
     ),
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True, gguf=Gguf("smollm3", pairs=True)),
     "granite": Family(
-        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", logits=("logits_scaling", "divided"),
+        "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", kept=Kept(gradients=1),
+        logits=("logits_scaling", "divided"),
         gguf=Gguf("granite", pairs=True, scalings=("llama3",), biases=EVERY_BIAS),
     ),
     "phi3": Family(
-        "Phi3RMSNorm", copies_qk=True, gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True)
+        "Phi3RMSNorm", copies_qk=True, kept=Kept(copied=True),
+        gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True),
     ),
+    "gemma": Family("GemmaRMSNorm", "plus_one", attention="GemmaAttention", tied=True),
     "gemma2": Family(
         "Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True,
         gguf=Gguf("gemma2", windows=True, head="tied", activation=GELU),
     ),
     "gemma3_text": Family(
-        "Gemma3RMSNorm", "plus_one", norms=(4, "head"), tied=True, gguf=Gguf("gemma3", windows=True, activation=GELU)
+        "Gemma3RMSNorm", "plus_one", norms=(4, "head"), kept=Kept(rotations=2), tied=True,
+        gguf=Gguf("gemma3", windows=True, activation=GELU)
     ),
     "gemma4_text": Family(
-        "Gemma4RMSNorm", "before", norms=(4, "head"), measured=False, tied=True,
+        "Gemma4RMSNorm", "before", norms=(4, "head"), kept=Kept(normed_v=True, rotations=2), tied=True,
         gguf=Gguf("gemma4", scalings=("proportional",), windows=True, activation=GELU),
     ),
     "olmo2": Family(
@@ -138,12 +169,17 @@ FAMILIES = {
         gguf=Gguf("olmo2", square=True, head="own"),
     ),
     "olmo3": Family(
-        "Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width"),
+        "Olmo3RMSNorm", "before", mlp="Olmo3MLP", mlp_normed=True, norms=(2, "width"), kept=Kept(rotations=2),
         gguf=Gguf("olmo2", windows=True, square=True, head="own"),
     ),
-    "glm4": Family("Glm4RMSNorm", norms=(4, ""), attention_bias=True, gguf=Gguf("glm4", partial=True)),
+    "glm4": Family(
+        "Glm4RMSNorm", norms=(4, ""), kept=Kept(copied=True, expanded=True), attention_bias=True,
+        gguf=Gguf("glm4", partial=True),
+    ),
     "seed_oss": Family("SeedOssRMSNorm", attention_bias=True, gguf=Gguf("seed_oss")),
-    "ernie4_5": Family("Ernie4_5RMSNorm", mlp="Ernie4_5MLP", tied=True, gguf=Gguf("ernie4_5")),
+    "ernie4_5": Family(
+        "Ernie4_5RMSNorm", mlp="Ernie4_5MLP", kept=Kept(expanded=True), tied=True, gguf=Gguf("ernie4_5")
+    ),
     "exaone4": Family(
         "Exaone4RMSNorm", mlp="Exaone4MLP", mlp_normed=True, norms=(2, "head"),
         gguf=Gguf("exaone4", scalings=("llama3",), windows=True, square=True),
@@ -152,24 +188,27 @@ FAMILIES = {
         "HunYuanDenseV1RMSNorm", mlp="HunYuanDenseV1MLP", norms=(2, "head"), gguf=Gguf("hunyuan-dense")
     ),
     "cohere": Family(
-        None, mlp="CohereMLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True,
+        None, mlp="CohereMLP", norms=(1, ""), kept=Kept(norm=2), logits=("logit_scale", "multiplied"), tied=True,
         gguf=Gguf("command-r", square=True, head="tied"),
     ),
     "cohere2": Family(
-        None, mlp="Cohere2MLP", norms=(1, ""), measured=False, logits=("logit_scale", "multiplied"), tied=True,
+        None, mlp="Cohere2MLP", norms=(1, ""), kept=Kept(norm=2), logits=("logit_scale", "multiplied"), tied=True,
         gguf=Gguf("cohere2", windows=True, square=True, head="tied"),
     ),
     "lfm2": Family(
-        "Lfm2RMSNorm", measured=False, tied=True, across_rows="short convolutions, which run along a row",
+        "Lfm2RMSNorm", norms=(2, "head"), tied=True, across_rows="short convolutions, which run along a row",
         gguf=Gguf("lfm2", square=True),
     ),
     "apertus": Family(
-        "ApertusRMSNorm", norms=(2, "head"), measured=False,
+        "ApertusRMSNorm", norms=(2, "head"), kept=Kept(activation=3, signs=1, inner_gradients=3),
         gguf=Gguf("apertus", scalings=("llama3",), head="own", activation="xielu", biases=("o_proj",)),
     ),
+    "arcee": Family("ArceeRMSNorm", attention="ArceeAttention", kept=Kept(inner_gradients=2)),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
 }  # fmt: skip
-PLAIN = Family(measured=False)
+PLAIN = Family()
+# Architectures of GGUF files that transformers reads with all that makes the family.
+GGUF_OF_TRANSFORMERS = ("llama", "qwen2", "qwen3", "qwen35", "lfm2")
 
 # ------------------------------------------------------------------------------- vision models with a decoder inside
 

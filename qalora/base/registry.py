@@ -32,9 +32,11 @@ class ModelShape:
         positions: tokens of a row at most, with the scaling of positions; None where it is not known.
         linear: (full name, in_features, out_features) of the blocks' linear layers, where they are not LLaMA's.
         sliding_window: tokens that a windowed block attends to; None: there is none.
-        windowed: blocks with a window.
+        windowed: which blocks have a window.
         tables: elements of embeddings and head, where they are not one or two of vocabulary and hidden size.
         rest: elements of all else, such as norms and biases, where these are not LLaMA's.
+        use_qk_norm: q and k have norms that the family has in some models only.
+        linear_key_head_dim: of the keys of a linear attention.
         wrapped_in: the model_type of the vision model whose text part it is.
     """
 
@@ -50,10 +52,12 @@ class ModelShape:
     positions: int | None = None
     model_type: str = "llama"
     sliding_window: int | None = None
-    windowed: int = 0
+    windowed: tuple[int, ...] = ()
     linear: tuple[tuple[str, int, int], ...] | None = None
     tables: int | None = None
     rest: int | None = None
+    use_qk_norm: bool = False
+    linear_key_head_dim: int | None = None
     wrapped_in: str | None = None
 
     @classmethod
@@ -88,6 +92,7 @@ class ModelShape:
             "positions": positions_of(config),
             "model_type": model_type,
             "windowed": windowed_blocks(config),
+            "use_qk_norm": False,
         }
         values = {f.name: config.get(f.name) for f in dataclasses.fields(cls)}
         given: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in values.items()}
@@ -140,14 +145,15 @@ class ModelShape:
         return self.num_hidden_layers * self.llama_block().other + self.hidden_size
 
 
-def windowed_blocks(config: Mapping[str, Any]) -> int:
-    """How many blocks attend to a window alone, by what a config says of it."""
+def windowed_blocks(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which blocks attend to a window alone, by what a config says of it."""
     blocks, pattern = config.get("num_hidden_layers") or 0, config.get("sliding_window_pattern")
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
-        return 0
-    if config.get("layer_types"):
-        return int(config["layer_types"].count("sliding_attention"))
-    return blocks - blocks // pattern if isinstance(pattern, int) and pattern > 1 else blocks
+        return ()
+    if kinds := config.get("layer_types"):
+        return tuple(block for block, kind in enumerate(kinds) if kind == "sliding_attention")
+    every = pattern if isinstance(pattern, int) and pattern > 1 else blocks + 1
+    return tuple(block for block in range(blocks) if (block + 1) % every)
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -300,14 +306,15 @@ def check_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def said_of_family(shape: ModelShape) -> list[str]:
-    """Lines on the text part of a vision model, a model without a record, and one whose plans have not been tried."""
-    lines, guess = [], "the plan of its memory is an estimate, not measured"
+    """Lines on the text part of a vision model, and on a model without a record."""
+    lines = []
     if shape.wrapped_in:
         lines.append(f"a vision model ({shape.wrapped_in}): its text part is trained; vision weights are not loaded")
     if shape.model_type not in FAMILIES:
-        lines.append(f"{shape.model_type} models have no record here: transformers' own forward runs, and {guess}")
-    elif not shape.family.measured:
-        lines.append(f"{shape.model_type} models: {guess}")
+        lines.append(
+            f"{shape.model_type} models have no record here: transformers' own forward runs, and the plan of its "
+            "memory is an estimate, not measured"
+        )
     return lines
 
 

@@ -132,6 +132,8 @@ def sizes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "model_type": config.model_type,
         "sliding_window": said.get("sliding_window"),
+        "use_qk_norm": bool(said.get("use_qk_norm")),
+        "linear_key_head_dim": said.get("linear_key_head_dim"),
         "linear": tuple((name, *io) for name, io in found.adapted.items()),
         "tables": sum(sizes[name] for name in tables),
         "rest": sum(size for name, size in sizes.items() if name not in tables | weights),

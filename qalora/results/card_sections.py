@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qalora.adapter.provenance import Provenance
+from qalora.base.families import GGUF_OF_TRANSFORMERS
 from qalora.base.registry import MODELS
 from qalora.rank_grid import grid
 from qalora.results.facts import RunFacts, is_hub_id, without_paths
@@ -206,7 +207,12 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}"{gguf})
 model = PeftModel.from_pretrained(base, "{HERE}")"""
     code = code.replace("\n\nbase", "\nbase") if not config else code
     command = f'qalora generate --model {shlex.quote(base.command if base else name)} --adapter {HERE} --prompt "…"'
-    return f"## Load\n\n```python\n{code}\n```\n\n```bash\n{command}\n```"
+    read = ", ".join(GGUF_OF_TRANSFORMERS)
+    limits = (
+        f"\n\ntransformers reads GGUF files of the architectures {read}. With a file of another one use the command "
+        "below, or llama.cpp with the adapter as `qalora merge --format gguf-lora` writes it."
+    )
+    return f"## Load\n\n```python\n{code}\n```{limits if gguf else ''}\n\n```bash\n{command}\n```"
 
 
 def loading_merged(report: Mapping[str, object]) -> str:
