@@ -12,7 +12,7 @@ from common import table
 from qalora.adapter.compression import paired
 
 Line = Mapping[str, Any]  # of compress.jsonl
-OURS = ("path", "values", "shrunk", "shrunk, reweighted")  # cuts of which the rows that choose may take one
+OURS = ("path", "values", "shrunk")  # cuts of which the rows that choose may take one
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",
     ("trained", "sum", "rank"): "trained, sum (the paper's)",
@@ -46,12 +46,16 @@ class Adapter(NamedTuple):
         """(the loss of a cut minus the whole's on the same rows, its standard error)."""
         return paired(line[rows], self.whole[rows], line[f"{rows}_tokens"])
 
+    def bound(self, line: Line) -> float:
+        """What cuts of one size are compared by, on the rows that choose."""
+        return sum(self.difference(line, "choosing"))
+
     def chosen(self) -> Line | None:
         """What `--tolerance 0` takes on the rows that choose, of the cuts that were measured: at the smallest share
         whose best cut is not above the whole; None: no cut is there."""
         cuts = [line for (basis, order, *_), line in self.lines.items() if basis == "svd" and order in OURS]
         for share in sorted({line["share"] for line in cuts}):
-            best = min((line for line in cuts if line["share"] == share), key=lambda line: loss(line, "choosing"))
+            best = min((line for line in cuts if line["share"] == share), key=self.bound)
             if self.difference(best, "choosing")[0] <= 0:
                 return best
         return self.whole if cuts else None
@@ -90,12 +94,12 @@ def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture:
 
 
 def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], Line]:
-    """At each share the cut that `qalora compress --keep` takes: the one of the lowest loss on the rows that choose."""
+    """At each share the cut that `qalora compress --keep` takes: of the lowest bound on the rows that choose."""
     found: dict[tuple[str | None, str, str, float], Line] = {}
     for share in {key[3] for key in adapter.lines}:
         cuts = [adapter.lines[key] for order in OURS if (key := ("svd", order, "rank", share)) in adapter.lines]
         if cuts and share < 1:
-            found["svd", "chosen", "rank", share] = min(cuts, key=lambda line: loss(line, "choosing"))
+            found["svd", "chosen", "rank", share] = min(cuts, key=adapter.bound)
     return found
 
 

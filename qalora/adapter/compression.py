@@ -60,6 +60,12 @@ class Point:
     kept: Kept = field(repr=False, compare=False)
     weights: PerRank | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def bound(self) -> tuple[float, float]:
+        """What cuts of one size are compared by, the lower the better: the difference and its standard error, then the
+        loss. An order that is as good by chance has the larger error."""
+        return self.difference + self.stderr, self.loss
+
     def holds(self, tolerance: float = 0.0) -> bool:
         """Whether its loss is not above the whole adapter's, beyond the tolerance. A single row has no standard error,
         and tells nothing."""

@@ -1,8 +1,8 @@
 """The cut of an adapter: its basis, the order of its ranks and its size, found by rows that gave no scores.
 
-Which order is best depends on how much the scoring rows tell, so every one has its curve. At each size the order of the
-lowest loss is taken, and what stays is reweighted by the scoring rows (refit.py). The judging rows decide whether that
-stays, and without a given size which is the smallest that costs nothing.
+Which order is best depends on how much the scoring rows tell, so every one has its curve on rows that judge. At each
+size the order is taken that costs least with its standard error added, and without a given size the smallest that costs
+nothing. What stays may be reweighted by the scoring rows (refit.py), where the judging rows are the better for it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Choice:
 
     @property
     def point(self) -> Point:
-        """Of both the one of the lower loss."""
-        return min(filter(None, (self.plain, self.refitted)), key=lambda point: point.loss)
+        """Of both the one of the lower bound."""
+        return min(filter(None, (self.plain, self.refitted)), key=lambda point: point.bound)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _find_cut(
 
 
 def best_of(points: Mapping[Order, Point], refit: Callable[[Point], Point] | None) -> Choice:
-    """Of cuts of one size, by order, the one of the lowest loss, and it reweighted."""
-    order = min(points, key=lambda order: points[order].loss)
+    """Of cuts of one size, by order, the one of the lowest bound, and it reweighted."""
+    order = min(points, key=lambda order: points[order].bound)
     return Choice(order, points[order], refit(points[order]) if refit else None)
 
 

@@ -101,6 +101,12 @@ def test_rows_score_until_they_have_tokens_enough_and_never_more_than_half():
     assert len(scoring_rows([5, 5])[0]) == 1
 
 
+def test_of_two_cuts_the_surer_one_is_better_where_they_differ_by_less_than_chance():
+    sure, lucky, far = point(50, 0.001, 0.003, 1.001), point(50, -0.003, 0.02, 0.997), point(50, -0.03, 0.02, 0.97)
+    assert min((sure, lucky), key=lambda each: each.bound) is sure
+    assert min((sure, far), key=lambda each: each.bound) is far
+
+
 def test_a_single_row_holds_no_cut():
     """Its standard error is not known, so nothing smaller than the whole is chosen by it."""
     assert not point(50, *paired([1.0], [0.5], [3])).holds(tolerance=1.0)
