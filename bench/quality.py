@@ -196,7 +196,7 @@ def main() -> None:
     if args.report:
         shown = {
             shown_as(task, steps): (task, steps)
-            for grid in ("core", "long")
+            for grid in ("core", "long", "gpu")
             for task, steps in GRIDS[grid].steps.items()
         }
         measures = {name: Measure(m := TASKS[task].measure, m == "loss") for name, (task, _) in shown.items()}
@@ -438,27 +438,27 @@ def default_method(task: str, steps: int) -> str:
 def recipe_of(run: Run, task: Task, method: Method, data: Path) -> Recipe:
     return load_recipe(
         run.task,
-        [
-            *task.settings,
-            ("model", MODEL),
-            ("data.train", str(data / run.task / "train.jsonl")),
-            ("quantization.bnb_4bit_compute_dtype", run.dtype),
-            ("training.micro_batch_size", 8),
-            ("training.gradient_accumulation_steps", 1),
-            ("training.gradient_checkpointing", False),
-            ("training.max_steps", run.steps),
-            ("training.eval_steps", 10_000),
-            ("training.save_steps", 10_000),
-            ("training.learning_rate", run.learning_rate),
-            ("training.seed", run.seed),
-            ("training.early_stopping_patience", None),
-            ("lora.init", "kaiming"),
-            ("allocation.start", "even"),
-            ("allocation.rounds", 0),
-            ("allocation.val_batch_size", 16),
-            ("logging.quiet", True),
-            *method.settings.items(),
-        ],
+        {
+            **dict(task.settings),
+            "model": MODEL,
+            "data.train": str(data / run.task / "train.jsonl"),
+            "quantization.bnb_4bit_compute_dtype": run.dtype,
+            "training.micro_batch_size": 8,
+            "training.gradient_accumulation_steps": 1,
+            "training.gradient_checkpointing": False,
+            "training.max_steps": run.steps,
+            "training.eval_steps": 10_000,
+            "training.save_steps": 10_000,
+            "training.learning_rate": run.learning_rate,
+            "training.seed": run.seed,
+            "training.early_stopping_patience": None,
+            "lora.init": "kaiming",
+            "allocation.start": "even",
+            "allocation.rounds": 0,
+            "allocation.val_batch_size": 16,
+            "logging.quiet": True,
+            **method.settings,
+        },
     )
 
 

@@ -112,3 +112,16 @@ def test_the_commit_is_none_where_there_is_no_git(monkeypatch):
 
     monkeypatch.setenv("PATH", "")
     assert common.commit() is None
+
+
+def test_the_recipes_of_the_quality_grids_have_what_their_methods_set():
+    import quality
+
+    for grid in quality.GRIDS.values():
+        (task, steps), *_ = grid.steps.items()
+        for name, method in grid.methods.items():
+            run = quality.Run(task, name, 0, 1e-3, "test", steps, "float32")
+            recipe = quality.recipe_of(run, quality.TASKS[task], method, Path())
+            for setting, value in method.settings.items():
+                section, _, field = setting.partition(".")
+                assert getattr(getattr(recipe, section), field) == value, (name, setting)
