@@ -70,7 +70,7 @@ def families_page() -> str:
         "runs, with our low-rank layers, loss, checkpointing and tiles. `tests/test_families.py` tries each row\n"
         "on tiny random models against transformers with PEFT: loss and gradients at each level of checkpointing,\n"
         "in tiles, packed, with shared prefixes and in bf16; exact scores, surgery, resuming, exports, merges,\n"
-        "and the plan of a step, which is within 5 % of the bytes of the tensors alive, in tiles and in bf16 too.\n"
+        "and the plan of a step. That is within 5 % of the tensors alive, in tiles and in bf16 too.\n"
         "No row was tried on real weights there.\n\n"
         "q, k and v are one node of ours where heads are rotated whole and nothing is between the layers and the\n"
         "rotation. Where q and k have norms, the norms are ours, and the layers run one by one.\n\n"
