@@ -50,9 +50,11 @@ prefixes.register()  # tests set the attention by its name
 
 # The files that take longest, the longest first.
 LONGEST = [
-    "test_finetune.py", "test_smollm2.py", "test_fake_cuda.py", "test_families.py",
-    "test_merging.py", "test_api.py", "test_processes.py", "test_wrapper.py", "test_scoring.py", "test_memory.py",
-    "test_verification.py", "test_compress.py", "test_quiet.py", "test_settings.py", "test_notebook.py",
+    "test_finetune.py", "test_smollm2.py", "test_fake_cuda.py", "test_families.py", "test_merging.py", "test_memory.py",
+    "test_api.py", "test_processes.py", "test_scoring.py", "test_wrapper.py", "test_settings.py", "test_turn_ends.py",
+    "test_quiet.py", "test_verification.py", "test_compress.py", "test_notebook.py", "test_docs.py", "test_page.py",
+    "test_finish.py", "test_block_memory.py", "test_variable_ranks.py", "test_certified.py", "test_models.py",
+    "test_score.py", "test_package.py", "test_sharing.py", "test_gguf_reader.py", "test_watch.py", "test_pictures.py",
 ]  # fmt: skip
 
 
