@@ -43,7 +43,7 @@ from qalora.data.tokenization import load_dataset
 from qalora.memory import Checkpointing
 from qalora.recipe import Recipe, load_recipe
 from qalora.training.planning import at_fastest_level
-from qalora.training.trainer import build_trainer
+from qalora.training.trainer import GroupedByLength, build_trainer
 
 READY, GO = "ready", "go"
 PAUSE = 0.3  # seconds, in which a worker's idle threads go to sleep
@@ -282,10 +282,17 @@ def by_peft(
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     rows = [{key: item[key] for key in ("input_ids", "labels")} for item in items]
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    kind = Trainer if backend == "peft-random" else InOurBatches
+    trainer = kind(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
     if backend == "peft-adalora":
         trainer.add_callback(AllocateAdaLora(model))
     return trainer
+
+
+class InOurBatches(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
+        lengths = [len(item["input_ids"]) for item in self.train_dataset]
+        return GroupedByLength(self.args.per_device_train_batch_size, lengths=lengths, seed=self.args.seed)
 
 
 class Clock(TrainerCallback):
