@@ -66,6 +66,12 @@ QUIRKS: dict[str, dict] = {
     ),
     "smollm3": TIED | dict(num_hidden_layers=4),
     "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=2.5),
+    "granitemoehybrid": TIED
+    | dict(
+        embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=2.5,
+        num_local_experts=0, num_experts_per_tok=0, layer_types=["attention"] * 2, shared_intermediate_size=192,
+        position_embedding_type="rope",
+    ),
     "phi3": dict(rope_parameters=LONGROPE, head_dim=16, original_max_position_embeddings=16),
     "gemma": TIED | dict(num_key_value_heads=1),
     "gemma2": TIED | MIXED | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20),
@@ -469,6 +475,12 @@ def test_a_step_is_planned(case, live_bytes):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
+        (
+            dict(model_type="granitemoehybrid", layer_types=["attention"], num_local_experts=32),
+            "type granitemoehybrid, a mixture of experts",
+        ),
+        (dict(model_type="granitemoehybrid", layer_types=["mamba", "attention"]), "a state-space model"),
+        (dict(model_type="granitemoehybrid"), "a state-space model"),
         (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
         (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),
         (dict(model_type="gpt_oss"), "type gpt_oss, a mixture of experts"),

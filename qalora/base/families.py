@@ -147,6 +147,10 @@ FAMILIES = {
         logits=("logits_scaling", "divided"),
         gguf=Gguf("granite", pairs=True, scalings=("llama3",), biases=EVERY_BIAS),
     ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridRMSNorm", kept=Kept(gradients=1), logits=("logits_scaling", "divided"), tied=True,
+        across_rows="masks that tell no packed rows apart",
+    ),
     "phi3": Family(
         "Phi3RMSNorm", copies_qk=True, kept=Kept(copied=True),
         gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True),
@@ -272,7 +276,7 @@ REFUSED = {
     for names, why in (
         (
             "mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe qwen3_5_moe_text gpt_oss llama4 llama4_text "
-            "deepseek_v2 deepseek_v3 deepseek_v32 dbrx granitemoe granitemoeshared granitemoehybrid olmoe phimoe "
+            "deepseek_v2 deepseek_v3 deepseek_v32 dbrx granitemoe granitemoeshared olmoe phimoe "
             "ernie4_5_moe glm4_moe hunyuan_v1_moe lfm2_moe jamba minimax cohere2_moe exaone_moe",
             EXPERTS,
         ),
@@ -286,6 +290,7 @@ REFUSED = {
     )
     for name in names.split()
 }
+HYBRID = ("mamba",)  # kinds of blocks of Granite 4 where config.json names none
 # Fields of config.json that count experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -297,6 +302,8 @@ def refusal(fields: Mapping[str, Any]) -> tuple[str, str] | None:
         return REFUSED[str(model_type)]
     if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in EXPERT_COUNTS):
         return EXPERTS
+    if "mamba" in (fields.get("layer_types") or (HYBRID if model_type == "granitemoehybrid" else ())):
+        return STATE_SPACE
     if fields.get("is_encoder_decoder"):
         return TWO_STACKS
     return None

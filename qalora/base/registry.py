@@ -386,12 +386,18 @@ def read_fields(file: Path) -> dict[str, Any]:
         InputError: the file holds something else.
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"), object_hook=_plain)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f"{file}: not valid JSON.") from None
     if not isinstance(fields, dict):
         raise InputError(f"{file}: not a JSON object.")
     return fields
+
+
+def _plain(part: dict[str, Any]) -> Any:
+    """Infinity and NaN, as transformers writes them: {"__float__": "Infinity"}."""
+    word = part.get("__float__") if len(part) == 1 else None
+    return float(word) if word in ("Infinity", "-Infinity", "NaN") else part
 
 
 def _gguf_shape(file: Path) -> ModelShape:

@@ -15,7 +15,7 @@ from qalora.kernels import swiglu
 from qalora.kernels.recompute import nothing_kept
 
 NAME = "MLP by tiles"
-PLACES = ("mlp", "feed_forward")  # what blocks call it
+PLACES = ("mlp", "feed_forward", "shared_mlp")  # what blocks call it
 
 
 def mlp_of(block: object) -> Any:

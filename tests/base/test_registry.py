@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from qalora.base.loading import load_base
-from qalora.base.registry import MODELS, ModelShape, ModelSource, resolve, shape_of
+from qalora.base.registry import MODELS, ModelShape, ModelSource, read_fields, resolve, shape_of
 from qalora.errors import InputError
 
 TINY = {
@@ -306,3 +307,11 @@ def test_a_cache_that_does_not_say_which_snapshot_is_asked_to(cache, monkeypatch
         resolve("someone/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert resolve("someone/tiny").kind == "hub"
+
+
+def test_infinity_is_read_as_transformers_writes_it(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(
+        '{"limit": [0.0, {"__float__": "Infinity"}], "low": {"__float__": "-Infinity"}, "x": {"__float__": 1}}'
+    )
+    assert read_fields(file) == {"limit": [0.0, math.inf], "low": -math.inf, "x": {"__float__": 1}}
