@@ -14,7 +14,7 @@ IN_TRANSFORMERS = [name for name in FAMILIES if name in CONFIG_MAPPING]  # Inter
 
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
 def test_a_block_of_transformers_is_as_the_record_says(name):
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = AutoConfig.for_model(name, vocab_size=8, num_key_value_heads=1, head_dim=8, pad_token_id=0, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
