@@ -29,9 +29,9 @@ from qalora.base.loading import load_base, load_tokenizer
 from qalora.base.registry import resolve, shape_of
 from qalora.deploy.compressed import Rows, cut_model
 from qalora.kernels.activations import set_checkpointing
-from qalora.memory import plan_memory
+from qalora.memory import GONE, plan_memory
 
-TRAINING_ALONE = ("gradients", "optimizer moments", "gone before gradients are whole", "earlier gradients beyond it")
+TRAINING_ALONE = ("gradients", "optimizer moments", GONE, "earlier gradients beyond it")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ input → norm → mixer: attention, a gated delta net or a short convolution �
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qalora.base.registry import ModelShape
@@ -92,15 +92,15 @@ class BlockMemory:
     mixing: int
 
 
-def blocks_of(shape: ModelShape, ranks: Mapping[str, int], batch: MicroBatch) -> list[BlockMemory]:
+def blocks_of(shape: ModelShape, blocks: Sequence[tuple[Layer, ...]], batch: MicroBatch) -> list[BlockMemory]:
     """Of each block, first to last.
 
     Args:
-        ranks: full module name → rank.
+        blocks: of `layers_of`.
     """
     alike: dict[tuple[tuple[Layer, ...], bool], BlockMemory] = {}
     found = []
-    for index, layers in enumerate(layers_of(shape, ranks)):
+    for index, layers in enumerate(blocks):
         kind = layers, takes_mask(shape, batch, index)
         if kind not in alike:
             alike[kind] = block_memory(shape, *kind, batch)
@@ -109,7 +109,11 @@ def blocks_of(shape: ModelShape, ranks: Mapping[str, int], batch: MicroBatch) ->
 
 
 def layers_of(shape: ModelShape, ranks: Mapping[str, int]) -> list[tuple[Layer, ...]]:
-    """The linear layers of each block."""
+    """The linear layers of each block.
+
+    Args:
+        ranks: full module name → rank.
+    """
     blocks: dict[str, list[Layer]] = {}
     for name, (fan_in, fan_out) in shape.linear_maps().items():
         index, _, own = name.split(".layers.")[1].partition(".")
@@ -306,11 +310,11 @@ class Beside:
     gradients: tuple[int, ...]
 
 
-def beside_blocks(shape: ModelShape, batch: MicroBatch) -> Beside:
+def beside_blocks(shape: ModelShape, blocks: Sequence[tuple[Layer, ...]], batch: MicroBatch) -> Beside:
     of_element = batch.tokens * batch.size
     rotation = shape.family.kept.rotations * 2 * of_element * shape.head_dim
     own, stored, takers = 0, {}, []  # kind of attention → the width of its last keys; who takes keys of which kind
-    for block, layers in enumerate(layers_of(shape, {})):
+    for block, layers in enumerate(blocks):
         out, kind = {layer.name: layer.fan_out for layer in layers}, block in shape.windowed
         own += out.get(PER_LAYER, 0)
         if "self_attn.k_proj" in out:

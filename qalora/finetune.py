@@ -14,7 +14,7 @@ from qalora import cli, processes
 from qalora.environment import leave_to_the_recipe
 from qalora.errors import InputError
 from qalora.files import check_folder
-from qalora.flags import add
+from qalora.flags import add, settings
 from qalora.locking import locked
 from qalora.training.agreement import check_device, check_recipes
 from qalora.training.checkpoints import find_checkpoint
@@ -102,16 +102,12 @@ def asked_recipe(args: argparse.Namespace, rest: Sequence[str]) -> Recipe:
     """
     from qalora.recipe import load_recipe, parse_overrides
 
-    flags = {
-        "model": args.model,
+    own = {
         "output_dir": args.output_dir,
         "hub_model_id": args.push_to_hub,
         "push_to_hub": True if args.push_to_hub else None,
-        "quantization.load_in_4bit": False if args.no_quantize else None,
-        "quantization.bnb_4bit_compute_dtype": args.dtype,
     }
-    overrides = [(key, value) for key, value in flags.items() if value is not None]
-    recipe = load_recipe(args.recipe, [*overrides, *parse_overrides(rest)], args.profile)
+    recipe = load_recipe(args.recipe, [*settings(args, own), *parse_overrides(rest)], args.profile)
     if recipe.output_dir is None:
         recipe = recipe.with_settings({"output_dir": f"outputs/{run_name(args.recipe, recipe.model)}"})
     return recipe

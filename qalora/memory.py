@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal
 
 from qalora.base.registry import ModelShape
-from qalora.block_memory import FP32, MicroBatch, beside_blocks, blocks_of
+from qalora.block_memory import FP32, MicroBatch, beside_blocks, blocks_of, layers_of
 from qalora.sizes import LOGITS_CHUNK, OVERSAMPLING, QUANT_BLOCK
 
 # What a step keeps of its blocks: all; block inputs and what maps put out; block inputs; those, in host memory.
@@ -136,14 +136,15 @@ def _activations(
     shape: ModelShape, ranks: Mapping[str, int], batch: MicroBatch, checkpointing: Checkpointing
 ) -> dict[str, int]:
     """What is alive at the worst moment of a step, beside weights and adapters."""
-    blocks, tokens, size = blocks_of(shape, ranks, batch), batch.tokens, batch.size
+    layers, tokens, size = layers_of(shape, ranks), batch.tokens, batch.size
+    blocks = blocks_of(shape, layers, batch)
     hidden = tokens * shape.hidden_size * size
     kept = [hidden if checkpointing else block.inside for block in blocks]
     if checkpointing == "selective":
         kept = [hidden + block.outputs for block in blocks]
     elif not checkpointing:
         kept[0] -= blocks[0].unread + blocks[0].copied
-    beside = beside_blocks(shape, batch)
+    beside = beside_blocks(shape, layers, batch)
 
     def until(block: int) -> int:
         """What is kept while a block goes backward, of those before it, and its input."""

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from qalora.adapter.model import attach
 from qalora.base.quantized import quantize_
 from qalora.base.registry import ModelShape
-from qalora.block_memory import MicroBatch, beside_blocks, blocks_of
+from qalora.block_memory import MicroBatch, beside_blocks, blocks_of, layers_of
 from qalora.kernels.loss import summed_loss
 
 TOKENS = 256
@@ -83,12 +83,13 @@ def test_blocks_keep_what_autograd_saves(family, dtype):
         rows=1, seq_len=TOKENS, tile=TOKENS, size=getattr(torch, dtype).itemsize, mask=0, packed=False,
         load_in_4bit=True, device="cpu",
     )  # fmt: skip
-    blocks = blocks_of(shape, dict.fromkeys(shape.linear_maps(), 8), batch)
+    layers = layers_of(shape, dict.fromkeys(shape.linear_maps(), 8))
+    blocks = blocks_of(shape, layers, batch)
     planned = (
         sum(block.inside for block in blocks)
         - blocks[0].unread
         - blocks[0].copied
-        + beside_blocks(shape, batch).all_along
+        + beside_blocks(shape, layers, batch).all_along
     )
     found = saved_bytes(model, {"input_ids": ids, "labels": ids})
     assert planned == pytest.approx(found, rel=0.03)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qalora import processes
 from qalora.adapter.ablation import MicroBatch, scoring_mode
-from qalora.adapter.compression import Kept, Order, Per, Point, Size, kept, paired, parameters_of, shrunk
+from qalora.adapter.compression import Kept, Order, Point, paired, parameters_of, shrunk
 from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers, rank_parameters, remove_layer, sync_config
 from qalora.adapter.scores import PerRank
@@ -91,27 +91,6 @@ def gates_of(model: PeftModel, ranks: Kept, weights: PerRank | None = None) -> d
     return gates
 
 
-def curve(
-    model: PeftModel,
-    batch: Sequence[MicroBatch],
-    scores: PerRank,
-    sizes: Sequence[Size],
-    *,
-    whole: Losses,
-    of: int,
-    per: Per = "rank",
-) -> list[Point]:
-    """The cost of cuts to each of the sizes, on rows that gave no scores; the model stays as it is.
-
-    Args:
-        scores: what orders the ranks, see `rank_orders`.
-        whole: losses of the whole adapter on the same batch.
-        of: ranks of the whole adapter, of which shares are.
-    """
-    costs = rank_parameters(model, scores)
-    return [point(model, batch, kept(scores, size, costs, per), whole=whole, of=of) for size in sizes]
-
-
 def point(
     model: PeftModel,
     batch: Sequence[MicroBatch],
@@ -121,7 +100,13 @@ def point(
     whole: Losses,
     of: int,
 ) -> Point:
-    """What one cut costs, see `curve`."""
+    """The cost of a cut on rows that gave no scores; the model stays as it is.
+
+    Args:
+        ranks: that stay; weights: theirs, or 1.
+        whole: losses of the whole adapter on the same batch.
+        of: ranks of the whole adapter, of which shares are.
+    """
     found = losses(model, batch, ranks, weights)
     difference, stderr = paired(found.rows, whole.rows, whole.tokens)
     total = sum(map(len, ranks.values()))

@@ -73,7 +73,10 @@ def cut_model(
         cut(model, chosen.kept, chosen.weights)
         if train_steps is not None:
             change = train_where_it_helps(model, rows.scoring, rows.judging, train_steps)
-            report["training"] = {"steps": train_steps, **_correction(change.before.mean, change.after.mean)}
+            report["training"] = {
+                "steps": train_steps,
+                **_correction(change.before.mean, change.after.mean, change.helped),
+            }
     if asked.uniform:
         to_one_rank(model)
     round_weights(model, dtype)
@@ -83,14 +86,17 @@ def cut_model(
     return {**report, "ranks": ranks(model)}
 
 
-def _correction(before: float, after: float) -> dict[str, Any]:
-    return {"loss_before": before, "loss_after": after, "helped": after < before}
+def _correction(before: float, after: float, helped: bool) -> dict[str, Any]:
+    return {"loss_before": before, "loss_after": after, "helped": helped}
 
 
 def report_of(found: Cut) -> dict[str, Any]:
     """What compress.json says of a search, but for what was kept in the end."""
     gain, stderr = found.gain
-    chosen = found.chosen
+    chosen, refit = found.chosen, {}
+    if chosen.refitted:
+        stays = chosen.point is chosen.refitted
+        refit = {"refit": _correction(chosen.plain.loss, chosen.refitted.loss, stays)}
     return {
         "basis": found.basis,
         "order": chosen.order,
@@ -101,7 +107,7 @@ def report_of(found: Cut) -> dict[str, Any]:
         "gain_stderr": stderr,
         "whole_hurts": found.hurts,
         "curves": {order: [_figures(point) for point in points] for order, points in found.curves.items()},
-        **({"refit": _correction(chosen.plain.loss, chosen.refitted.loss)} if chosen.refitted else {}),
+        **refit,
     }
 
 

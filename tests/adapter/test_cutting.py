@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from qalora.adapter.compression import Size, kept, parameters_of
-from qalora.adapter.cutting import curve, cut, losses, rank_orders
+from qalora.adapter.cutting import cut, losses, rank_orders
+from qalora.adapter.cutting import point as cost_of
 from qalora.adapter.layer import gated
 from qalora.adapter.model import gated_layers, rank_parameters, ranks, save_adapter
 from qalora.adapter.principal import into_basis
@@ -56,8 +57,9 @@ def test_the_curve_is_that_of_cut_copies(tiny_adapter, halves):
     scores = rank_orders(model, values, micro, ["values"])["values"]
     whole = losses(model, micro)
     of = sum(map(len, scores.values()))
-    points = curve(model, micro, scores, [Size(ranks=of // 2), Size(ranks=3)], whole=whole, of=of)
     costs = rank_parameters(model, scores)
+    sizes = [Size(ranks=of // 2), Size(ranks=3)]
+    points = [cost_of(model, micro, kept(scores, size, costs), whole=whole, of=of) for size in sizes]
     before = plain_losses(model, batch)
     for point, count in zip(points, (of // 2, 3), strict=True):
         assert (point.ranks, point.share) == (count, count / of)
