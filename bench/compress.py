@@ -21,7 +21,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -35,25 +35,29 @@ from transformers import PreTrainedTokenizerBase
 
 import qalora
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.compression import Kept, Per, Size, kept, parameters_of
+from qalora.adapter.compression import SHARES, Kept, Per, Point, Size, kept, paired, parameters_of
 from qalora.adapter.cutting import losses, rank_orders
+from qalora.adapter.layer import Factors
 from qalora.adapter.model import load_adapter, rank_parameters
 from qalora.adapter.model import ranks as ranks_of
 from qalora.adapter.principal import Basis, into_basis
-from qalora.adapter.refit import reweighted
+from qalora.adapter.refit import refitted
 from qalora.adapter.scores import PerRank
+from qalora.adapter.search import ORDERS, best_of
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import Collator, micro_batches, on_device
+from qalora.data.rows import Row
 from qalora.data.tokenization import load_dataset
 from qalora.errors import AnswerNo
 from qalora.recipe import load_recipe
 
+Line = dict[str, Any]  # of compress.jsonl
 MODEL = "smollm2-135m"
 FILE = RESULTS / "compress.jsonl"
 SEEDS = (0, 1, 2)
 ROWS_PER_STEP = 8
-BATCH = {"scoring": 8, "choosing": 32, "test": 32}  # rows per forward
+BATCH = {"scoring": 32, "choosing": 32, "test": 32}  # rows per forward
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,29 @@ class Task:
 
 
 TASKS = {
-    "e2e": Task(60, 80, scoring=24, choosing=32, test=40, settings={"data.columns": {}}),
-    "sst2": Task(80, 30, scoring=40, choosing=64, test=64),
-    "alpaca": Task(32, 80, scoring=20, choosing=24, test=32),
-    "gsm8k": Task(24, 104, scoring=12, choosing=16, test=20),
+    "e2e": Task(60, 80, scoring=32, choosing=32, test=40, settings={"data.columns": {}}),
+    "sst2": Task(80, 30, scoring=64, choosing=64, test=64),
+    "alpaca": Task(32, 80, scoring=32, choosing=24, test=32),
+    "gsm8k": Task(24, 104, scoring=16, choosing=16, test=20),
     "boolq": Task(32, 92, scoring=16, choosing=24, test=28),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """An adapter: the task it learned, how it began, its ranks per module, the learning rate, and the seed."""
+    """An adapter: the task it learned, how it began, its ranks per module, the learning rate and how it falls, and the
+    seed."""
 
     task: str
     origin: str  # lora.init: kaiming, as PEFT has it, or quantization
     r: int
     learning_rate: float
     seed: int
+    schedule: str = "constant"  # or linear, to 0
 
     @property
     def name(self) -> str:
-        return f"{self.task}/{self.origin}-r{self.r}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.task}/{self.origin}-r{self.r}-lr{self.learning_rate:g}-{self.schedule}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Cut:
     """The ranks that are kept of an adapter.
 
     Attributes:
-        order: of qalora's, or random; "…, reweighted": the ranks that stay then have new weights.
+        order: of qalora's, or random.
         share: of the whole adapter's ranks.
         per: what orders the ranks: the score, or the score per parameter, with as many parameters as the score keeps.
     """
@@ -112,24 +118,13 @@ class Cut:
     share: float
     per: Per = "rank"
 
-    @property
-    def score(self) -> str:
-        """What orders the ranks."""
-        return self.order.removesuffix(REWEIGHTED)
 
-
-REWEIGHTED = ", reweighted"
-SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625)
 DEEP = (0.5, 0.25)
-ORDERS = ("path", "values", "shrunk")
-CORE = (
-    *(Cut("svd", order, share) for share in DEEP for order in ORDERS),
-    Cut("trained", "sum", 0.5),
-    *(Cut("svd", "shrunk, reweighted", share) for share in DEEP),
-)
+REFITTED = "chosen, refitted"  # what the rows that choose take of ORDERS, trained on
+CORE = (*(Cut("svd", order, share) for share in DEEP for order in ORDERS), Cut("trained", "sum", 0.5))
+CORRECTED = tuple(Cut("svd", REFITTED, share) for share in DEEP)
 MORE = (
     Cut("trained", "sum", 0.25),
-    Cut("svd", "shrunk, reweighted", 1.0),
     *(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP),
     *(Cut("svd", order, 0.75) for order in ("path", "values")),
 )
@@ -152,9 +147,10 @@ NARROW = {4: (2e-3, 4e-3, 8e-3), 2: (2e-3, 4e-3, 8e-3)}  # ranks per module of t
 
 def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
     """Adapters and how they are cut, the most telling first."""
-    wide = [Run(task, "kaiming", WHOLE, RATE, seed) for seed in SEEDS for task in TASKS]
+    runs = [(schedule, seed, task) for schedule in ("constant", "linear") for seed in SEEDS for task in TASKS]
+    wide = [Run(task, "kaiming", WHOLE, RATE, seed, schedule) for schedule, seed, task in runs]
     yield from ((run, CORE) for run in wide)
-    yield from ((run, MORE) for run in wide if run.seed == SEEDS[0])
+    yield from ((run, cuts) for cuts in (CORRECTED, MORE) for run in wide if run.seed == SEEDS[0])
     for task in ("e2e", "alpaca", "sst2", "gsm8k", "boolq"):
         for r, rates in sorted(NARROW.items()):
             for rate in rates:
@@ -223,6 +219,7 @@ def train(run: Run, data: Path, work: Path) -> None:
             "training.gradient_checkpointing": False,
             "training.max_steps": task.steps,
             "training.learning_rate": run.learning_rate,
+            "training.lr_scheduler_type": run.schedule,
             "training.seed": run.seed,
             "training.eval_strategy": "no",
             "training.save_strategy": "no",
@@ -254,11 +251,12 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
     print(f"{time.strftime('%H:%M:%S')} measuring {run.name}, {len(wanted)} cuts", file=sys.stderr, flush=True)
     batches, folder = batches_of(run.task, args.data, args.work), folder_of(run, args.work)
 
-    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel, weights: PerRank | None = None) -> None:
-        line = {"run": vars(run), **facts, **measured(model, ranks, weights, batches)}
+    def append(facts: Mapping[str, Any], ranks: Kept, model: PeftModel, factors: Factors | None = None) -> Line:
+        line = {"run": vars(run), **facts, **measured(model, ranks, factors, batches)}
         args.lines.parent.mkdir(parents=True, exist_ok=True)
         with args.lines.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
+        return line
 
     if whole not in there:
         model = load_adapter(base().model, folder / "adapter", trainable=True)
@@ -274,18 +272,67 @@ def measure(run: Run, cuts: Iterable[Cut], args: argparse.Namespace) -> None:
         model = load_adapter(base().model, folder / "adapter", trainable=True)
         total = sum(ranks_of(model).values())
         values = into_basis(model, basis, batches["scoring"])
-        orders = scores_of(run, basis, model, values, batches["scoring"], {each.score for each in own}, args.work)
+        orders = scores_of(
+            run, basis, model, values, batches["scoring"], {each.order for each in own} - {REFITTED}, args.work
+        )
         costs = rank_parameters(model, values)
-        for each in own:
-            ranks = kept(orders[each.score], Size(ranks=round(each.share * total)), costs)
+        for each in (each for each in own if each.order != REFITTED):
+            ranks = kept(orders[each.order], Size(ranks=round(each.share * total)), costs)
             if each.per == "parameter":
-                ranks = kept(orders[each.score], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
-            weights = reweighted(model, batches["scoring"], ranks) if each.order.endswith(REWEIGHTED) else None
-            append(vars(each), ranks, model, weights)
+                ranks = kept(orders[each.order], Size(parameters=parameters_of(ranks, costs)), costs, "parameter")
+            append(vars(each), ranks, model)
+        if any(each.order == REFITTED for each in own):
+            train_on(run, model, orders, costs, append, args)
+
+
+def train_on(
+    run: Run,
+    model: PeftModel,
+    orders: Mapping[str, PerRank],
+    costs: Mapping[str, int],
+    append: Callable[..., Line],
+    args: argparse.Namespace,
+) -> None:
+    """What `qalora compress` takes at each share, trained on; from the half of the ranks on down for as long as that
+    costs nothing on the rows that choose, and up where the half costs something. And the whole trained on, with which
+    it can be compared."""
+    training = batches_of(run.task, args.data, args.work)["training"]
+    whole = next(line for line in read(args.lines, run) if line["order"] == "whole")
+    total = whole["ranks"]
+
+    def at(cut: Cut, ranks: Kept, train: bool = False) -> Point:
+        """The point of a line, which is measured where it is not there."""
+        line = next((line for line in read(args.lines, run) if vars(cut).items() <= line.items()), None)
+        if line is None:
+            line = append(vars(cut), ranks, model, refitted(model, training, ranks) if train else None)
+        return point_of(line, ranks, whole)
+
+    def holds(share: float) -> bool:
+        ranks = {order: kept(orders[order], Size(ranks=round(share * total)), costs) for order in ORDERS}
+        _, plain = best_of({order: at(Cut("svd", order, share), ranks[order]) for order in ORDERS})
+        again = at(Cut("svd", REFITTED, share), plain.kept, train=True)
+        return plain.holds() or again.holds()
+
+    held = {share: holds(share) for share in DEEP}
+    if not held[DEEP[0]]:
+        holds(max(SHARES))
+    if held[DEEP[1]]:
+        any(not holds(share) for share in SHARES if share < DEEP[1])  # as far as they hold
+    if run.seed == SEEDS[0]:
+        everything = {name: list(range(len(scores))) for name, scores in orders["values"].items()}
+        at(Cut("svd", "whole, refitted", 1.0), everything, train=True)
+
+
+def point_of(line: Line, ranks: Kept, whole: Line) -> Point:
+    """A line as a point of the program's curve, on the rows that choose."""
+    tokens = line["choosing_tokens"]
+    difference, stderr = paired(line["choosing"], whole["choosing"], tokens)
+    loss = sum(line["choosing"]) / sum(tokens)
+    return Point(line["share"], line["ranks"], line["parameters"], loss, difference, stderr, ranks)
 
 
 def measured(
-    model: PeftModel, ranks: Kept, weights: PerRank | None, batches: Mapping[str, list[MicroBatch]]
+    model: PeftModel, ranks: Kept, factors: Factors | None, batches: Mapping[str, Sequence[MicroBatch]]
 ) -> dict[str, Any]:
     """Size and losses of some ranks alone: of every row, summed over its supervised tokens."""
     found: dict[str, Any] = {
@@ -293,7 +340,7 @@ def measured(
         "parameters": parameters_of(ranks, rank_parameters(model, ranks)),
     }
     for part in ("choosing", "test"):
-        of_rows = losses(model, batches[part], ranks, weights)
+        of_rows = losses(model, batches[part], ranks, factors)
         found |= {part: [round(loss, 5) for loss in of_rows.rows], f"{part}_tokens": of_rows.tokens}
     return found
 
@@ -328,19 +375,24 @@ def base() -> LoadedBase:
 
 
 @cache
-def batches_of(task: str, data: Path, work: Path) -> dict[str, list[MicroBatch]]:
-    """The rows that score, choose and test, as micro-batches."""
+def batches_of(task: str, data: Path, work: Path) -> dict[str, Sequence[MicroBatch]]:
+    """The rows that score, choose and test, as micro-batches; those that score in steps of training too."""
     recipe = load_recipe(task, {**reading(task), "model": MODEL, "data.train": "rows"})
-    batches = {}
+    batches: dict[str, Sequence[MicroBatch]] = {}
     for part, file in rows_of(task, data, work).items():
         if part != "train":
             items = load_dataset(str(file), tokenizer(), split="train", **recipe.data.reading()).items
-            found = micro_batches(items, BATCH[part], Collator(tokenizer().pad_token_id))
-            batches[part] = on_device(found, base().model.device)
+            batches[part] = _batches(items, BATCH[part])
+            if part == "scoring":
+                batches["training"] = _batches(items, ROWS_PER_STEP)
     return batches
 
 
-def read(file: Path, run: Run | None = None) -> list[dict[str, Any]]:
+def _batches(rows: Sequence[Row], size: int) -> Sequence[MicroBatch]:
+    return on_device(micro_batches(rows, size, Collator(tokenizer().pad_token_id)), base().model.device)
+
+
+def read(file: Path, run: Run | None = None) -> list[Line]:
     """Lines of the file, or those of one adapter."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     return [line for line in lines if run is None or line["run"] == vars(run)]

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from common import table
 
-from qalora.adapter.compression import paired
+from qalora.adapter.compression import Point, paired
+from qalora.adapter.search import ORDERS, best_of, smallest
 
 Line = Mapping[str, Any]  # of compress.jsonl
-OURS = ("path", "values", "shrunk")  # cuts of which the rows that choose may take one
+REFITTED = "chosen, refitted"  # the best order of the rows that choose, trained on
+SCHEDULES = {"constant": "adapters trained at a constant rate", "linear": "adapters whose rate fell to 0"}
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",
     ("trained", "sum", "rank"): "trained, sum (the paper's)",
@@ -23,9 +25,8 @@ SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("svd", "path", "rank"): "svd, path",
     ("svd", "path", "parameter"): "svd, path per parameter",
     ("svd", "shrunk", "rank"): "svd, shrunk",
-    ("svd", "shrunk, reweighted", "rank"): "svd, shrunk, reweighted",
-    ("svd", "path, reweighted", "rank"): "svd, path, reweighted",
-    ("svd", "chosen", "rank"): "svd, what other rows choose",
+    ("svd", "chosen", "rank"): "**svd, what other rows choose**",
+    ("svd", REFITTED, "rank"): "that, trained on (`--refit`)",
     ("svd-act", "values", "rank"): "svd-act, singular values",
     ("svd-act", "path", "rank"): "svd-act, path",
     ("svd-act", "shrunk", "rank"): "svd-act, shrunk",
@@ -46,19 +47,27 @@ class Adapter(NamedTuple):
         """(the loss of a cut minus the whole's on the same rows, its standard error)."""
         return paired(line[rows], self.whole[rows], line[f"{rows}_tokens"])
 
-    def bound(self, line: Line) -> float:
-        """What cuts of one size are compared by, on the rows that choose."""
-        return sum(self.difference(line, "choosing"))
+    def point(self, line: Line) -> Point:
+        """The line as a point of the program's curve, on the rows that choose."""
+        mean, error = self.difference(line, "choosing")
+        return Point(line["share"], line["ranks"], line["parameters"], loss(line, "choosing"), mean, error, {})
+
+    def cuts(self) -> dict[float, dict[Any, Point]]:
+        """Share → order → point, of the cuts among which the rows that choose decide."""
+        found: dict[float, dict[Any, Point]] = {}
+        for (basis, order, per, share), line in self.lines.items():
+            if (basis, per) == ("svd", "rank") and order in ORDERS:
+                found.setdefault(share, {})[order] = self.point(line)
+        return found
 
     def chosen(self) -> Line | None:
-        """What `--tolerance 0` takes on the rows that choose, of the cuts that were measured: at the smallest share
-        whose best cut is not above the whole; None: no cut is there."""
-        cuts = [line for (basis, order, *_), line in self.lines.items() if basis == "svd" and order in OURS]
-        for share in sorted({line["share"] for line in cuts}):
-            best = min((line for line in cuts if line["share"] == share), key=self.bound)
-            if self.difference(best, "choosing")[0] <= 0:
-                return best
-        return self.whole if cuts else None
+        """What `--tolerance 0` takes on the rows that choose, of the cuts that were measured; None: no cut is there."""
+        cuts = self.cuts()
+        curves = {order: [points[order] for points in cuts.values() if order in points] for order in ORDERS}
+        choice = smallest(curves, 0.0, None)
+        if choice is None:
+            return self.whole if cuts else None
+        return self.lines["svd", choice.order, "rank", choice.point.share]
 
 
 def loss(line: Line, rows: str = "test") -> float:
@@ -86,7 +95,12 @@ def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture:
     parts = ["# compress\n", what_ran(adapters, cut, planned)]
     for task in dict.fromkeys(adapter.run["task"] for adapter in cut):
         parts += [f"## {task}\n", losses_of(task, [adapter for adapter in cut if adapter.run["task"] == task])]
-    parts += ["## The bar\n", bar(cut), "## `--tolerance 0`\n", tolerance(cut)]
+    for schedule, named in SCHEDULES.items():
+        own = [adapter for adapter in cut if adapter.run["schedule"] == schedule]
+        if own:
+            parts += [f"## The bar, {named}\n", bar(own), f"## `--tolerance 0`, {named}\n", tolerance(own)]
+    if same := whole_refitted(cut):
+        parts += ["## The whole adapter trained on likewise\n", same]
     if control := narrow(adapters, cut):
         parts += ["## Against LoRA trained at that size\n", control]
     draw(adapters, cut, picture)
@@ -94,12 +108,11 @@ def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture:
 
 
 def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], Line]:
-    """At each share the cut that `qalora compress --keep` takes: of the lowest bound on the rows that choose."""
+    """At each share what `qalora compress --keep` takes: the order that the rows that choose prefer."""
     found: dict[tuple[str | None, str, str, float], Line] = {}
-    for share in {key[3] for key in adapter.lines}:
-        cuts = [adapter.lines[key] for order in OURS if (key := ("svd", order, "rank", share)) in adapter.lines]
-        if cuts and share < 1:
-            found["svd", "chosen", "rank", share] = min(cuts, key=adapter.bound)
+    for share, points in adapter.cuts().items():
+        order, _ = best_of(points)
+        found["svd", "chosen", "rank", share] = adapter.lines["svd", order, "rank", share]
     return found
 
 
@@ -129,11 +142,12 @@ def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter], planned: Seque
     if never:
         text += f"\nCuts of the plan that no adapter has: {'; '.join(never)}.\n"
     there_are = [dict(adapter.run) for adapter in adapters]
-    groups = dict.fromkeys((run["origin"], run["r"]) for run in planned)
+    groups = dict.fromkeys((run["origin"], run["r"], run["schedule"]) for run in planned)
     counts = []
-    for origin, r in groups:
-        own = [dict(run) for run in planned if (run["origin"], run["r"]) == (origin, r)]
-        counts.append(f"{origin}, r = {r}: {sum(run in there_are for run in own)} of {len(own)}")
+    for group in groups:
+        own = [dict(run) for run in planned if (run["origin"], run["r"], run["schedule"]) == group]
+        origin, r, schedule = group
+        counts.append(f"{origin}, r = {r}, {schedule}: {sum(run in there_are for run in own)} of {len(own)}")
     return text + f"\nAdapters of the plan that are there: {'; '.join(counts)}.\n"
 
 
@@ -183,7 +197,7 @@ def versus(adapters: Sequence[Adapter]) -> str:
     """How often an order is worse than singular values, and than the paper's scores, on the same rows."""
     rows = []
     for key, name in SHOWN.items():
-        if key[1] not in ("path", "shrunk", "chosen") or key[0] == "trained" or key[2] != "rank":
+        if key[1] not in ("path", "shrunk", "chosen", REFITTED) or key[0] == "trained" or key[2] != "rank":
             continue
         if not any(own[:3] == key for adapter in adapters for own in adapter.lines):
             continue
@@ -217,15 +231,26 @@ def tolerance(adapters: Sequence[Adapter]) -> str:
             {
                 "task": adapter.run["task"],
                 "adapter": title(adapter),
-                "taken": "the whole"
-                if chosen is adapter.whole
-                else f"{SHOWN[chosen['basis'], chosen['order'], chosen['per']]}, {chosen['share']:.3g}",
+                "taken": "the whole" if chosen is adapter.whole else f"{chosen['order']}, {chosen['share']:.3g}",
                 "parameters": f"{chosen['parameters']:,}",
                 "minus the whole, on test rows": shown((mean, error)),
                 "holds": "yes" if mean <= error else "no",
             }
         )
     return f"It holds on the test rows of {held} of {len(rows)} adapters.\n\n" + table(rows)
+
+
+def whole_refitted(adapters: Sequence[Adapter]) -> str:
+    """What the same steps give the whole adapter, which the cut ones can be compared with."""
+    rows = []
+    for adapter in adapters:
+        line = adapter.lines.get(("svd", "whole, refitted", "rank", 1.0))
+        if line is not None:
+            again = [adapter.lines.get(("svd", REFITTED, "rank", share)) for share in (0.5, 0.25)]
+            shares = {f"at {cut['share']:.3g}": shown(adapter.difference(cut)) for cut in again if cut}
+            whole = shown(adapter.difference(line))
+            rows.append({"task": adapter.run["task"], "adapter": title(adapter), "whole": whole, **shares})
+    return table(rows) if rows else ""
 
 
 def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
@@ -251,7 +276,7 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
                     "best": f"{control.run['learning_rate']:g}",
                     "trained narrow": f"{loss(control.whole):.4f}",
                     f"cut from r = {run['r']}": f"{loss(best):.4f}",
-                    "order": SHOWN[best["basis"], best["order"], best["per"]],
+                    "order": best["order"],
                     "parameters": f"{control.whole['parameters']:,} and {best['parameters']:,}",
                     "cut minus narrow": shown(difference),
                 }
@@ -261,7 +286,7 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
 
 def title(adapter: Adapter) -> str:
     run = adapter.run
-    return f"{run['origin']}, r = {run['r']}, seed {run['seed']}"
+    return f"{run['origin']}, r = {run['r']}, {run['schedule']} rate, seed {run['seed']}"
 
 
 def shown(difference: tuple[float, float]) -> str:

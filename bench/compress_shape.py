@@ -3,14 +3,15 @@
     python bench/compress_shape.py --shape llama-7b --disk DIR              # 14 GB of disk
     python bench/compress_shape.py --shape llama-7b --disk DIR --layers 4   # some of its blocks
 
-Rows are random tokens: one orders the ranks, one judges. Memory is the peak resident set above what imports took, from
-the base's loading on. `plan` counts a training step of the same rows; scoring has neither moments nor gradients of
-weights.
+Rows are random tokens: one orders the ranks, one judges. Memory is the peak resident set above what imports took, once
+the base is loaded: while it loads, pages of its file count as well. `plan` counts a training step of the same rows;
+scoring has neither moments nor gradients of weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     loaded = load_base(resolve(str(base)), tokenizer=tokenizer, dtype="float32")
     set_checkpointing(loaded.model, True)
     model = load_adapter(loaded.model, adapter, trainable=True)
-    ready = time.perf_counter()
+    loading, ready = peak_rss() - before, time.perf_counter()
+    gc.collect()
+    reset_peak()
     report = cut_model(model, Asked(Size(ranks=sum(ranks(model).values()) // 2)), Rows(*rows(args.tokens)))
     seconds, peak = time.perf_counter() - ready, peak_rss() - before
     step = plan_memory(shape, seq_len=args.tokens, compute_dtype="float32", device="cpu")
@@ -77,7 +80,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "losses measured": sum(map(len, report["curves"].values())) + 2,
         "seconds to load": round(ready - start),
         "seconds to cut": round(seconds),
-        "peak MB": round(peak / 1e6),
+        "peak of loading, MB": round(loading / 1e6),
+        "peak of cutting, MB": round(peak / 1e6),
         "planned MB": round(scoring / 1e6),
         "a training step, MB": round(step.total / 1e6),
     }

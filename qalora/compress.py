@@ -62,9 +62,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("svd", "svd-act"),
         help="principal for the weights, or for the outputs on the rows (default: svd)",
     )
-    refit = parser.add_argument_group("correction of what is kept, where it helps on the rows that judge")
-    refit.add_argument("--refit", action="store_true", help="by new weights of the ranks that stay")
-    refit.add_argument("--refit-steps", type=int, metavar="N", help="by N steps of training on the rows that order")
+    refit = parser.add_argument_group("what stays is trained on, where the rows that judge are the better for it")
+    refit.add_argument("--refit", action="store_true", help="in two passes over the rows that order")
+    refit.add_argument("--refit-steps", type=int, metavar="N", help="in N steps of 8 of those rows")
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
     add(parser, "--split", default="validation")
@@ -185,7 +185,14 @@ def asked_of(args: argparse.Namespace, adapter: SavedAdapter) -> Asked:
     if not costs:
         raise InputError(f"{adapter.path}: the adapter is untrained (every B A is zero), so there is nothing to keep.")
     size = asked_size(args, adapter.total_rank, costs)
-    return Asked(size, args.tolerance or 0.0, args.uniform, args.basis or BASIS, refit=args.refit)
+    return Asked(
+        size,
+        args.tolerance or 0.0,
+        args.uniform,
+        args.basis or BASIS,
+        refit=args.refit or args.refit_steps is not None,
+        refit_steps=args.refit_steps,
+    )
 
 
 def asked_size(args: argparse.Namespace, total: int, costs: Mapping[str, int]) -> Size | None:
@@ -254,7 +261,7 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     collate = Collator(tokenizer.pad_token_id)
     batches = [on_device(micro_batches(rows, args.batch_size, collate), base.model.device) for rows in parts]
     rows = Rows(*batches) if batches else None
-    report = cut_model(model, asked, rows, train_steps=args.refit_steps, dtype=dtype_of(adapter))
+    report = cut_model(model, asked, rows, dtype=dtype_of(adapter))
     report = {"model": source.name, "adapter": str(adapter.path.resolve()), **report}
     return store(model, report, Path(output_dir), adapter, tokenizer, base.compute_dtype, started)
 
@@ -275,8 +282,7 @@ def rows_of(
     if len(data) < 2:
         raise InputError(f"{args.data}: {len(data)} row is left; some order the ranks and others judge: pass more.")
     tokens = [supervised_tokens([item["labels"]]) for item in data.items]
-    # Training takes as many rows as it can get.
-    scoring, judging = scoring_rows(tokens, **({"least": sum(tokens)} if args.refit_steps else {}))
+    scoring, judging = scoring_rows(tokens)
     say(f"{data.report}; {len(scoring)} of them order the ranks, {len(judging)} judge")
     return [data.items[i] for i in scoring], [data.items[i] for i in judging]
 

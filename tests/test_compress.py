@@ -251,17 +251,18 @@ def test_an_adapter_that_hurts_is_said_to(compress, trained, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_corrections_stay_only_where_they_help(compress):
+def test_what_stays_is_trained_on_where_that_helps(compress):
     _, plain = compress("--keep", "10%", "--no-quantize")
-    _, report = compress("--keep", "10%", "--no-quantize", "--refit", "--refit-steps", "6")
+    _, report = compress("--keep", "10%", "--no-quantize", "--refit")
+    _, longer = compress("--keep", "10%", "--no-quantize", "--refit-steps", "6")
     assert "refit" not in plain
-    refit, training = report["refit"], report["training"]
-    assert training["steps"] == 6
-    for correction in (refit, training):
-        assert correction["helped"] == (correction["loss_after"] < correction["loss_before"])
-    assert training["loss_before"] == pytest.approx(min(refit["loss_before"], refit["loss_after"]), rel=1e-5)
-    assert training["helped"]
-    assert report["kept"]["loss"] == pytest.approx(training["loss_after"], rel=1e-5)
+    for found in (report, longer):
+        refit = found["refit"]
+        assert refit["loss_before"] == pytest.approx(plain["kept"]["loss"], rel=1e-5)
+        assert refit["helped"] and refit["loss_after"] < refit["loss_before"]
+        assert found["kept"]["loss"] == pytest.approx(refit["loss_after"], rel=1e-5)
+        assert found["ranks"] == plain["ranks"]
+    assert longer["refit"]["loss_after"] != report["refit"]["loss_after"]
 
 
 def test_shares():

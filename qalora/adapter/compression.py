@@ -11,11 +11,14 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from qalora.adapter.scores import PerRank
+
+if TYPE_CHECKING:
+    from qalora.adapter.layer import Factors
 
 Order = Literal["path", "sum", "values", "shrunk"]
 Per = Literal["rank", "parameter"]
@@ -48,7 +51,7 @@ class Point:
         ranks, parameters: that stay.
         loss: nats a supervised token.
         difference: of the loss from the whole adapter's on the same rows; stderr: its standard error over the rows.
-        weights: of the ranks that stay; None: 1.
+        factors: of the layers, in which the ranks that stay were trained on; None: their own.
     """
 
     share: float
@@ -58,7 +61,7 @@ class Point:
     difference: float
     stderr: float
     kept: Kept = field(repr=False, compare=False)
-    weights: PerRank | None = field(default=None, repr=False, compare=False)
+    factors: Factors | None = field(default=None, repr=False, compare=False)
 
     @property
     def bound(self) -> tuple[float, float]:

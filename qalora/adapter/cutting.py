@@ -13,7 +13,7 @@ from torch import Tensor
 from qalora import processes
 from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.compression import Kept, Order, Point, paired, parameters_of, shrunk
-from qalora.adapter.layer import gated
+from qalora.adapter.layer import Factors, gated, having
 from qalora.adapter.model import gated_layers, rank_parameters, remove_layer, sync_config
 from qalora.adapter.scores import PerRank
 from qalora.adapter.scoring import path_shares, score_ranks
@@ -62,32 +62,31 @@ def rank_orders(
 
 
 def losses(
-    model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = None, weights: PerRank | None = None
+    model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept | None = None, factors: Factors | None = None
 ) -> Losses:
     """The losses of every row with these ranks alone, which several processes share.
 
     Args:
         ranks: those whose gates stay open; none of them: the base alone; None: the whole adapter.
-        weights: of those ranks; None: 1.
+        factors: of the layers; None: their own.
     """
     layers = gated_layers(model)
-    gates = {} if ranks is None else gates_of(model, ranks, weights)
+    gates = {} if ranks is None else gates_of(model, ranks)
 
     def of(micro: MicroBatch) -> tuple[list[float], list[int]]:
         return row_losses(model, micro).double().tolist(), targets(micro["labels"]).sum(1).tolist()
 
-    with scoring_mode(model), torch.no_grad(), gated(layers, gates):
+    with scoring_mode(model), torch.no_grad(), having(layers, factors or {}), gated(layers, gates):
         found = processes.together(batch, of, partial(track, what="measuring"))
     return Losses([loss for rows, _ in found for loss in rows], [count for _, tokens in found for count in tokens])
 
 
-def gates_of(model: PeftModel, ranks: Kept, weights: PerRank | None = None) -> dict[str, Tensor]:
-    """Module → (r,) gates at which these ranks alone are open, at their weights."""
+def gates_of(model: PeftModel, ranks: Kept) -> dict[str, Tensor]:
+    """Module → (r,) gates at which these ranks alone are open."""
     gates = {}
     for name, layer in gated_layers(model).items():
         gates[name] = torch.zeros(len(layer.A), device=layer.A.device)
-        own = ranks.get(name, [])
-        gates[name][own] = torch.tensor(weights[name] if weights and own else [1.0] * len(own)).to(gates[name])
+        gates[name][ranks.get(name, [])] = 1.0
     return gates
 
 
@@ -95,7 +94,7 @@ def point(
     model: PeftModel,
     batch: Sequence[MicroBatch],
     ranks: Kept,
-    weights: PerRank | None = None,
+    factors: Factors | None = None,
     *,
     whole: Losses,
     of: int,
@@ -103,29 +102,30 @@ def point(
     """The cost of a cut on rows that gave no scores; the model stays as it is.
 
     Args:
-        ranks: that stay; weights: theirs, or 1.
+        ranks: that stay.
+        factors: of the layers; None: their own.
         whole: losses of the whole adapter on the same batch.
         of: ranks of the whole adapter, of which shares are.
     """
-    found = losses(model, batch, ranks, weights)
+    found = losses(model, batch, ranks, factors)
     difference, stderr = paired(found.rows, whole.rows, whole.tokens)
     total = sum(map(len, ranks.values()))
     parameters = parameters_of(ranks, rank_parameters(model, ranks))
-    return Point(total / of, total, parameters, found.mean, difference, stderr, ranks, weights)
+    return Point(total / of, total, parameters, found.mean, difference, stderr, ranks, factors)
 
 
-def cut(model: PeftModel, ranks: Kept, weights: PerRank | None = None) -> None:
+def cut(model: PeftModel, ranks: Kept, factors: Factors | None = None) -> None:
     """Takes all other ranks off the adapter; a module that keeps none leaves it. Scalings stay, and PEFT's config says
     what is left.
 
     Args:
-        weights: by which columns of B are multiplied; None: 1.
+        factors: of the layers from then on; None: their own.
     """
-    gates = gates_of(model, ranks, weights)
     for name, layer in gated_layers(model).items():
         index = torch.tensor(ranks.get(name, []), dtype=torch.long, device=layer.A.device)
         if len(index):
-            replace_ranks(layer, layer.A.data[index], layer.B.data[:, index] * gates[name][index])
+            A, B = (factors or {}).get(name, (layer.A.data, layer.B.data))
+            replace_ranks(layer, A[index], B[:, index])
         else:
             remove_layer(model, name)
     sync_config(model)

@@ -17,6 +17,8 @@ from qalora.base.quantized import is_4bit
 from qalora.errors import InputError
 from qalora.kernels.low_rank import LowRank, LowRankLinear, add_low_rank, frozen_forward
 
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # module → its A (r, in) and B (out, r)
+
 
 class GatedLinear(nn.Module, LoraLayer):
     """ALoRA's layer: z = W x + s · B diag(α) A x (arXiv 2403.16187, §3.2).
@@ -153,6 +155,19 @@ def gated(layers: Mapping[str, GatedLinear], gates: Mapping[str, Tensor]) -> Ite
     finally:
         for name in gates:
             layers[name].gate = None
+
+
+@contextmanager
+def having(layers: Mapping[str, GatedLinear], factors: Factors) -> Iterator[None]:
+    """The layers compute with these factors, and with their own again at the end, also after an error."""
+    own = {name: (layers[name].A.data, layers[name].B.data) for name in factors}
+    try:
+        for name, (A, B) in factors.items():
+            layers[name].A.data, layers[name].B.data = A, B
+        yield
+    finally:
+        for name, (A, B) in own.items():
+            layers[name].A.data, layers[name].B.data = A, B
 
 
 @contextmanager

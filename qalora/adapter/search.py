@@ -1,24 +1,26 @@
 """The cut of an adapter: its basis, the order of its ranks and its size, found by rows that gave no scores.
 
 Which order is best depends on how much the scoring rows tell, so every one has its curve on rows that judge. At each
-size the order is taken that costs least with its standard error added, and without a given size the smallest that costs
-nothing. What stays may be reweighted by the scoring rows (refit.py), where the judging rows are the better for it.
+size the order is taken that costs least with its standard error added. What stays is trained on by the scoring rows
+(refit.py), and stays so where the judging rows are the better for it. Without a given size the smallest is taken that
+costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from peft import PeftModel
 
+from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, paired, parameters_of
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
 from qalora.adapter.model import rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
-from qalora.adapter.refit import reweighted
+from qalora.adapter.refit import refitted
 from qalora.adapter.scores import PerRank, check_finite
 from qalora.progress import Bar
 
@@ -36,7 +38,7 @@ class Asked:
         tolerance: nats that it may cost all the same.
         uniform: all modules keep the same number of ranks, as far as they have them.
         orders: that are tried.
-        refit: ranks that stay are reweighted, where that helps.
+        refit: what stays is trained on, where that helps; refit_steps: by that many steps; None: as refit.py says.
     """
 
     size: Size | None = None
@@ -46,6 +48,7 @@ class Asked:
     orders: tuple[Order, ...] = ORDERS
     per: Per = PER
     refit: bool = False
+    refit_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,14 @@ class Choice:
     """
     Attributes:
         order: the one that won.
-        plain: a point of its curve; refitted: that with its ranks reweighted; None: this was not tried.
+        plain: a point of its curve; refitted: that trained on; None: this was not tried.
+        point: which of both is taken.
     """
 
     order: Order
     plain: Point
-    refitted: Point | None = None
-
-    @property
-    def point(self) -> Point:
-        """Of both the one of the lower bound."""
-        return min(filter(None, (self.plain, self.refitted)), key=lambda point: point.bound)
+    refitted: Point | None
+    point: Point
 
 
 @dataclass(frozen=True)
@@ -132,46 +132,62 @@ def _find_cut(
         bar.advance()
         return found
 
-    def refitted(found: Point) -> Point:
-        if found.kept == everything:
-            return found  # nothing left that could be made up for
-        weights = reweighted(model, scoring, found.kept)
-        return point(model, judging, found.kept, weights, whole=whole, of=total)
+    def trained_on(found: Point) -> Point:
+        train = partial(refitted, model, scoring, found.kept, asked.refit_steps)
+        return point(model, judging, found.kept, processes.from_first(train), whole=whole, of=total)
 
-    refit = refitted if asked.refit else None
+    refit = trained_on if asked.refit else None
     if asked.size is None:
         curves = {order: _descended(partial(measure, order), sizes, asked.tolerance) for order in orders}
-        chosen = smallest(curves, asked.tolerance, refit) or Choice(next(iter(orders)), start)
+        chosen = smallest(curves, asked.tolerance, refit) or Choice(next(iter(orders)), start, None, start)
     else:
         at_size = {order: measure(order, asked.size) for order in orders}
-        chosen = best_of(at_size, refit)
-        others = _descended(partial(measure, chosen.order), sizes, asked.tolerance)
+        order, plain = best_of(at_size)
+        again = refit(plain) if refit and plain.kept != everything else None  # else there is nothing to make up for
+        chosen = Choice(order, plain, again, lowest(plain, again))
+        others = _descended(partial(measure, order), sizes, asked.tolerance)
         curves = {order: [found] for order, found in at_size.items()}
-        curves[chosen.order] += [found for found in others if found.kept != chosen.plain.kept]
+        curves[order] += [found for found in others if found.kept != plain.kept]
     curves = {order: sorted([start, *points], key=lambda found: -found.ranks) for order, points in curves.items()}
     return Cut(asked.basis, chosen, curves, whole, base)
-
-
-def best_of(points: Mapping[Order, Point], refit: Callable[[Point], Point] | None) -> Choice:
-    """Of cuts of one size, by order, the one of the lowest bound, and it reweighted."""
-    order = min(points, key=lambda order: points[order].bound)
-    return Choice(order, points[order], refit(points[order]) if refit else None)
 
 
 def smallest(
     curves: Mapping[Order, Sequence[Point]], tolerance: float, refit: Callable[[Point], Point] | None
 ) -> Choice | None:
-    """The choice of fewest ranks whose loss `holds`; None: there is none.
+    """The choice of fewest ranks that `holds`; None: there is none. From the smallest cut that holds as it is, cuts are
+    trained on, down to the last that holds so.
 
     Args:
         tolerance: nats that the loss may be above the whole adapter's.
     """
-    for count in sorted({each.ranks for points in curves.values() for each in points}):
-        at = {order: each for order, points in curves.items() for each in points if each.ranks == count}
-        found = best_of(at, refit)
-        if found.point.holds(tolerance):
-            return found
-    return None
+    falling = [best_of(points) for points in _by_size(curves)]
+    held = [index for index, (_, plain) in enumerate(falling) if plain.holds(tolerance)]
+    found = None
+    for order, plain in falling[held[-1] if held else 0 :]:
+        again = refit(plain) if refit else None
+        holding = [each for each in (plain, again) if each and each.holds(tolerance)]
+        if not holding:
+            break
+        found = Choice(order, plain, again, lowest(*holding))
+    return found
+
+
+def best_of(points: Mapping[Order, Point]) -> tuple[Order, Point]:
+    """Of cuts of one size, by order, the one of the lowest bound."""
+    order = min(points, key=lambda order: points[order].bound)
+    return order, points[order]
+
+
+def lowest(*points: Point | None) -> Point:
+    """The point of the lowest bound."""
+    return min(filter(None, points), key=lambda point: point.bound)
+
+
+def _by_size(curves: Mapping[Order, Sequence[Point]]) -> Iterator[dict[Order, Point]]:
+    """The points of each size, by order, the largest first."""
+    for count in sorted({each.ranks for points in curves.values() for each in points}, reverse=True):
+        yield {order: each for order, points in curves.items() for each in points if each.ranks == count}
 
 
 def cut_by_values(model: PeftModel, asked: Asked) -> Kept:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from qalora.adapter.compression import Point, paired
 from qalora.adapter.cutting import Losses, cut, losses
 from qalora.adapter.model import ADAPTER, gated_layers, ranks, sync_config, write_adapter
 from qalora.adapter.provenance import read_provenance
-from qalora.adapter.refit import train_where_it_helps
 from qalora.adapter.saved import SavedAdapter
 from qalora.adapter.search import Asked, Cut, cut_by_values, find_cut
 from qalora.adapter.surgery import replace_ranks
@@ -36,7 +35,11 @@ from qalora.results.facts import run_of
 
 @dataclass(frozen=True)
 class Rows:
-    """Attributes: scoring: micro-batches that order the ranks; judging: others, that say what a cut costs."""
+    """
+    Attributes:
+        scoring: micro-batches that order the ranks and train what stays.
+        judging: others, that say what a cut costs.
+    """
 
     scoring: Sequence[MicroBatch]
     judging: Sequence[MicroBatch]
@@ -47,14 +50,12 @@ def cut_model(
     asked: Asked,
     rows: Rows | None,
     *,
-    train_steps: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Cuts the model's adapter in place, and measures what will be written.
 
     Args:
         rows: None: singular values alone decide, and nothing is measured.
-        train_steps: of training what is kept on the rows that order, where that helps.
         dtype: of the file that it is for, to which weights are rounded.
 
     Returns:
@@ -70,13 +71,7 @@ def cut_model(
         report |= report_of(found)
         report["whole"]["loss"] = found.whole.mean
         chosen = processes.from_first(lambda: found.chosen.point)
-        cut(model, chosen.kept, chosen.weights)
-        if train_steps is not None:
-            change = train_where_it_helps(model, rows.scoring, rows.judging, train_steps)
-            report["training"] = {
-                "steps": train_steps,
-                **_correction(change.before.mean, change.after.mean, change.helped),
-            }
+        cut(model, chosen.kept, chosen.factors)
     if asked.uniform:
         to_one_rank(model)
     round_weights(model, dtype)
@@ -86,17 +81,15 @@ def cut_model(
     return {**report, "ranks": ranks(model)}
 
 
-def _correction(before: float, after: float, helped: bool) -> dict[str, Any]:
-    return {"loss_before": before, "loss_after": after, "helped": helped}
-
-
 def report_of(found: Cut) -> dict[str, Any]:
     """What compress.json says of a search, but for what was kept in the end."""
     gain, stderr = found.gain
     chosen, refit = found.chosen, {}
     if chosen.refitted:
         stays = chosen.point is chosen.refitted
-        refit = {"refit": _correction(chosen.plain.loss, chosen.refitted.loss, stays)}
+        refit = {
+            "refit": {"loss_before": chosen.plain.loss, "loss_after": chosen.refitted.loss, "helped": stays},
+        }
     return {
         "basis": found.basis,
         "order": chosen.order,
@@ -242,4 +235,4 @@ def draw(report: Mapping[str, Any], start: Mapping[str, int], file: Path) -> Non
 
 
 def _figures(point: Point) -> dict[str, float]:
-    return {name: value for name, value in asdict(point).items() if name not in ("kept", "weights")}
+    return {name: getattr(point, name) for name in ("share", "ranks", "parameters", "loss", "difference", "stderr")}

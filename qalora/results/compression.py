@@ -44,7 +44,7 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
         size,
         f"loss {kept['loss']:.4f}, of the whole adapter {whole['loss']:.4f}, of the base {report['base_loss']:.4f}: "
         f"{kept['difference']:+.4f} ± {kept['stderr']:.4f} nats per token from the whole, on {judged['rows']:,} rows "
-        "that ordered no ranks",
+        "that only judge",
         f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
     ]
     if kept["stderr"] > COARSE:
@@ -53,17 +53,14 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
             "judge finer"
         )
     if refit := report.get("refit"):
-        lines.append(f"new weights of the ranks that stay took {_change(refit)}")
-    if training := report.get("training"):
-        lines.append(f"{training['steps']} steps of training took {_change(training)}")
+        stays = "and stay" if refit["helped"] else "so they were taken back"
+        lines.append(
+            "a few steps of training on the rows that ordered took the loss of what was kept from "
+            f"{refit['loss_before']:.4f} to {refit['loss_after']:.4f}, {stays}"
+        )
     if report["whole_hurts"]:
         lines.append(
             f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f} ± "
             f"{report['gain_stderr']:.4f} nats per token better; are they rows that it was trained for?"
         )
     return lines
-
-
-def _change(correction: Mapping[str, Any]) -> str:
-    stays = "and stay" if correction["helped"] else "so they were taken back"
-    return f"the loss from {correction['loss_before']:.4f} to {correction['loss_after']:.4f}, {stays}"

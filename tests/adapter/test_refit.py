@@ -1,6 +1,8 @@
-"""New weights against labels that the adapter itself drew, and steps against torch's own loop."""
+"""Training on after a cut, against the cut adapter trained by torch's own loop."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,83 +10,91 @@ import torch
 from qalora.adapter import refit
 from qalora.adapter.cutting import cut, losses
 from qalora.adapter.model import gated_layers, ranks
-from qalora.adapter.refit import _change, reweighted, train_steps, train_where_it_helps
+from qalora.adapter.principal import into_basis
+from qalora.adapter.refit import grouped, refitted, size_of_entries
+
+
+@pytest.fixture
+def some(tiny_adapter):
+    """() → an adapter in its principal basis, and ranks of it that stay: none of one module, one of another, and all of
+    the others."""
+
+    def make():
+        model = tiny_adapter(r=2).eval()
+        into_basis(model, "svd")
+        stay = {name: [0, 1] for name in ranks(model)}
+        first, second = list(stay)[:2]
+        del stay[first]
+        stay[second] = [1]
+        return model, stay
+
+    return make
 
 
 @pytest.fixture
 def batches(make_batch):
-    return [make_batch(rows=6, seed=1)], [make_batch(rows=6, seed=2)]
+    return [make_batch(rows=5, seed=1), make_batch(rows=5, seed=2)]
 
 
-def test_steps_are_adamws(tiny_adapter, batches):
-    ours, theirs = tiny_adapter(r=2).eval(), tiny_adapter(r=2).eval()
-    train_steps(ours, batches[0], 3, rate=1e-2)
+def test_it_is_the_cut_adapter_trained_by_adamw(some, batches):
+    """Gates that are closed to ranks, on the whole adapter, are as good as no such ranks: the same steps."""
+    model, stay = some()
+    before = {name: (layer.A.clone(), layer.B.clone()) for name, layer in gated_layers(model).items()}
+    factors = refitted(model, batches, stay, 3)
+    for name, layer in gated_layers(model).items():  # the model is as it was
+        assert torch.equal(layer.A, before[name][0]) and torch.equal(layer.B, before[name][1])
+        assert layer.gate is None and layer.A.requires_grad
+    held = losses(model, batches, stay, factors)
+    cut(model, stay, factors)
+    assert losses(model, batches).rows == pytest.approx(held.rows, rel=1e-5)
+
+    theirs, stay = some()
+    entries = torch.cat(
+        [part.flatten() for name, own in stay.items() for part in (before[name][0][own], before[name][1][:, own])]
+    )
+    rate = refit.RATE * entries.square().mean().sqrt().item()
+    cut(theirs, stay)
     trained = [p for p in theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-    for step in range(3):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 3)
-        theirs(**batches[0][0]).loss.backward()
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    (step,) = grouped(batches)  # of two times five rows, for a step has eight at least
+    for index in range(3):
+        optimizer.param_groups[0]["lr"] = rate * (1 - index / 3)
+        tokens = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in step)
+        for micro in step:
+            own = int((micro["labels"][:, 1:] != -100).sum())
+            (theirs(**micro).loss * own / tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for mine, other in zip(gated_layers(ours).values(), gated_layers(theirs).values(), strict=True):
-        torch.testing.assert_close(mine.B, other.B, rtol=1e-3, atol=1e-4)
+    ours = gated_layers(model)
+    for name, layer in gated_layers(theirs).items():
+        torch.testing.assert_close(layer.A, ours[name].A, rtol=1e-3, atol=1e-2 * rate)
+        torch.testing.assert_close(layer.B, ours[name].B, rtol=1e-3, atol=1e-2 * rate)
 
 
-def test_reweighting_gives_a_rank_back_the_size_that_it_should_have(tiny_adapter, make_batch):
-    """Labels are drawn from the adapter itself; then one rank is made half as large, and goes most of the way back."""
-    model = tiny_adapter(r=1, targets=["down_proj"]).eval()
-    batch = make_batch(rows=24, tokens=16, seed=1)
-    layers = gated_layers(model)
-    for layer in layers.values():
-        layer.B.data.mul_(6)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    drawn = torch.distributions.Categorical(logits=logits).sample()
-    batch["labels"][:, 1:] = torch.where(batch["labels"][:, 1:] == -100, -100, drawn[:, :-1])
-    name = list(layers)[-1]
-    whole = losses(model, [batch]).mean
-    layers[name].B.data.mul_(0.5)
-    halved, before = losses(model, [batch]).mean, {n: layer.B.data.clone() for n, layer in layers.items()}
-    every = {n: [0] for n in layers}
-    found = reweighted(model, [batch], every)
-    assert all(torch.equal(layers[n].B, before[n]) for n in layers)
-    assert 1.2 < found[name][0] <= 2.0
-    after = losses(model, [batch], every, found).mean
-    assert after < halved - 0.5 * (halved - whole)
-    cut(model, every, found)
-    assert losses(model, [batch]).mean == pytest.approx(after, rel=1e-6)
+def test_two_passes_lower_the_loss_of_their_rows(some, batches):
+    model, stay = some()
+    factors = refitted(model, batches, stay)
+    assert losses(model, batches, stay, factors).mean < losses(model, batches, stay).mean
 
 
-def test_ranks_that_left_have_no_weight(tiny_adapter, batches):
-    model = tiny_adapter(r=2).eval()
-    first, second = list(ranks(model))[:2]
-    found = reweighted(model, batches[0], {first: [1], second: [0, 1]})
-    assert {name: len(weights) for name, weights in found.items()} == {first: 1, second: 2}
-    cut(model, {first: [1], second: [0, 1]})
-    again = reweighted(model, batches[0], {first: [0], second: [0, 1]})
-    assert found == {name: pytest.approx(weights, rel=1e-3) for name, weights in again.items()}
+def test_steps_have_eight_rows_or_more(make_batch):
+    batch = [make_batch(rows=rows, seed=rows) for rows in (1, 2, 3, 4, 5, 6, 7)]
+    found = grouped(batch)
+    sizes = [sum(len(micro["labels"]) for micro in step) for step in found]
+    assert all(size >= 8 for size in sizes[:-1])
+    assert sorted(len(micro["labels"]) for step in found for micro in step) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_what_rows_do_not_agree_on_stays():
-    rows = torch.tensor([[1.0, 1.0, 2.0], [1.0, -1.0, -1.0], [1.0, 0.1, -1.0]], dtype=torch.float64)
-    change = _change(rows)
-    assert change[0] == pytest.approx(-(1 - 3 / 9) * 3 / 3)
-    assert change[1] == change[2] == 0
+def test_an_error_leaves_the_factors_as_they_were(some, batches, monkeypatch):
+    model, stay = some()
+    before = {name: layer.B.clone() for name, layer in gated_layers(model).items()}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        refitted(model, batches, stay, 2)
+    assert all(torch.equal(layer.B, before[name]) for name, layer in gated_layers(model).items())
 
 
-def test_training_that_does_not_help_is_taken_back(tiny_adapter, batches, monkeypatch):
-    model = tiny_adapter(r=2).eval()
-    for layer in gated_layers(model).values():
-        layer.B.data.zero_()
-    before = losses(model, batches[1]).mean
-    torch.manual_seed(0)
-    monkeypatch.setattr(
-        refit, "train_steps", lambda *args: [layer.B.data.normal_() for layer in gated_layers(model).values()]
-    )
-    found = train_where_it_helps(model, *batches, 2)
-    assert not found.helped
-    assert found.after.mean > found.before.mean == before
-    assert losses(model, batches[1]).mean == before
+def test_size_of_entries():
+    factors = {"m": (torch.tensor([[3.0, 4.0], [100.0, 100.0]]), torch.tensor([[1.0, 100.0], [2.0, 100.0]]))}
+    assert size_of_entries(factors, {"m": [0]}) == pytest.approx(math.sqrt((9 + 16 + 1 + 4) / 4))

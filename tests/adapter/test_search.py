@@ -16,14 +16,15 @@ def made_up(monkeypatch):
     number of ranks; the standard error is 0.01."""
 
     def run(costs, asked, gain=0.0):
+        """gain: what training on takes off the difference."""
         measured = []
         orders = {order: {"m": [float(100 - rank) for rank in range(100)]} for order in costs}
 
-        def point(model, judging, kept: Kept, weights=None, *, whole, of):
+        def point(model, judging, kept: Kept, factors=None, *, whole, of):
             count = len(kept["m"])
-            measured.append(count if weights is None else -count)
-            difference = current["cost"](count) - (0 if weights is None else gain)
-            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, kept, weights)
+            measured.append(count if factors is None else -count)
+            difference = current["cost"](count) - (0 if factors is None else gain)
+            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, kept, factors)
 
         current = {}
 
@@ -38,7 +39,7 @@ def made_up(monkeypatch):
         monkeypatch.setattr(search, "losses", lambda *args: Losses([1.0, 1.0], [1, 1]))
         monkeypatch.setattr(search, "rank_parameters", lambda *args: {"m": 10})
         monkeypatch.setattr(search, "point", point)
-        monkeypatch.setattr(search, "reweighted", lambda model, batch, kept: {"m": [1.0] * len(kept["m"])})
+        monkeypatch.setattr(search, "refitted", lambda *args: {"m": args})
         return find_cut(None, [], [], asked), measured
 
     return run
@@ -51,15 +52,26 @@ def test_the_order_that_cuts_deepest_wins_and_curves_end_where_they_cost(made_up
     assert measured == [75, 50, 25, 12, 6, 75, 50, 25]  # two failures in a row are enough
 
 
-def test_new_weights_may_hold_where_the_cut_alone_does_not(made_up):
-    costs = {"path": lambda n: 0.01 if n >= 25 else 1.0}
-    found, measured = made_up(costs, Asked(refit=True), gain=0.02)
-    assert measured[5:] == [-6, -12, -25]  # the smallest first
+def test_training_on_goes_down_from_the_smallest_that_holds_for_as_long_as_that_holds(made_up):
+    costs = {"path": lambda n: 0.0 if n >= 50 else 0.01 if n >= 25 else 1.0}
+    found, measured = made_up(costs, Asked(refit=True, refit_steps=7), gain=0.02)
+    assert measured == [75, 50, 25, 12, 6, -50, -25, -12]
     assert (found.chosen.point.ranks, found.chosen.point.difference) == (25, pytest.approx(-0.01))
     assert found.chosen.point is found.chosen.refitted and found.chosen.plain.difference == 0.01
-    assert made_up(costs, Asked(), gain=0.02)[0].chosen.point.ranks == 100
-    worse, _ = made_up(costs, Asked(Size(ranks=50), refit=True), gain=-0.02)
-    assert worse.chosen.point is worse.chosen.plain
+    assert found.chosen.point.factors["m"][-2:] == (found.chosen.plain.kept, 7)
+    assert made_up(costs, Asked(), gain=0.02)[0].chosen.point.ranks == 50
+    nowhere, measured = made_up({"path": lambda n: 0.03}, Asked(refit=True), gain=0.02)
+    assert nowhere.chosen.point.ranks == 100
+    assert measured[6:] == [-75]
+
+
+def test_training_on_that_does_not_help_is_left(made_up):
+    given, _ = made_up({"path": lambda n: 0.01}, Asked(Size(ranks=50), refit=True), gain=-0.02)
+    assert given.chosen.point is given.chosen.plain
+    deepest, _ = made_up({"path": lambda n: 0.0 if n >= 50 else 1.0}, Asked(refit=True), gain=-0.02)
+    assert (deepest.chosen.point.ranks, deepest.chosen.point) == (50, deepest.chosen.plain)
+    whole, _ = made_up({"path": lambda n: 0.0}, Asked(Size(ranks=100), refit=True), gain=0.02)
+    assert whole.chosen.refitted is None  # nothing left that could be made up for
 
 
 def test_of_two_orders_that_cut_as_deep_the_better_wins(made_up):

@@ -38,11 +38,11 @@ def test_without_rows_nobody_knows_the_cost(report):
 def test_an_adapter_that_hurts_and_corrections_are_said(report):
     report |= {"whole_hurts": True, "gain": -0.2}
     report["refit"] = {"loss_before": 1.33, "loss_after": 1.34, "helped": False}
-    report["training"] = {"steps": 6, "loss_before": 1.33, "loss_after": 1.31, "helped": True}
+    training = "a few steps of training on the rows that ordered took the loss of what was kept from 1.3300 to"
     lines = in_sentences(report)
-    taken_back = "new weights of the ranks that stay took the loss from 1.3300 to 1.3400, so they were taken back"
-    assert taken_back in lines
-    assert "6 steps of training took the loss from 1.3300 to 1.3100, and stay" in lines
+    assert f"{training} 1.3400, so they were taken back" in lines
+    report["refit"] = {"loss_before": 1.33, "loss_after": 1.31, "helped": True}
+    assert f"{training} 1.3100, and stay" in in_sentences(report)
     assert "the base alone is 0.2000 ± 0.0500 nats per token better" in lines[-1]
 
 
