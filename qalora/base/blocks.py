@@ -132,7 +132,7 @@ def _granite4(fields: Fields, layer: int) -> Block:
     d, ff = fields["hidden_size"], fields["shared_intermediate_size"]
     block = decoder_block(fields)
     attention = tuple(layer for layer in block.linear if layer[0].startswith("self_attn."))
-    return Block((*attention, ("shared_mlp.input_linear", d, 2 * ff), ("shared_mlp.output_linear", ff, d)), block.other)
+    return Block((("shared_mlp.input_linear", d, 2 * ff), ("shared_mlp.output_linear", ff, d), *attention), block.other)
 
 
 def _kind(fields: Fields, layer: int, *, every: int) -> str:
