@@ -64,8 +64,8 @@ class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
 
     def _strings(self, at: int, count: int) -> tuple[int, list[Array]]:
         """(Where a list of strings ends, the length and the bytes of each)."""
-        data, parts = self._data, []
-        mapped = memoryview(data)
+        data, mapped = self._data, memoryview(self._data)
+        parts: list[Array] = []
         for _ in range(count):
             start = at + LENGTH.size
             end = start + LENGTH.unpack_from(mapped, at)[0]
