@@ -64,7 +64,7 @@ class GGUFReader(gguf.GGUFReader):  # type: ignore[misc]
 
     def _strings(self, at: int, count: int) -> tuple[int, list[Array]]:
         """(Where a list of strings ends, the length and the bytes of each)."""
-        data, mapped = self._data, memoryview(self._data)
+        data, mapped = self._data, self._data.data
         parts: list[Array] = []
         for _ in range(count):
             start = at + LENGTH.size
