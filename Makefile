@@ -12,8 +12,9 @@ demo: $(VENV)/.installed        ## quickstart: load, train, allocate, evaluate b
 	$(PY) -m qalora.generate --model smollm2-135m --adapter outputs/quickstart/adapter --max-new-tokens 32 \
 		--prompt "Please send Mara 3 red mugs to Oslo by Friday."
 
+# Where Python may keep no compiled modules, each of the suite's processes would compile all of them anew.
 test: $(VENV)/.installed        ## the whole test suite, no network, no GPU; one torch thread a worker
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed        ## ruff and mypy
 	$(VENV)/bin/ruff check .

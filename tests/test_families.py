@@ -480,6 +480,10 @@ def test_a_step_is_planned(case, live_bytes):
             "type granitemoehybrid, a mixture of experts",
         ),
         (dict(model_type="granitemoehybrid", layer_types=["mamba", "attention"]), "type granitemoehybrid, a state-sp"),
+        (
+            dict(model_type="granitemoehybrid", layer_types=["linear_attention", "full_attention"]),
+            "type granitemoehybrid, a state-space model",
+        ),
         (dict(model_type="granitemoehybrid"), "type granitemoehybrid, a state-space model"),
         (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
         (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),

@@ -42,7 +42,7 @@ class Layout:
     biased_output: bool = True
 
 
-# model_type → its layout. Those of Qwen3.5 and Gemma 4 differ from block to block.
+# model_type → its layout. Those of Qwen3.5 and Gemma 4 differ from block to block. Granite 4 is the dense one.
 LAYOUTS = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen3", "smollm3", "granite", "ministral", "ministral3", "gemma3_text", "olmo2", "olmo3"),
@@ -53,6 +53,7 @@ LAYOUTS = {
     "glm4": Layout(fused_mlp=True, biased_output=False),
     "qwen3_5_text": Layout(),
     "gemma4_text": Layout(),
+    "granitemoehybrid": Layout(),
 }
 
 
@@ -62,7 +63,7 @@ def blocks_of(fields: Fields) -> tuple[Block, ...]:
     Args:
         fields: of a config whose model_type is one of LAYOUTS, none left out.
     """
-    kinds = {"qwen3_5_text": _qwen3_5, "gemma4_text": _gemma4}
+    kinds = {"qwen3_5_text": _qwen3_5, "gemma4_text": _gemma4, "granitemoehybrid": _granite4}
     build = kinds.get(fields["model_type"], lambda fields, layer: decoder_block(fields))
     return tuple(build(fields, layer) for layer in range(fields["num_hidden_layers"]))
 
@@ -124,6 +125,14 @@ def _gemma4(fields: Fields, layer: int) -> Block:
         return block
     per_layer = (("per_layer_input_gate", d, inputs), ("per_layer_projection", inputs, d))
     return Block((*block.linear, *per_layer), block.other + d)
+
+
+def _granite4(fields: Fields, layer: int) -> Block:
+    """Its MLP is the one that experts would share."""
+    d, ff = fields["hidden_size"], fields["shared_intermediate_size"]
+    block = decoder_block(fields)
+    attention = tuple(layer for layer in block.linear if layer[0].startswith("self_attn."))
+    return Block((("shared_mlp.input_linear", d, 2 * ff), ("shared_mlp.output_linear", ff, d), *attention), block.other)
 
 
 def _kind(fields: Fields, layer: int, *, every: int) -> str:

@@ -290,7 +290,7 @@ REFUSED = {
     )
     for name in names.split()
 }
-HYBRID = ("mamba",)  # kinds of blocks of Granite 4 where config.json names none
+HYBRID = "granitemoehybrid"  # Granite 4: state spaces where config.json names no kinds of blocks
 # Fields of config.json that count experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -302,7 +302,8 @@ def refusal(fields: Mapping[str, Any]) -> tuple[str, str] | None:
         return REFUSED[str(model_type)]
     if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in EXPERT_COUNTS):
         return EXPERTS
-    if "mamba" in (fields.get("layer_types") or (HYBRID if model_type == "granitemoehybrid" else ())):
+    kinds = fields.get("layer_types") or (["mamba"] if model_type == HYBRID else [])
+    if "mamba" in kinds or (model_type == HYBRID and "linear_attention" in kinds):  # which transformers 5 saves for it
         return STATE_SPACE
     if fields.get("is_encoder_decoder"):
         return TWO_STACKS

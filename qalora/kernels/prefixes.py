@@ -91,7 +91,8 @@ def final_hidden(
     """
     shared = None
     if (
-        input_ids is not None
+        (layout is None or layout.shared is not None)
+        and input_ids is not None
         and attention_mask is not None
         and attention_mask.ndim == 2
         and OWN_STATES.isdisjoint(name for name, value in options.items() if value is not None)

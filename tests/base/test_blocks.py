@@ -28,6 +28,8 @@ TINY = {
         {"model_type": "gemma4_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1, "head_dim": 16},
         {"model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
          "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {"model_type": "granitemoehybrid", "attention_bias": True, "layer_types": ["attention"] * 2,
+         "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 80},
         {"model_type": "cohere2"},  # no formula is kept for it
         {"model_type": "exaone4"},
     ],

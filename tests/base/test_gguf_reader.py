@@ -8,7 +8,7 @@ import pytest
 
 from qalora.base import gguf_reader
 from qalora.base.checkpoint import open_checkpoint
-from qalora.base.gguf_reader import GGUFReader, check_tokenizer, fast_gguf, open_gguf
+from qalora.base.gguf_reader import GGUFReader, check_tokenizer, fast_gguf, open_gguf, open_shards
 from qalora.base.loading import load_tokenizer
 from qalora.base.registry import resolve
 from qalora.errors import InputError
@@ -25,6 +25,9 @@ def file(tmp_path):
     writer.add_token_scores([0.5, -1.0, 2.0, 3.0])
     writer.add_token_types([1, 1, 1, 3])
     writer.add_add_bos_token(True)
+    writer.add_array("nothing", [])
+    writer.add_array("lists", [[1, 2], [3, 4]])
+    writer.add_array("yes_and_no", [True, False])
     writer.add_tensor("token_embd.weight", np.arange(24, dtype=np.float32).reshape(4, 6))
     writer.add_tensor("output_norm.weight", np.full(6, 0.5, dtype=np.float16))
     writer.write_header_to_file()
@@ -36,6 +39,7 @@ def file(tmp_path):
 
 def test_it_reads_what_the_library_reads(file):
     ours, theirs = GGUFReader(str(file)), LIBRARY(str(file))
+    assert [as_plain(field) for field in ours.fields.values()] == [as_plain(field) for field in theirs.fields.values()]
     assert {key: field.contents() for key, field in ours.fields.items()} == {
         key: field.contents() for key, field in theirs.fields.items()
     }
@@ -43,6 +47,19 @@ def test_it_reads_what_the_library_reads(file):
     assert [(t.name, t.tensor_type, t.data_offset, t.data.tolist()) for t in ours.tensors] == [
         (t.name, t.tensor_type, t.data_offset, t.data.tolist()) for t in theirs.tensors
     ]
+
+
+def as_plain(field):
+    parts = [(part.dtype, part.tolist()) for part in field.parts]
+    return field.offset, field.name, parts, list(field.data), field.types
+
+
+def test_a_list_that_the_file_ends_in_is_an_error(file):
+    content = file.read_bytes()
+    for found in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.scores"):
+        file.write_bytes(content[: content.index(found) + len(found) + 30])
+        with pytest.raises(InputError, match="not a GGUF file of a LLaMA-class model"):
+            open_shards(file)
 
 
 def test_its_strings_are_plain_arrays(file):

