@@ -109,6 +109,7 @@ NOT_IN_GGUF: dict[str, tuple[str, dict]] = {
         "windows in 2 blocks: llama.cpp has windows where there are 64",
         dict(sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 2),
     ),
+    "arcee": ("a bias of down_proj: llama.cpp has none there", dict(mlp_bias=False)),
     "cohere": ("use_qk_norm=true and 2 blocks: llama.cpp has such norms from 64 blocks on", dict(use_qk_norm=False)),
 }
 # Of the others transformers reads no GGUF file, or leaves out what the quirks are.
@@ -481,6 +482,8 @@ def test_a_step_is_planned(case, live_bytes):
         ),
         (dict(model_type="granitemoehybrid", layer_types=["mamba", "attention"]), "type granitemoehybrid, a state-sp"),
         (dict(model_type="granitemoehybrid"), "type granitemoehybrid, a state-space model"),
+        # as transformers 5 writes it
+        (dict(model_type="granitemoehybrid", layer_types=["linear_attention"] * 2), "type granitemoehybrid, a state-sp"),
         (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
         (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),
         (dict(model_type="gpt_oss"), "type gpt_oss, a mixture of experts"),
