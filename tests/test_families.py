@@ -430,13 +430,29 @@ WIDE = dict(
     max_position_embeddings=512,
 )  # fmt: skip
 STEPS = [
-    ("float32", True, None), ("float32", False, None), ("float32", "selective", None), ("float32", True, 64),
-    ("bfloat16", True, None),
+    ("float32", True, None, "one"), ("float32", False, None, "one"), ("float32", "selective", None, "packed"),
+    ("float32", True, 64, "one"), ("bfloat16", True, None, "one"), ("float32", False, None, "alike"),
 ]  # fmt: skip
 
 
+def planned_rows(kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """(256 tokens as one row, as three packed ones, or as four that begin alike, what the plan is told of them)."""
+    ids = torch.randint(2, 64, (1, 256))
+    if kind == "alike":  # by so little that hardly a state is saved, and attention gathers all of them
+        ids = ids.view(4, 64)
+        ids[1:, :3] = ids[0, :3]
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, dict(
+            seq_len=64, micro_batch_size=4
+        )
+    batch, told = {"input_ids": ids, "labels": ids}, dict(seq_len=256, packed=kind == "packed")
+    if kind == "packed":
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in (100, 90, 66)])[None]
+    return batch, told
+
+
 def test_a_step_is_planned(case, live_bytes):
-    """Within 5 % of the tensors alive, of what is kept and of the worst moment."""
+    """Within 5 % of the tensors alive, of what is kept and of the worst moment. That prefixes are shared is not planned,
+    and takes no more."""
     assert bool(said_of_family(shape_of(resolve(str(case.folder))))) != (case.name in FAMILIES)
     if case.name not in FAMILIES:
         return
@@ -447,8 +463,10 @@ def test_a_step_is_planned(case, live_bytes):
         quirks["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
     fields = COMMON | WIDE | quirks | dict(num_hidden_layers=layers)
     config, models = CONFIG_MAPPING[case.name](vocab_size=64, pad_token_id=0, eos_token_id=1, **fields), {}
-    ids = torch.randint(2, 64, (1, 256))
-    for dtype, kept, tile in STEPS:
+    for dtype, kept, tile, rows in STEPS:
+        if rows == "alike" and (case.record.across_rows or case.record.eager):
+            continue
+        batch, told = planned_rows("one" if case.record.across_rows else rows)
         if dtype not in models:
             base = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(case))
             base = base.requires_grad_(False).to(getattr(torch, dtype))
@@ -460,14 +478,15 @@ def test_a_step_is_planned(case, live_bytes):
         set_checkpointing(models[dtype], kept)
         set_mlp_tile(models[dtype], tile)
         with live_bytes() as live:
-            summed_loss(models[dtype], {"input_ids": ids, "labels": ids}).backward()
+            summed_loss(models[dtype], batch).backward()
         terms = plan_memory(
-            ModelShape.from_config(config.to_dict()), seq_len=256, gradient_checkpointing=kept, mlp_tile=tile,
-            compute_dtype=dtype, device="cpu",
+            ModelShape.from_config(config.to_dict()), gradient_checkpointing=kept, mlp_tile=tile, compute_dtype=dtype,
+            device="cpu", **told,
         ).terms  # fmt: skip
         names = (*KEPT, "block working set", "attention's backward beyond it", "loss beyond it")
         planned = sum(terms.get(name, 0) for name in names)
-        assert planned == pytest.approx(live.peak, rel=0.05), (dtype, kept, tile)
+        most = 1.15 if rows == "alike" else 1.05
+        assert 0.95 < planned / live.peak < most, (dtype, kept, tile, rows)
 
 
 # -------------------------------------------------------------------------------------- what cannot be trained, by name
@@ -482,8 +501,7 @@ def test_a_step_is_planned(case, live_bytes):
         ),
         (dict(model_type="granitemoehybrid", layer_types=["mamba", "attention"]), "type granitemoehybrid, a state-sp"),
         (dict(model_type="granitemoehybrid"), "type granitemoehybrid, a state-space model"),
-        # as transformers 5 writes it
-        (dict(model_type="granitemoehybrid", layer_types=["linear_attention"] * 2), "type granitemoehybrid, a state-sp"),
+        (dict(model_type="granitemoehybrid", layer_types=["linear_attention"]), "type granitemoehybrid, a state-space"),
         (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
         (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),
         (dict(model_type="gpt_oss"), "type gpt_oss, a mixture of experts"),
