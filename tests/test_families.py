@@ -451,8 +451,8 @@ def planned_rows(kind: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def test_a_step_is_planned(case, live_bytes):
-    """Within 5 % of the tensors alive, of what is kept and of the worst moment. That prefixes are shared is not planned,
-    and takes no more."""
+    """Within 5 % of the tensors alive, of what is kept and of the worst moment. Shared prefixes are not planned for,
+    and take no more."""
     assert bool(said_of_family(shape_of(resolve(str(case.folder))))) != (case.name in FAMILIES)
     if case.name not in FAMILIES:
         return
