@@ -379,6 +379,23 @@ def test_gguf_is_read_back_or_refused_by_name(case, request, tmp_path):
     assert shape.linear_maps() == shape_of(source).linear_maps()
 
 
+def test_granite_4_that_rotates_nothing_is_merged_into_gguf_and_read_back(save_tiny, tmp_path):
+    quirks = COMMON | QUIRKS["granitemoehybrid"] | dict(position_embedding_type=None, attention_bias=True)
+    source = resolve(str(save_tiny(tmp_path / "base", "granitemoehybrid", **quirks)))
+    model = attach(load_base(source, dtype="float32").model, r=2, alpha=4).eval()
+    for layer in gated_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    given = dict(quantization=NF4, format="gguf", gguf_type="f32")
+    assert merge(source, tmp_path / "adapter", tmp_path / "out", **given)["position_difference"] == 0
+    read = load_base(
+        tmp_path / "out" / "model.gguf", load_in_4bit=False, dtype="float32", tokenizer=load_tokenizer(source)
+    )
+    ids = torch.arange(2, 26)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read.model(ids).logits, model(input_ids=ids).logits, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 def test_llama_cpp_computes_what_transformers_does(case, request, tmp_path):
     """From the merge as one file, and from the base with the adapter beside it."""
