@@ -34,6 +34,7 @@ from qalora.deploy.merging import merge
 from qalora.errors import InputError
 from qalora.kernels import prefixes
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.layout import prepared
 from qalora.kernels.loss import summed_loss
 from qalora.memory import KEPT, plan_memory
 
@@ -532,6 +533,9 @@ def test_a_step_is_planned(case, live_bytes):
         (dict(model_type="mamba2"), "type mamba2, a state-space model"),
         (dict(model_type="bert"), "type bert, a model that predicts no next token"),
         (dict(model_type="vit"), "type vit, which predicts no next token"),
+        # packed rows would run into each other there, and shared prefixes leave out what came before
+        (dict(model_type="falcon_h1"), "type falcon_h1, with convolutions along a row .*; it would need a record that"),
+        (dict(model_type="bamba"), "type bamba, with convolutions along a row"),
         (dict(model_type="gpt2"), "type gpt2, whose blocks are not at model.layers; it would need a record"),
         (dict(model_type="opt"), "type opt, whose blocks are not at model.layers"),
         (dict(model_type="mine", auto_map={"AutoModel": "m.M"}), r"type mine, which this .*\(auto_map\)"),
@@ -557,6 +561,18 @@ def test_a_model_without_a_record_that_scales_its_logits_is_refused(tmp_path):
     with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
         attach(AutoModelForCausalLM.from_config(config), r=4, alpha=8)
     check_plain(config.to_dict() | dict(logits_scaling=1.0), "config.json")
+
+
+def test_attention_is_told_all_where_blocks_hand_on_no_keywords(save_tiny, tmp_path):
+    """StableLM's. Whole rows, which are causal without a mask, and rows that share prefixes."""
+    case = Case("stablelm", save_tiny(tmp_path, "stablelm", **COMMON | dict(head_dim=16)))
+    ids = case.batch["input_ids"].clone()
+    whole = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    alike = ids.clone()
+    alike[1, :15], alike[2, :9] = ids[0, :15], ids[0, :9]
+    for batch in (whole, whole | {"input_ids": alike, "labels": alike}):
+        found = loss_and_gradients(case.ours(), prepared(batch, torch.device("cpu")))
+        assert_same(found, case.of_vanilla(case.reference, batch))
 
 
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):

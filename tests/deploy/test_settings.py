@@ -302,15 +302,6 @@ def test_the_config_is_the_bases_but_for_precision(base, adapter, tmp_path):
     assert found == before | {"a_field_of_theirs": [1], "torch_dtype": "bfloat16", "dtype": "bfloat16"}
 
 
-PUBLISHED = [
-    '{"bos_token_id": 1,\n "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}',  # LLaMA-2's: answers greedily
-    '{"eos_token_id": 1, "do_sample": true, "top_k": 20, "repetition_penalty": 1.1}',
-    '{"eos_token_id": 1, "num_return_sequences": 3}',
-    '{"eos_token_id": 1, "num_beams": 4, "early_stopping": true}',
-]
-
-
-@pytest.mark.parametrize("text", PUBLISHED, ids=["temperature alone", "sampling", "sequences", "beams"])
 def test_blocks_of_granite_4_have_the_name_that_both_versions_read():
     """Version 4, vLLM and llama.cpp's converter know no other; version 5 writes another."""
     sizes = dict(num_hidden_layers=2, hidden_size=64, num_local_experts=0, num_experts_per_tok=0)
@@ -321,6 +312,15 @@ def test_blocks_of_granite_4_have_the_name_that_both_versions_read():
     assert GraniteMoeHybridConfig(**served).layer_types == config.layer_types
 
 
+PUBLISHED = [
+    '{"bos_token_id": 1,\n "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}',  # LLaMA-2's: answers greedily
+    '{"eos_token_id": 1, "do_sample": true, "top_k": 20, "repetition_penalty": 1.1}',
+    '{"eos_token_id": 1, "num_return_sequences": 3}',
+    '{"eos_token_id": 1, "num_beams": 4, "early_stopping": true}',
+]
+
+
+@pytest.mark.parametrize("text", PUBLISHED, ids=["temperature alone", "sampling", "sequences", "beams"])
 def test_generation_defaults_are_the_bases_byte_for_byte(base, adapter, tmp_path, text):
     (base / "generation_config.json").write_text(text)
     output = merged(base, adapter, tmp_path / "merged")
