@@ -176,7 +176,8 @@ class GgufTensors:
         self._constants = _constants(shapes, readers[0].fields)
         self.shapes |= {name: tuple(value.shape) for name, value in self._constants.items()}
         names = {name: gguf_names(name, config) for name in (*shapes, HEAD) if not constant(name)}
-        known, found = {stored for parts in names.values() for stored in parts}, {}
+        known = {part for stored in names.values() for part in stored}
+        found: dict[str, _Part] = {}
         for reader in readers:
             for info in reader.tensors:
                 if info.name.startswith("rope_"):  # no weights, but what the config has
