@@ -246,15 +246,16 @@ def _attention(shape: ModelShape, layers: tuple[Layer, ...], masked: bool, batch
     kv = out.get("k_proj", (out.get("qkv_proj", q) - q) // 2)
     _, inner_norms = shape.family.norms
     of_token = size * 2 * (q + kv) + FP32 * heads
-    if inner_norms or shape.family.copies_qk:
+    # Whether keys and values are copied for each head of queries. What a fused layer put out is let go then.
+    repeated = q > kv and not shape.family.eager and (masked or q // heads > GROUPED)
+    if inner_norms or (shape.family.copies_qk and not repeated):
         of_token += size * (q + kv * (2 if facts.normed_v else 1))
     if shape.use_qk_norm:
         of_token += FP32 * facts.norm * (q + kv)
     if out.get("q_proj") == 2 * q:  # and a gate of what attention puts out: itself twice, its sigmoid, and the product
         of_token += size * 4 * q
     of_token += size * q * facts.copied
-    if not shape.family.eager and (masked or q // heads > GROUPED):
-        of_token += size * 2 * (q - kv)  # keys and values are copied for each head of queries
+    of_token += size * 2 * (q - kv) * repeated
     kept = batch.tokens * of_token + masked * _mask_of_block(shape, batch)
     if shape.family.eager:  # gradients of both in fp32, when what softmax put out in 16 bits is gone
         pairs = batch.rows * batch.seq_len**2 * heads
@@ -330,9 +331,9 @@ def beside_blocks(shape: ModelShape, blocks: Sequence[tuple[Layer, ...]], batch:
 
 
 def _mask_of_step(shape: ModelShape, batch: MicroBatch) -> int:
+    """Which pairs may see each other, of each kind of attention that asks for it."""
     pairs = batch.rows * batch.seq_len**2
     if shape.family.eager:
         return 2 * pairs * batch.size
-    if batch.packed:
-        return 4 * pairs  # which pairs may see each other, and what that is made of
-    return pairs * any(takes_mask(shape, batch, block) for block in range(shape.num_hidden_layers))
+    blocks = range(shape.num_hidden_layers)
+    return pairs * len({block in shape.windowed for block in blocks if takes_mask(shape, batch, block)})

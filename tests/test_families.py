@@ -34,6 +34,7 @@ from qalora.deploy.merging import merge
 from qalora.errors import InputError
 from qalora.kernels import prefixes
 from qalora.kernels.activations import set_checkpointing, set_mlp_tile
+from qalora.kernels.layout import prepared
 from qalora.kernels.loss import summed_loss
 from qalora.memory import KEPT, plan_memory
 
@@ -109,6 +110,7 @@ NOT_IN_GGUF: dict[str, tuple[str, dict]] = {
         "windows in 2 blocks: llama.cpp has windows where there are 64",
         dict(sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 2),
     ),
+    "arcee": ("a bias of down_proj: llama.cpp has none there", dict(mlp_bias=False)),
     "cohere": ("use_qk_norm=true and 2 blocks: llama.cpp has such norms from 64 blocks on", dict(use_qk_norm=False)),
 }
 # Of the others transformers reads no GGUF file, or leaves out what the quirks are.
@@ -378,6 +380,23 @@ def test_gguf_is_read_back_or_refused_by_name(case, request, tmp_path):
     assert shape.linear_maps() == shape_of(source).linear_maps()
 
 
+def test_granite_4_that_rotates_nothing_is_merged_into_gguf_and_read_back(save_tiny, tmp_path):
+    quirks = COMMON | QUIRKS["granitemoehybrid"] | dict(position_embedding_type=None, attention_bias=True)
+    source = resolve(str(save_tiny(tmp_path / "base", "granitemoehybrid", **quirks)))
+    model = attach(load_base(source, dtype="float32").model, r=2, alpha=4).eval()
+    for layer in gated_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    given = dict(quantization=NF4, format="gguf", gguf_type="f32")
+    assert merge(source, tmp_path / "adapter", tmp_path / "out", **given)["position_difference"] == 0
+    read = load_base(
+        tmp_path / "out" / "model.gguf", load_in_4bit=False, dtype="float32", tokenizer=load_tokenizer(source)
+    )
+    ids = torch.arange(2, 26)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read.model(ids).logits, model(input_ids=ids).logits, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 def test_llama_cpp_computes_what_transformers_does(case, request, tmp_path):
     """From the merge as one file, and from the base with the adapter beside it."""
@@ -429,13 +448,29 @@ WIDE = dict(
     max_position_embeddings=512,
 )  # fmt: skip
 STEPS = [
-    ("float32", True, None), ("float32", False, None), ("float32", "selective", None), ("float32", True, 64),
-    ("bfloat16", True, None),
+    ("float32", True, None, "one"), ("float32", False, None, "one"), ("float32", "selective", None, "packed"),
+    ("float32", True, 64, "one"), ("bfloat16", True, None, "one"), ("float32", False, None, "alike"),
 ]  # fmt: skip
 
 
+def planned_rows(kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """(256 tokens as one row, as three packed ones, or as four that begin alike, what the plan is told of them)."""
+    ids = torch.randint(2, 64, (1, 256))
+    if kind == "alike":  # by so little that hardly a state is saved, and attention gathers all of them
+        ids = ids.view(4, 64)
+        ids[1:, :3] = ids[0, :3]
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, dict(
+            seq_len=64, micro_batch_size=4
+        )
+    batch, told = {"input_ids": ids, "labels": ids}, dict(seq_len=256, packed=kind == "packed")
+    if kind == "packed":
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in (100, 90, 66)])[None]
+    return batch, told
+
+
 def test_a_step_is_planned(case, live_bytes):
-    """Within 5 % of the tensors alive, of what is kept and of the worst moment."""
+    """Within 5 % of the tensors alive, of what is kept and of the worst moment. Shared prefixes are not planned for,
+    and take no more."""
     assert bool(said_of_family(shape_of(resolve(str(case.folder))))) != (case.name in FAMILIES)
     if case.name not in FAMILIES:
         return
@@ -446,8 +481,10 @@ def test_a_step_is_planned(case, live_bytes):
         quirks["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
     fields = COMMON | WIDE | quirks | dict(num_hidden_layers=layers)
     config, models = CONFIG_MAPPING[case.name](vocab_size=64, pad_token_id=0, eos_token_id=1, **fields), {}
-    ids = torch.randint(2, 64, (1, 256))
-    for dtype, kept, tile in STEPS:
+    for dtype, kept, tile, rows in STEPS:
+        if rows == "alike" and (case.record.across_rows or case.record.eager):
+            continue
+        batch, told = planned_rows("one" if case.record.across_rows else rows)
         if dtype not in models:
             base = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(case))
             base = base.requires_grad_(False).to(getattr(torch, dtype))
@@ -459,14 +496,15 @@ def test_a_step_is_planned(case, live_bytes):
         set_checkpointing(models[dtype], kept)
         set_mlp_tile(models[dtype], tile)
         with live_bytes() as live:
-            summed_loss(models[dtype], {"input_ids": ids, "labels": ids}).backward()
+            summed_loss(models[dtype], batch).backward()
         terms = plan_memory(
-            ModelShape.from_config(config.to_dict()), seq_len=256, gradient_checkpointing=kept, mlp_tile=tile,
-            compute_dtype=dtype, device="cpu",
+            ModelShape.from_config(config.to_dict()), gradient_checkpointing=kept, mlp_tile=tile, compute_dtype=dtype,
+            device="cpu", **told,
         ).terms  # fmt: skip
         names = (*KEPT, "block working set", "attention's backward beyond it", "loss beyond it")
         planned = sum(terms.get(name, 0) for name in names)
-        assert planned == pytest.approx(live.peak, rel=0.05), (dtype, kept, tile)
+        most = 1.15 if rows == "alike" else 1.05
+        assert 0.95 < planned / live.peak < most, (dtype, kept, tile, rows)
 
 
 # -------------------------------------------------------------------------------------- what cannot be trained, by name
@@ -485,6 +523,7 @@ def test_a_step_is_planned(case, live_bytes):
             "type granitemoehybrid, a state-space model",
         ),
         (dict(model_type="granitemoehybrid"), "type granitemoehybrid, a state-space model"),
+        (dict(model_type="granitemoehybrid", layer_types=["linear_attention"]), "type granitemoehybrid, a state-space"),
         (dict(model_type="mixtral"), "type mixtral, a mixture of experts, .* it would need adapters on such tensors"),
         (dict(model_type="qwen3_moe", num_experts=8), "type qwen3_moe, a mixture of experts"),
         (dict(model_type="gpt_oss"), "type gpt_oss, a mixture of experts"),
@@ -498,6 +537,9 @@ def test_a_step_is_planned(case, live_bytes):
         (dict(model_type="mamba2"), "type mamba2, a state-space model"),
         (dict(model_type="bert"), "type bert, a model that predicts no next token"),
         (dict(model_type="vit"), "type vit, which predicts no next token"),
+        # packed rows would run into each other there, and shared prefixes leave out what came before
+        (dict(model_type="falcon_h1"), "type falcon_h1, with convolutions along a row .*; it would need a record that"),
+        (dict(model_type="bamba"), "type bamba, with convolutions along a row"),
         (dict(model_type="gpt2"), "type gpt2, whose blocks are not at model.layers; it would need a record"),
         (dict(model_type="opt"), "type opt, whose blocks are not at model.layers"),
         (dict(model_type="mine", auto_map={"AutoModel": "m.M"}), r"type mine, which this .*\(auto_map\)"),
@@ -523,6 +565,18 @@ def test_a_model_without_a_record_that_scales_its_logits_is_refused(tmp_path):
     with pytest.raises(InputError, match="type hyperclovax, which does to its logits what is not known here"):
         attach(AutoModelForCausalLM.from_config(config), r=4, alpha=8)
     check_plain(config.to_dict() | dict(logits_scaling=1.0), "config.json")
+
+
+def test_attention_is_told_all_where_blocks_hand_on_no_keywords(save_tiny, tmp_path):
+    """StableLM's. Whole rows, which are causal without a mask, and rows that share prefixes."""
+    case = Case("stablelm", save_tiny(tmp_path, "stablelm", **COMMON | dict(head_dim=16)))
+    ids = case.batch["input_ids"].clone()
+    whole = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    alike = ids.clone()
+    alike[1, :15], alike[2, :9] = ids[0, :15], ids[0, :9]
+    for batch in (whole, whole | {"input_ids": alike, "labels": alike}):
+        found = loss_and_gradients(case.ours(), prepared(batch, torch.device("cpu")))
+        assert_same(found, case.of_vanilla(case.reference, batch))
 
 
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):

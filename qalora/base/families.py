@@ -123,6 +123,7 @@ class Family:
 EVERY_BIAS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 GELU = "gelu_pytorch_tanh"
 LLAMA = Gguf("llama", pairs=True, scalings=("llama3",), biases=EVERY_BIAS)
+GRANITE = Gguf("granite", pairs=True, scalings=("llama3",), biases=EVERY_BIAS)
 
 # model_type of config.json → its family.
 FAMILIES = {
@@ -144,18 +145,20 @@ FAMILIES = {
     "smollm3": Family("SmolLM3RMSNorm", mlp="SmolLM3MLP", tied=True, gguf=Gguf("smollm3", pairs=True)),
     "granite": Family(
         "GraniteRMSNorm", mlp="GraniteMLP", attention="GraniteAttention", kept=Kept(gradients=1),
-        logits=("logits_scaling", "divided"),
-        gguf=Gguf("granite", pairs=True, scalings=("llama3",), biases=EVERY_BIAS),
+        logits=("logits_scaling", "divided"), gguf=GRANITE,
     ),
     "granitemoehybrid": Family(
         "GraniteMoeHybridRMSNorm", kept=Kept(gradients=1), logits=("logits_scaling", "divided"), tied=True,
-        across_rows="masks that tell no packed rows apart",
+        across_rows="masks that tell no packed rows apart", gguf=GRANITE,
     ),
     "phi3": Family(
         "Phi3RMSNorm", copies_qk=True, kept=Kept(copied=True),
         gguf=Gguf("phi3", partial=True, scalings=("longrope",), square=True),
     ),
-    "gemma": Family("GemmaRMSNorm", "plus_one", attention="GemmaAttention", tied=True),
+    "gemma": Family(
+        "GemmaRMSNorm", "plus_one", attention="GemmaAttention", tied=True,
+        gguf=Gguf("gemma", head="tied", activation=GELU),
+    ),
     "gemma2": Family(
         "Gemma2RMSNorm", "plus_one", norms=(4, ""), eager=True, tied=True,
         gguf=Gguf("gemma2", windows=True, head="tied", activation=GELU),
@@ -207,7 +210,10 @@ FAMILIES = {
         "ApertusRMSNorm", norms=(2, "head"), kept=Kept(activation=3, signs=1, inner_gradients=3),
         gguf=Gguf("apertus", scalings=("llama3",), head="own", activation="xielu", biases=("o_proj",)),
     ),
-    "arcee": Family("ArceeRMSNorm", attention="ArceeAttention", kept=Kept(inner_gradients=2)),
+    "arcee": Family(
+        "ArceeRMSNorm", attention="ArceeAttention", kept=Kept(inner_gradients=2),
+        gguf=Gguf("arcee", pairs=True, scalings=("llama3",), activation="relu2"),
+    ),
     "internlm3": Family("LlamaRMSNorm", mlp="LlamaMLP", attention="LlamaAttention", gguf=LLAMA),
 }  # fmt: skip
 PLAIN = Family()
@@ -290,7 +296,6 @@ REFUSED = {
     )
     for name in names.split()
 }
-HYBRID = "granitemoehybrid"  # Granite 4: state spaces where config.json names no kinds of blocks
 # Fields of config.json that count experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -302,8 +307,8 @@ def refusal(fields: Mapping[str, Any]) -> tuple[str, str] | None:
         return REFUSED[str(model_type)]
     if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in EXPERT_COUNTS):
         return EXPERTS
-    kinds = fields.get("layer_types") or (["mamba"] if model_type == HYBRID else [])
-    if "mamba" in kinds or (model_type == HYBRID and "linear_attention" in kinds):  # which transformers 5 saves for it
+    kinds = fields.get("layer_types") or ()
+    if "mamba" in kinds or (model_type == "granitemoehybrid" and (not kinds or "linear_attention" in kinds)):
         return STATE_SPACE
     if fields.get("is_encoder_decoder"):
         return TWO_STACKS

@@ -19,6 +19,7 @@ KEYS = (
     ("embedding_length", "hidden_size"),
     ("block_count", "num_hidden_layers"),
     ("feed_forward_length", "intermediate_size"),
+    ("expert_shared_feed_forward_length", "shared_intermediate_size"),
     ("vocab_size", "vocab_size"),
     ("rope.scaling.original_context_length", "original_max_position_embeddings"),
     ("attention.head_count", "num_attention_heads"),
@@ -44,6 +45,7 @@ KEYS = (
     ("ssm.time_step_rank", "linear_num_value_heads"),
 )
 BY_KIND = ("gemma3_text", "gemma4_text", "olmo3")  # whose positions go by kinds of blocks
+ROTATED = "rope.scaling.finetuned"  # whether there are positions at all, in llama.cpp's Granite
 WINDOWED = "attention.sliding_window_pattern"
 # Of the first block → whether the config says that there are such.
 BIASES = {
@@ -66,7 +68,9 @@ def metadata(config: Any) -> Said:
     record = family_of(config.model_type).gguf
     if record is not None and record.windows and kinds:
         found[WINDOWED] = [kind == "sliding_attention" for kind in kinds]
-    special = {"lfm2": _of_lfm2, "qwen3_5_text": _of_qwen3_5, "gemma4_text": _of_gemma4}.get(config.model_type)
+    special = {
+        "lfm2": _of_lfm2, "qwen3_5_text": _of_qwen3_5, "gemma4_text": _of_gemma4, "granitemoehybrid": _of_granite4,
+    }.get(config.model_type)  # fmt: skip
     return found | (special(config) if special else {})
 
 
@@ -86,6 +90,14 @@ def _of_qwen3_5(config: Any) -> Said:
     return {
         "full_attention_interval": whole[0] + 1,
         "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+    }
+
+
+def _of_granite4(config: Any) -> Said:
+    """Without experts the MLP is the one that all tokens share."""
+    return {
+        "feed_forward_length": config.shared_intermediate_size,
+        ROTATED: config.position_embedding_type == "rope",
     }
 
 
@@ -162,9 +174,11 @@ def model_type_of(architecture: str, own: Mapping[str, Any], where: str) -> str:
             f"{where}: a GGUF file of architecture {architecture}, which is not read here ({readable} are); use the "
             "model's folder."
         )
-    if known == ["olmo2", "olmo3"]:
-        return known[bool(own.get("attention.sliding_window"))]
-    return known[0]
+    second = {
+        "olmo2": own.get("attention.sliding_window"),
+        "granite": "expert_shared_feed_forward_length" in own or own.get(ROTATED) is False,
+    }
+    return known[bool(second.get(architecture))]
 
 
 def _fields(model_type: str, own: Said, tensors: Collection[str]) -> dict[str, Any]:
@@ -185,7 +199,7 @@ def _fields(model_type: str, own: Said, tensors: Collection[str]) -> dict[str, A
         fields["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
     special = {
         "gemma2": _to_gemma, "gemma3_text": _to_gemma, "gemma4_text": _to_gemma4, "lfm2": _to_lfm2,
-        "qwen3_5_text": _to_qwen3_5,
+        "qwen3_5_text": _to_qwen3_5, "granitemoehybrid": _to_granite4,
     }.get(model_type)  # fmt: skip
     return fields | (special(own, tensors) if special else {})
 
@@ -222,6 +236,18 @@ def _to_qwen3_5(own: Said, tensors: Collection[str]) -> dict[str, Any]:
     return {
         "linear_value_head_dim": own["ssm.inner_size"] // own["ssm.time_step_rank"],
         "layer_types": ["full_attention" if attends else "linear_attention" for attends in whole],
+    }
+
+
+def _to_granite4(own: Said, tensors: Collection[str]) -> dict[str, Any]:
+    """Of all kinds of blocks the one, and no experts."""
+    return {
+        "shared_intermediate_size": own["feed_forward_length"],
+        "position_embedding_type": "rope" if own.get(ROTATED, True) else None,
+        "layer_types": ["full_attention"] * own["block_count"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 1,  # which there are none of; the default need not divide the hidden size
     }
 
 

@@ -1,11 +1,12 @@
 """transformers' names, row order and values of a model's tensors ↔ those of GGUF.
 
-llama.cpp differs from transformers in four ways, each of some families only:
+llama.cpp differs from transformers in five ways, each of some families only:
 
     rows of q and k     rotated in neighbouring pairs, where transformers rotates halves: (half, 2) → (2, half)
     heads of values     of a gated delta net: by value within the key, where transformers has them by key
     values              of an RMSNorm 1 + w, of a delta net's decay −exp(A)
     constants           of an activation: metadata, where transformers has tensors
+    fused layers        of Granite 4: two tensors, each of half of the rows
 
 https://github.com/ggml-org/llama.cpp/tree/master/conversion
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # answer.
 SPELLINGS = {"dt_bias": ("dt_proj", ".bias"), "A_log": ("A_log", ""), "layer_scalar": ("layer_scalar", ".weight")}
 CONSTANTS = "mlp.act_fn"
+# Linear layers of Granite 4 → those of LLaMA that llama.cpp has for them, which have equal shares of the rows.
+PARTS = {"shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"), "shared_mlp.output_linear": ("mlp.down_proj",)}
 
 
 def gguf_of(config: PreTrainedConfig) -> Gguf:
@@ -47,12 +50,17 @@ def gguf_of(config: PreTrainedConfig) -> Gguf:
     return found
 
 
-def gguf_name(name: str, config: PreTrainedConfig) -> str:
-    """model.layers.3.self_attn.q_proj.weight → blk.3.attn_q.weight"""
+def gguf_names(name: str, config: PreTrainedConfig) -> tuple[str, ...]:
+    """model.layers.3.self_attn.q_proj.weight → blk.3.attn_q.weight; several of a tensor that GGUF has in parts, of as
+    many rows each, the first rows first."""
     stem, _, kind = name.rpartition(".")
     known, suffix = SPELLINGS.get(kind, ("", f".{kind}"))
     names = _names(gguf_of(config).architecture, config.num_hidden_layers)
-    return f"{names.get_name(f'{stem}.{known}' if known else stem)}{suffix}"
+    parts = [stem]
+    for fused, own in PARTS.items():
+        if stem.endswith(fused):
+            parts = [stem.removesuffix(fused) + part for part in own]
+    return tuple(f"{names.get_name(f'{part}.{known}' if known else part)}{suffix}" for part in parts)
 
 
 def constant(name: str) -> str | None:

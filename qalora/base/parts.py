@@ -80,7 +80,8 @@ def from_checkpoint(
             config, dtype=dtype, attn_implementation=attention_of(config, attention)
         )
     _compute_buffers(model)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if (rotation := model.model.rotary_emb) is not None:  # Granite 4 may be without
+        model.model.rotary_emb = type(rotation)(config)
     tied = config.tie_word_embeddings
     modules = list(model.named_modules())
     for name, module in modules if progress is None else track(modules, progress):

@@ -171,11 +171,17 @@ def _not_plain(model: Any) -> str | None:
         return "which does not end in one norm and lm_head; it would need a loss of its own"
     if not all(any(isinstance(module, nn.Linear) for module in block.modules()) for block in layers):
         return "with blocks that have no linear layers; it would need adapters on what they have instead"
+    along = [name for name, module in layers.named_modules() if isinstance(module, nn.Conv1d)]
+    if along:
+        return (
+            f"with convolutions along a row (model.layers.{along[0]}); it would need a record that says what carries a "
+            "token's state on"
+        )
     wide = [
         name
         for name, module in layers.named_modules()
         for parameter in module.parameters(recurse=False)
-        if parameter.ndim > 1 and not isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding))
+        if parameter.ndim > 1 and not isinstance(module, (nn.Linear, nn.Embedding))
     ]
     if wide:
         return (

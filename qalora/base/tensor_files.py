@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from qalora.base.families import in_decoder
-from qalora.base.gguf_names import constant, from_gguf, gguf_name, is_convolution, is_permuted
+from qalora.base.gguf_names import constant, from_gguf, gguf_names, is_convolution, is_permuted
 from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
 from qalora.base.weight_files import WeightFiles, short
 from qalora.errors import InputError
@@ -169,28 +169,30 @@ class GgufTensors:
         self.config = config
         self.stored: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._info: dict[str, tuple[Path, int, tuple[int, ...], np.dtype[Any], Any]] = {}  # by stored name
+        self._parts: dict[str, list[_Part]] = {}  # by the stored name of the first
         readers = open_shards(file)
         self.files = tuple(reader.path for reader in readers)
         shapes = structure_of(config).shapes
         self._constants = _constants(shapes, readers[0].fields)
         self.shapes |= {name: tuple(value.shape) for name, value in self._constants.items()}
-        names = {gguf_name(name, config): name for name in (*shapes, HEAD) if not constant(name)}
+        names = {name: gguf_names(name, config) for name in (*shapes, HEAD) if not constant(name)}
+        known = {part for stored in names.values() for part in stored}
+        found: dict[str, _Part] = {}
         for reader in readers:
             for info in reader.tensors:
                 if info.name.startswith("rope_"):  # no weights, but what the config has
                     continue
-                if info.name not in names:
+                if info.name not in known:
                     raise InputError(
                         f"{reader.path}: holds {info.name}, which a {config.model_type} model has no place for."
                     )
-                name = names[info.name]
-                self.stored[name] = info.name
-                shape = tuple(int(n) for n in reversed(info.shape))
+                found[info.name] = _Part(reader.path, info)
+        for name, stored in names.items():
+            if all(part in found for part in stored):
+                parts = [found[part] for part in stored]
+                shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+                self.stored[name], self._parts[stored[0]] = stored[0], parts
                 self.shapes[name] = (shape[0], 1, *shape[1:]) if is_convolution(name) else shape
-                self._info[info.name] = (
-                    reader.path, int(info.data_offset), tuple(info.data.shape), info.data.dtype, info.tensor_type,
-                )  # fmt: skip
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         if name in self._constants or is_permuted(name, self.config):
@@ -207,17 +209,42 @@ class GgufTensors:
         return from_gguf(name, self._rows(name, 0, self.shapes[name][0]), self.config)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        from gguf import dequantize
-
-        path, offset, shape, dtype, kind = self._info[self.stored[name]]
-        per_row = int(np.prod(shape[1:]))
-        data = np.fromfile(
-            path, dtype=dtype, count=(stop - start) * per_row, offset=offset + start * per_row * dtype.itemsize
-        )
-        return torch.from_numpy(np.array(dequantize(data.reshape(stop - start, *shape[1:]), kind), dtype=np.float32))
+        found = []
+        for part in self._parts[self.stored[name]]:
+            rows = part.shape[0]
+            if start < rows and stop > 0:
+                found.append(part.rows(max(start, 0), min(stop, rows)))
+            start, stop = start - rows, stop - rows
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
         raise KeyError(name)
+
+
+class _Part:
+    """A tensor of a GGUF file: of some layers one of several parts.
+
+    Attributes:
+        shape: of its values.
+    """
+
+    def __init__(self, file: Path, info: Any):
+        """
+        Args:
+            info: the gguf library's, which has sizes in the opposite order.
+        """
+        self.file, self.offset, self.kind = file, int(info.data_offset), info.tensor_type
+        self.shape = tuple(int(n) for n in reversed(info.shape))
+        self._row, self._dtype = tuple(info.data.shape[1:]), info.data.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """In fp32."""
+        from gguf import dequantize
+
+        count, size = stop - start, int(np.prod(self._row))
+        at = self.offset + start * size * self._dtype.itemsize
+        data = np.fromfile(self.file, dtype=self._dtype, count=count * size, offset=at).reshape(count, *self._row)
+        return torch.from_numpy(np.array(dequantize(data, self.kind), dtype=np.float32))
 
 
 def _constants(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from qalora.base.gguf_names import (
     adapter_from_gguf,
     adapter_to_gguf,
     constant,
-    gguf_name,
+    gguf_names,
     gguf_of,
     is_convolution,
     is_permuted,
@@ -108,17 +108,19 @@ def write_model(
     tensors = {name: shape for name, shape in shapes.items() if not constant(name)}
     kinds = {name: _kind(name, shape, gguf_type) for name, shape in tensors.items()}
     for name, shape in tensors.items():
-        stored_shape = (shape[0], *shape[2:]) if is_convolution(name) else shape
-        writer.add_tensor_info(
-            gguf_name(name, config), stored_shape, np.dtype(np.float32), _bytes(shape, kinds[name]), kinds[name]
-        )
+        parts = gguf_names(name, config)
+        shape = (shape[0] // len(parts), *shape[2 if is_convolution(name) else 1 :])
+        for part in parts:
+            writer.add_tensor_info(part, shape, np.dtype(np.float32), _bytes(shape, kinds[name]), kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for values in positions.values():
         writer.write_tensor_data(values)
     for name, shape in track(tensors.items(), "merging"):
-        writer.write_tensor_data(_encoded(name, shape, pieces(name), kinds[name], config))
+        encoded = _encoded(name, shape, pieces(name), kinds[name], config)
+        for part in np.split(encoded, len(gguf_names(name, config))):
+            writer.write_tensor_data(part)
     writer.close()
 
 
@@ -149,10 +151,11 @@ def write_adapter(file: Path, updates: Mapping[str, tuple[Tensor, Tensor, float]
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(scalings.pop() * ranks.pop()))
     for name, (A, B, _) in updates.items():
-        stem = gguf_name(f"{name}.weight", config)
+        parts = gguf_names(f"{name}.weight", config)
         A, B = adapter_to_gguf(name, A, B, config)
-        writer.add_tensor(f"{stem}.lora_a", A.contiguous().numpy())
-        writer.add_tensor(f"{stem}.lora_b", B.contiguous().numpy())
+        for part, rows in zip(parts, B.chunk(len(parts)), strict=True):
+            writer.add_tensor(f"{part}.lora_a", A.contiguous().numpy())
+            writer.add_tensor(f"{part}.lora_b", rows.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -166,8 +169,9 @@ def read_adapter(file: Path, names: list[str], config: PreTrainedConfig) -> dict
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     found = {}
     for name in names:
-        stem = gguf_name(f"{name}.weight", config)
-        A, B = adapter_from_gguf(name, tensors[f"{stem}.lora_a"], tensors[f"{stem}.lora_b"], config)
+        parts = gguf_names(f"{name}.weight", config)
+        B = torch.cat([tensors[f"{part}.lora_b"] for part in parts])
+        A, B = adapter_from_gguf(name, tensors[f"{parts[0]}.lora_a"], B, config)
         found[name] = (A, B, alpha / len(A))
     return found
 

@@ -46,13 +46,17 @@ def _limits(config: Any, names: set[str]) -> Iterator[tuple[str, str]]:
     yield from SPECIAL.get(config.model_type, lambda config: iter(()))(config)
 
 
+def _gemma1(config: Any) -> Iterator[tuple[str, str]]:
+    if config.use_bidirectional_attention:
+        yield f"use_bidirectional_attention={config.use_bidirectional_attention}", "attends to the past only"
+
+
 def _gemma(config: Any) -> Iterator[tuple[str, str]]:
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_dim(config))
     scale = pre_attention_scalar(config.model_type, *sizes)
     if not isclose(config.query_pre_attn_scalar, scale):
         yield f"query_pre_attn_scalar={config.query_pre_attn_scalar}", f"divides by √{scale} there"
-    if config.use_bidirectional_attention:
-        yield f"use_bidirectional_attention={config.use_bidirectional_attention}", "attends to the past only"
+    yield from _gemma1(config)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.model_type == "gemma2" and getattr(config, name) is None:
             yield f"{name}=null", "caps them always"
@@ -101,6 +105,7 @@ def _qwen3_5(config: Any) -> Iterator[tuple[str, str]]:
 
 
 SPECIAL: dict[str, Any] = {
+    "gemma": _gemma1,
     "gemma2": _gemma,
     "gemma3_text": _gemma,
     "gemma4_text": _gemma4,

@@ -137,6 +137,8 @@ def served_config(fields: Mapping[str, object], config: PreTrainedConfig, dtype:
         return served | {"text_config": text | kept}
     if served.get("tie_word_embeddings", False) != config.tie_word_embeddings:
         served["tie_word_embeddings"] = config.tie_word_embeddings
+    if config.model_type == "granitemoehybrid":  # without state spaces; version 5 reads version 4's name for the rest
+        served["layer_types"] = ["attention"] * config.num_hidden_layers
     if not served.get("architectures"):  # a GGUF file names none, and vLLM asks for it
         with torch.device("meta"):
             served["architectures"] = [type(AutoModelForCausalLM.from_config(config)).__name__]

@@ -166,6 +166,8 @@ def rotation_difference(left: PreTrainedModel, right: PreTrainedModel) -> float:
 def _rotation(model: Any, length: int) -> Tensor:
     """Frequencies and factors, of every kind of layer where kinds differ; some ways of scaling depend on the length."""
     rotary, at = model.model.rotary_emb, torch.tensor([[0, length - 1]])
+    if rotary is None:  # what is not rotated has a frequency of 0
+        return torch.zeros(1)
     kinds: list[Any] = [{}]
     if isinstance(next(iter((model.config.rope_parameters or {}).values()), None), dict):
         kinds = [{"layer_type": kind} for kind in dict.fromkeys(model.config.layer_types)]
@@ -195,7 +197,8 @@ def streamed(
     model.lm_head = wrapped(name, model.lm_head)
     _wrap_all(model.model, "model", wrapped)  # the blocks are not there yet
     model.model.layers = nn.ModuleList(_Block(parts, i, wrapped) for i in range(model.config.num_hidden_layers))
-    model.model.rotary_emb.cpu()
+    if model.model.rotary_emb is not None:
+        model.model.rotary_emb.cpu()
     return model.eval()  # type: ignore[no-any-return]
 
 

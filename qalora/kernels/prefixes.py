@@ -11,6 +11,9 @@ one sequence without padding; attention alone sees rows, whose queries, keys and
 A place says where in `tokens` a position of a row is; of padding, anywhere.
 
 Gradients of the rows add up in what they share, as they do in a padded batch.
+
+What attention has to know goes to it as its mask: of four dimensions, transformers hands that on as it is, where some
+models drop keywords. Masks of integers are ours, and none is added to anything.
 """
 
 from __future__ import annotations
@@ -48,6 +51,11 @@ class Shared:
 
     tokens: Tensor
     places: Tensor
+
+    def as_mask(self) -> Tensor:
+        """(2, 1, rows, width): places, and tokens with zeros after them."""
+        tokens = F.pad(self.tokens, (0, self.places.numel() - len(self.tokens)))
+        return torch.stack([self.places, tokens.view_as(self.places)])[:, None]
 
 
 @dataclass(frozen=True)
@@ -101,15 +109,12 @@ def final_hidden(
         shared = share(input_ids, attention_mask) if layout is None else layout.shared
     if shared is None or input_ids is None:
         if layout is not None and input_ids is not None and is_causal_alone(model, input_ids.shape[1]):
-            attention_mask, causal = _known_mask(input_ids, attention_mask, layout, options)
-            options["causal"] = causal
+            attention_mask = _known_mask(input_ids, attention_mask, layout, options)
         return model.base_model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
     hidden = model.base_model(
         input_ids.flatten()[shared.tokens][None],
-        # A mask of four dimensions is handed on to the attention as it is.
-        attention_mask=shared.places[None, None],
+        attention_mask=shared.as_mask(),
         position_ids=(shared.tokens % input_ids.shape[1])[None],
-        shared_prefixes=shared,
         **options,
     ).last_hidden_state
     return F.embedding(shared.places, hidden[0])
@@ -152,19 +157,18 @@ def is_causal_alone(model: PreTrainedModel, width: int) -> bool:
 
 def _known_mask(
     input_ids: Tensor, attention_mask: Tensor | None, layout: Places, options: Mapping[str, Any]
-) -> tuple[Tensor | None, bool]:
-    """(the mask for transformers, whether attention is causal without one). transformers takes a mask of four
-    dimensions as it
-    is, and reads the values of every other, for which the host waits."""
+) -> Tensor | None:
+    """The mask for transformers, which reads the values of one of fewer than four dimensions: the host waits for
+    them. A single integer stands for causal attention without a mask."""
     if layout.packed:
         texts = (options["position_ids"] == 0).cumsum(-1)
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return ((texts[:, :, None] == texts[:, None]) & (order[:, None] >= order))[:, None], False
+        return ((texts[:, :, None] == texts[:, None]) & (order[:, None] >= order))[:, None]
     # Padding on the right comes after every token of its row. On a CPU a mask is kept, and the order of its sums
     # with it.
     if layout.padding == "none" or (layout.padding == "right" and input_ids.device.type != "cpu"):
-        return input_ids.new_empty(1, 1, 1, 1), True
-    return attention_mask, False
+        return input_ids.new_empty(1, 1, 1, 1, dtype=torch.long)
+    return attention_mask
 
 
 def _differs_by_row(module: nn.Module) -> bool:
@@ -176,28 +180,24 @@ def _differs_by_row(module: nn.Module) -> bool:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    shared_prefixes: Shared | None = None,
-    causal: bool = False,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """(1, heads, T, head_dim) queries, keys and values of distinct states → (1, T, heads, head_dim)."""
-    if shared_prefixes is None:
-        return sdpa_attention_forward(module, query, key, value, None if causal else attention_mask, **options)
+    if attention_mask is None or attention_mask.dtype != torch.long:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask.numel() == 1:
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+    places, tokens = attention_mask[0, 0], attention_mask[1].flatten()[: query.shape[2]]
 
     def of_rows(states: Tensor) -> Tensor:
         """→ (rows, heads, width, head_dim)"""
-        _, heads, tokens, size = states.shape
-        flat = states.transpose(1, 2).reshape(tokens, heads * size)
-        return F.embedding(shared_prefixes.places, flat).unflatten(-1, (heads, size)).transpose(1, 2)
+        _, heads, count, size = states.shape
+        flat = states.transpose(1, 2).reshape(count, heads * size)
+        return F.embedding(places, flat).unflatten(-1, (heads, size)).transpose(1, 2)
 
     # Causal without a mask: padding comes after every token of its row.
     out, _ = sdpa_attention_forward(module, of_rows(query), of_rows(key), of_rows(value), None, **options)
-    return F.embedding(shared_prefixes.tokens, out.flatten(2).flatten(0, 1)).unflatten(-1, out.shape[2:])[None], None
+    return F.embedding(tokens, out.flatten(2).flatten(0, 1)).unflatten(-1, out.shape[2:])[None], None
 
 
 def register() -> None:

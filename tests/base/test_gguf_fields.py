@@ -26,6 +26,11 @@ CASES = {
         dict(attention_multiplier=0.25, embedding_multiplier=12.0, residual_multiplier=0.5, logits_scaling=8.0),
         {"attention.scale": 0.25, "embedding_scale": 12.0, "residual_scale": 0.5, "logit_scale": 8.0},
     ),
+    "granitemoehybrid": (
+        dict(embedding_multiplier=12.0, layer_types=["attention"] * 4, num_local_experts=0, num_experts_per_tok=0,
+             shared_intermediate_size=160, position_embedding_type=None),
+        {"feed_forward_length": 160, "expert_shared_feed_forward_length": 160, "rope.scaling.finetuned": False},
+    ),
     "cohere2": (
         dict(logit_scale=0.25, layer_types=PATTERN, sliding_window=16, layer_norm_eps=1e-4),
         {"logit_scale": 0.25, "attention.sliding_window": 16, "attention.layer_norm_epsilon": 1e-4,
@@ -84,6 +89,9 @@ def test_what_is_said_of_a_model_is_what_is_read(model_type):
 def test_an_architecture_is_that_of_one_model_type():
     assert model_type_of("olmo2", {}, "file") == "olmo2"
     assert model_type_of("olmo2", {"attention.sliding_window": 4096}, "file") == "olmo3"
+    assert model_type_of("granite", {"feed_forward_length": 96}, "file") == "granite"
+    assert model_type_of("granite", {"expert_shared_feed_forward_length": 96}, "file") == "granitemoehybrid"
+    assert model_type_of("granite", {"rope.scaling.finetuned": False}, "file") == "granitemoehybrid"
     assert model_type_of("llama", {}, "file") == "llama"
     with pytest.raises(InputError, match=r"a GGUF file of architecture falcon, which is not read here \(llama, "):
         model_type_of("falcon", {}, "file")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import GraniteMoeHybridConfig, LlamaConfig, Qwen2Config
 
-from qalora.base.gguf_names import from_gguf, gguf_name, gguf_of, is_permuted, to_gguf
+from qalora.base.gguf_names import from_gguf, gguf_names, gguf_of, is_permuted, to_gguf
 from qalora.errors import InputError
 
 LLAMA = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=16, num_hidden_layers=4)
@@ -25,7 +25,13 @@ QWEN = Qwen2Config(num_attention_heads=4, num_key_value_heads=2, hidden_size=16,
     ],
 )
 def test_names(name, there):
-    assert gguf_name(name, LLAMA) == there
+    assert gguf_names(name, LLAMA) == (there,)
+
+
+def test_a_fused_layer_of_granite_4_is_two_of_llama():
+    config = GraniteMoeHybridConfig(num_hidden_layers=4, layer_types=["attention"] * 4)
+    names = [gguf_names(f"model.layers.3.shared_mlp.{part}_linear.weight", config) for part in ("input", "output")]
+    assert names == [("blk.3.ffn_gate.weight", "blk.3.ffn_up.weight"), ("blk.3.ffn_down.weight",)]
 
 
 @pytest.mark.parametrize(("name", "heads"), [("q_proj", 4), ("k_proj", 2)])

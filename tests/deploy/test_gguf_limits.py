@@ -35,6 +35,10 @@ def check(model_type, own, names=()):
         ("gemma2", GEMMA | dict(final_logit_softcapping=None), (), "final_logit_softcapping=null: llama.cpp caps"),
         ("gemma3_text", GEMMA | dict(attn_logit_softcapping=50.0), (), "attn_logit_softcapping=50: llama.cpp caps"),
         ("gemma3_text", GEMMA | dict(use_bidirectional_attention=True), (), "use_bidirectional_attention=True"),
+        ("gemma", dict(use_bidirectional_attention=True), (), "use_bidirectional_attention=True: llama.cpp attends"),
+        ("gemma", dict(tie_word_embeddings=False), (), "tie_word_embeddings=false: llama.cpp takes the embeddings"),
+        ("arcee", dict(hidden_act="silu"), (), "hidden_act=silu: llama.cpp computes relu2 there"),
+        ("arcee", {}, (BIAS,), "a bias of o_proj: llama.cpp has none there"),
         ("gemma4_text", dict(vocab_size_per_layer_input=30), (), "vocab_size_per_layer_input=30: llama.cpp has as"),
         ("smollm3", dict(no_rope_layers=[1, 1, 0, 1]), (), "no_rope_layers of another pattern: llama.cpp rotates"),
         ("exaone4", dict(num_hidden_layers=64) | WHOLE, (), "no windows in 64 blocks: llama.cpp has windows where"),
@@ -53,6 +57,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(model_type, own, names, re
     [
         ("llama", dict(head_dim=32), (BIAS,)),
         ("qwen2", {}, ("model.layers.0.self_attn.q_proj.bias",)),
+        ("gemma", dict(hidden_act="gelu"), ()),  # as published; it means the other one
         ("gemma2", GEMMA, ()),
         ("gemma2", dict(num_hidden_layers=46, head_dim=32, query_pre_attn_scalar=16), ()),  # the model of 27B
         ("gemma3_text", GEMMA, ()),

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GraniteMoeHybridConfig,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -30,7 +31,7 @@ from qalora.base.registry import resolve
 from qalora.data.chat_template import CHATML
 from qalora.data.ending import Ending
 from qalora.deploy.merging import merge
-from qalora.deploy.settings import Served, write_settings
+from qalora.deploy.settings import Served, served_config, write_settings
 
 VERSION_4 = Path(os.environ.get("QALORA_TRANSFORMERS4", Path(sys.prefix) / "transformers4"))
 TEXTS = ("Plain words, 12345.", "  two  spaces\n\n", "Zürich 日本語 🙂", "<|im_start|>user\nHi<|im_end|>\n")
@@ -301,6 +302,16 @@ def test_the_config_is_the_bases_but_for_precision(base, adapter, tmp_path):
     file.write_text(json.dumps(before))
     found = json.loads((output / "config.json").read_text())
     assert found == before | {"a_field_of_theirs": [1], "torch_dtype": "bfloat16", "dtype": "bfloat16"}
+
+
+def test_blocks_of_granite_4_have_the_name_that_both_versions_read():
+    """Version 4, vLLM and llama.cpp's converter know no other; version 5 writes another."""
+    sizes = dict(num_hidden_layers=2, hidden_size=64, num_local_experts=0, num_experts_per_tok=0)
+    config = GraniteMoeHybridConfig(layer_types=["attention"] * 2, **sizes)
+    assert config.to_dict()["layer_types"] == ["full_attention"] * 2
+    served = served_config(config.to_dict(), config, torch.float32)
+    assert served["layer_types"] == ["attention"] * 2
+    assert GraniteMoeHybridConfig(**served).layer_types == config.layer_types
 
 
 PUBLISHED = [
