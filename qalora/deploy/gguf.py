@@ -119,8 +119,8 @@ def write_model(
         writer.write_tensor_data(values)
     for name, shape in track(tensors.items(), "merging"):
         encoded = _encoded(name, shape, pieces(name), kinds[name], config)
-        for part in np.split(encoded, len(gguf_names(name, config))):
-            writer.write_tensor_data(part)
+        for rows in np.split(encoded, len(gguf_names(name, config))):
+            writer.write_tensor_data(rows)
     writer.close()
 
 
