@@ -49,8 +49,8 @@ def draw_compression(
     """A cut: the loss of every order of the ranks against the share that is kept, and the rank map of what is.
 
     Args:
-        curves: order → points with `share`, `loss` and `stderr`, the standard error of its difference from the whole;
-            none: no row was read.
+        curves: order → points with `share`, `loss` and `stderr`, the standard error of its difference from the whole,
+            if known; none: no row was read.
         chosen: the order and the point that were taken.
         losses: of the `whole` adapter and of the `base` alone.
         ranks, start: as of `draw_ranks`.
@@ -92,7 +92,7 @@ def _draw_curves(
             linestyle=line,
         )
         if order == best:
-            errors = [point["stderr"] for point in points]
+            errors = [point["stderr"] or 0.0 for point in points]  # none of a single row
             low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
             axes.fill_between(shares, low, high, color=BLUE, alpha=0.12, linewidth=0)
     axes.axhline(losses["whole"], color=ORANGE, linewidth=1, linestyle="--", label="whole adapter")

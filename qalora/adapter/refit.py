@@ -7,10 +7,12 @@ it moves an entry in one step, is a share of that size: one rate for adapters of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.compression import Kept
@@ -53,12 +55,18 @@ def size_of_entries(factors: Factors, ranks: Kept) -> float:
 
 
 def grouped(batch: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
-    """The micro-batches of each step: in a random order, for they are sorted by length, until they have ROWS rows."""
+    """The micro-batches of each step: in a random order, for they are sorted by length, until they have ROWS rows.
+    Larger ones are cut, so that steps are as many whatever a forward pass holds."""
+    parts = [
+        {key: value[row : row + ROWS] for key, value in micro.items()}
+        for micro in batch
+        for row in range(0, len(micro["labels"]), ROWS)
+    ]
     found: list[list[MicroBatch]] = [[]]
-    for index in torch.randperm(len(batch), generator=torch.Generator().manual_seed(0)).tolist():
+    for index in torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist():
         if sum(len(micro["labels"]) for micro in found[-1]) >= ROWS:
             found.append([])
-        found[-1].append(batch[index])
+        found[-1].append(parts[index])
     return found
 
 
@@ -67,9 +75,7 @@ def _train(model: PeftModel, groups: Sequence[Sequence[MicroBatch]], steps: int 
     steps = PASSES * len(groups) if steps is None else steps
     trained = [parameter for layer in gated_layers(model).values() for parameter in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    with scoring_mode(model), torch.enable_grad():
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with scoring_mode(model), torch.enable_grad(), _taking_gradients(trained):
         for step in track(range(steps), "refitting"):
             group = groups[step % len(groups)]
             tokens = supervised_tokens([micro["labels"] for micro in group])
@@ -79,3 +85,15 @@ def _train(model: PeftModel, groups: Sequence[Sequence[MicroBatch]], steps: int 
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _taking_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters take gradients; at the end they have none and are frozen, also after an error."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False).grad = None

@@ -122,7 +122,8 @@ def _find_cut(
     everything = kept(values, Size(), costs)
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
-    counts = _counts(widest if asked.uniform else total)
+    left = max(map(len, values.values())) if asked.uniform else count
+    counts = _counts(widest if asked.uniform else total, left)
     sizes = [Size(max_rank=count) if asked.uniform else Size(ranks=count) for count in counts]
     searched = len(orders) if asked.size is None else 1  # curves; a given size needs that of the best order alone
     bar.expect(searched * len(sizes) + (0 if asked.size is None else len(orders)))
@@ -132,7 +133,9 @@ def _find_cut(
         bar.advance()
         return found
 
-    def trained_on(found: Point) -> Point:
+    def trained_on(found: Point) -> Point | None:
+        if found.kept == everything:  # nothing has left that it could make up for
+            return None
         train = partial(refitted, model, scoring, found.kept, asked.refit_steps)
         return point(model, judging, found.kept, processes.from_first(train), whole=whole, of=total)
 
@@ -143,7 +146,7 @@ def _find_cut(
     else:
         at_size = {order: measure(order, asked.size) for order in orders}
         order, plain = best_of(at_size)
-        again = refit(plain) if refit and plain.kept != everything else None  # else there is nothing to make up for
+        again = refit(plain) if refit else None
         chosen = Choice(order, plain, again, lowest(plain, again))
         others = _descended(partial(measure, order), sizes, asked.tolerance)
         curves = {order: [found] for order, found in at_size.items()}
@@ -153,7 +156,7 @@ def _find_cut(
 
 
 def smallest(
-    curves: Mapping[Order, Sequence[Point]], tolerance: float, refit: Callable[[Point], Point] | None
+    curves: Mapping[Order, Sequence[Point]], tolerance: float, refit: Callable[[Point], Point | None] | None
 ) -> Choice | None:
     """The choice of fewest ranks that `holds`; None: there is none. From the smallest cut that holds as it is, cuts are
     trained on, down to the last that holds so.
@@ -198,9 +201,10 @@ def cut_by_values(model: PeftModel, asked: Asked) -> Kept:
     return kept(scores, asked.size or Size(), rank_parameters(model, values), asked.per)
 
 
-def _counts(largest: int) -> list[int]:
-    """Numbers of ranks below the largest, at the curve's shares of it, falling."""
-    return sorted({max(1, round(share * largest)) for share in SHARES} - {largest}, reverse=True)
+def _counts(largest: int, left: int) -> list[int]:
+    """Numbers of ranks at the curve's shares of the largest, falling: those below what is left of it in the basis."""
+    counts = {max(1, round(share * largest)) for share in SHARES}
+    return sorted((count for count in counts if count < left), reverse=True)
 
 
 def _descended(measure: Callable[[Size], Point], sizes: Sequence[Size], tolerance: float) -> list[Point]:

@@ -3,6 +3,7 @@ is known of the cut, its pictures and its card."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from qalora.adapter.cutting import Losses, cut, losses
 from qalora.adapter.model import ADAPTER, gated_layers, ranks, sync_config, write_adapter
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import SavedAdapter
-from qalora.adapter.search import Asked, Cut, cut_by_values, find_cut
+from qalora.adapter.search import Asked, Choice, Cut, cut_by_values, find_cut
 from qalora.adapter.surgery import replace_ranks
 from qalora.card_files import keep_users_card, write_card
 from qalora.deploy.read_by_peft import compare_with_peft
@@ -68,7 +69,7 @@ def cut_model(
         report |= {"basis": "svd", "order": "values"}
     else:
         found = find_cut(model, rows.scoring, rows.judging, asked)
-        report |= report_of(found)
+        report |= report_of(found, asked)
         report["whole"]["loss"] = found.whole.mean
         chosen = processes.from_first(lambda: found.chosen.point)
         cut(model, chosen.kept, chosen.factors)
@@ -81,15 +82,10 @@ def cut_model(
     return {**report, "ranks": ranks(model)}
 
 
-def report_of(found: Cut) -> dict[str, Any]:
+def report_of(found: Cut, asked: Asked) -> dict[str, Any]:
     """What compress.json says of a search, but for what was kept in the end."""
     gain, stderr = found.gain
-    chosen, refit = found.chosen, {}
-    if chosen.refitted:
-        stays = chosen.point is chosen.refitted
-        refit = {
-            "refit": {"loss_before": chosen.plain.loss, "loss_after": chosen.refitted.loss, "helped": stays},
-        }
+    chosen = found.chosen
     return {
         "basis": found.basis,
         "order": chosen.order,
@@ -97,11 +93,16 @@ def report_of(found: Cut) -> dict[str, Any]:
         "judged_on": {"rows": len(found.whole.rows), "supervised_tokens": sum(found.whole.tokens)},
         "base_loss": found.base.mean,
         "gain": gain,
-        "gain_stderr": stderr,
+        "gain_stderr": known(stderr),
         "whole_hurts": found.hurts,
         "curves": {order: [_figures(point) for point in points] for order, points in found.curves.items()},
-        **refit,
+        **({"refit": _refit(chosen)} if asked.refit else {}),
     }
+
+
+def known(number: float) -> float | None:
+    """JSON knows no infinity, which is the standard error of a single row, and nothing that is not a number."""
+    return number if math.isfinite(number) else None
 
 
 def size_of(model: PeftModel) -> dict[str, int]:
@@ -112,10 +113,10 @@ def size_of(model: PeftModel) -> dict[str, int]:
     }
 
 
-def cost(found: Losses, whole: Losses) -> dict[str, float]:
+def cost(found: Losses, whole: Losses) -> dict[str, float | None]:
     """Of a cut adapter, on the same rows as the whole."""
     difference, stderr = paired(found.rows, whole.rows, whole.tokens)
-    return {"loss": found.mean, "difference": difference, "stderr": stderr}
+    return {"loss": found.mean, "difference": difference, "stderr": known(stderr)}
 
 
 def to_one_rank(model: PeftModel) -> None:
@@ -234,5 +235,14 @@ def draw(report: Mapping[str, Any], start: Mapping[str, int], file: Path) -> Non
     draw_compression(curves, chosen, levels, report["ranks"], start, file)
 
 
-def _figures(point: Point) -> dict[str, float]:
-    return {name: getattr(point, name) for name in ("share", "ranks", "parameters", "loss", "difference", "stderr")}
+def _refit(chosen: Choice) -> dict[str, Any] | None:
+    """None: nothing was trained on that stays."""
+    if chosen.refitted is None:
+        return None
+    before, after = chosen.plain.loss, known(chosen.refitted.loss)
+    return {"loss_before": before, "loss_after": after, "helped": chosen.point is chosen.refitted}
+
+
+def _figures(point: Point) -> dict[str, float | None]:
+    names = ("share", "ranks", "parameters", "loss", "difference", "stderr")
+    return {name: known(getattr(point, name)) for name in names}

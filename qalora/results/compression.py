@@ -33,34 +33,56 @@ def section(report: Mapping[str, Any], *, later: bool) -> str:
 def in_sentences(report: Mapping[str, Any]) -> list[str]:
     """What was kept, what it costs, and what decided."""
     kept, whole = report["kept"], report["whole"]
-    size = (
-        f"{kept['ranks']:,} of {whole['ranks']:,} ranks ({kept['share']:.1%}) and {kept['parameters']:,} of "
-        f"{whole['parameters']:,} parameters are kept"
-    )
+    size = _size(kept, whole)
     if "loss" not in kept:
         return [f"{size}, by singular values alone: no row was read, so what the cut costs is not known"]
     judged = report["judged_on"]
     lines = [
         size,
         f"loss {kept['loss']:.4f}, of the whole adapter {whole['loss']:.4f}, of the base {report['base_loss']:.4f}: "
-        f"{kept['difference']:+.4f} ± {kept['stderr']:.4f} nats per token from the whole, on {judged['rows']:,} rows "
-        "that only judge",
+        f"{kept['difference']:+.4f}{_error(kept['stderr'])} nats per token from the whole, on "
+        + (f"{judged['rows']:,} rows that only judge" if judged["rows"] > 1 else "1 row that only judges"),
         f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
     ]
-    if kept["stderr"] > COARSE:
+    if kept["stderr"] is None:
+        lines.append("a single row has no standard error, and cannot tell a loss from none; more rows judge finer")
+    elif kept["stderr"] > COARSE:
         lines.append(
             f"{judged['rows']:,} rows cannot tell a loss of {kept['stderr']:.3f} nats per token from none; more rows "
             "judge finer"
         )
-    if refit := report.get("refit"):
-        stays = "and stay" if refit["helped"] else "so they were taken back"
-        lines.append(
-            "a few steps of training on the rows that ordered took the loss of what was kept from "
-            f"{refit['loss_before']:.4f} to {refit['loss_after']:.4f}, {stays}"
-        )
+    if "refit" in report:
+        lines.append(_refit(report["refit"]))
     if report["whole_hurts"]:
         lines.append(
-            f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f} ± "
-            f"{report['gain_stderr']:.4f} nats per token better; are they rows that it was trained for?"
+            f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f}"
+            f"{_error(report['gain_stderr'])} nats per token better; are they rows that it was trained for?"
         )
     return lines
+
+
+def _size(kept: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    if kept["parameters"] > whole["parameters"]:
+        return (
+            f"{kept['ranks']:,} ranks and {kept['parameters']:,} parameters are written, of {whole['ranks']:,} and "
+            f"{whole['parameters']:,}: one rank for all fills up modules that have fewer, so leave --uniform out, or "
+            "pass a smaller --max-rank"
+        )
+    return (
+        f"{kept['ranks']:,} of {whole['ranks']:,} ranks ({kept['share']:.1%}) and {kept['parameters']:,} of "
+        f"{whole['parameters']:,} parameters are kept"
+    )
+
+
+def _refit(refit: Mapping[str, Any] | None) -> str:
+    if refit is None:
+        return "nothing was trained on that stays: every rank is kept that adds something"
+    after = "no number" if refit["loss_after"] is None else f"{refit['loss_after']:.4f}"
+    return (
+        "a few steps of training on the rows that ordered took the loss of what was kept from "
+        f"{refit['loss_before']:.4f} to {after}, {'and stay' if refit['helped'] else 'so they were taken back'}"
+    )
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.4f}"

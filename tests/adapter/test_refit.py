@@ -86,13 +86,39 @@ def test_steps_have_eight_rows_or_more(make_batch):
     assert sorted(len(micro["labels"]) for step in found for micro in step) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_an_error_leaves_the_factors_as_they_were(some, batches, monkeypatch):
+def test_steps_are_as_many_whatever_a_forward_pass_holds(make_batch):
+    large = make_batch(rows=30)
+    found = grouped([large])
+    assert [sum(len(micro["labels"]) for micro in step) for step in found] in (
+        [8, 8, 8, 6],
+        [8, 8, 14],
+        [8, 14, 8],
+        [14, 8, 8],
+    )
+    rows = [row.tolist() for step in found for micro in step for row in micro["input_ids"]]
+    assert sorted(rows) == sorted(large["input_ids"].tolist())
+    assert all(micro.keys() == large.keys() for step in found for micro in step)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_an_error_leaves_the_adapter_as_it_was(some, batches, monkeypatch, trainable):
     model, stay = some()
-    before = {name: layer.B.clone() for name, layer in gated_layers(model).items()}
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    layers = gated_layers(model)
+    before = {name: layer.B.clone() for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.A.requires_grad_(trainable)
+        layer.B.requires_grad_(trainable)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         refitted(model, batches, stay, 2)
-    assert all(torch.equal(layer.B, before[name]) for name, layer in gated_layers(model).items())
+    for name, layer in layers.items():
+        assert torch.equal(layer.B, before[name])
+        assert layer.gate is None and layer.A.grad is None and layer.B.grad is None
+        assert layer.A.requires_grad == layer.B.requires_grad == trainable
 
 
 def test_size_of_entries():

@@ -97,6 +97,13 @@ def test_a_given_size_takes_the_best_order_and_draws_its_curve(made_up):
     assert [point.ranks for point in found.curves["values"]][:3] == [100, 75, 50]
 
 
+def test_a_curve_has_no_cut_that_takes_nothing():
+    """Half of the ranks had no energy, and left with the basis."""
+    assert search._counts(100, 100) == [75, 50, 25, 12, 6, 3]
+    assert search._counts(100, 50) == [25, 12, 6, 3]
+    assert search._counts(1, 1) == []
+
+
 def test_one_rank_for_all(made_up):
     found, measured = made_up({"values": lambda n: 0.0 if n >= 20 else 1.0}, Asked(uniform=True))
     assert found.chosen.point.ranks == 25

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from qalora.adapter.compression import Size
 from qalora.adapter.cutting import cut
 from qalora.adapter.model import gated_layers, ranks
 from qalora.adapter.principal import into_basis
@@ -70,3 +71,18 @@ def test_what_is_measured_is_what_is_written(model, make_batch):
     assert report["kept"]["share"] == sum(ranks(model).values()) / 18
     for layer in gated_layers(model).values():
         assert torch.equal(layer.A, layer.A.bfloat16().float())
+
+
+def test_a_single_row_that_judges_has_no_standard_error_in_the_json(model, make_batch):
+    rows = Rows([make_batch(rows=2, seed=1)], [make_batch(rows=1, seed=2)])
+    report = cut_model(model, Asked(Size(max_rank=1), refit=True, refit_steps=1), rows)
+    assert report["kept"]["stderr"] is report["gain_stderr"] is None
+    assert {point["stderr"] for points in report["curves"].values() for point in points} == {0.0, None}
+    json.dumps(report, allow_nan=False)
+
+
+def test_training_on_is_in_the_report_also_where_nothing_left_that_it_could_make_up_for(model, make_batch):
+    rows = Rows([make_batch(rows=2, seed=1)], [make_batch(rows=2, seed=2)])
+    report = cut_model(model, Asked(Size(max_rank=3), refit=True), rows)
+    assert report["refit"] is None
+    assert report["kept"]["ranks"] == report["whole"]["ranks"]

@@ -59,3 +59,27 @@ def test_few_rows_are_said_to_tell_little(report, stderr, said):
     report["kept"]["stderr"] = stderr
     lines = [line for line in in_sentences(report) if line.startswith("168 rows cannot tell a loss of 0.013")]
     assert len(lines) == said
+
+
+def test_a_single_row_is_said_to_tell_nothing(report):
+    report["kept"]["stderr"] = report["gain_stderr"] = None
+    report |= {"judged_on": {"rows": 1, "supervised_tokens": 5}, "whole_hurts": True, "gain": -0.2}
+    lines = in_sentences(report)
+    assert lines[1].endswith("-0.0010 nats per token from the whole, on 1 row that only judges")
+    assert any(line.startswith("a single row has no standard error") for line in lines)
+    assert "the base alone is 0.2000 nats per token better" in lines[-1]
+
+
+def test_training_on_without_a_result_is_said(report):
+    report["refit"] = None
+    assert "nothing was trained on that stays: every rank is kept that adds something" in in_sentences(report)
+    report["refit"] = {"loss_before": 1.33, "loss_after": None, "helped": False}
+    assert in_sentences(report)[-1].endswith("from 1.3300 to no number, so they were taken back")
+
+
+def test_one_rank_for_all_that_made_it_larger_is_said(report):
+    report["kept"] |= {"share": 2.0, "ranks": 3360, "parameters": 4_884_480}
+    assert in_sentences(report)[0] == (
+        "3,360 ranks and 4,884,480 parameters are written, of 1,680 and 2,442,240: one rank for all fills up modules "
+        "that have fewer, so leave --uniform out, or pass a smaller --max-rank"
+    )
