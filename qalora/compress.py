@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     refit = parser.add_argument_group("what stays is trained on, where the rows that judge are the better for it")
     refit.add_argument("--refit", action="store_true", help="in two passes over the rows that order")
-    refit.add_argument("--refit-steps", type=int, metavar="N", help="in N steps of 8 of those rows")
+    refit.add_argument("--refit-steps", type=int, metavar="N", help="in N steps of 8 or more of those rows")
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
     add(parser, "--split", default="validation")

@@ -2,7 +2,7 @@
 
 A cut is global: ranks of all modules stand in one order, by their score or by their score per parameter, and the first
 of them stay. How many is read off the curve *loss against share kept*, taken on rows that gave no scores: the smallest
-cut whose loss is not above the whole adapter's by more than the standard error of their paired difference.
+cut whose loss is not above the whole adapter's, beyond what it may cost.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class SavedAdapter:
     """
     Attributes:
         path: its folder.
-        pairs: full module name → (A (r, in), B (out, r)), on the CPU, in the dtype of the file.
+        pairs: full module name → (A (r, in), B (out, r)), on the CPU, in the dtype of the file; fp32 of one of 8 bits.
     """
 
     path: Path
@@ -230,7 +230,8 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of adapter_model.safetensors, or of an older adapter_model.bin, on the CPU.
 
     Raises:
-        InputError: no such file, one that holds more than tensors, or a weight that is not finite.
+        InputError: no such file, one that holds more than tensors, or a weight that is no floating-point number or not
+            finite.
     """
     file = Path(path) / "adapter_model.safetensors"
     pickled = file.with_suffix(".bin")
@@ -244,6 +245,12 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     else:
         raise InputError(f"{path}: there is no adapter_model.safetensors.")
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{file}: {_module_of(key)} holds {tensor.dtype}, and a LoRA's weights are floating-point."
+            )
+        if tensor.element_size() == 1:  # torch does little with 8-bit numbers, and PEFT computes with none
+            tensors[key] = tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise InputError(f"{file}: {_module_of(key)} holds a value that is not finite (NaN or infinite).")
     return tensors

@@ -182,3 +182,21 @@ def test_a_state_dict_and_an_empty_file_are_no_adapters(plain):
     save_file({}, file)
     with pytest.raises(InputError, match="the file of its weights is empty"):
         read_adapter(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_weights_of_8_or_64_bits_are_read_as_peft_reads_them(folder, plain, dtype):
+    file = plain / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(plain))
+    for name, (A, B) in read_adapter(plain).pairs.items():
+        module = reference.get_submodule(f"base_model.model.{name}")
+        assert torch.equal(A.float(), module.lora_A.default.weight)
+        assert torch.equal(B.float(), module.lora_B.default.weight)
+
+
+def test_integers_are_no_weights(plain):
+    file = plain / "adapter_model.safetensors"
+    save_file({key: (100 * tensor).to(torch.int8) for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"layers\.\d\.\S+ holds torch.int8, and a LoRA's weights are floating-point"):
+        read_adapter(plain)
