@@ -579,6 +579,16 @@ def test_attention_is_told_all_where_blocks_hand_on_no_keywords(save_tiny, tmp_p
         assert_same(found, case.of_vanilla(case.reference, batch))
 
 
+def test_a_model_without_fused_attention_keeps_its_own(save_tiny, tmp_path):
+    """VaultGemma's caps its scores, which torch's cannot."""
+    case = Case("vaultgemma", save_tiny(tmp_path, "vaultgemma", **COMMON | dict(head_dim=16, sliding_window=6)))
+    ids = case.batch["input_ids"]
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    assert_same(
+        loss_and_gradients(case.ours(), prepared(batch, torch.device("cpu"))), case.of_vanilla(case.reference, batch)
+    )
+
+
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):
     quirks = COMMON | dict(attention_dropout=0.0, residual_dropout=0.1)
     model = attach(load_base(save_tiny(tmp_path, "seed_oss", **quirks), dtype="float32").model, r=4, alpha=8).train()

@@ -226,6 +226,7 @@ def _config(location: str, gguf_file: str | None, name: str) -> PreTrainedConfig
     config = text_part(config)
     check_family(config.to_dict(), f"--model {name}")
     check_positions(config, f"--model {name}")
+    check_padding(config, f"--model {name}")
     return config
 
 
@@ -247,6 +248,19 @@ def check_positions(config: PreTrainedConfig, where: str) -> None:
             f"{where}: rope_type={kind}: its settings are not such that positions can be computed "
             f"({type(error).__name__}: {short(error)})."
         ) from None
+
+
+def check_padding(config: PreTrainedConfig, where: str) -> None:
+    """
+    Raises:
+        InputError: a pad token that has no embedding, for which transformers builds no model.
+    """
+    pad, tokens = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(tokens, int) and pad >= tokens:
+        raise InputError(
+            f"{where}: config.json has pad_token_id {pad}, and vocab_size {tokens}; make it null there, for the "
+            "tokenizer says what pads."
+        )
 
 
 def original_weights(checkpoint: Checkpoint, model: str) -> Weights:

@@ -52,8 +52,10 @@ def whole(config: PreTrainedConfig) -> Part:
 
 
 def attention_of(config: PreTrainedConfig, asked: str) -> str:
-    """transformers' name of the attention that a model computes with."""
-    return "eager" if family_of(config.model_type).eager else asked
+    """transformers' name of the attention that a model computes with: its own where torch's fused one cannot."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    fused = model_class is None or model_class._supports_sdpa
+    return "eager" if family_of(config.model_type).eager or not fused else asked
 
 
 def from_checkpoint(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qalora.base import checkpoint as checkpoint_module
 from qalora.base import tensor_files
-from qalora.base.checkpoint import Quantization, open_checkpoint, trained_pieces
+from qalora.base.checkpoint import Quantization, open_checkpoint, open_config, trained_pieces
 from qalora.base.loading import load_base
 from qalora.base.quantized import dequantize, linear_maps
 from qalora.base.registry import resolve
@@ -113,3 +114,13 @@ def test_pickled_weights_are_read_as_tensors_only(folder, tmp_path):
     torch.save({"model.norm.weight": print}, base / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be read as tensors"):
         open_checkpoint(resolve(str(base)))
+
+
+def test_a_pad_token_without_an_embedding_is_named(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    for pad in (None, -1, config["vocab_size"] - 1):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+        assert open_config(resolve(str(tmp_path))).pad_token_id == pad
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    with pytest.raises(InputError, match=f"pad_token_id {config['vocab_size']}, and vocab_size {config['vocab_size']}"):
+        open_config(resolve(str(tmp_path)))
