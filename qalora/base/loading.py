@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -130,12 +131,19 @@ def load_base(
     model: Any = load_model(
         source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
     )
+    give_back_memory()
     name_as_in_wrapper(model)
     _refuse_ragged_rows(source, model, device)
     model.config.use_cache = False
     # What PEFT writes as base_model_name_or_path: a published name rather than a path of this machine.
     model.name_or_path = model.config.name_or_path = source.hub_id or source.location
     return LoadedBase(model, tokenizer, source, compute_dtype, load_in_4bit)
+
+
+def give_back_memory() -> None:
+    """What is free goes back to the system, where the C library can: glibc keeps what lies between what is held."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def load_model(

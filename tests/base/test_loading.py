@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from qalora.base import loading
-from qalora.base.loading import choose_compute_dtype, load_base, load_tokenizer
+from qalora.base.loading import choose_compute_dtype, give_back_memory, load_base, load_tokenizer
 from qalora.base.quantized import dequantize, is_4bit, linear_maps
 from qalora.base.registry import resolve
 from qalora.errors import InputError
@@ -313,3 +315,17 @@ def test_a_cpu_gets_what_is_faster_on_it(monkeypatch, fast):
     monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
     assert choose_compute_dtype("auto", "cpu") == fast
     assert choose_compute_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps other things")
+def test_memory_between_what_is_held_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    pieces = [b"x" * 100_000 for _ in range(1000)]  # small enough for the heap
+    held = pieces[::100]
+    before = resident()
+    del pieces
+    give_back_memory()
+    assert before - resident() > 80_000_000
+    assert len(held) == 10
