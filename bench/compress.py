@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment
-from compress_report import report
+from compress_report import point_of, report
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 import qalora
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.compression import SHARES, Kept, Per, Point, Size, kept, paired, parameters_of
+from qalora.adapter.compression import SHARES, Kept, Per, Point, Size, kept, parameters_of
 from qalora.adapter.cutting import losses, rank_orders
 from qalora.adapter.layer import Factors
 from qalora.adapter.model import load_adapter, rank_parameters
@@ -305,7 +305,7 @@ def train_on(
         line = next((line for line in read(args.lines, run) if vars(cut).items() <= line.items()), None)
         if line is None:
             line = append(vars(cut), ranks, model, refitted(model, training, ranks) if train else None)
-        return point_of(line, ranks, whole)
+        return point_of(line, whole, ranks)
 
     def holds(share: float) -> bool:
         ranks = {order: kept(orders[order], Size(ranks=round(share * total)), costs) for order in ORDERS}
@@ -317,18 +317,12 @@ def train_on(
     if not held[DEEP[0]]:
         holds(max(SHARES))
     if held[DEEP[1]]:
-        any(not holds(share) for share in SHARES if share < DEEP[1])  # as far as they hold
+        for share in (share for share in SHARES if share < DEEP[1]):
+            if not holds(share):
+                break
     if run.seed == SEEDS[0]:
         everything = {name: list(range(len(scores))) for name, scores in orders["values"].items()}
         at(Cut("svd", "whole, refitted", 1.0), everything, train=True)
-
-
-def point_of(line: Line, ranks: Kept, whole: Line) -> Point:
-    """A line as a point of the program's curve, on the rows that choose."""
-    tokens = line["choosing_tokens"]
-    difference, stderr = paired(line["choosing"], whole["choosing"], tokens)
-    loss = sum(line["choosing"]) / sum(tokens)
-    return Point(line["share"], line["ranks"], line["parameters"], loss, difference, stderr, ranks)
 
 
 def measured(

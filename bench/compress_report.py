@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common import table
 
-from qalora.adapter.compression import Point, paired
+from qalora.adapter.compression import Kept, Point, paired
 from qalora.adapter.search import ORDERS, best_of, smallest
 
 Line = Mapping[str, Any]  # of compress.jsonl
@@ -48,9 +48,7 @@ class Adapter(NamedTuple):
         return paired(line[rows], self.whole[rows], line[f"{rows}_tokens"])
 
     def point(self, line: Line) -> Point:
-        """The line as a point of the program's curve, on the rows that choose."""
-        mean, error = self.difference(line, "choosing")
-        return Point(line["share"], line["ranks"], line["parameters"], loss(line, "choosing"), mean, error, {})
+        return point_of(line, self.whole, {})
 
     def cuts(self) -> dict[float, dict[Any, Point]]:
         """Share → order → point, of the cuts among which the rows that choose decide."""
@@ -68,6 +66,12 @@ class Adapter(NamedTuple):
         if choice is None:
             return self.whole if cuts else None
         return self.lines["svd", choice.order, "rank", choice.point.share]
+
+
+def point_of(line: Line, whole: Line, ranks: Kept) -> Point:
+    """A line as a point of the program's curve, on the rows that choose."""
+    mean, error = paired(line["choosing"], whole["choosing"], line["choosing_tokens"])
+    return Point(line["share"], line["ranks"], line["parameters"], loss(line, "choosing"), mean, error, ranks)
 
 
 def loss(line: Line, rows: str = "test") -> float:
