@@ -79,10 +79,10 @@ class Task:
 
 TASKS = {
     "e2e": Task(60, 80, scoring=32, choosing=32, test=40, settings={"data.columns": {}}),
-    "sst2": Task(80, 30, scoring=64, choosing=64, test=64),
+    "sst2": Task(80, 30, scoring=64, choosing=128, test=256),
     "alpaca": Task(32, 80, scoring=32, choosing=24, test=32),
     "gsm8k": Task(24, 104, scoring=16, choosing=16, test=20),
-    "boolq": Task(32, 92, scoring=16, choosing=24, test=28),
+    "boolq": Task(32, 92, scoring=16, choosing=24, test=120),
 }
 
 

@@ -1,11 +1,13 @@
 """Memory and time of `qalora compress` on a model's shape, weights and adapter random, against what `plan` counts.
 
     python bench/compress_shape.py --shape llama-7b --disk DIR              # 14 GB of disk
-    python bench/compress_shape.py --shape llama-7b --disk DIR --layers 4   # some of its blocks
+    python bench/compress_shape.py --shape llama-7b --disk DIR --layers 2   # some of its blocks, tensors counted too
 
 Rows are random tokens: one orders the ranks, one judges. Memory is the peak resident set above what imports took, once
-the base is loaded: while it loads, pages of its file count as well. `plan` counts a training step of the same rows;
-scoring has neither moments nor gradients of weights.
+the base is loaded: while it loads, pages of its file count as well. So do pages of libraries that are first used in the
+cut; with --layers the bytes of all tensors at their peak stand beside it, by torch's profiler, which takes memory
+itself. `plan` counts the tensors of a training step of the same rows; scoring has neither moments nor gradients of
+weights.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import environment, peak_rss, reset_peak, table, write_results
 from merge import make_adapter, make_base
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from qalora.adapter.ablation import MicroBatch
@@ -44,14 +49,15 @@ def main() -> None:
     args = parser.parse_args()
     row = measured(args)
     results = {**environment(), **row}
+    name = f"compress-{args.shape}" + (f"-{args.layers}-blocks" if args.layers else "")
     text = (
-        f"# compress-{args.shape}\n\n{results['device']}; torch {results['torch']}, transformers "
+        f"# {name}\n\n{results['device']}; torch {results['torch']}, transformers "
         f"{results['transformers']}, peft {results['peft']}, bitsandbytes {results['bitsandbytes']}; "
         f"{results['date']}, commit {results['commit']}.\n\n    {results['command']}\n\n"
         "Weights and adapter are random, r = 8 on every linear layer, NF4 computed in fp32; "
         f"{args.tokens} tokens order the ranks and as many judge.\n\n"
     )
-    write_results(f"compress-{args.shape}", results, text + table([row]))
+    write_results(name, results, text + table([row]))
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,8 +75,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     loading, ready = peak_rss() - before, time.perf_counter()
     gc.collect()
     reset_peak()
-    report = cut_model(model, Asked(Size(ranks=sum(ranks(model).values()) // 2)), Rows(*rows(args.tokens)))
+    asked = Asked(Size(ranks=sum(ranks(model).values()) // 2))
+    own = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if args.layers else nullcontext() as watched:
+        report = cut_model(model, asked, Rows(*rows(args.tokens)))
     seconds, peak = time.perf_counter() - ready, peak_rss() - before
+    tensors = {"peak of tensors, MB": round((sum(own.values()) + most_alive(watched)) / 1e6)} if watched else {}
     step = plan_memory(shape, seq_len=args.tokens, compute_dtype="float32", device="cpu")
     scoring = sum(size for name, size in step.terms.items() if name not in TRAINING_ALONE)
     return {
@@ -82,9 +92,16 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "seconds to cut": round(seconds),
         "peak of loading, MB": round(loading / 1e6),
         "peak of cutting, MB": round(peak / 1e6),
+        **tensors,
         "planned MB": round(scoring / 1e6),
         "a training step, MB": round(step.total / 1e6),
     }
+
+
+def most_alive(watched: profile) -> int:
+    """Bytes of the tensors that were made while it watched, at their peak."""
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def rows(tokens: int) -> tuple[list[MicroBatch], list[MicroBatch]]:

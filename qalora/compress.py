@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qalora.recipe import Recipe
 
 SIZES = ("keep", "parameters", "max_rank")
+OF_ROWS = ("data", "refit", "refit_steps", "basis", "data_format", "split", "rows", "max_seq_len")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +88,10 @@ def main(argv: list[str]) -> int:
     from qalora.progress import show
     from qalora.recipe import asked_recipe, parse_overrides
 
-    given = [*settings(args, {"data.train": args.data or "none"}), *parse_overrides(rest, ("data",))]
+    of_rows = parse_overrides(rest, ("data",))
+    if args.no_data and of_rows:
+        raise InputError(f"{rest[0]}: says how rows are read, and --no-data reads none; leave it out.")
+    given = [*settings(args, {"data.train": args.data or "none"}), *of_rows]
     recipe = asked_recipe(args.recipe, given, "qalora compress")
     show(not args.quiet)
     report = one_at_a_time(compressed)(recipe, resolve(recipe.model), args, output_dir=args.output)
@@ -123,9 +127,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(
                 "--no-data: no row says what costs nothing; give a size: --keep, --parameters or --max-rank."
             )
-        rows = {"data": args.data, "refit": args.refit, "refit-steps": args.refit_steps, "basis": args.basis}
-        for name in (name for name, value in rows.items() if value):
-            raise InputError(f"--{name}: goes with rows, and --no-data reads none; leave one of them out.")
+        defaults = parser()
+        for name in (name for name in OF_ROWS if getattr(args, name) != defaults.get_default(name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: goes with rows, and --no-data reads none; leave one of them out.")
     elif args.data is None:
         raise InputError("--data is missing: pass rows like those that the adapter was trained for, or --no-data.")
     if args.rows < 2:

@@ -294,8 +294,13 @@ def test_bad_input_is_named_before_weights_load(compress, folder, trained, rows,
         assert re.search(message, error.value.as_typed), error.value.as_typed
     with pytest.raises(InputError, match="data is missing"):
         compress("--keep", "25%", data=None)
-    with pytest.raises(InputError, match="refit: goes with rows"):
-        compress("--no-data", "--refit", "--keep", "25%", data=None)
+    for flags in (
+        ["--refit"], ["--rows", "7"], ["--split", "test"], ["--data-format", "alpaca"], ["--max-seq-len", "64"],
+        ["data.max_seq_len=64"],
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="no_data reads none") as error:
+            compress("--no-data", *flags, "--keep", "25%", data=None)
+        assert error.value.as_typed.startswith(flags[0])
     with pytest.raises(InputError, match="holds .*trained, which the compression reads"):
         compress(output=trained)
     (tmp_path / "mine").mkdir()
