@@ -159,15 +159,21 @@ def gated(layers: Mapping[str, GatedLinear], gates: Mapping[str, Tensor]) -> Ite
 
 @contextmanager
 def having(layers: Mapping[str, GatedLinear], factors: Factors) -> Iterator[None]:
-    """The layers compute with these factors, and with their own again at the end, also after an error."""
-    own = {name: (layers[name].A.data, layers[name].B.data) for name in factors}
+    """The layers compute with these factors, of any rank, and with their own again at the end, also after an error."""
+    own = {name: (layers[name].A, layers[name].B) for name in factors}
     try:
         for name, (A, B) in factors.items():
-            layers[name].A.data, layers[name].B.data = A, B
+            # Parameters of their own: autograd keeps the shapes that a parameter had in an earlier graph.
+            _take(layers[name], nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False))
         yield
     finally:
         for name, (A, B) in own.items():
-            layers[name].A.data, layers[name].B.data = A, B
+            _take(layers[name], A, B)
+
+
+def _take(layer: GatedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
+    """Makes these the factors of the layer's first active adapter."""
+    layer.lora_A[layer.adapters[0]].weight, layer.lora_B[layer.adapters[0]].weight = A, B
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from torch import nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.compression import Kept
-from qalora.adapter.cutting import gates_of
-from qalora.adapter.layer import Factors, gated, having
+from qalora.adapter.layer import Factors, GatedLinear, closed, having
 from qalora.adapter.model import gated_layers
 from qalora.data.rows import supervised_tokens
 from qalora.kernels.loss import row_losses
@@ -30,7 +29,7 @@ RATE = 0.05  # of the entries' root mean square; it falls to 0
 
 def refitted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept, steps: int | None = None) -> Factors:
     """The factors after some steps of AdamW with these ranks alone; the model is left as it is. Ranks that are to leave
-    have the values that they had.
+    have the values that they had, and take neither gradients nor moments.
 
     Args:
         model: its adapter in a principal basis.
@@ -38,20 +37,24 @@ def refitted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept, steps: 
         steps: None: PASSES over the rows.
     """
     layers = gated_layers(model)
-    own = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in layers.items()}
-    with having(layers, own), gated(layers, gates_of(model, ranks)):
-        _train(model, grouped(batch), steps, RATE * size_of_entries(own, ranks))
-    return own
+    small = {
+        name: (layers[name].A.data[own].clone(), layers[name].B.data[:, own].clone())
+        for name, own in ranks.items()
+        if own
+    }
+    with having(layers, small), closed(layer for name, layer in layers.items() if name not in small):
+        _train(model, [layers[name] for name in small], grouped(batch), steps, RATE * size_of_entries(small))
+    found = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in layers.items()}
+    for name, (A, B) in small.items():
+        found[name][0][ranks[name]], found[name][1][:, ranks[name]] = A, B
+    return found
 
 
-def size_of_entries(factors: Factors, ranks: Kept) -> float:
-    """Root mean square of the entries of these ranks."""
-    squares = entries = 0.0
-    for name, own in ranks.items():
-        for part in (factors[name][0][own], factors[name][1][:, own]):
-            squares += float(part.double().square().sum())
-            entries += part.numel()
-    return math.sqrt(squares / entries)
+def size_of_entries(factors: Factors) -> float:
+    """Root mean square of all entries."""
+    parts = [part for pair in factors.values() for part in pair]
+    squares = sum(float(part.double().square().sum()) for part in parts)
+    return math.sqrt(squares / sum(part.numel() for part in parts))
 
 
 def grouped(batch: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
@@ -70,10 +73,16 @@ def grouped(batch: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
     return found
 
 
-def _train(model: PeftModel, groups: Sequence[Sequence[MicroBatch]], steps: int | None, rate: float) -> None:
-    """Trains the adapter in place, a step on each group in turn; steps: None: PASSES over the groups."""
+def _train(
+    model: PeftModel,
+    layers: Sequence[GatedLinear],
+    groups: Sequence[Sequence[MicroBatch]],
+    steps: int | None,
+    rate: float,
+) -> None:
+    """Trains these layers' factors in place, a step on each group in turn; steps: None: PASSES over the groups."""
     steps = PASSES * len(groups) if steps is None else steps
-    trained = [parameter for layer in gated_layers(model).values() for parameter in (layer.A, layer.B)]
+    trained = [parameter for layer in layers for parameter in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     with scoring_mode(model), torch.enable_grad(), _taking_gradients(trained):
         for step in track(range(steps), "refitting"):

@@ -121,6 +121,24 @@ def test_an_error_leaves_the_adapter_as_it_was(some, batches, monkeypatch, train
         assert layer.A.requires_grad == layer.B.requires_grad == trainable
 
 
+def test_ranks_that_leave_take_neither_gradients_nor_moments(some, batches, monkeypatch):
+    model, stay = some()
+    own, AdamW = gated_layers(model), torch.optim.AdamW
+    trained = []
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, **k: trained.extend(parameters) or AdamW(parameters, **k)
+    )
+    sizes = []
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, most: sizes.append(sum(p.grad.numel() for p in parameters)),
+    )
+    refitted(model, batches, stay, 1)
+    assert len(trained) == 2 * len(stay)
+    assert sizes == [sum(len(ranks) * (own[name].A.shape[1] + len(own[name].B)) for name, ranks in stay.items())]
+
+
 def test_size_of_entries():
-    factors = {"m": (torch.tensor([[3.0, 4.0], [100.0, 100.0]]), torch.tensor([[1.0, 100.0], [2.0, 100.0]]))}
-    assert size_of_entries(factors, {"m": [0]}) == pytest.approx(math.sqrt((9 + 16 + 1 + 4) / 4))
+    factors = {"m": (torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [2.0]]))}
+    assert size_of_entries(factors) == pytest.approx(math.sqrt((9 + 16 + 1 + 4) / 4))
