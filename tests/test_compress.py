@@ -233,6 +233,8 @@ def test_adapters_of_any_origin(compress, folder, tmp_path, kind):
         torch.testing.assert_close(update, before[name], rtol=0, atol=close * float(before[name].abs().max()))
     assert {t.dtype for t in tensors_of(output).values()} == {torch.float16 if kind == "fp16" else torch.float32}
     assert abs(report["kept"]["difference"]) < 1e-3
+    for points in report["curves"].values():
+        assert len({each["ranks"] for each in points}) == len(points)
     if kind == "r 64":  # of k's 32 outputs no more than 32 ranks say anything
         assert report["kept"]["ranks"] == 2 * 64 + 2 * 32
 

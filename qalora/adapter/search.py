@@ -151,7 +151,7 @@ def _find_cut(
         others = _descended(partial(measure, order), sizes, asked.tolerance)
         curves = {order: [found] for order, found in at_size.items()}
         curves[order] += [found for found in others if found.kept != plain.kept]
-    curves = {order: sorted([start, *points], key=lambda found: -found.ranks) for order, points in curves.items()}
+    curves = {order: _with(start, points) for order, points in curves.items()}
     return Cut(asked.basis, chosen, curves, whole, base)
 
 
@@ -205,6 +205,11 @@ def _counts(largest: int, left: int) -> list[int]:
     """Numbers of ranks at the curve's shares of the largest, falling: those below what is left of it in the basis."""
     counts = {max(1, round(share * largest)) for share in SHARES}
     return sorted((count for count in counts if count < left), reverse=True)
+
+
+def _with(start: Point, points: Sequence[Point]) -> list[Point]:
+    """A curve with the whole adapter at its beginning, once."""
+    return [start, *sorted((found for found in points if found.kept != start.kept), key=lambda found: -found.ranks)]
 
 
 def _descended(measure: Callable[[Size], Point], sizes: Sequence[Size], tolerance: float) -> list[Point]:
