@@ -3,7 +3,7 @@
     python bench/compress.py --data data --work DIR                  # adapters first, then their cuts
     python bench/compress.py --data data --work DIR --part train     # the adapters alone
     python bench/compress.py --data data --work DIR --part cut       # cuts of the adapters that are there
-    python bench/compress.py --data data --work DIR --only 'e2e/*'   # some of it, by patterns of names
+    python bench/compress.py --data data --work DIR --only 'e2e/*' --cuts core   # some of it, by patterns of names
     python bench/compress.py --report                                # table and picture of what is there
 
 Each adapter is a run of `qalora.finetune` and a folder of DIR; each cut is one line of bench/results/compress.jsonl, or
@@ -140,6 +140,7 @@ EVERY = tuple(
         )
     )
 )
+CUTS = {"core": CORE, "corrected": CORRECTED, "more": MORE, "every": EVERY}
 WHOLE = 8  # ranks per module of the adapters that are cut first
 RATE = 2e-3
 NARROW = {4: (2e-3, 4e-3, 8e-3), 2: (2e-3, 4e-3, 8e-3)}  # ranks per module of the controls → rates to choose from
@@ -175,7 +176,7 @@ def main() -> None:
             if args.part in ("train", "both"):
                 train(run, args.data, args.work)
             if args.part in ("cut", "both") and (folder_of(run, args.work) / "bench.json").is_file():
-                measure(run, EVERY if args.every and cuts else cuts, args)
+                measure(run, CUTS[args.cuts] if args.cuts and cuts else cuts, args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -184,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="folder of the adapters and of the rows that were chosen")
     parser.add_argument("--part", choices=("train", "cut", "both"), default="both")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TASK/ADAPTER", help="patterns of names")
-    parser.add_argument("--every", action="store_true", help="every cut of an adapter at once, not the core ones first")
+    parser.add_argument("--cuts", choices=list(CUTS), help="of each adapter (default: all, the core ones first)")
     parser.add_argument("--lines", type=Path, default=FILE, help="where results are appended (default: %(default)s)")
     parser.add_argument("--report", action="store_true")
     return parser

@@ -43,6 +43,7 @@ WORDS = [
     "bird", "fish", "sun", "moon", "star", "sky",
 ]  # fmt: skip
 WATCHED = ("training.eval_steps=1", "training.save_steps=1")
+HALVES = ("training.micro_batch_size=4", "training.gradient_accumulation_steps=2")  # a step in two micro-batches
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
@@ -94,7 +95,7 @@ def _without(*names: str) -> dict[str, None]:
 def train(model_dir: Path, rows: Path, folder: Path, *more: str, settings: dict | None = None) -> int:
     """12 steps, rounds after steps 4 and 8. → the exit code"""
     recipe = folder.parent / "recipe.yaml"
-    recipe.write_text("training: {micro_batch_size: 4, gradient_accumulation_steps: 2}\n")
+    recipe.write_text("training: {micro_batch_size: 8, gradient_accumulation_steps: 1}\n")
     chosen = {
         "data.train": rows, "data.val_set_size": 24, "data.max_seq_len": 32,
         "lora.r": 2, "lora.alpha": 4,
@@ -501,7 +502,7 @@ def test_a_resumed_run_remembers_how_long_nothing_got_better(finetune, monkeypat
 
 
 def test_resumed_with_dropout_and_ranks_cut_to_zero(finetune):
-    more = ("lora.dropout=0.2", "allocation.prune_per_round=10", "lora.r=1", "lora.alpha=2")
+    more = (*HALVES, "lora.dropout=0.2", "allocation.prune_per_round=10", "lora.r=1", "lora.alpha=2")
     _, straight = finetune(*more, output="straight")
     first, second = records(straight)
     assert second["grown"].keys() - first["ranks"].keys(), "the test needs a module that comes back"
@@ -636,12 +637,12 @@ def test_another_base_is_refused_and_a_copied_one_is_not(finetune, default_run, 
 
 def test_another_micro_batch_of_as_many_rows_a_step_goes_on_with_the_same_rows(finetune, default_run, capsys):
     checkpoint = ("--resume-from-checkpoint", str(default_run / "checkpoint-6"))
-    halves = ("training.micro_batch_size=2", "training.gradient_accumulation_steps=4")
-    _, resumed = finetune(*halves, *checkpoint)
+    quarters = ("training.micro_batch_size=2", "training.gradient_accumulation_steps=4")
+    _, resumed = finetune(*quarters, *checkpoint)
     assert losses(resumed) == pytest.approx(losses(default_run), rel=2e-4)
-    assert "training.micro_batch_size=2 (was 4)" in capsys.readouterr().err
+    assert "training.micro_batch_size=2 (was 8)" in capsys.readouterr().err
     with pytest.raises(InputError, match="are 16 rows an optimizer step, .* with 8"):
-        finetune("training.micro_batch_size=8", *checkpoint, output="other")
+        finetune("training.micro_batch_size=16", *checkpoint, output="other")
     with pytest.raises(InputError, match=r"training\.seed is 7, .* made with 42"):
         finetune("training.seed=7", *checkpoint, output="other")
 
@@ -948,7 +949,7 @@ def test_a_round_out_of_memory_scores_the_same_ranks_in_pieces(finetune, default
     monkeypatch.setattr(rounds, "score_ranks", failing)
     code, other = finetune()
     assert code == 0
-    assert seen == [4, 2, 2]  # the second round begins where the first one had to go
+    assert seen == [8, 4, 2, 2]  # the second round begins where the first one had to go
     assert [record["pruned"] for record in records(other)] == [record["pruned"] for record in records(default_run)]
 
 
@@ -1015,6 +1016,7 @@ SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 def test_no_rounds_is_plain_lora_as_peft_trains_it(finetune, model_dir, rows, settings, theirs, peft):
     """Invariant 12's twin on 4 bits: the losses of PEFT's own layers under Hugging Face's own Trainer."""
     _, folder = finetune(
+        *HALVES,
         "allocation.rounds=0",
         "training.gradient_checkpointing=false",
         "training.group_by_length=false",
@@ -1243,7 +1245,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(finetune, monkeypatch):
 
     monkeypatch.setattr(QaloraTrainer, "compute_loss", poisoned)
     with pytest.raises(AnswerNo, match=r"the loss is nan at step 7, on rows \[\d+, \d+, \d+, \d+\] .*checkpoint-6"):
-        finetune()
+        finetune(*HALVES)
 
 
 def test_a_run_that_never_allocated_is_an_error(finetune):

@@ -7,7 +7,7 @@ import ctypes
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def load_base(
     # With its index: accelerate takes "cuda" and "cuda:0" for different devices.
     device = str(device or best_device())
     _check_device(device)
-    compute_dtype = choose_compute_dtype(dtype, device)
     check_base(source, in_4bit=load_in_4bit)
+    compute_dtype = choose_compute_dtype(dtype, device)
     tokenizer = tokenizer or load_tokenizer(source)
     model: Any = load_model(
         source, Quantization(quant_type if load_in_4bit else None, double_quant, compute_dtype), device
@@ -295,6 +295,7 @@ def _check_device(device: str) -> None:
         raise InputError(f"device={device!r}: torch finds no CUDA device here (see `qalora doctor`); pass cpu.")
 
 
+@cache
 def _faster_on_cpu() -> torch.dtype:
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)

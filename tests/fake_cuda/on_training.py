@@ -177,7 +177,9 @@ def run(save_tiny_llama, tmp_path_factory):
 def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run, monkeypatch):
     from safetensors.torch import load_file
 
-    whole = run("whole", "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1")
+    settings = ["training.max_steps=4", "training.gradient_accumulation_steps=1", "allocation.rounds=1",
+                "allocation.warmup=1", "allocation.interval=1"]  # fmt: skip
+    whole = run("whole", *settings)
     (record,) = map(json.loads, (whole / "allocation.jsonl").read_text().splitlines())
     assert record["pruned"]
     state = json.loads((whole / "checkpoint-4" / "trainer_state.json").read_text())
@@ -186,8 +188,7 @@ def test_a_run_with_a_round_a_checkpoint_and_a_resume(device, run, monkeypatch):
     straight = load_file(whole / "adapter" / "adapter_model.safetensors")
     loaded = []
     monkeypatch.setattr("qalora.training.trainer.page_again", lambda optimizer: loaded.append(len(optimizer.state)))
-    again = run("whole", "training.max_steps=4", "allocation.rounds=1", "allocation.warmup=1", "allocation.interval=1",
-                "--resume-from-checkpoint", str(whole / "checkpoint-2"))  # fmt: skip
+    again = run("whole", *settings, "--resume-from-checkpoint", str(whole / "checkpoint-2"))
     resumed = load_file(again / "adapter" / "adapter_model.safetensors")
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor)
