@@ -163,7 +163,7 @@ def run(save_tiny_llama, tmp_path_factory):
                 "--model", str(folder / "model"), "--recipe", "alpaca", "--output-dir", str(out),
                 f"data.train={folder}/train.jsonl",
                 f"data.validation={folder}/validation.jsonl", "data.max_seq_len=300", "training.micro_batch_size=2",
-                "training.gradient_accumulation_steps=2", "lora.r=4", "lora.alpha=8", "allocation.val_batch_size=2",
+                "lora.r=4", "lora.alpha=8", "allocation.val_batch_size=2",
                 "allocation.scoring=first-order",
                 "evaluation.before=false", "evaluation.after=false", "training.eval_steps=2", "training.save_steps=2",
                 "logging.quiet=true", "logging.steps=100", "--dtype", "float32", *settings,
@@ -212,7 +212,7 @@ def test_a_step_has_one_synchronization_and_no_more_kernels_than_counted(device,
     for name, more in {"padded": [], "packed": ["data.packing=true"]}.items():
         found.clear()
         nothing_else = ["training.eval_strategy=no", "training.save_strategy=no", "allocation.rounds=0"]
-        run(name, "training.max_steps=1", *nothing_else, *more)
+        run(name, "training.max_steps=1", "training.gradient_accumulation_steps=2", *nothing_else, *more)
         assert len(found) == 2
         for syncs, kernels in found:
             assert sum(syncs.values()) <= 1, syncs
