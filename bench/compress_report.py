@@ -14,7 +14,7 @@ from qalora.adapter.search import ORDERS, best_of, smallest
 
 Line = Mapping[str, Any]  # of compress.jsonl
 REFITTED = "chosen, refitted"  # the best order of the rows that choose, trained on
-SCHEDULES = {"constant": "adapters trained at a constant rate", "linear": "adapters whose rate fell to 0"}
+SCHEDULES = {"constant": "constant rate", "linear": "rate falling to 0"}
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",
     ("trained", "sum", "rank"): "trained, sum (the paper's)",
@@ -99,10 +99,9 @@ def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture:
     parts = ["# compress\n", what_ran(adapters, cut, planned)]
     for task in dict.fromkeys(adapter.run["task"] for adapter in cut):
         parts += [f"## {task}\n", losses_of(task, [adapter for adapter in cut if adapter.run["task"] == task])]
-    for schedule, named in SCHEDULES.items():
-        own = [adapter for adapter in cut if adapter.run["schedule"] == schedule]
-        if own:
-            parts += [f"## The bar, {named}\n", bar(own), f"## `--tolerance 0`, {named}\n", tolerance(own)]
+    for group in dict.fromkeys(group_of(adapter.run) for adapter in cut):
+        own = [adapter for adapter in cut if group_of(adapter.run) == group]
+        parts += [f"## The bar: {group}\n", bar(own), f"## `--tolerance 0`: {group}\n", tolerance(own)]
     if same := whole_refitted(cut):
         parts += ["## The whole adapter trained on likewise\n", same]
     if control := narrow(adapters, cut):
@@ -146,12 +145,10 @@ def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter], planned: Seque
     if never:
         text += f"\nCuts of the plan that no adapter has: {'; '.join(never)}.\n"
     there_are = [dict(adapter.run) for adapter in adapters]
-    groups = dict.fromkeys((run["origin"], run["r"], run["schedule"]) for run in planned)
     counts = []
-    for group in groups:
-        own = [dict(run) for run in planned if (run["origin"], run["r"], run["schedule"]) == group]
-        origin, r, schedule = group
-        counts.append(f"{origin}, r = {r}, {schedule}: {sum(run in there_are for run in own)} of {len(own)}")
+    for group in dict.fromkeys(map(group_of, planned)):
+        own = [dict(run) for run in planned if group_of(run) == group]
+        counts.append(f"{group}: {sum(run in there_are for run in own)} of {len(own)}")
     return text + f"\nAdapters of the plan that are there: {'; '.join(counts)}.\n"
 
 
@@ -275,11 +272,11 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
                 {
                     "task": run["task"],
                     "seed": run["seed"],
-                    "r": r,
+                    "r, cut from": f"{r}, {run['r']}",
                     "rates tried": ", ".join(f"{each.run['learning_rate']:g}" for each in controls),
                     "best": f"{control.run['learning_rate']:g}",
                     "trained narrow": f"{loss(control.whole):.4f}",
-                    f"cut from r = {run['r']}": f"{loss(best):.4f}",
+                    "cut": f"{loss(best):.4f}",
                     "order": best["order"],
                     "parameters": f"{control.whole['parameters']:,} and {best['parameters']:,}",
                     "cut minus narrow": shown(difference),
@@ -289,8 +286,12 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
 
 
 def title(adapter: Adapter) -> str:
-    run = adapter.run
-    return f"{run['origin']}, r = {run['r']}, {run['schedule']} rate, seed {run['seed']}"
+    return f"{group_of(adapter.run)}, seed {adapter.run['seed']}"
+
+
+def group_of(run: Mapping[str, Any]) -> str:
+    """What adapters of several tasks and seeds have in common."""
+    return f"{run['origin']}, r = {run['r']}, {SCHEDULES[run['schedule']]}"
 
 
 def shown(difference: tuple[float, float]) -> str:
