@@ -92,10 +92,13 @@ def print_fit(plan: MemoryPlan, recipe: Recipe, card: int | None, asked: str | N
         f"{'fits' if plan.total <= room else 'does not fit'} {asked}: {plan.total / 2**30:.2f} of {room / 2**30:.2f} "
         f"GiB ({1 - HEADROOM:.0%} are left to the allocator)"
     )
-    print(
-        f"at most: micro-batches of {most['largest_micro_batch_size']} rows of {recipe.data.max_seq_len} tokens; one "
-        f"row of {most['longest_context']:,} tokens (gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
-    )
+    rows, longest = most["largest_micro_batch_size"], most["longest_context"]
+    sparing = f"(gradient_checkpointing=offload, mlp_tile={MLP_TILE})"
+    if not longest:
+        print(f"no row fits, however short {sparing}")
+        return
+    fitting = f"micro-batches of {rows} rows" if rows else "no row"
+    print(f"at most: {fitting} of {recipe.data.max_seq_len} tokens; one row of {longest:,} tokens {sparing}")
 
 
 def print_plan(plan: MemoryPlan, gpus: int = 1) -> None:

@@ -589,6 +589,16 @@ def test_a_model_without_fused_attention_keeps_its_own(save_tiny, tmp_path):
     )
 
 
+def test_a_merge_is_checked_where_attention_has_weights_of_its_own(save_tiny, tmp_path):
+    """DiffLlama's has factors beside its linear layers, and hands on a pair."""
+    case = Case("diffllama", save_tiny(tmp_path / "base", "diffllama", **COMMON | dict(head_dim=16)))
+    save_adapter(case.ours().eval(), tmp_path / "adapter")
+    report = merge(
+        resolve(str(case.folder)), tmp_path / "adapter", tmp_path / "out", quantization=NF4, dtype=torch.float32
+    )
+    assert report["max_logit_difference"] < 1e-4 and report["mean_adapter_effect"] > 1e-2
+
+
 def test_a_dropout_inside_of_an_mlp_keeps_rows_apart(save_tiny, tmp_path):
     quirks = COMMON | dict(attention_dropout=0.0, residual_dropout=0.1)
     model = attach(load_base(save_tiny(tmp_path, "seed_oss", **quirks), dtype="float32").model, r=4, alpha=8).train()

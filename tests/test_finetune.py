@@ -1217,9 +1217,9 @@ def test_the_advice_for_one_row_and_for_two_works(finetune, tmp_path):
     assert finetune(f"data.train={one}", *quick, f"data.validation={one}")[0] == 0
     two = tmp_path / "two.jsonl"
     two.write_text(one.read_text() * 2)
-    with pytest.raises(InputError, match=r"set data\.val_set_size=1, or"):
+    with pytest.raises(InputError, match=r"set a share such as data\.val_set_size=0\.1, or"):
         finetune(f"data.train={two}", *quick[:2], "data.val_set_size=2", output="second")
-    assert finetune(f"data.train={two}", *quick[:2], "data.val_set_size=1", output="second")[0] == 0
+    assert finetune(f"data.train={two}", *quick[:2], "data.val_set_size=0.1", output="second")[0] == 0
 
 
 def test_splits_of_both_sets_reach_the_reader(model_dir, rows):

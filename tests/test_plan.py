@@ -19,8 +19,8 @@ from qalora.training.planning import planner
 from qalora.training.settling import as_stored
 
 
-def planned(capsys, *arguments: str) -> dict:
-    assert main(["--model", "llama-7b", "--json", *arguments]) in (0, 1)
+def planned(capsys, *arguments: str, model: str = "llama-7b") -> dict:
+    assert main(["--model", model, "--json", *arguments]) in (0, 1)
     return json.loads(capsys.readouterr().out)
 
 
@@ -78,6 +78,34 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; takes a number of at least 1"),
+        ({"head_dim": 0}, "head_dim=0; takes a number of at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored with gptq quantization"),
+    ],
+    ids=["blocks", "head", "shared-heads", "gptq"],
+)
+def test_what_cannot_be_trained_is_not_planned(save_tiny_llama, tmp_path, capsys, fields, message):
+    save_tiny_llama(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert run(main, ["--model", str(tmp_path / "base"), "--recipe", "alpaca"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_registered_model_is_planned_by_its_hub_id_without_the_hub(capsys):
+    by_name = planned(capsys, model="qwen3-8b")
+    assert planned(capsys, model="Qwen/Qwen3-8B") == by_name
+
+
+def test_where_no_row_fits_it_is_said(capsys):
+    assert main(["--model", "llama-7b", "--profile", "t4", "--gpu-memory", "4GiB"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no row fits, however short (")
 
 
 def test_rows_are_planned_no_longer_than_the_models_positions(capsys):

@@ -8,7 +8,7 @@ Which files these are, and whether the head is tied, is decided here for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -177,7 +177,32 @@ def open_checkpoint(source: ModelSource) -> tuple[Checkpoint, PreTrainedConfig]:
             raise InputError(
                 f"--model {name}: {tensor} is {checkpoint.shapes[tensor]} in the file, {shape} by the config."
             )
+    check_left_out(checkpoint.shapes, wanted, f"--model {name}: {folder}")
     return checkpoint, config
+
+
+def check_left_out(names: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """
+    Args:
+        names: of weights in files.
+        wanted: the model's own.
+
+    Raises:
+        InputError: files have a weight or a bias of a module of the model that its config leaves out.
+    """
+    own = set(wanted)
+    modules = {name.rpartition(".")[0] for name in own}
+    left = sorted(
+        name
+        for name in set(names) - own
+        for module, _, kind in [name.rpartition(".")]
+        if kind in ("weight", "bias") and module in modules
+    )
+    if left:
+        raise InputError(
+            f"{where} has {len(left)} weights ({', '.join(left[:3])}) for which its config.json leaves no place, such "
+            "as by attention_bias=false; mend config.json, or take them out."
+        )
 
 
 def _decide_tying(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:

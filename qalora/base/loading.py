@@ -29,6 +29,7 @@ from qalora.base.checkpoint import (
     Checkpoint,
     Quantization,
     Weights,
+    check_left_out,
     open_checkpoint,
     open_config,
     original_weights,
@@ -39,7 +40,15 @@ from qalora.base.families import NAMES, WRAPPED
 from qalora.base.fingerprint import fingerprint, stored_as
 from qalora.base.parts import Part, attention_of, from_checkpoint, whole
 from qalora.base.quantized import guard_cpu_packing, is_4bit, linear_maps, quantized
-from qalora.base.registry import ModelSource, check_family, hub_hint, read_fields, resolve, shape_of
+from qalora.base.registry import (
+    ModelSource,
+    check_family,
+    hub_hint,
+    read_fields,
+    resolve,
+    shape_of,
+    stored_in_4bit,
+)
 from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
 from qalora.base.wrapper import name_as_in_wrapper
@@ -184,7 +193,7 @@ def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     weight_files(folder, source.gguf_file, name=source.name)
     if source.gguf_file:
         return
-    if _stored_in_4bit(published, source) and not in_4bit:
+    if stored_in_4bit(published, source.name) and not in_4bit:
         raise InputError(
             f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
         )
@@ -199,7 +208,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any]:
     if source.gguf_file:
         return {}
     published = read_fields(base_folder(source) / "config.json")
-    return dict(published["quantization_config"]) if _stored_in_4bit(published, source) else {}
+    return dict(published["quantization_config"]) if stored_in_4bit(published, source.name) else {}
 
 
 def load_tokenizer(source: ModelSource, *, spare_tokens: bool = False) -> PreTrainedTokenizerBase:
@@ -334,6 +343,7 @@ def _from_pretrained(
         raise InputError(
             f"--model {source.name}: {source.location} lacks {len(report['missing_keys'])} weights ({names})."
         )
+    check_left_out(report["unexpected_keys"], model.state_dict(), f"--model {source.name}: {source.location}")
     return model  # type: ignore[no-any-return]
 
 
@@ -399,20 +409,6 @@ def _found(source: ModelSource, load: Any, **options: Any) -> Any:
         raise InputError(
             f"--model {source.name}: {source.location} cannot be loaded; {hint}. ({reason[:300]})"
         ) from error
-
-
-def _stored_in_4bit(config: dict[str, Any], source: ModelSource) -> bool:
-    """
-    Raises:
-        InputError: stored with another quantization.
-    """
-    quantization = config.get("quantization_config") or {}
-    if quantization and not quantization.get("load_in_4bit"):
-        raise InputError(
-            f"--model {source.name}: stored with {quantization.get('quant_method')} quantization; "
-            "use the 16-bit model, or one saved in bitsandbytes' 4-bit."
-        )
-    return bool(quantization)
 
 
 def _set_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:

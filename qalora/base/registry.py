@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class ModelShape:
             config = completed(config)
         if missing := [name for name in NEEDED if not isinstance(config.get(name), int)]:
             raise InputError(f"config.json: {', '.join(missing)} missing; it is no decoder's.")
+        check_sizes(config)
         return cls.from_fields(config)
 
     @classmethod
@@ -230,8 +232,10 @@ def resolve(name: str) -> ModelSource:
         return _on_the_hub(name, hub_id, shape)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _on_the_hub(name, name, dict(MODELS.values()).get(name))
-    near = difflib.get_close_matches(name, MODELS, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(MODELS)}."
+    typed = name.lower()
+    near = [known for known in MODELS if typed == known or typed.startswith(f"{known}-")]
+    near = list(dict.fromkeys([*near, *difflib.get_close_matches(typed, MODELS, 3, 0.5)]))[:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`qalora models` lists the names."
     raise InputError(f"--model {name}: no such file or folder, no registered name and no Hub id (owner/name); {hint}")
 
 
@@ -357,6 +361,35 @@ def shape_of(source: ModelSource) -> ModelShape:
     return ModelShape.from_config(published_fields(source))
 
 
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InputError: a config.json with a size below 1, or with heads that cannot share keys and values.
+    """
+    for name in (*NEEDED, "num_key_value_heads", "head_dim"):
+        value = config.get(name)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"config.json: {name}={value}; takes a number of at least 1.")
+    heads, shared = config["num_attention_heads"], config.get("num_key_value_heads")
+    if isinstance(shared, int) and heads % shared:
+        raise InputError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}.")
+
+
+def stored_in_4bit(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a config.json is of a base in bitsandbytes' 4 bits.
+
+    Raises:
+        InputError: stored with another quantization.
+    """
+    quantization = config.get("quantization_config") or {}
+    if quantization and not quantization.get("load_in_4bit"):
+        raise InputError(
+            f"--model {name}: stored with {quantization.get('quant_method')} quantization; "
+            "use the 16-bit model, or one saved in bitsandbytes' 4-bit."
+        )
+    return bool(quantization)
+
+
 def published_fields(source: ModelSource) -> dict[str, Any]:
     """The config.json of a base; of one on the Hub nothing else is downloaded. Empty of a GGUF file, which has none.
 
@@ -373,9 +406,8 @@ def published_fields(source: ModelSource) -> dict[str, Any]:
         try:
             file = Path(hf_hub_download(source.location, "config.json"))
         except Exception as error:  # offline, gated and unknown models each raise a class of their own
-            raise InputError(
-                f"--model {source.name}: no config.json to be had ({' '.join(str(error).split())[:200]})"
-            ) from None
+            why = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise InputError(f"--model {source.name}: no config.json to be had ({why})") from None
     return read_fields(file)
 
 

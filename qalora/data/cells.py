@@ -41,10 +41,11 @@ class Cells(dict[str, Any]):
             InputError: no such column.
         """
         if name not in self:
-            raise InputError(
-                f"{self.where}: no column {name!r}; it has {', '.join(map(repr, self))}; map one with "
-                f"data.columns={{COLUMN: {name}}}."
-            )
+            chats = {"messages", "conversations"} & set(self)
+            mend = f"map one with data.columns={{COLUMN: {name}}}"
+            if chats and name not in ("messages", "conversations"):
+                mend = "such rows are chats: set data.format=messages, or take the recipe chat"
+            raise InputError(f"{self.where}: no column {name!r}; it has {', '.join(map(repr, self))}; {mend}.")
 
     def text(self, name: str) -> str:
         """

@@ -219,8 +219,8 @@ def split_validation(
         )
     if count >= len(dataset):
         raise InputError(
-            f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows, which leaves none to train on; set "
-            "data.val_set_size=1, or give the validation rows as data.validation=FILE."
+            f"data.val_set_size={size}: asks for {count} of {len(dataset)} rows, which leaves none to train on; set a "
+            "share such as data.val_set_size=0.1, or give the validation rows as data.validation=FILE."
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)

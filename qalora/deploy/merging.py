@@ -134,6 +134,7 @@ def merge(
                 as_read(partial, "model.gguf" if format == "gguf" else None),
                 rounding(format, dtype, gguf_type),
                 served.tokenizer,
+                longest=config.sliding_window if caveat else None,  # beyond it the file is another model
             )
             report["tolerance"] = TOLERANCE[stored]
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

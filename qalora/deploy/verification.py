@@ -91,8 +91,13 @@ def compare(
     rounding: Rounding,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] = TEXTS,
+    *,
+    longest: int | None = None,
 ) -> dict[str, object]:
     """Distances of the merged model from base + adapter over every position of the texts, in fp32 on the CPU.
+
+    Args:
+        longest: tokens of each text that are compared; None: all.
 
     Returns:
         max_logit_difference, mean_logit_difference: absolute.
@@ -103,7 +108,7 @@ def compare(
         greedy_agreement: share of positions with the same likeliest token.
         mean_adapter_effect: mean absolute difference between adapter model and bare base.
     """
-    rows = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [tokenizer(text)["input_ids"][:longest] for text in texts]
     width, n = max(map(len, rows)), len(rows)
     # Padded on the right: under a causal mask nothing before it sees the padding.
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -294,6 +299,16 @@ class _Groups(nn.Module):
         return value if self.rounding is None else self.rounding(f"{self.name}.{kind}", value)
 
 
+def _joined(parts: Sequence[Any]) -> Any:
+    """Outputs for several groups of rows as one: tensors in a row, tuples of them part by part; and of what is no
+    tensor the first."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if isinstance(parts[0], tuple):
+        return tuple(map(_joined, zip(*parts, strict=True)))
+    return parts[0]
+
+
 class _Linear(_Groups):
     """Rows of the weight a stretch at a time, whatever it is stored in."""
 
@@ -397,7 +412,7 @@ class _Composed(_Groups):
                 module.only = "rounded" if last else "exact"
             chosen = partial(self._chosen, last)
             out.append(own(*map(chosen, args), **{name: chosen(value) for name, value in options.items()}))
-        return torch.cat(out)
+        return _joined(out)
 
     def _chosen(self, last: bool, value: Any) -> Any:
         rows = isinstance(value, Tensor) and value.ndim > 1 and self.n is not None and len(value) == 3 * self.n

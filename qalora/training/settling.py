@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from qalora import processes
 from qalora.adapter.given import given_adapter
-from qalora.base.registry import MODELS, ModelSource, check_packing, published_fields, said_of_family, shape_of
+from qalora.base.registry import (
+    ModelSource,
+    check_packing,
+    published_fields,
+    said_of_family,
+    shape_of,
+    stored_in_4bit,
+)
 from qalora.errors import InputError
 from qalora.fitting import HEADROOM
 from qalora.recipe.rules import FOLLOWERS
@@ -65,7 +72,8 @@ def as_stored(recipe: Recipe, source: ModelSource) -> Noted:
     """With the 4-bit form of a base that is stored so, for nothing else can be made of it; noted where the recipe says
     another."""
     settings = recipe.quantization
-    stored = {} if recipe.model in MODELS else published_fields(source).get("quantization_config") or {}
+    fields = {} if source.shape is not None else published_fields(source)
+    stored = fields["quantization_config"] if stored_in_4bit(fields, source.name) else {}
     kept: dict[str, Any] = {}
     for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant") if stored.get("load_in_4bit") else ():
         if stored.get(name) not in (None, getattr(settings, name)):

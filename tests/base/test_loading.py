@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from qalora.base import loading
+from qalora.base.checkpoint import open_checkpoint
 from qalora.base.loading import choose_compute_dtype, give_back_memory, load_base, load_tokenizer
 from qalora.base.quantized import dequantize, is_4bit, linear_maps
 from qalora.base.registry import resolve
@@ -53,6 +54,27 @@ def logits(model) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- load_base
+
+
+def test_weights_that_the_config_leaves_no_place_for_are_not_left_out_in_silence(saved):
+    path, _ = saved(attention_bias=True)
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(fields | {"attention_bias": False}))
+    with pytest.raises(
+        InputError, match=r"has 8 weights \(model\.layers\.0\.self_attn\.k_proj\.bias, .*mend config.json"
+    ):
+        load(path)
+    with pytest.raises(InputError, match="has 8 weights .*mend config.json"):  # a merge reads headers alone
+        open_checkpoint(resolve(str(path)))
+
+
+def test_weights_of_other_modules_may_stand_beside_the_models(saved):
+    path, model = saved()
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["vision.proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert load(path).model.num_parameters() == model.num_parameters()
 
 
 def test_rows_that_are_no_multiple_of_64_are_refused_on_a_cpu(saved):

@@ -147,10 +147,12 @@ def test_smollm2_is_the_packaged_file_or_the_hub(monkeypatch):
     [
         ("lama-7b", "did you mean llama-7b or "),
         ("Llama3-8b", "did you mean llama3-8b"),
-        ("zzz", "known names: llama-7b, llama-13b,"),
-        ("./models/x", "known names: "),
-        ("/models/x", "known names: "),
-        ("a/b/c", "known names: "),
+        ("QWEN3-8B", "did you mean qwen3-8b or "),
+        ("llama3.3-70b-instruct", "did you mean llama3.3-70b or "),
+        ("zzz", "`qalora models` lists the names."),
+        ("./models/x", "`qalora models` lists the names."),
+        ("/models/x", "`qalora models` lists the names."),
+        ("a/b/c", "`qalora models` lists the names."),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name, hint):

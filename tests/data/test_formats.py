@@ -234,6 +234,12 @@ def test_a_value_without_a_label_is_no_text_to_learn():
             {"instruction": "i"},
             "no column 'output'; it has 'instruction'; map one with data.columns={COLUMN: output}.",
         ),
+        (
+            "alpaca",
+            {"messages": []},
+            "no column 'instruction'; it has 'messages'; such rows are chats: set data.format=messages, or take the "
+            "recipe chat.",
+        ),
         ("text", {"body": "b"}, "no column 'text'; it has 'body'; map one with data.columns={COLUMN: text}."),
         ("text", {"text": None}, "text is empty (null), not a text; fill it or take the row out."),
         ("text", {"text": ["a"]}, "text is list, not a text; make it a text."),

@@ -450,9 +450,9 @@ def test_one_row_alone_and_the_advice_for_few(rows_file):
     with pytest.raises(InputError, match=r"^one row alone .*give data.validation=FILE, which may be the same file"):
         split_validation(numbered(1), 0.05, 0)
     for count, size in ((2, 0.99), (3, 5), (2, 2)):
-        with pytest.raises(InputError, match=r"set data\.val_set_size=1, or"):
+        with pytest.raises(InputError, match=r"set a share such as data\.val_set_size=0\.1, or"):
             split_validation(numbered(count), size, 0)
-        assert [len(part) for part in split_validation(numbered(count), 1, 0)] == [count - 1, 1]
+        assert [len(part) for part in split_validation(numbered(count), 0.1, 0)] == [count - 1, 1]
 
 
 def test_rows_that_two_sets_share_are_counted_by_their_tokens_and_labels():
