@@ -53,3 +53,9 @@ class EndedElsewhere(Exception):
     def __init__(self, code: int):
         super().__init__(f"another process ended the run with exit code {code}")
         self.code = code
+
+
+def short(error: object) -> str:
+    """What an error says in one line of 200 characters at most."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:198].rstrip()} …"

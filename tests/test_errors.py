@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qalora.errors import AnswerNo, InputError, check_choice
+from qalora.errors import AnswerNo, InputError, check_choice, short
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,9 @@ def test_a_choice_that_is_none_is_told_with_those_there_are():
     check_choice("budget", None, (None, "ranks"))
     with pytest.raises(InputError, match=r"^budget='all': choose one of None, 'ranks'\.$"):
         check_choice("budget", "all", (None, "ranks"))
+
+
+def test_what_an_error_says_is_one_line_and_not_cut_without_a_mark():
+    assert short(ValueError("two\n  lines")) == "two lines"
+    assert short("x" * 200) == "x" * 200
+    assert short("x" * 201) == "x" * 198 + " …"

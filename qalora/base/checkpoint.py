@@ -31,8 +31,8 @@ from qalora.base.families import in_decoder
 from qalora.base.registry import ModelSource, check_family
 from qalora.base.structure import EMBEDDINGS, HEAD, structure_of, text_part
 from qalora.base.tensor_files import Checkpoint, open_files
-from qalora.base.weight_files import base_folder, short, weight_files
-from qalora.errors import InputError
+from qalora.base.weight_files import base_folder, weight_files
+from qalora.errors import InputError, short
 from qalora.sizes import QUANT_BLOCK
 
 Pieces = Callable[[str], Iterator[Tensor]]  # name → consecutive blocks of rows

@@ -44,10 +44,10 @@ from qalora.base.registry import (
     ModelSource,
     check_family,
     hub_hint,
+    quantization_in,
     read_fields,
     resolve,
     shape_of,
-    stored_in_4bit,
 )
 from qalora.base.structure import structure_of
 from qalora.base.weight_files import base_folder, weight_files
@@ -193,7 +193,7 @@ def check_base(source: ModelSource, *, in_4bit: bool) -> None:
     weight_files(folder, source.gguf_file, name=source.name)
     if source.gguf_file:
         return
-    if stored_in_4bit(published, source.name) and not in_4bit:
+    if quantization_in(published, source.name) and not in_4bit:
         raise InputError(
             f"--model {source.name}: stored in 4 bits; load it so, or use the 16-bit model it was made from."
         )
@@ -207,8 +207,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any]:
     """
     if source.gguf_file:
         return {}
-    published = read_fields(base_folder(source) / "config.json")
-    return dict(published["quantization_config"]) if stored_in_4bit(published, source.name) else {}
+    return quantization_in(read_fields(base_folder(source) / "config.json"), source.name)
 
 
 def load_tokenizer(source: ModelSource, *, spare_tokens: bool = False) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ import difflib
 import importlib.util
 import json
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from qalora.base.blocks import LAYOUTS, Block, beside_blocks, blocks_of, decoder
 from qalora.base.families import FAMILIES, Family, family_of, in_wrapper, refusal, text_fields
 from qalora.base.layout import refuse_adapter_beside, shards_of
 from qalora.base.published import PUBLISHED
-from qalora.errors import InputError
+from qalora.errors import InputError, short
 
 BLOCKS = "model.layers."  # what the names of blocks begin with
 # The fields of a config that have no default of LLaMA's.
@@ -375,8 +374,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         raise InputError(f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={shared}.")
 
 
-def stored_in_4bit(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a config.json is of a base in bitsandbytes' 4 bits.
+def quantization_in(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings by which a config.json says that its base is stored in bitsandbytes' 4 bits; empty: in 16 or 32.
 
     Raises:
         InputError: stored with another quantization.
@@ -387,7 +386,7 @@ def stored_in_4bit(config: Mapping[str, Any], name: str) -> bool:
             f"--model {name}: stored with {quantization.get('quant_method')} quantization; "
             "use the 16-bit model, or one saved in bitsandbytes' 4-bit."
         )
-    return bool(quantization)
+    return dict(quantization)
 
 
 def published_fields(source: ModelSource) -> dict[str, Any]:
@@ -406,8 +405,7 @@ def published_fields(source: ModelSource) -> dict[str, Any]:
         try:
             file = Path(hf_hub_download(source.location, "config.json"))
         except Exception as error:  # offline, gated and unknown models each raise a class of their own
-            why = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise InputError(f"--model {source.name}: no config.json to be had ({why})") from None
+            raise InputError(f"--model {source.name}: no config.json to be had ({short(error)})") from None
     return read_fields(file)
 
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig
 from qalora.base.families import in_decoder
 from qalora.base.gguf_names import constant, from_gguf, gguf_names, is_convolution, is_permuted
 from qalora.base.structure import HEAD, UNKNOWN, Structure, structure_of
-from qalora.base.weight_files import WeightFiles, short
-from qalora.errors import InputError
+from qalora.base.weight_files import WeightFiles
+from qalora.errors import InputError, short
 
 PIECE = 64 << 20  # bytes of a piece, in the dtype of the file
 

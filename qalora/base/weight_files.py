@@ -14,7 +14,7 @@ from typing import Literal
 
 from qalora.base.layout import refuse_adapter_beside, shards_of
 from qalora.base.registry import ModelSource, hub_hint, read_fields
-from qalora.errors import InputError
+from qalora.errors import InputError, short
 
 # A whole model in one file, and the index of one in several, in the order in which they are looked for.
 LAYOUTS = (
@@ -120,10 +120,6 @@ def base_folder(source: ModelSource) -> Path:
         ) from None
     refuse_adapter_beside(folder, source.name)
     return folder
-
-
-def short(error: object) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _kind(file: str) -> Literal["safetensors", "torch"]:

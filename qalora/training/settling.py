@@ -18,9 +18,9 @@ from qalora.base.registry import (
     ModelSource,
     check_packing,
     published_fields,
+    quantization_in,
     said_of_family,
     shape_of,
-    stored_in_4bit,
 )
 from qalora.errors import InputError
 from qalora.fitting import HEADROOM
@@ -72,10 +72,9 @@ def as_stored(recipe: Recipe, source: ModelSource) -> Noted:
     """With the 4-bit form of a base that is stored so, for nothing else can be made of it; noted where the recipe says
     another."""
     settings = recipe.quantization
-    fields = {} if source.shape is not None else published_fields(source)
-    stored = fields["quantization_config"] if stored_in_4bit(fields, source.name) else {}
+    stored = {} if source.shape is not None else quantization_in(published_fields(source), source.name)
     kept: dict[str, Any] = {}
-    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant") if stored.get("load_in_4bit") else ():
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
         if stored.get(name) not in (None, getattr(settings, name)):
             kept[name] = stored[name]
     contradicted = [
