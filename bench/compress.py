@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 import qalora
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.compression import SHARES, Kept, Per, Point, Size, kept, parameters_of
+from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, parameters_of
 from qalora.adapter.cutting import losses, rank_orders
 from qalora.adapter.layer import Factors
 from qalora.adapter.model import load_adapter, rank_parameters
@@ -82,7 +82,7 @@ TASKS = {
     "sst2": Task(80, 30, scoring=64, choosing=128, test=256),
     "alpaca": Task(32, 80, scoring=32, choosing=24, test=32),
     "gsm8k": Task(24, 104, scoring=16, choosing=16, test=20),
-    "boolq": Task(32, 92, scoring=16, choosing=24, test=120),
+    "boolq": Task(32, 112, scoring=48, choosing=96, test=160),
 }
 
 
@@ -120,19 +120,21 @@ class Cut:
 
 
 DEEP = (0.5, 0.25)
-REFITTED = "chosen, refitted"  # what the rows that choose take of ORDERS, trained on
-CORE = (*(Cut("svd", order, share) for share in DEEP for order in ORDERS), Cut("trained", "sum", 0.5))
+OF_BASIS: tuple[Order, ...] = tuple(order for order in ORDERS if order != "trained")  # which is the trained basis' sum
+REFITTED = "chosen, refitted"  # what the rows that choose take of OF_BASIS, trained on
+CORE = tuple(
+    cut for share in DEEP for cut in (*(Cut("svd", order, share) for order in OF_BASIS), Cut("trained", "sum", share))
+)
 CORRECTED = tuple(Cut("svd", REFITTED, share) for share in DEEP)
 MORE = (
-    Cut("trained", "sum", 0.25),
     *(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP),
     *(Cut("svd", order, 0.75) for order in ("path", "values")),
 )
 EVERY = tuple(
     dict.fromkeys(
         (
-            *(Cut("svd-act", order, share) for order in ORDERS for share in DEEP),
-            *(Cut(basis, order, share) for share in SHARES for basis in ("svd", "svd-act") for order in ORDERS),
+            *(Cut("svd-act", order, share) for order in OF_BASIS for share in DEEP),
+            *(Cut(basis, order, share) for share in SHARES for basis in ("svd", "svd-act") for order in OF_BASIS),
             *(Cut("trained", "sum", share) for share in SHARES),
             *(Cut("svd", "path", share, "parameter") for share in SHARES),
             *(Cut("svd", order, share) for order in ("sum", "random") for share in SHARES),
@@ -309,8 +311,8 @@ def train_on(
         return point_of(line, whole, ranks)
 
     def holds(share: float) -> bool:
-        ranks = {order: kept(orders[order], Size(ranks=round(share * total)), costs) for order in ORDERS}
-        _, plain = best_of({order: at(Cut("svd", order, share), ranks[order]) for order in ORDERS})
+        ranks = {order: kept(orders[order], Size(ranks=round(share * total)), costs) for order in OF_BASIS}
+        _, plain = best_of({order: at(Cut("svd", order, share), ranks[order]) for order in OF_BASIS})
         again = at(Cut("svd", REFITTED, share), plain.kept, train=True)
         return plain.holds() or again.holds()
 
@@ -408,9 +410,10 @@ def rows_of(name: str, data: Path, work: Path) -> dict[str, Path]:
     if all(file.is_file() for file in files.values()):
         return files
     wanted = {"train": ROWS_PER_STEP * task.steps, "scoring": task.scoring, "choosing": task.choosing}
-    has_validation = (data / name / "validation.jsonl").is_file()  # GSM8K has none: rows of train take its place
     train = short_rows(name, data / name / "train.jsonl")
-    others = short_rows(name, data / name / "validation.jsonl") if has_validation else train[wanted["train"] :]
+    others = train[wanted["train"] :]  # GSM8K has no validation file, and BoolQ's is short
+    if (data / name / "validation.jsonl").is_file():
+        others = [*short_rows(name, data / name / "validation.jsonl"), *others]
     chosen = {
         "train": train[: wanted["train"]],
         "scoring": others[: task.scoring],

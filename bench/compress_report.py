@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from common import table
 
-from qalora.adapter.compression import Kept, Point, paired
+from qalora.adapter.compression import Kept, Order, Point, paired
 from qalora.adapter.search import ORDERS, best_of, smallest
 
 Line = Mapping[str, Any]  # of compress.jsonl
 REFITTED = "chosen, refitted"  # the best order of the rows that choose, trained on
+TAKEN: dict[tuple[str | None, str], Order] = {  # (basis, order) of a line → the program's order
+    ("svd", order): order for order in ORDERS if order != "trained"
+} | {("trained", "sum"): "trained"}
 SCHEDULES = {"constant": "constant rate", "linear": "rate falling to 0"}
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",
@@ -25,7 +28,7 @@ SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("svd", "path", "rank"): "svd, path",
     ("svd", "path", "parameter"): "svd, path per parameter",
     ("svd", "shrunk", "rank"): "svd, shrunk",
-    ("svd", "chosen", "rank"): "**svd, what other rows choose**",
+    ("svd", "chosen", "rank"): "**what other rows choose**",
     ("svd", REFITTED, "rank"): "that, trained on (`--refit`)",
     ("svd-act", "values", "rank"): "svd-act, singular values",
     ("svd-act", "path", "rank"): "svd-act, path",
@@ -54,9 +57,14 @@ class Adapter(NamedTuple):
         """Share → order → point, of the cuts among which the rows that choose decide."""
         found: dict[float, dict[Any, Point]] = {}
         for (basis, order, per, share), line in self.lines.items():
-            if (basis, per) == ("svd", "rank") and order in ORDERS:
-                found.setdefault(share, {})[order] = self.point(line)
-        return found
+            if per == "rank" and (basis, order) in TAKEN:
+                found.setdefault(share, {})[TAKEN[basis, order]] = self.point(line)
+        return {share: points for share, points in found.items() if "path" in points}
+
+    def cut(self, order: str, share: float) -> Line:
+        """The line of one of the program's orders."""
+        basis, name = next(key for key, taken in TAKEN.items() if taken == order)
+        return self.lines[basis, name, "rank", share]
 
     def chosen(self) -> Line | None:
         """What `--tolerance 0` takes on the rows that choose, of the cuts that were measured; None: no cut is there."""
@@ -65,13 +73,18 @@ class Adapter(NamedTuple):
         choice = smallest(curves, 0.0, None)
         if choice is None:
             return self.whole if cuts else None
-        return self.lines["svd", choice.order, "rank", choice.point.share]
+        return self.cut(choice.order, choice.point.share)
 
 
 def point_of(line: Line, whole: Line, ranks: Kept) -> Point:
     """A line as a point of the program's curve, on the rows that choose."""
     mean, error = paired(line["choosing"], whole["choosing"], line["choosing_tokens"])
     return Point(line["share"], line["ranks"], line["parameters"], loss(line, "choosing"), mean, error, ranks)
+
+
+def order_of(line: Line) -> Order:
+    """The program's name of a line's order."""
+    return TAKEN[line["basis"], line["order"]]
 
 
 def loss(line: Line, rows: str = "test") -> float:
@@ -115,7 +128,7 @@ def chosen_orders(adapter: Adapter) -> dict[tuple[str | None, str, str, float], 
     found: dict[tuple[str | None, str, str, float], Line] = {}
     for share, points in adapter.cuts().items():
         order, _ = best_of(points)
-        found["svd", "chosen", "rank", share] = adapter.lines["svd", order, "rank", share]
+        found["svd", "chosen", "rank", share] = adapter.cut(order, share)
     return found
 
 
@@ -232,7 +245,7 @@ def tolerance(adapters: Sequence[Adapter]) -> str:
             {
                 "task": adapter.run["task"],
                 "adapter": title(adapter),
-                "taken": "the whole" if chosen is adapter.whole else f"{chosen['order']}, {chosen['share']:.3g}",
+                "taken": "the whole" if chosen is adapter.whole else f"{order_of(chosen)}, {chosen['share']:.3g}",
                 "parameters": f"{chosen['parameters']:,}",
                 "minus the whole, on test rows": shown((mean, error)),
                 "holds": "yes" if mean <= error else "no",
@@ -277,7 +290,7 @@ def narrow(adapters: Sequence[Adapter], cut: Sequence[Adapter]) -> str:
                     "best": f"{control.run['learning_rate']:g}",
                     "trained narrow": f"{loss(control.whole):.4f}",
                     "cut": f"{loss(best):.4f}",
-                    "order": best["order"],
+                    "order": order_of(best),
                     "parameters": f"{control.whole['parameters']:,} and {best['parameters']:,}",
                     "cut minus narrow": shown(difference),
                 }

@@ -77,7 +77,7 @@ def _draw_curves(
 ) -> None:
     _tidy(axes)
     best, taken = chosen
-    dashes = iter(("-", "--", ":"))
+    dashes = iter(("-", "--", ":", "-."))
     for order, points in curves.items():
         color, width, line = (BLUE, 1.6, "-") if order == best else (GREY, 1.0, next(dashes))
         shares, values = [point["share"] for point in points], [point["loss"] for point in points]

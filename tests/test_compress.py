@@ -132,7 +132,7 @@ def test_the_smallest_that_costs_nothing(compress, folder, trained, capsys):
     below = [point for points in report["curves"].values() for point in points if point["ranks"] < kept["ranks"]]
     assert all(point["difference"] > 0 for point in below)
     assert curve[0]["share"] == 1.0
-    assert set(report["curves"]) == {"path", "values", "shrunk"}
+    assert set(report["curves"]) == {"path", "values", "shrunk", "trained"}
     assert {path.name for path in output.iterdir()} == {
         "adapter_config.json", WEIGHTS, "compress.json", "compression.png", "README.md",
     }  # fmt: skip

@@ -20,7 +20,7 @@ from qalora.adapter.scores import PerRank
 if TYPE_CHECKING:
     from qalora.adapter.layer import Factors
 
-Order = Literal["path", "sum", "values", "shrunk"]
+Order = Literal["path", "sum", "values", "shrunk", "trained"]
 Per = Literal["rank", "parameter"]
 Kept = dict[str, list[int]]  # module → its ranks that stay, ascending; a module without any is absent
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625, 0.03)  # of the ranks: where a curve is taken
@@ -51,7 +51,7 @@ class Point:
         ranks, parameters: that stay.
         loss: nats a supervised token.
         difference: of the loss from the whole adapter's on the same rows; stderr: its standard error over the rows.
-        factors: of the layers, in which the ranks that stay were trained on; None: their own.
+        factors: of the layers, whose ranks stay: as training left them, or trained on; None: their own.
     """
 
     share: float

@@ -71,7 +71,7 @@ def losses(
         factors: of the layers; None: their own.
     """
     layers = gated_layers(model)
-    gates = {} if ranks is None else gates_of(model, ranks)
+    gates = {} if ranks is None else gates_of(model, ranks, factors)
 
     def of(micro: MicroBatch) -> tuple[list[float], list[int]]:
         return row_losses(model, micro).double().tolist(), targets(micro["labels"]).sum(1).tolist()
@@ -81,11 +81,12 @@ def losses(
     return Losses([loss for rows, _ in found for loss in rows], [count for _, tokens in found for count in tokens])
 
 
-def gates_of(model: PeftModel, ranks: Kept) -> dict[str, Tensor]:
-    """Module → (r,) gates at which these ranks alone are open."""
+def gates_of(model: PeftModel, ranks: Kept, factors: Factors | None = None) -> dict[str, Tensor]:
+    """Module → (r,) gates at which these ranks alone are open; factors: of the layers; None: their own."""
     gates = {}
     for name, layer in gated_layers(model).items():
-        gates[name] = torch.zeros(len(layer.A), device=layer.A.device)
+        A, _ = (factors or {}).get(name, (layer.A, layer.B))
+        gates[name] = torch.zeros(len(A), device=A.device)
         gates[name][ranks.get(name, [])] = 1.0
     return gates
 

@@ -1,7 +1,8 @@
 """What is left of an adapter after a cut, trained on for a few steps, so that it makes up for what has left.
 
-The factors stand in their principal basis, where those of a module are of one size. So AdamW's rate, which is how far
-it moves an entry in one step, is a share of that size: one rate for adapters of any model, scaling and training.
+In a principal basis the factors of a module are of one size. So AdamW's rate, which is how far it moves an entry in one
+step, is a share of that size: one rate for adapters of any model, scaling and training. For ranks that stay as training
+left them it is the same share of all entries' size.
 """
 
 from __future__ import annotations
@@ -27,24 +28,28 @@ ROWS = 8  # at least, of a step
 RATE = 0.05  # of the entries' root mean square; it falls to 0
 
 
-def refitted(model: PeftModel, batch: Sequence[MicroBatch], ranks: Kept, steps: int | None = None) -> Factors:
+def refitted(
+    model: PeftModel,
+    batch: Sequence[MicroBatch],
+    ranks: Kept,
+    steps: int | None = None,
+    factors: Factors | None = None,
+) -> Factors:
     """The factors after some steps of AdamW with these ranks alone; the model is left as it is. Ranks that are to leave
     have the values that they had, and take neither gradients nor moments.
 
     Args:
-        model: its adapter in a principal basis.
+        model: from `attach` or `load_adapter`.
         batch: rows that train it.
         steps: None: PASSES over the rows.
+        factors: of all layers, to start from; None: their own.
     """
     layers = gated_layers(model)
-    small = {
-        name: (layers[name].A.data[own].clone(), layers[name].B.data[:, own].clone())
-        for name, own in ranks.items()
-        if own
-    }
+    start = factors or {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+    small = {name: (start[name][0][own].clone(), start[name][1][:, own].clone()) for name, own in ranks.items() if own}
     with having(layers, small), closed(layer for name, layer in layers.items() if name not in small):
         _train(model, [layers[name] for name in small], grouped(batch), steps, RATE * size_of_entries(small))
-    found = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in layers.items()}
+    found = {name: (A.clone(), B.clone()) for name, (A, B) in start.items()}
     for name, (A, B) in small.items():
         found[name][0][ranks[name]], found[name][1][:, ranks[name]] = A, B
     return found

@@ -1,6 +1,7 @@
 """The cut of an adapter: its basis, the order of its ranks and its size, found by rows that gave no scores.
 
-Which order is best depends on how much the scoring rows tell, so every one has its curve on rows that judge. At each
+Which order is best depends on how much the scoring rows tell, so every one has its curve on rows that judge. One of
+them leaves the ranks as training left them: a start that gives ranks a meaning may have left ones that can go. At each
 size the order is taken that costs least with its standard error added. What stays is trained on by the scoring rows
 (refit.py), and stays so where the judging rows are the better for it. Without a given size the smallest is taken that
 costs nothing.
@@ -8,7 +9,8 @@ costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +20,8 @@ from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, paired, parameters_of
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
-from qalora.adapter.model import rank_parameters, ranks
+from qalora.adapter.layer import Factors
+from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
 from qalora.adapter.refit import refitted
 from qalora.adapter.scores import PerRank, check_finite
@@ -26,7 +29,7 @@ from qalora.progress import Bar
 
 BASIS: Basis = "svd"
 PER: Per = "rank"
-ORDERS: tuple[Order, ...] = ("path", "values", "shrunk")
+ORDERS: tuple[Order, ...] = ("path", "values", "shrunk", "trained")
 CLEARLY = 3.0  # standard errors above the whole adapter's loss, twice in a row: a curve goes down no further
 
 
@@ -37,7 +40,8 @@ class Asked:
         size: of the cut; None: the smallest that costs nothing.
         tolerance: nats that it may cost all the same.
         uniform: all modules keep the same number of ranks, as far as they have them.
-        orders: that are tried.
+        orders: that are tried: those of `rank_orders` in the basis, and `trained`, the paper's scores of the ranks that
+            training left.
         refit: what stays is trained on, where that helps; refit_steps: by that many steps; None: as refit.py says.
     """
 
@@ -49,6 +53,18 @@ class Asked:
     per: Per = PER
     refit: bool = False
     refit_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """
+    Attributes:
+        scores: of every rank.
+        factors: of the layers, whose ranks these are; None: their own.
+    """
+
+    scores: PerRank
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -114,12 +130,15 @@ def _find_cut(
 ) -> Cut:
     """`find_cut`, whose measurements move a bar."""
     total, widest = sum(ranks(model).values()), max(ranks(model).values())
+    trained = ranking_as_trained(model, scoring) if "trained" in asked.orders else None
     values = into_basis(model, asked.basis, scoring)
-    orders = rank_orders(model, values, scoring, asked.orders)
+    orders = {order: Ranking(scores) for order, scores in rank_orders(model, values, scoring, asked.orders).items()}
     whole, base = losses(model, judging), losses(model, judging, {})
     check_finite({}, whole.mean, base.mean)
     costs = rank_parameters(model, values)
     everything = kept(values, Size(), costs)
+    if trained and kept(values, asked.size or Size(ranks=0), costs) != everything:  # there all orders are one
+        orders["trained"] = _of_modules(trained, values)
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
     left = max(map(len, values.values())) if asked.uniform else count
@@ -129,14 +148,15 @@ def _find_cut(
     bar.expect(searched * len(sizes) + (0 if asked.size is None else len(orders)))
 
     def measure(order: Order, size: Size) -> Point:
-        found = point(model, judging, kept(orders[order], size, costs, asked.per), whole=whole, of=total)
+        own = orders[order]
+        found = point(model, judging, kept(own.scores, size, costs, asked.per), own.factors, whole=whole, of=total)
         bar.advance()
         return found
 
     def trained_on(found: Point) -> Point | None:
-        if found.kept == everything:  # nothing has left that it could make up for
+        if found.ranks >= count:  # nothing has left that it could make up for
             return None
-        train = partial(refitted, model, scoring, found.kept, asked.refit_steps)
+        train = partial(refitted, model, scoring, found.kept, asked.refit_steps, found.factors)
         return point(model, judging, found.kept, processes.from_first(train), whole=whole, of=total)
 
     refit = trained_on if asked.refit else None
@@ -153,6 +173,24 @@ def _find_cut(
         curves[order] += [found for found in others if found.kept != plain.kept]
     curves = {order: _with(start, points) for order, points in curves.items()}
     return Cut(asked.basis, chosen, curves, whole, base)
+
+
+def ranking_as_trained(model: PeftModel, scoring: Sequence[MicroBatch]) -> Ranking:
+    """The paper's scores of the ranks that the adapter has, those without energy last, and a copy of its factors."""
+    values = into_basis(model, "trained")
+    scores = rank_orders(model, values, scoring, ["sum"])["sum"]
+    scores = {
+        name: [score if value else -math.inf for score, value in zip(of, values[name], strict=True)]
+        for name, of in scores.items()
+    }
+    factors = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in gated_layers(model).items()}
+    return Ranking(scores, factors)
+
+
+def _of_modules(ranking: Ranking, modules: Collection[str]) -> Ranking:
+    """The part of some modules: those that have left add nothing."""
+    scores = {name: of for name, of in ranking.scores.items() if name in modules}
+    return Ranking(scores, {name: ranking.factors[name] for name in scores} if ranking.factors else None)
 
 
 def smallest(

@@ -87,7 +87,7 @@ def report_of(found: Cut, asked: Asked) -> dict[str, Any]:
     gain, stderr = found.gain
     chosen = found.chosen
     return {
-        "basis": found.basis,
+        "basis": "trained" if chosen.order == "trained" else found.basis,
         "order": chosen.order,
         "orders": list(found.curves),
         "judged_on": {"rows": len(found.whole.rows), "supervised_tokens": sum(found.whole.tokens)},

@@ -13,6 +13,7 @@ ORDERS = {
     "sum": "sum scores",
     "values": "singular values",
     "shrunk": "path scores drawn to singular values",
+    "trained": "sum scores of the ranks as training left them",
 }
 
 

@@ -12,6 +12,7 @@ from qalora.adapter.cutting import cut, losses
 from qalora.adapter.model import gated_layers, ranks
 from qalora.adapter.principal import into_basis
 from qalora.adapter.refit import grouped, refitted, size_of_entries
+from qalora.adapter.surgery import replace_ranks
 
 
 @pytest.fixture
@@ -137,6 +138,23 @@ def test_ranks_that_leave_take_neither_gradients_nor_moments(some, batches, monk
     refitted(model, batches, stay, 1)
     assert len(trained) == 2 * len(stay)
     assert sizes == [sum(len(ranks) * (own[name].A.shape[1] + len(own[name].B)) for name, ranks in stay.items())]
+
+
+def test_it_starts_from_factors_of_any_rank(some, batches):
+    """Against a model whose own factors these are."""
+    model, stay = some()
+    theirs = {
+        name: (torch.cat([layer.A.data[:1] * 2, layer.A.data]), torch.cat([layer.B.data[:, :1], layer.B.data], dim=1))
+        for name, layer in gated_layers(model).items()
+    }
+    found = refitted(model, batches, stay, 2, theirs)
+    for name, layer in gated_layers(model).items():
+        replace_ranks(layer, *theirs[name])
+    expected = refitted(model, batches, stay, 2)
+    for name in expected:
+        for one, other in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other)
+    assert not torch.equal(found[next(iter(stay))][0], theirs[next(iter(stay))][0])
 
 
 def test_size_of_entries():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from qalora.adapter import search
-from qalora.adapter.compression import Kept, Point, Size
-from qalora.adapter.cutting import Losses
-from qalora.adapter.search import Asked, find_cut
+from qalora.adapter.compression import Kept, Point, Size, kept
+from qalora.adapter.cutting import Losses, cut, rank_orders
+from qalora.adapter.model import gated_layers
+from qalora.adapter.principal import into_basis
+from qalora.adapter.search import Asked, Ranking, find_cut
+
+THEIRS = {"m": "factors as training left them"}
 
 
 @pytest.fixture
@@ -18,24 +25,28 @@ def made_up(monkeypatch):
     def run(costs, asked, gain=0.0):
         """gain: what training on takes off the difference."""
         measured = []
-        orders = {order: {"m": [float(100 - rank) for rank in range(100)]} for order in costs}
+        first = {order: 7 * place for place, order in enumerate(costs)}  # the rank that each has in front
+        orders = {order: {"m": [-float((rank - first[order]) % 100) for rank in range(100)]} for order in costs}
 
-        def point(model, judging, kept: Kept, factors=None, *, whole, of):
-            count = len(kept["m"])
-            measured.append(count if factors is None else -count)
-            difference = current["cost"](count) - (0 if factors is None else gain)
-            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, kept, factors)
+        def order_of(own):
+            found = [order for order in costs if first[order] in own and (first[order] - 1) % 100 not in own]
+            return found[0] if found else next(iter(costs))
 
-        current = {}
+        def point(model, judging, own: Kept, factors=None, *, whole, of):
+            count, order = len(own["m"]), order_of(own["m"])
+            trained_on = factors not in (None, THEIRS)
+            assert trained_on or factors == (THEIRS if order == "trained" else None)
+            measured.append(-count if trained_on else count)
+            difference = costs[order](count) - (gain if trained_on else 0)
+            return Point(count / of, count, 10 * count, 1 + difference, difference, 0.01, own, factors)
 
-        class Orders(dict):
-            def __getitem__(self, order):
-                current["cost"] = costs[order]
-                return super().__getitem__(order)
-
+        asked = replace(asked, orders=tuple(costs))
+        of_basis = {order: scores for order, scores in orders.items() if order != "trained"}
+        as_trained = Ranking(orders["trained"], THEIRS) if "trained" in costs else None
         monkeypatch.setattr(search, "ranks", lambda model: {"m": 100})
         monkeypatch.setattr(search, "into_basis", lambda *args: {"m": [1.0] * 100})
-        monkeypatch.setattr(search, "rank_orders", lambda *args: Orders(orders))
+        monkeypatch.setattr(search, "rank_orders", lambda *args: of_basis)
+        monkeypatch.setattr(search, "ranking_as_trained", lambda *args: as_trained)
         monkeypatch.setattr(search, "losses", lambda *args: Losses([1.0, 1.0], [1, 1]))
         monkeypatch.setattr(search, "rank_parameters", lambda *args: {"m": 10})
         monkeypatch.setattr(search, "point", point)
@@ -58,7 +69,7 @@ def test_training_on_goes_down_from_the_smallest_that_holds_for_as_long_as_that_
     assert measured == [75, 50, 25, 12, 6, -50, -25, -12]
     assert (found.chosen.point.ranks, found.chosen.point.difference) == (25, pytest.approx(-0.01))
     assert found.chosen.point is found.chosen.refitted and found.chosen.plain.difference == 0.01
-    assert found.chosen.point.factors["m"][-2:] == (found.chosen.plain.kept, 7)
+    assert found.chosen.point.factors["m"][-3:] == (found.chosen.plain.kept, 7, None)
     assert made_up(costs, Asked(), gain=0.02)[0].chosen.point.ranks == 50
     nowhere, measured = made_up({"path": lambda n: 0.03}, Asked(refit=True), gain=0.02)
     assert nowhere.chosen.point.ranks == 100
@@ -77,6 +88,16 @@ def test_training_on_that_does_not_help_is_left(made_up):
 def test_of_two_orders_that_cut_as_deep_the_better_wins(made_up):
     costs = {"path": lambda n: -0.001 if n >= 25 else 1.0, "values": lambda n: -0.002 if n >= 25 else 1.0}
     assert made_up(costs, Asked())[0].chosen.order == "values"
+
+
+def test_ranks_that_training_left_are_cut_and_trained_on_as_they_are(made_up):
+    costs = {"path": lambda n: 0.0 if n >= 60 else 1.0, "trained": lambda n: 0.0 if n >= 25 else 1.0}
+    found, _ = made_up(costs, Asked())
+    assert (found.chosen.order, found.chosen.point.ranks, found.chosen.point.factors) == ("trained", 25, THEIRS)
+    found, _ = made_up({"trained": lambda n: 0.01}, Asked(Size(ranks=50), refit=True), gain=0.02)
+    assert found.chosen.point.factors["m"][-1] == THEIRS
+    whole, _ = made_up({"path": lambda n: 0.5, "trained": lambda n: 0.4}, Asked(Size(ranks=100)))
+    assert list(whole.curves) == ["path"]  # nothing leaves, in whatever order
 
 
 def test_one_failure_by_chance_ends_no_curve(made_up):
@@ -120,3 +141,31 @@ def test_on_a_model(tiny_adapter, make_batch):
     gain = sum(found.base.rows) / sum(found.base.tokens) - sum(found.whole.rows) / sum(found.whole.tokens)
     assert found.gain[0] == pytest.approx(gain)
     assert found.hurts == (gain < -found.gain[1])
+
+
+def test_ranks_that_training_left_on_a_model(tiny_adapter, make_batch):
+    """Also of modules that have fewer ranks in the basis, or none: against the same ranks cut by hand, from a twin."""
+    model, twin = (with_idle_ranks(tiny_adapter(r=4, targets=["q_proj", "v_proj"])).eval() for _ in range(2))
+    scoring, judging = [make_batch(rows=4, seed=1)], [make_batch(rows=6, seed=2)]
+    found = find_cut(model, scoring, judging, Asked(Size(ranks=5), orders=("values", "trained")))
+    taken = found.curves["trained"][1]
+    scores = rank_orders(twin, into_basis(twin, "trained"), scoring, ["sum"])["sum"]
+    (idle, _), (other, _), *_ = scores.items()
+    of_some = {name: of for name, of in scores.items() if name != idle}
+    of_some[other][1] = -9.0
+    assert taken.kept == kept(of_some, Size(ranks=5), dict.fromkeys(of_some, 1))
+    cut(twin, taken.kept)
+    with torch.no_grad():
+        expected = float(twin(**judging[0]).loss)
+    assert taken.loss == pytest.approx(expected, rel=1e-5)
+    cut(model, taken.kept, taken.factors)
+    for layer, other in zip(gated_layers(model).values(), gated_layers(twin).values(), strict=True):
+        assert torch.equal(layer.A, other.A) and torch.equal(layer.B, other.B)
+
+
+def with_idle_ranks(model):
+    """The first module adds nothing, and so leaves the basis; another has rank 3 of 4."""
+    first, second, *_ = gated_layers(model).values()
+    first.B.data.zero_()
+    second.B.data[:, 1] = 0
+    return model
