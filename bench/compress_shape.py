@@ -7,7 +7,7 @@ Rows are random tokens: one orders the ranks, one judges. Memory is the peak res
 the base is loaded: while it loads, pages of its file count as well. So do pages of libraries that are first used in the
 cut; with --layers the bytes of all tensors at their peak stand beside it, by torch's profiler, which takes memory
 itself. `plan` counts the tensors of a training step of the same rows; scoring has neither moments nor gradients of
-weights.
+weights, and a cut holds a copy of the adapter as training left it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     seconds, peak = time.perf_counter() - ready, peak_rss() - before
     tensors = {"peak of tensors, MB": round((sum(own.values()) + most_alive(watched)) / 1e6)} if watched else {}
     step = plan_memory(shape, seq_len=args.tokens, compute_dtype="float32", device="cpu")
-    scoring = sum(size for name, size in step.terms.items() if name not in TRAINING_ALONE)
+    scoring = sum(size for name, size in step.terms.items() if name not in TRAINING_ALONE) + step.terms["adapter"]
     return {
         "model": args.shape,
         "blocks": shape.num_hidden_layers,
