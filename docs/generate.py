@@ -77,7 +77,9 @@ def families_page() -> str:
         "The plans of `qwen3_5_text` and `lfm2` are for torch's own delta nets and convolutions. With\n"
         "`flash-linear-attention` and `causal-conv1d` installed a step takes less.\n\n"
         + "\n".join(lines)
-        + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path; a line says so.\n"
+        + "\n\nAny other decoder of transformers whose blocks are linear layers goes the plain path; a line says so. "
+        "On a CPU a linear\n"
+        "layer in 4 bits needs rows of a multiple of 64 inputs; `--no-quantize` trains others.\n"
         "\nThe GGUF column is the architecture of the files that `--format gguf` and `gguf-lora` write, and that\n"
         "`--model FILE.gguf` reads. llama.cpp (llama-cpp-python 0.3.36) reads those of the tests' tiny models. Its\n"
         "logits are those of transformers within 2e-4, from the merge and from the base with the adapter beside it.\n"

@@ -20,7 +20,7 @@ from qalora.recipe import setting_types
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = ("settings.md", "python-api.md")
+GENERATED = ("settings.md", "python-api.md", "model-families.md")
 WRITTEN = [page for page in PAGES if page.name not in GENERATED]
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
