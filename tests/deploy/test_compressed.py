@@ -73,6 +73,20 @@ def test_what_is_measured_is_what_is_written(model, make_batch):
         assert torch.equal(layer.A, layer.A.bfloat16().float())
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_ranks_that_training_left_are_measured_as_they_are_written(model, make_batch, uniform):
+    """Trained on, and in modules of which one has lost a rank in the basis."""
+    next(iter(gated_layers(model).values())).B.data[:, 1] = 0
+    rows = Rows([make_batch(rows=4, seed=1)], [make_batch(rows=4, seed=2)])
+    asked = Asked(Size(max_rank=2), uniform=uniform, orders=("trained",), refit=True, refit_steps=2)
+    report = cut_model(model, asked, rows)
+    with torch.no_grad():
+        found = float(model(**rows.judging[0]).loss)
+    assert (report["basis"], report["order"]) == ("trained", "trained")
+    assert report["kept"]["loss"] == pytest.approx(found, rel=1e-5)
+    assert set(report["ranks"].values()) == {2}
+
+
 def test_a_single_row_that_judges_has_no_standard_error_in_the_json(model, make_batch):
     rows = Rows([make_batch(rows=2, seed=1)], [make_batch(rows=1, seed=2)])
     report = cut_model(model, Asked(Size(max_rank=1), refit=True, refit_steps=1), rows)
