@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment
-from compress_report import point_of, report
+from compress_report import OF_BASIS, REFITTED, point_of, report
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 import qalora
 from qalora.adapter.ablation import MicroBatch
-from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, parameters_of
+from qalora.adapter.compression import SHARES, Kept, Per, Point, Size, kept, parameters_of
 from qalora.adapter.cutting import losses, rank_orders
 from qalora.adapter.layer import Factors
 from qalora.adapter.model import load_adapter, rank_parameters
@@ -43,7 +43,7 @@ from qalora.adapter.model import ranks as ranks_of
 from qalora.adapter.principal import Basis, into_basis
 from qalora.adapter.refit import refitted
 from qalora.adapter.scores import PerRank
-from qalora.adapter.search import ORDERS, best_of
+from qalora.adapter.search import best_of
 from qalora.base.loading import LoadedBase, load_base, load_tokenizer
 from qalora.base.registry import resolve
 from qalora.data.batching import Collator, micro_batches, on_device
@@ -120,8 +120,6 @@ class Cut:
 
 
 DEEP = (0.5, 0.25)
-OF_BASIS: tuple[Order, ...] = tuple(order for order in ORDERS if order != "trained")  # which is the trained basis' sum
-REFITTED = "chosen, refitted"  # what the rows that choose take of OF_BASIS, trained on
 CORE = tuple(
     cut for share in DEEP for cut in (*(Cut("svd", order, share) for order in OF_BASIS), Cut("trained", "sum", share))
 )

@@ -13,10 +13,12 @@ from qalora.adapter.compression import Kept, Order, Point, paired
 from qalora.adapter.search import ORDERS, best_of, smallest
 
 Line = Mapping[str, Any]  # of compress.jsonl
-REFITTED = "chosen, refitted"  # the best order of the rows that choose, trained on
+OF_BASIS = tuple(order for order in ORDERS if order != "trained")  # which is the trained basis' sum
+REFITTED = "chosen, refitted"  # what the rows that choose take of OF_BASIS, trained on
 TAKEN: dict[tuple[str | None, str], Order] = {  # (basis, order) of a line → the program's order
-    ("svd", order): order for order in ORDERS if order != "trained"
-} | {("trained", "sum"): "trained"}
+    **{("svd", order): order for order in OF_BASIS},
+    ("trained", "sum"): "trained",
+}
 SCHEDULES = {"constant": "constant rate", "linear": "rate falling to 0"}
 SHOWN = {  # (basis, order, per) → its name, in the order of the tables
     ("trained", "random", "rank"): "trained, random",

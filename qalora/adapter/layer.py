@@ -142,6 +142,11 @@ class GatedLinear(nn.Module, LoraLayer):
         return frozen_forward(base, x)
 
 
+def factors_of(layers: Mapping[str, GatedLinear]) -> Factors:
+    """The factors that the layers have now, not copied."""
+    return {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+
+
 @contextmanager
 def gated(layers: Mapping[str, GatedLinear], gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Sets the gates of the named layers, and opens them again at the end, also after an error.

@@ -17,7 +17,7 @@ from torch import nn
 
 from qalora.adapter.ablation import MicroBatch, scoring_mode
 from qalora.adapter.compression import Kept
-from qalora.adapter.layer import Factors, GatedLinear, closed, having
+from qalora.adapter.layer import Factors, GatedLinear, closed, factors_of, having
 from qalora.adapter.model import gated_layers
 from qalora.data.rows import supervised_tokens
 from qalora.kernels.loss import row_losses
@@ -45,7 +45,7 @@ def refitted(
         factors: of all layers, to start from; None: their own.
     """
     layers = gated_layers(model)
-    start = factors or {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+    start = factors or factors_of(layers)
     small = {name: (start[name][0][own].clone(), start[name][1][:, own].clone()) for name, own in ranks.items() if own}
     with having(layers, small), closed(layer for name, layer in layers.items() if name not in small):
         _train(model, [layers[name] for name in small], grouped(batch), steps, RATE * size_of_entries(small))

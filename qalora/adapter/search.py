@@ -20,7 +20,7 @@ from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import SHARES, Kept, Order, Per, Point, Size, kept, paired, parameters_of
 from qalora.adapter.cutting import Losses, losses, point, rank_orders
-from qalora.adapter.layer import Factors
+from qalora.adapter.layer import Factors, factors_of
 from qalora.adapter.model import gated_layers, rank_parameters, ranks
 from qalora.adapter.principal import Basis, into_basis
 from qalora.adapter.refit import refitted
@@ -137,7 +137,8 @@ def _find_cut(
     check_finite({}, whole.mean, base.mean)
     costs = rank_parameters(model, values)
     everything = kept(values, Size(), costs)
-    if trained and kept(values, asked.size or Size(ranks=0), costs) != everything:  # there all orders are one
+    leaves = asked.size is None or kept(values, asked.size, costs) != everything
+    if trained is not None and leaves:  # where nothing does, all orders are one
         orders["trained"] = _of_modules(trained, values)
     count = sum(map(len, everything.values()))
     start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
@@ -183,8 +184,7 @@ def ranking_as_trained(model: PeftModel, scoring: Sequence[MicroBatch]) -> Ranki
         name: [score if value else -math.inf for score, value in zip(of, values[name], strict=True)]
         for name, of in scores.items()
     }
-    factors = {name: (layer.A.data.clone(), layer.B.data.clone()) for name, layer in gated_layers(model).items()}
-    return Ranking(scores, factors)
+    return Ranking(scores, {name: (A.clone(), B.clone()) for name, (A, B) in factors_of(gated_layers(model)).items()})
 
 
 def _of_modules(ranking: Ranking, modules: Collection[str]) -> Ranking:

@@ -20,6 +20,7 @@ from qalora import processes
 from qalora.adapter.ablation import MicroBatch
 from qalora.adapter.compression import Point, paired
 from qalora.adapter.cutting import Losses, cut, losses
+from qalora.adapter.layer import factors_of
 from qalora.adapter.model import ADAPTER, gated_layers, ranks, sync_config, write_adapter
 from qalora.adapter.provenance import read_provenance
 from qalora.adapter.saved import SavedAdapter
@@ -212,7 +213,7 @@ def write_cut(model: PeftModel, folder: Path, dtype: torch.dtype, base_name: str
 @contextmanager
 def _in_dtype(model: PeftModel, dtype: torch.dtype) -> Iterator[None]:
     layers = gated_layers(model)
-    own = {name: (layer.A.data, layer.B.data) for name, layer in layers.items()}
+    own = factors_of(layers)
     try:
         for layer in layers.values():
             layer.A.data, layer.B.data = layer.A.data.to(dtype), layer.B.data.to(dtype)
