@@ -79,7 +79,7 @@ class Task:
 
 TASKS = {
     "e2e": Task(60, 80, scoring=32, choosing=32, test=40, settings={"data.columns": {}}),
-    "sst2": Task(80, 30, scoring=64, choosing=128, test=256),
+    "sst2": Task(80, 30, scoring=64, choosing=384, test=256),
     "alpaca": Task(32, 80, scoring=32, choosing=24, test=32),
     "gsm8k": Task(24, 104, scoring=16, choosing=16, test=20),
     "boolq": Task(32, 112, scoring=48, choosing=96, test=160),
@@ -120,46 +120,49 @@ class Cut:
 
 
 DEEP = (0.5, 0.25)
-CORE = tuple(
-    cut for share in DEEP for cut in (*(Cut("svd", order, share) for order in OF_BASIS), Cut("trained", "sum", share))
-)
+
+
+def curves(shares: Sequence[float]) -> tuple[Cut, ...]:
+    """Those that the program tries."""
+    own = [[*(Cut("svd", order, share) for order in OF_BASIS), Cut("trained", "sum", share)] for share in shares]
+    return tuple(cut for cuts in own for cut in cuts)
+
+
+CORE = curves(DEEP)
+CURVES = curves(SHARES)
 CORRECTED = tuple(Cut("svd", REFITTED, share) for share in DEEP)
-MORE = (
-    *(Cut("svd-act", order, share) for order in ("path", "values") for share in DEEP),
-    *(Cut("svd", order, 0.75) for order in ("path", "values")),
-)
 EVERY = tuple(
     dict.fromkeys(
         (
-            *(Cut("svd-act", order, share) for order in OF_BASIS for share in DEEP),
-            *(Cut(basis, order, share) for share in SHARES for basis in ("svd", "svd-act") for order in OF_BASIS),
-            *(Cut("trained", "sum", share) for share in SHARES),
+            *CURVES,
+            *(Cut("svd-act", order, share) for share in SHARES for order in OF_BASIS),
             *(Cut("svd", "path", share, "parameter") for share in SHARES),
             *(Cut("svd", order, share) for order in ("sum", "random") for share in SHARES),
             *(Cut("trained", order, share) for order in ("path", "random") for share in SHARES),
         )
     )
 )
-CUTS = {"core": CORE, "corrected": CORRECTED, "more": MORE, "every": EVERY}
+CUTS = {"core": CORE, "curves": CURVES, "corrected": CORRECTED, "every": EVERY}
 WHOLE = 8  # ranks per module of the adapters that are cut first
 RATE = 2e-3
-NARROW = {4: (2e-3, 4e-3, 8e-3), 2: (2e-3, 4e-3, 8e-3)}  # ranks per module of the controls → rates to choose from
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+NARROW = (4, 2)  # ranks per module of the controls, at each of these rates
 
 
 def plan() -> Iterator[tuple[Run, Sequence[Cut]]]:
-    """Adapters and how they are cut, the most telling first."""
-    runs = [(schedule, seed, task) for schedule in ("constant", "linear") for seed in SEEDS for task in TASKS]
-    wide = [Run(task, "kaiming", WHOLE, RATE, seed, schedule) for schedule, seed, task in runs]
-    yield from ((run, CORE) for run in wide)
-    yield from ((run, cuts) for cuts in (CORRECTED, MORE) for run in wide if run.seed == SEEDS[0])
-    for task in ("e2e", "alpaca", "sst2", "gsm8k", "boolq"):
-        for r, rates in sorted(NARROW.items()):
-            for rate in rates:
+    """Adapters and how they are cut, the most telling first: curves of three seeds; every basis and score of one; and
+    halves and quarters of those that began, fell or were sized otherwise."""
+    wide = [Run(task, "kaiming", WHOLE, RATE, seed) for seed in SEEDS for task in TASKS]
+    yield from ((run, CURVES) for run in wide)
+    for task in TASKS:
+        for r in NARROW:
+            for rate in RATES:
                 yield Run(task, "kaiming", r, rate, SEEDS[0]), ()
     others = [Run(task, "quantization", WHOLE, RATE, SEEDS[0]) for task in TASKS]
     others += [Run(task, "kaiming", r, RATE, SEEDS[0]) for r in (16, 32) for task in TASKS]
+    others += [Run(task, "kaiming", WHOLE, RATE, SEEDS[0], "linear") for task in TASKS]
     yield from ((run, CORE) for run in others)
-    yield from ((run, EVERY) for run in [*wide, *others])
+    yield from ((run, cuts) for cuts in (EVERY, CORRECTED) for run in wide if run.seed == SEEDS[0])
 
 
 def main() -> None:

@@ -117,6 +117,8 @@ def report(lines: Sequence[Line], planned: Sequence[Mapping[str, Any]], picture:
     for group in dict.fromkeys(group_of(adapter.run) for adapter in cut):
         own = [adapter for adapter in cut if group_of(adapter.run) == group]
         parts += [f"## The bar: {group}\n", bar(own), f"## `--tolerance 0`: {group}\n", tolerance(own)]
+    if all_orders := every_order(cut):
+        parts += ["## Bases and scores\n", all_orders]
     if same := whole_refitted(cut):
         parts += ["## The whole adapter trained on likewise\n", same]
     if control := narrow(adapters, cut):
@@ -169,11 +171,10 @@ def what_ran(adapters: Sequence[Adapter], cut: Sequence[Adapter], planned: Seque
 
 def losses_of(task: str, adapters: Sequence[Adapter]) -> str:
     """A row per adapter and order, a column per share."""
-    shares = sorted({line["share"] for adapter in adapters for line in adapter.lines.values()}, reverse=True)
-    rows = []
+    rows, shares = [], shares_of(adapters)
     for adapter in adapters:
         for key, name in SHOWN.items():
-            cuts = {share: adapter.lines.get((*key, share)) for share in shares if share < 1}
+            cuts = {share: adapter.lines.get((*key, share)) for share in shares}
             if any(cuts.values()):
                 rows.append(
                     {
@@ -185,15 +186,21 @@ def losses_of(task: str, adapters: Sequence[Adapter]) -> str:
     return table(rows)
 
 
+def shares_of(adapters: Sequence[Adapter]) -> list[float]:
+    """Of their cuts, falling."""
+    return sorted({share for adapter in adapters for *_, share in adapter.lines if share < 1}, reverse=True)
+
+
 def bar(adapters: Sequence[Adapter]) -> str:
     """Of how many adapters a cut holds, by order, and what the median costs over tasks."""
     rows = []
+    shares = shares_of(adapters)
     for key, name in SHOWN.items():
         own = [adapter for adapter in adapters if (*key, 0.5) in adapter.lines]
         if not own:
             continue
         row: dict[str, Any] = {"basis, order": name, "adapters": len(own)}
-        for share in (0.5, 0.25, 0.125):
+        for share in shares:
             pairs = [
                 adapter.difference(adapter.lines[*key, share]) for adapter in own if (*key, share) in adapter.lines
             ]
@@ -207,6 +214,25 @@ def bar(adapters: Sequence[Adapter]) -> str:
         + "\n"
         + versus(adapters)
     )
+
+
+def every_order(adapters: Sequence[Adapter]) -> str:
+    """What each basis and score costs, as the median over the adapters that were cut in all of them."""
+    own = [adapter for adapter in adapters if ("svd", "random", "rank", 0.5) in adapter.lines]
+    if not own:
+        return ""
+    shares = shares_of(own)
+    rows = []
+    for key, name in SHOWN.items():
+        row: dict[str, Any] = {"basis, order": name}
+        for share in shares:
+            found = [adapter for adapter in own if (*key, share) in adapter.lines]
+            means = [adapter.difference(adapter.lines[*key, share])[0] for adapter in found]
+            row[f"{share:.3g}"] = f"{statistics.median(means):+.4f}" if len(found) == len(own) else None
+        if any(list(row.values())[1:]):
+            rows.append(row)
+    tasks = ", ".join(adapter.run["task"] for adapter in own)
+    return f"Losses minus the whole's, the median over {tasks} ({title(own[0])}).\n\n" + table(rows)
 
 
 def versus(adapters: Sequence[Adapter]) -> str:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora.adapter.compression import ROWS
+from qalora.adapter.compression import MOST_ROWS, ROWS
 from qalora.cli import Parser, say
 from qalora.errors import InputError
 from qalora.flags import add, settings
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qalora.recipe import Recipe
 
 SIZES = ("keep", "parameters", "max_rank")
+ASKED = (*SIZES, "tolerance", "uniform", "no_data", "basis", "refit", "refit_steps", "rows", "split")
 OF_ROWS = ("data", "refit", "refit_steps", "basis", "data_format", "split", "rows", "max_seq_len")
 
 
@@ -61,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--basis",
         choices=("svd", "svd-act"),
-        help="principal for the weights, or for the outputs on the rows (default: svd)",
+        help="principal for the weights, or for the outputs on the rows (default: svd); ranks as training left them "
+        "are tried as well",
     )
     refit = parser.add_argument_group("what stays is trained on, where the rows that judge are the better for it")
     refit.add_argument("--refit", action="store_true", help="in two passes over the rows that order")
@@ -69,7 +71,12 @@ def parser() -> argparse.ArgumentParser:
     add(parser, "--data-format", otherwise="found from the rows")
     add(parser, "--recipe", more="such as a run's recipe.yaml: its columns, templates and labels read the rows")
     add(parser, "--split", default="validation")
-    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the data to read (default: %(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help=f"rows of the data to read (default: {ROWS}, and up to {MOST_ROWS:,} where their answers are short)",
+    )
     add(parser, "--max-seq-len", otherwise="the recipe's, else 2048")
     add(parser, "--batch-size", default=8)
     add(parser, "--no-quantize")
@@ -133,7 +140,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag}: goes with rows, and --no-data reads none; leave one of them out.")
     elif args.data is None:
         raise InputError("--data is missing: pass rows like those that the adapter was trained for, or --no-data.")
-    if args.rows < 2:
+    if args.rows is not None and args.rows < 2:
         raise InputError(f"--rows {args.rows}: some rows order the ranks and others judge, so at least 2 are needed.")
 
 
@@ -148,6 +155,8 @@ def share(text: str) -> float:
         value = float(bare.removesuffix("%")) / 100 if bare.endswith("%") else float(bare)
     except ValueError:
         value = math.nan
+    if bare == "1":
+        raise InputError("--keep 1: is that 1 per cent, or all? Write 1% or 100%.")
     if not 0 < value <= 1:
         hint = f"; {bare}% is {bare} per cent" if value > 1 and not bare.endswith("%") else ""
         raise InputError(f"--keep {text}: takes a share of the ranks above 0, up to 100%, such as 25% or 0.25{hint}.")
@@ -241,7 +250,7 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
         AnswerNo: a score or a loss is not finite.
         RuntimeError: vanilla PEFT reads another function than the one that was measured.
     """
-    from qalora.adapter.its_base import how_to_load
+    from qalora.adapter.its_base import how_to_load, refuse_other_base
     from qalora.adapter.model import load_adapter
     from qalora.adapter.saved import check_adapter
     from qalora.base.loading import load_base, load_tokenizer
@@ -255,6 +264,7 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     recipe, notes = settled(recipe, source)
     adapter = check_adapter(args.adapter, source)
     asked = asked_of(args, adapter)
+    refuse_other_base(args.adapter, source)
     loading, more = how_to_load(source, args.adapter, recipe.quantization.loading(), recipe.quantization.given())
     for note in (*notes, *more):
         say(note)
@@ -265,9 +275,16 @@ def compressed(recipe: Recipe, source: ModelSource, args: argparse.Namespace, *,
     model = load_adapter(base.model, adapter.path, trainable=True)
     collate = Collator(tokenizer.pad_token_id)
     batches = [on_device(micro_batches(rows, args.batch_size, collate), base.model.device) for rows in parts]
-    rows = Rows(*batches) if batches else None
+    rows = Rows(batches[0], batches[1]) if batches else None
     report = cut_model(model, asked, rows, dtype=dtype_of(adapter))
-    report = {"model": source.name, "adapter": str(adapter.path.resolve()), **report}
+    report = {
+        "model": source.name,
+        "adapter": str(adapter.path.resolve()),
+        "data": args.data,
+        "asked": {name: getattr(args, name) for name in ASKED if getattr(args, name)},
+        "base": {"in_4bit": base.quantized, "computed_in": str(base.compute_dtype).removeprefix("torch.")},
+        **report,
+    }
     return store(model, report, Path(output_dir), adapter, tokenizer, base.compute_dtype, started)
 
 
@@ -279,15 +296,15 @@ def rows_of(
     Raises:
         InputError: they cannot be read, or are fewer than two.
     """
-    from qalora.adapter.compression import scoring_rows
+    from qalora.adapter.compression import enough_rows, scoring_rows
     from qalora.data.rows import supervised_tokens
     from qalora.data.tokenization import load_dataset
 
-    data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows, **recipe.data.reading())
+    data = load_dataset(args.data, tokenizer, split=args.split, limit=args.rows or MOST_ROWS, **recipe.data.reading())
     if len(data) < 2:
         raise InputError(f"{args.data}: {len(data)} row is left; some order the ranks and others judge: pass more.")
     tokens = [supervised_tokens([item["labels"]]) for item in data.items]
-    scoring, judging = scoring_rows(tokens)
+    scoring, judging = scoring_rows(tokens if args.rows else tokens[: enough_rows(tokens)])
     say(f"{data.report}; {len(scoring)} of them order the ranks, {len(judging)} judge")
     return [data.items[i] for i in scoring], [data.items[i] for i in judging]
 

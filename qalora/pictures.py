@@ -40,7 +40,7 @@ def draw_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: str | P
 
 def draw_compression(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
-    chosen: tuple[str, Mapping[str, float]] | None,
+    chosen: tuple[str | None, Mapping[str, float]] | None,
     losses: Mapping[str, float],
     ranks: Mapping[str, int],
     start: Mapping[str, int],
@@ -51,7 +51,7 @@ def draw_compression(
     Args:
         curves: order → points with `share`, `loss` and `stderr`, the standard error of its difference from the whole,
             if known; none: no row was read.
-        chosen: the order and the point that were taken.
+        chosen: the order, None where every rank stays, and the point that were taken.
         losses: of the `whole` adapter and of the `base` alone.
         ranks, start: as of `draw_ranks`.
     """
@@ -72,7 +72,7 @@ def draw_compression(
 def _draw_curves(
     axes: Axes,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
-    chosen: tuple[str, Mapping[str, float]],
+    chosen: tuple[str | None, Mapping[str, float]],
     losses: Mapping[str, float],
 ) -> None:
     _tidy(axes)
@@ -107,8 +107,9 @@ def _draw_curves(
     axes.invert_xaxis()
     axes.set_xlabel("ranks kept")
     axes.set_ylabel("loss, nats a token")
-    axes.set_title(f"Kept: {taken['share']:.1%} of the ranks, ordered by {ORDERS[best]}", size=10)
-    axes.legend(frameon=False, fontsize=8)
+    how = f", ordered by {ORDERS[best]}" if best else ""
+    axes.set_title(f"Kept: {taken['share']:.1%} of the ranks{how}", size=10)
+    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
 
 
 def _row_height(rows: Sequence[str]) -> float:

@@ -206,7 +206,9 @@ def test_one_rank_for_servers_that_know_one(compress, folder, trained):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("kind", ["rank patterns and rslora", "r 64", "fp16", "zero B", "a regular expression"])
+@pytest.mark.parametrize(
+    "kind", ["rank patterns and rslora", "r 64", "fp16", "zero B", "a regular expression", "excluded"]
+)
 def test_adapters_of_any_origin(compress, folder, tmp_path, kind):
     torch.manual_seed(2)
     settings = {
@@ -215,8 +217,10 @@ def test_adapters_of_any_origin(compress, folder, tmp_path, kind):
         "fp16": dict(r=4, lora_alpha=8, layers_to_transform=[1], exclude_modules=["layers.1.self_attn.k_proj"]),
         "zero B": dict(r=4, lora_alpha=8),
         "a regular expression": dict(r=4, lora_alpha=7),
+        "excluded": dict(r=4, lora_alpha=8, exclude_modules=["lm_head"]),
     }[kind]
-    targets = r".*\.1\..*(q|k)_proj" if kind == "a regular expression" else ["q_proj", "k_proj"]
+    patterns = {"a regular expression": r".*\.1\..*(q|k)_proj", "excluded": r".*(q_proj|lm_head)"}
+    targets = patterns.get(kind, ["q_proj", "k_proj"])
     config = LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
     if kind == "zero B":
@@ -268,10 +272,12 @@ def test_what_stays_is_trained_on_where_that_helps(compress):
 
 
 def test_shares():
-    assert [share(text) for text in ("25%", "25 %", "0.25", "1", "100%", ".5")] == [0.25, 0.25, 0.25, 1, 1, 0.5]
+    assert [share(text) for text in ("25%", "25 %", "0.25", "1.0", "100%", ".5")] == [0.25, 0.25, 0.25, 1, 1, 0.5]
     for text in ("25", "0", "-1", "120%", "nan", "half", ""):
         with pytest.raises(InputError, match=re.escape(f"keep {text}: takes a share")):
             share(text)
+    with pytest.raises(InputError, match="keep 1: is that 1 per cent, or all"):
+        share("1")
 
 
 def test_bad_input_is_named_before_weights_load(compress, folder, trained, rows, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ Order = Literal["path", "sum", "values", "shrunk", "trained"]
 Per = Literal["rank", "parameter"]
 Kept = dict[str, list[int]]  # module → its ranks that stay, ascending; a module without any is absent
 SHARES = (0.75, 0.5, 0.25, 0.125, 0.0625, 0.03)  # of the ranks: where a curve is taken
-ROWS = 200  # that a cut is decided by
+ROWS, MOST_ROWS = 200, 1000  # that a cut is decided by: more than 200 only where their answers are short
 SCORING_TOKENS = 2048  # supervised tokens that score; more rows than half are never taken for it
 
 
@@ -157,6 +157,16 @@ def shrunk(shares: PerRank, stderr: PerRank, values: PerRank) -> PerRank:
     prior = max(0.0, float(scatter / weight.sum())) * reach
     found = iter(((prior * share + noise * expected) / (prior + noise)).tolist())
     return {name: [next(found) for _ in of] for name, of in shares.items()}
+
+
+def enough_rows(tokens: Sequence[int]) -> int:
+    """How many of the first rows decide a cut: enough to score and to judge, by supervised tokens of each row."""
+    count = total = 0
+    for of_row in tokens[:MOST_ROWS]:
+        if count >= ROWS and total >= 2 * SCORING_TOKENS:
+            break
+        count, total = count + 1, total + of_row
+    return count
 
 
 def scoring_rows(tokens: Sequence[int], *, least: int = SCORING_TOKENS, seed: int = 0) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ What reaches the disk is a plain PEFT LoRA: vanilla PEFT reads it without this p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -252,8 +252,9 @@ def rank_parameters(model: PeftModel, names: Iterable[str]) -> dict[str, int]:
 def sync_config(model: PeftModel) -> None:
     """Writes the present ranks into the LoraConfig, so that whatever PEFT saves can be loaded again.
 
-    Every module has a full-name entry in rank_pattern and in alpha_pattern (alpha = scaling · rank). Modules that lost
-    all their ranks carry no layer and are listed in exclude_modules, for PEFT refuses a rank of 0.
+    Every module has a full-name entry in rank_pattern and in alpha_pattern (alpha = scaling · rank). Modules without a
+    layer that the targets name, those that lost all ranks or never had any, are listed in exclude_modules, for PEFT
+    refuses a rank of 0.
     """
     config = cast(LoraConfig, model.peft_config[ADAPTER])
     layers = gated_layers(model)
@@ -266,8 +267,17 @@ def sync_config(model: PeftModel) -> None:
     config.alpha_pattern = {name: whole(layer.s * len(layer.A)) for name, layer in layers.items()}
     config.use_rslora = False  # its scaling would follow the rank; the patterns hold whatever scaling it gave
     config.exclude_modules = None
-    bare = [name for name in linear_maps(model) if name not in layers and check_target_module_exists(config, name)]
-    config.exclude_modules = bare or None
+    config.exclude_modules = _bare_targets(model, config, layers) or None
+
+
+def _bare_targets(model: PeftModel, config: LoraConfig, layers: Collection[str]) -> list[str]:
+    """Modules of any kind that the config's targets name, and that carry no layer."""
+    within = tuple(f"{name}." for name in layers)
+    return [
+        name
+        for name, _ in model.get_base_model().named_modules()
+        if name and name not in layers and check_target_module_exists(config, name) and not name.startswith(within)
+    ]
 
 
 def add_layer(model: PeftModel, name: str) -> GatedLinear:

@@ -31,7 +31,7 @@ from qalora.errors import AnswerNo
 from qalora.kernels.stretches import stretches
 
 Basis = Literal["trained", "svd", "svd-act"]
-NEGLIGIBLE = 1e-7  # of the largest singular value: fp32 factors say nothing about what is below
+NEGLIGIBLE = 1e-7  # of the largest singular value, or of the largest rank: fp32 factors tell nothing below that
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def principal(A: Tensor, B: Tensor, gram: Tensor | None = None) -> Principal:
         U, values, _ = torch.linalg.svd(R_b @ _root(gram.to(A)), full_matrices=False)
     rows = U.T @ core  # of A', before its length is shared with B', in the basis Q_a
     lengths = rows.norm(dim=1)
-    there = lengths > NEGLIGIBLE * lengths.max().clamp(min=torch.finfo(torch.float64).tiny)
+    largest = torch.maximum(lengths.max(), (R_a.norm(dim=0) * R_b.norm(dim=0)).max())  # ranks can cancel out
+    there = lengths > NEGLIGIBLE * largest.clamp(min=torch.finfo(torch.float64).tiny)
     U, rows, lengths, values = U[:, there], rows[there], lengths[there], values[there]
     share = lengths.sqrt()
     turn = (U.T @ R_b) / share[:, None]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from peft import PeftModel
 
@@ -66,17 +67,22 @@ class Ranking:
     scores: PerRank
     factors: Factors | None = None
 
+    @property
+    def adding(self) -> int:
+        """How many ranks have energy."""
+        return sum(map(math.isfinite, chain(*self.scores.values())))
+
 
 @dataclass(frozen=True)
 class Choice:
     """
     Attributes:
-        order: the one that won.
+        order: the one that won; None: every rank stays that adds something.
         plain: a point of its curve; refitted: that trained on; None: this was not tried.
         point: which of both is taken.
     """
 
-    order: Order
+    order: Order | None
     plain: Point
     refitted: Point | None
     point: Point
@@ -138,10 +144,9 @@ def _find_cut(
     costs = rank_parameters(model, values)
     everything = kept(values, Size(), costs)
     leaves = asked.size is None or kept(values, asked.size, costs) != everything
-    if trained is not None and leaves:  # where nothing does, all orders are one
+    if trained is not None and (leaves or not orders):  # where nothing does, all orders are one
         orders["trained"] = _of_modules(trained, values)
     count = sum(map(len, everything.values()))
-    start = Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything)
     left = max(map(len, values.values())) if asked.uniform else count
     counts = _counts(widest if asked.uniform else total, left)
     sizes = [Size(max_rank=count) if asked.uniform else Size(ranks=count) for count in counts]
@@ -152,23 +157,32 @@ def _find_cut(
         own = orders[order]
         found = point(model, judging, kept(own.scores, size, costs, asked.per), own.factors, whole=whole, of=total)
         bar.advance()
-        return found
+        return as_written(found)
 
-    def trained_on(found: Point) -> Point | None:
-        if found.ranks >= count:  # nothing has left that it could make up for
+    def as_written(found: Point) -> Point:
+        """With the parameters of modules that are filled up to one rank."""
+        if not asked.uniform:
+            return found
+        rank = max(map(len, found.kept.values()), default=0)
+        return replace(found, parameters=rank * sum(costs[name] for name in found.kept))
+
+    start = as_written(Point(count / total, count, parameters_of(everything, costs), whole.mean, 0.0, 0.0, everything))
+
+    def trained_on(order: Order, found: Point) -> Point | None:
+        if found.ranks >= orders[order].adding:  # nothing has left that it could make up for
             return None
         train = partial(refitted, model, scoring, found.kept, asked.refit_steps, found.factors)
-        return point(model, judging, found.kept, processes.from_first(train), whole=whole, of=total)
+        return as_written(point(model, judging, found.kept, processes.from_first(train), whole=whole, of=total))
 
     refit = trained_on if asked.refit else None
     if asked.size is None:
         curves = {order: _descended(partial(measure, order), sizes, asked.tolerance) for order in orders}
-        chosen = smallest(curves, asked.tolerance, refit) or Choice(next(iter(orders)), start, None, start)
+        chosen = smallest(curves, asked.tolerance, refit) or Choice(None, start, None, start)
     else:
         at_size = {order: measure(order, asked.size) for order in orders}
         order, plain = best_of(at_size)
-        again = refit(plain) if refit else None
-        chosen = Choice(order, plain, again, lowest(plain, again))
+        again = refit(order, plain) if refit else None
+        chosen = Choice(order if plain.ranks < orders[order].adding else None, plain, again, lowest(plain, again))
         others = _descended(partial(measure, order), sizes, asked.tolerance)
         curves = {order: [found] for order, found in at_size.items()}
         curves[order] += [found for found in others if found.kept != plain.kept]
@@ -194,7 +208,9 @@ def _of_modules(ranking: Ranking, modules: Collection[str]) -> Ranking:
 
 
 def smallest(
-    curves: Mapping[Order, Sequence[Point]], tolerance: float, refit: Callable[[Point], Point | None] | None
+    curves: Mapping[Order, Sequence[Point]],
+    tolerance: float,
+    refit: Callable[[Order, Point], Point | None] | None,
 ) -> Choice | None:
     """The choice of fewest ranks that `holds`; None: there is none. From the smallest cut that holds as it is, cuts are
     trained on, down to the last that holds so.
@@ -206,7 +222,7 @@ def smallest(
     held = [index for index, (_, plain) in enumerate(falling) if plain.holds(tolerance)]
     found = None
     for order, plain in falling[held[-1] if held else 0 :]:
-        again = refit(plain) if refit else None
+        again = refit(order, plain) if refit else None
         holding = [each for each in (plain, again) if each and each.holds(tolerance)]
         if not holding:
             break
@@ -241,7 +257,7 @@ def cut_by_values(model: PeftModel, asked: Asked) -> Kept:
 
 def _counts(largest: int, left: int) -> list[int]:
     """Numbers of ranks at the curve's shares of the largest, falling: those below what is left of it in the basis."""
-    counts = {max(1, round(share * largest)) for share in SHARES}
+    counts = {max(1, math.floor(share * largest + 1e-9)) for share in SHARES}
     return sorted((count for count in counts if count < left), reverse=True)
 
 

@@ -27,6 +27,7 @@ from qalora.adapter.saved import SavedAdapter
 from qalora.adapter.search import Asked, Choice, Cut, cut_by_values, find_cut
 from qalora.adapter.surgery import replace_ranks
 from qalora.card_files import keep_users_card, write_card
+from qalora.data.rows import supervised_tokens
 from qalora.deploy.read_by_peft import compare_with_peft
 from qalora.files import write_json, written_beside
 from qalora.pictures import draw_compression
@@ -41,10 +42,12 @@ class Rows:
     Attributes:
         scoring: micro-batches that order the ranks and train what stays.
         judging: others, that say what a cut costs.
+        also: what else these decide, such as "chose the weights"; empty: they only judge.
     """
 
     scoring: Sequence[MicroBatch]
     judging: Sequence[MicroBatch]
+    also: str = ""
 
 
 def cut_model(
@@ -71,13 +74,19 @@ def cut_model(
     else:
         found = find_cut(model, rows.scoring, rows.judging, asked)
         report |= report_of(found, asked)
+        report["scored_on"] = {
+            "rows": sum(len(micro["labels"]) for micro in rows.scoring),
+            "supervised_tokens": supervised_tokens(micro["labels"] for micro in rows.scoring),
+        }
+        report["judged_on"]["also"] = rows.also
         report["whole"]["loss"] = found.whole.mean
         chosen = processes.from_first(lambda: found.chosen.point)
         cut(model, chosen.kept, chosen.factors)
+    share = sum(ranks(model).values()) / total
     if asked.uniform:
         to_one_rank(model)
     round_weights(model, dtype)
-    report["kept"] = {"share": sum(ranks(model).values()) / total, **size_of(model)}
+    report["kept"] = {"share": share, **size_of(model)}
     if rows is not None:
         report["kept"] |= cost(losses(model, rows.judging), found.whole)
     return {**report, "ranks": ranks(model)}
@@ -91,7 +100,11 @@ def report_of(found: Cut, asked: Asked) -> dict[str, Any]:
         "basis": "trained" if chosen.order == "trained" else found.basis,
         "order": chosen.order,
         "orders": list(found.curves),
-        "judged_on": {"rows": len(found.whole.rows), "supervised_tokens": sum(found.whole.tokens)},
+        "judged_on": {
+            "rows": len(found.whole.rows),
+            "supervised_tokens": sum(found.whole.tokens),
+            "least_stderr": _least_error(found),
+        },
         "base_loss": found.base.mean,
         "gain": gain,
         "gain_stderr": known(stderr),
@@ -99,6 +112,13 @@ def report_of(found: Cut, asked: Asked) -> dict[str, Any]:
         "curves": {order: [_figures(point) for point in points] for order, points in found.curves.items()},
         **({"refit": _refit(chosen)} if asked.refit else {}),
     }
+
+
+def _least_error(found: Cut) -> float | None:
+    """The standard error of the cut that was measured finest: how much the rows that judge can tell; None: no cut was
+    measured, or a single row judges."""
+    errors = [point.stderr for points in found.curves.values() for point in points if point.stderr]
+    return known(min(errors, default=math.inf))
 
 
 def known(number: float) -> float | None:

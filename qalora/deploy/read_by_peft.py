@@ -19,6 +19,7 @@ from qalora.adapter.model import ADAPTER, gated_layers
 from qalora.adapter.saved import PREFIX
 from qalora.answers import inference
 from qalora.deploy.verification import TEXTS, TOLERANCE, Update
+from qalora.errors import AnswerNo
 from qalora.kernels.prefixes import causal_lm
 
 
@@ -38,11 +39,14 @@ def compare_with_peft(
         mean_adapter_effect: mean absolute difference between adapter model and bare base.
 
     Raises:
+        AnswerNo: logits are not finite.
         RuntimeError: another function than the live one.
     """
     live = {name: (layer.A.detach(), layer.B.detach(), layer.s) for name, layer in gated_layers(model).items()}
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
     ours = _logits(model, rows)
+    if not ours.isfinite().all():
+        raise AnswerNo("The logits are not finite with this adapter: it has diverged, and no cut can mend that.")
     with model.disable_adapter():
         bare = _logits(model, rows)
     base: Any = model.unload()

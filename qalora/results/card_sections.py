@@ -125,7 +125,9 @@ def _run_facts(run: RunFacts) -> list[tuple[str, str]]:
         facts.append(("ranks per linear layer at the start", f"{lora.get('r')}, alpha {lora.get('alpha')}"))
     if allocation:
         facts.append(("rank budget", f"{allocation['budget']:,}"))
-        facts.append(("ranks in the adapter", f"{allocation['total_rank']:,}, after {_rounds(allocation['rounds'])}"))
+        left = f"{allocation['total_rank']:,} after {_rounds(allocation['rounds'])}"
+        kept = run.metrics.get("compression", {}).get("kept")
+        facts.append(("ranks in the adapter", f"{kept['ranks']:,} after compression, {left}" if kept else left))
     if "seconds" in train:
         facts.append(("training time", _duration(train["seconds"])))
         facts.append(("tokens per second", f"{train['tokens_per_second']:,.0f}"))

@@ -7,6 +7,7 @@ from typing import Any
 
 COMPRESSION = "compress.json"
 PICTURE = "compression.png"
+FEW = 8  # rows of which no standard error is to be believed
 COARSE = 0.01  # nats per token: a standard error that hides what users would mind
 ORDERS = {
     "path": "path scores",
@@ -41,17 +42,12 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
     lines = [
         size,
         f"loss {kept['loss']:.4f}, of the whole adapter {whole['loss']:.4f}, of the base {report['base_loss']:.4f}: "
-        f"{kept['difference']:+.4f}{_error(kept['stderr'])} nats per token from the whole, on "
-        + (f"{judged['rows']:,} rows that only judge" if judged["rows"] > 1 else "1 row that only judges"),
-        f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here",
+        f"{kept['difference']:+.4f}{_error(kept['stderr'])} nats per token from the whole, on {_judges(judged)}",
+        f"the order is that of {ORDERS[report['order']]}, the best of {len(report['orders'])} here"
+        if report["order"]
+        else "every rank stays that adds something, so no order decided",
     ]
-    if kept["stderr"] is None:
-        lines.append("a single row has no standard error, and cannot tell a loss from none; more rows judge finer")
-    elif kept["stderr"] > COARSE:
-        lines.append(
-            f"{judged['rows']:,} rows cannot tell a loss of {kept['stderr']:.3f} nats per token from none; more rows "
-            "judge finer"
-        )
+    lines += _coarse(judged["rows"], kept["stderr"], judged.get("least_stderr"))
     if "refit" in report:
         lines.append(_refit(report["refit"]))
     if report["whole_hurts"]:
@@ -62,15 +58,40 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _judges(judged: Mapping[str, Any]) -> str:
+    rows = f"{judged['rows']:,} row{'s' if judged['rows'] > 1 else ''}"
+    if also := judged.get("also"):
+        return f"{rows} that also {also}"
+    return f"{rows} that only judge{'' if judged['rows'] > 1 else 's'}"
+
+
+def _coarse(rows: int, stderr: float | None, least: float | None) -> list[str]:
+    """A line where the rows that judge are too few.
+
+    Args:
+        stderr: of what was kept, 0 for the whole; None: of a single row.
+        least: of the cut that was measured finest.
+    """
+    if stderr is None:
+        return ["a single row has no standard error, and cannot tell a loss from none; more rows judge finer"]
+    if rows < FEW:
+        return [f"{rows} rows are too few even for the standard error to be known; more rows judge finer"]
+    error = stderr or least or 0.0
+    if error <= COARSE:
+        return []
+    return [f"{rows:,} rows tell a difference no finer than ± {error:.3f} nats per token; more rows judge finer"]
+
+
 def _size(kept: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     if kept["parameters"] > whole["parameters"]:
         return (
             f"{kept['ranks']:,} ranks and {kept['parameters']:,} parameters are written, of {whole['ranks']:,} and "
             f"{whole['parameters']:,}: one rank for all fills up modules that have fewer, so leave --uniform out, or "
-            "pass a smaller --max-rank"
+            "ask for a smaller size"
         )
+    share = kept["ranks"] / whole["ranks"]
     return (
-        f"{kept['ranks']:,} of {whole['ranks']:,} ranks ({kept['share']:.1%}) and {kept['parameters']:,} of "
+        f"{kept['ranks']:,} of {whole['ranks']:,} ranks ({share:.1%}) and {kept['parameters']:,} of "
         f"{whole['parameters']:,} parameters are kept"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qalora import processes
 from qalora.adapter.allocation_round import Record
-from qalora.adapter.compression import ROWS, scoring_rows
+from qalora.adapter.compression import MOST_ROWS, enough_rows, scoring_rows
 from qalora.adapter.model import ranks, save_adapter
 from qalora.adapter.search import Asked
 from qalora.base.checkpoint import Quantization
@@ -91,13 +91,18 @@ def write_up(run: Run, session: Session, final: dict[str, int], say: Say, warn: 
 def compress_run(run: Run, session: Session, say: Say) -> None:
     """`lora.compress=true`: cuts the best weights to the smallest size that costs nothing. metrics.json has the whole
     adapter beside what was kept, and compress.json the curves."""
-    scoring, judging, which = rows_to_compress_by(run.data, session.trainer.args.load_best_model_at_end)
+    scoring, judging, also = rows_to_compress_by(run.data, session.trainer.args.load_best_model_at_end)
+    which = (
+        f"which also {also}: fewer than {ENOUGH_APART} rows are left beside them"
+        if also
+        else "none of which chose the weights or measures the result"
+    )
     say(f"compressing: {len(scoring)} validation rows order the ranks and {len(judging)} judge the cut, {which}")
     collate, device = Collator(run.tokenizer.pad_token_id), session.base.model.device
     sizes = (run.recipe.training.micro_batch_size, run.recipe.evaluation.batch_size)
     parts = zip((scoring, judging), sizes, strict=True)
-    rows = Rows(*(on_device(micro_batches(part, size, collate), device) for part, size in parts))
-    report = cut_model(session.model, Asked(), rows)
+    ordering, deciding = (on_device(micro_batches(part, size, collate), device) for part, size in parts)
+    report = cut_model(session.model, Asked(), Rows(ordering, deciding, also))
     session.metrics["compression"] = {name: of for name, of in report.items() if name not in ("curves", "ranks")}
     for line in in_sentences(report):
         say(line)
@@ -109,21 +114,21 @@ def compress_run(run: Run, session: Session, say: Say) -> None:
 
 
 def rows_to_compress_by(data: RunData, chose: bool) -> tuple[list[Tokenized], list[Tokenized], str]:
-    """(rows that order the ranks, other rows that judge the cut, which these are): some of the rows held back, and of
-    those that chose no weights and measure nothing, where they are enough.
+    """(rows that order the ranks, other rows that judge the cut, what else they decide): some of the rows held back,
+    and of those that chose no weights and measure nothing, where they are enough.
 
     Args:
         chose: the loss on the other ones chose the weights.
     """
     if len(data.apart) >= ENOUGH_APART:
-        rows, which = data.apart.items, "none of which chose the weights or measures the result"
+        rows, also = data.apart.items, ""
     else:
         rows = [*data.validation.items, *data.apart.items]
-        also = "chose the weights and measure" if chose else "measure"
-        which = f"which also {also} the result: fewer than {ENOUGH_APART} rows are left beside them"
-    rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
-    scoring, judging = scoring_rows([supervised_tokens([item["labels"]]) for item in rows])
-    return [rows[i] for i in scoring], [rows[i] for i in judging], which
+        also = "chose the weights and measure the result" if chose else "measure the result"
+    rows = random.Random(0).sample(rows, min(MOST_ROWS, len(rows)))
+    tokens = [supervised_tokens([item["labels"]]) for item in rows]
+    scoring, judging = scoring_rows(tokens[: enough_rows(tokens)])
+    return [rows[i] for i in scoring], [rows[i] for i in judging], also
 
 
 def figures(run: Run, session: Session, final: Mapping[str, int]) -> dict[str, Any]:

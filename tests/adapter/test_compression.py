@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qalora.adapter.compression import Point, Size, kept, paired, parameters_of, scoring_rows, shrunk
+from qalora.adapter.compression import Point, Size, enough_rows, kept, paired, parameters_of, scoring_rows, shrunk
 
 SCORES = {"a": [5.0, 1.0], "b": [4.0, -2.0, 3.0], "c": [0.5]}
 COSTS = {"a": 100, "b": 10, "c": 1}
@@ -89,6 +89,11 @@ def test_shrinking_comes_closer_to_the_truth_than_shares_or_values_alone():
 
     assert missed(found) < min(missed(shares), missed(values))
     assert np.square(found - truth).mean() < np.square(shares - truth).mean()
+
+
+def test_rows_of_short_answers_are_more():
+    assert [enough_rows([tokens] * 5000) for tokens in (1000, 20, 10, 2)] == [200, 205, 410, 1000]
+    assert enough_rows([1] * 30) == 30
 
 
 def test_rows_score_until_they_have_tokens_enough_and_never_more_than_half():

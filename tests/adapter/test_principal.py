@@ -70,6 +70,13 @@ def test_ranks_of_no_energy_leave(factors, dead):
     torch.testing.assert_close(found.B @ found.A, B.double() @ A.double(), rtol=0, atol=1e-10)
 
 
+def test_ranks_that_cancel_out_have_no_energy(factors):
+    """Up to what fp32 factors can say of the sum."""
+    A, B = factors
+    A, B = torch.cat([A, A]), torch.cat([B, -B * (1 + 1e-9)], dim=1)
+    assert len(principal(A, B).A) == 0
+
+
 def test_an_adapter_that_is_zero_has_no_rank(factors):
     A, B = factors
     assert len(principal(A, torch.zeros_like(B)).A) == 0

@@ -97,7 +97,7 @@ def test_ranks_that_training_left_are_cut_and_trained_on_as_they_are(made_up):
     found, _ = made_up({"trained": lambda n: 0.01}, Asked(Size(ranks=50), refit=True), gain=0.02)
     assert found.chosen.point.factors["m"][-1] == THEIRS
     whole, _ = made_up({"path": lambda n: 0.5, "trained": lambda n: 0.4}, Asked(Size(ranks=100)))
-    assert list(whole.curves) == ["path"]  # nothing leaves, in whatever order
+    assert list(whole.curves) == ["path"] and whole.chosen.order is None  # nothing leaves, in whatever order
 
 
 def test_one_failure_by_chance_ends_no_curve(made_up):
@@ -107,7 +107,7 @@ def test_one_failure_by_chance_ends_no_curve(made_up):
 
 def test_where_every_cut_costs_something_the_whole_stays(made_up):
     found, _ = made_up({"path": lambda n: 0.5, "values": lambda n: 0.4}, Asked())
-    assert (found.chosen.point.ranks, found.chosen.point.share) == (100, 1.0)
+    assert (found.chosen.order, found.chosen.point.ranks, found.chosen.point.share) == (None, 100, 1.0)
     assert made_up({"path": lambda n: 0.5}, Asked(tolerance=0.5))[0].chosen.point.ranks == 3
 
 

@@ -95,8 +95,35 @@ def test_a_single_row_that_judges_has_no_standard_error_in_the_json(model, make_
     json.dumps(report, allow_nan=False)
 
 
+def test_ranks_of_the_trained_basis_are_counted_in_it(model, make_batch):
+    """Three equal ranks are one in the principal basis: two ranks in every module are as many as all of that, and still
+    a cut of those that training left."""
+    for layer in list(gated_layers(model).values())[::2]:
+        layer.A.data[:], layer.B.data[:] = layer.A.data[:1].clone(), layer.B.data[:, :1].clone()
+    rows = Rows([make_batch(rows=4, seed=1)], [make_batch(rows=4, seed=2)])
+    asked = Asked(Size(max_rank=2), orders=("trained",), refit=True, refit_steps=2)
+    report = cut_model(model, asked, rows)
+    assert report["order"] == "trained" and report["refit"] is not None
+
+
+def test_the_report_says_what_was_read_and_what_it_decides(model, make_batch):
+    rows = Rows([make_batch(rows=3, seed=1)], [make_batch(rows=4, seed=2)], "measure the result")
+    report = cut_model(model, Asked(Size(ranks=6)), rows)
+    assert report["scored_on"]["rows"] == 3 and report["judged_on"]["rows"] == 4
+    assert report["judged_on"]["also"] == "measure the result"
+    errors = [point["stderr"] for points in report["curves"].values() for point in points if point["stderr"]]
+    assert report["judged_on"]["least_stderr"] == min(errors)
+
+
+def test_modules_that_are_filled_up_count_in_the_curves(model, make_batch):
+    rows = Rows([make_batch(rows=3, seed=1)], [make_batch(rows=4, seed=2)])
+    report = cut_model(model, Asked(Size(max_rank=1), uniform=True), rows)
+    taken = [point for point in report["curves"][report["order"]] if point["ranks"] == report["kept"]["ranks"]]
+    assert [point["parameters"] for point in taken] == [report["kept"]["parameters"]]
+
+
 def test_training_on_is_in_the_report_also_where_nothing_left_that_it_could_make_up_for(model, make_batch):
     rows = Rows([make_batch(rows=2, seed=1)], [make_batch(rows=2, seed=2)])
     report = cut_model(model, Asked(Size(max_rank=3), refit=True), rows)
-    assert report["refit"] is None
+    assert report["refit"] is None and report["order"] is None
     assert report["kept"]["ranks"] == report["whole"]["ranks"]

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from qalora.adapter.model import gated_layers
 from qalora.deploy.compressed import write_cut
 from qalora.deploy.read_by_peft import compare_with_peft
+from qalora.errors import AnswerNo
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,15 @@ def test_equal_files_are_found_equal_and_the_base_is_left_as_it_was(tiny_adapter
     assert "kernels" not in base.__dict__
     with torch.no_grad():
         torch.testing.assert_close(base(input_ids=ids).logits, bare, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_diverged_is_said_to_have(tiny_adapter, tmp_path, tokenizer):
+    model = tiny_adapter(r=2).eval()
+    for layer in gated_layers(model).values():
+        layer.B.data *= 1e30
+    write_cut(model, tmp_path, torch.float32, None)
+    with pytest.raises(AnswerNo, match="it has diverged"):
+        compare_with_peft(model, tmp_path, tokenizer, torch.float32)
 
 
 @pytest.mark.parametrize("what", ["a weight", "a scaling", "a module"])

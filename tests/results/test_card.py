@@ -34,7 +34,7 @@ def test_a_card_says_what_the_run_was(run):
         "| rows | 5 trained on, 2 held back |",
         "| optimizer steps | 12 of 8 rows |",
         "| rank budget | 12 |",
-        "| ranks in the adapter | 12, after 2 rounds of allocation |",
+        "| ranks in the adapter | 12 after 2 rounds of allocation |",
         "| an answer ends with | `</s>` |",
     ):
         assert line in training

@@ -57,8 +57,26 @@ def test_a_card_says_whose_figures_are_whose(report):
 @pytest.mark.parametrize(("stderr", "said"), [(0.0131, 1), (0.0099, 0)])
 def test_few_rows_are_said_to_tell_little(report, stderr, said):
     report["kept"]["stderr"] = stderr
-    lines = [line for line in in_sentences(report) if line.startswith("168 rows cannot tell a loss of 0.013")]
-    assert len(lines) == said
+    telling = "168 rows tell a difference no finer than ± 0.013"
+    assert len([line for line in in_sentences(report) if line.startswith(telling)]) == said
+    report["kept"]["stderr"] = 0.0  # of the whole, which stayed: what its cuts were measured by tells
+    report["judged_on"]["least_stderr"] = stderr
+    assert len([line for line in in_sentences(report) if line.startswith(telling)]) == said
+
+
+def test_a_handful_of_rows_is_too_few_for_a_standard_error(report):
+    report["judged_on"]["rows"] = 7
+    assert any(line.startswith("7 rows are too few even for the standard error") for line in in_sentences(report))
+
+
+def test_rows_that_decided_more_are_said_to(report):
+    report["judged_on"]["also"] = "chose the weights and measure the result"
+    assert in_sentences(report)[1].endswith("on 168 rows that also chose the weights and measure the result")
+
+
+def test_where_every_rank_stays_no_order_won(report):
+    report["order"] = None
+    assert in_sentences(report)[2] == "every rank stays that adds something, so no order decided"
 
 
 def test_a_single_row_is_said_to_tell_nothing(report):
@@ -81,5 +99,5 @@ def test_one_rank_for_all_that_made_it_larger_is_said(report):
     report["kept"] |= {"share": 2.0, "ranks": 3360, "parameters": 4_884_480}
     assert in_sentences(report)[0] == (
         "3,360 ranks and 4,884,480 parameters are written, of 1,680 and 2,442,240: one rank for all fills up modules "
-        "that have fewer, so leave --uniform out, or pass a smaller --max-rank"
+        "that have fewer, so leave --uniform out, or ask for a smaller size"
     )

@@ -135,14 +135,15 @@ def test_rows_that_chose_the_weights_judge_only_where_there_are_no_others(recipe
     recipe = recipe_over(**SETTINGS)
     data = load_data(recipe, load_tokenizer(resolve(recipe.model)))
     held_back = [*data.validation.items, *data.apart.items]
-    scoring, judging, which = rows_to_compress_by(data, True)
+    scoring, judging, also = rows_to_compress_by(data, True)
     assert sorted(map(id, [*scoring, *judging])) == sorted(map(id, held_back))
-    assert "which also chose the weights" in which
+    assert also == "chose the weights and measure the result"
+    assert rows_to_compress_by(data, False)[2] == "measure the result"
     monkeypatch.setattr("qalora.training.finish.ENOUGH_APART", 8)
     others = data.train.subset(range(8))
-    scoring, judging, which = rows_to_compress_by(replace(data, apart=others), True)
+    scoring, judging, also = rows_to_compress_by(replace(data, apart=others), True)
     assert {id(item) for item in [*scoring, *judging]} == {id(item) for item in others.items}
-    assert "none of which" in which
+    assert not also
 
 
 def test_rows_apart_are_what_is_held_back_and_not_measured(recipe_over):
