@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import qalora.base.loading
+from qalora.adapter.provenance import Provenance
+from qalora.base.fingerprint import stored_as
+from qalora.base.registry import resolve
 from qalora.cli import run
 from qalora.compress import main, share
 from qalora.errors import InputError
@@ -333,6 +336,13 @@ def test_bad_input_is_named_before_weights_load(compress, folder, trained, rows,
     save_file({key: t * ("lora_B" not in key) for key, t in tensors_of(trained).items()}, zero / WEIGHTS)
     with pytest.raises(InputError, match="untrained"):
         compress(adapter=zero)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("adapter_config.json", WEIGHTS):
+        (other / file).write_bytes((trained / file).read_bytes())
+    Provenance("mine", "nf4", True, "float32", base="0" * 64, stored_as=stored_as(resolve(str(folder)))).write(other)
+    with pytest.raises(InputError, match="has other weights"):
+        compress(adapter=other)
     assert not (tmp_path / "small").exists()
 
 

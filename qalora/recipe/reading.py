@@ -187,7 +187,7 @@ def make_recipe(settings: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
     except ValidationError as error:
         problems += _described(error, known)
     if problems:
-        raise InputError(f"{origin}: " + "; ".join(problems) + ".")
+        raise InputError(f"{origin}: " + "; ".join(problems) + ("" if problems[-1].endswith("?") else "."))
     return recipe
 
 

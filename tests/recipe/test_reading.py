@@ -245,6 +245,13 @@ def test_recipes_by_name(tmp_path, monkeypatch):
         recipe_path("alpacca")
 
 
+@pytest.mark.parametrize(("key", "end"), [("lora.rr", "did you mean lora.r?"), ("zzzz", "zzzz: unknown setting.")])
+def test_a_message_has_one_end(key, end):
+    with pytest.raises(InputError) as error:
+        load_recipe("quickstart", [("model", "tiny"), ("data.train", "rows.jsonl"), (key, 1)])
+    assert str(error.value).endswith(end)
+
+
 @pytest.mark.parametrize("name", module.recipe_names())
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name, [("model", "tiny"), ("data.train", "rows.jsonl")])
