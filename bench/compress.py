@@ -142,7 +142,8 @@ EVERY = tuple(
         )
     )
 )
-CUTS = {"core": CORE, "curves": CURVES, "corrected": CORRECTED, "every": EVERY}
+BASES = tuple(cut for cut in EVERY if cut.share in DEEP)
+CUTS = {"core": CORE, "curves": CURVES, "corrected": CORRECTED, "bases": BASES, "every": EVERY}
 WHOLE = 8  # ranks per module of the adapters that are cut first
 RATE = 2e-3
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
