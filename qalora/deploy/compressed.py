@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def report_of(found: Cut, asked: Asked) -> dict[str, Any]:
         "gain": gain,
         "gain_stderr": known(stderr),
         "whole_hurts": found.hurts,
+        "lowest": _figures(min(chain(*found.curves.values()), key=lambda point: point.loss)),
         "curves": {order: [_figures(point) for point in points] for order, points in found.curves.items()},
         **({"refit": _refit(chosen)} if asked.refit else {}),
     }

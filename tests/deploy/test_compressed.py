@@ -111,6 +111,7 @@ def test_the_report_says_what_was_read_and_what_it_decides(model, make_batch):
     report = cut_model(model, Asked(Size(ranks=6)), rows)
     assert report["scored_on"]["rows"] == 3 and report["judged_on"]["rows"] == 4
     assert report["judged_on"]["also"] == "measure the result"
+    assert report["lowest"]["loss"] == min(point["loss"] for points in report["curves"].values() for point in points)
     errors = [point["stderr"] for points in report["curves"].values() for point in points if point["stderr"]]
     assert report["judged_on"]["least_stderr"] == min(errors)
 

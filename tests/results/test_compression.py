@@ -17,6 +17,7 @@ def report():
         "order": "shrunk",
         "orders": ["path", "values", "shrunk"],
         "whole_hurts": False,
+        "lowest": {"ranks": 840, "loss": 1.31},
         "gain": 1.47,
         "gain_stderr": 0.05,
     }  # fmt: skip
@@ -44,6 +45,7 @@ def test_an_adapter_that_hurts_and_corrections_are_said(report):
     report["refit"] = {"loss_before": 1.33, "loss_after": 1.31, "helped": True}
     assert f"{training} 1.3100, and stay" in in_sentences(report)
     assert "the base alone is 0.2000 ± 0.0500 nats per token better" in lines[-1]
+    assert "840 ranks have the lowest loss, 1.3100" in lines[-1]
 
 
 def test_a_card_says_whose_figures_are_whose(report):
