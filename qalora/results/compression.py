@@ -54,7 +54,7 @@ def in_sentences(report: Mapping[str, Any]) -> list[str]:
         lowest = report["lowest"]
         lines.append(
             f"the whole adapter hurts on these rows: the base alone is {-report['gain']:.4f}"
-            f"{_error(report['gain_stderr'])} nats per token better, and of the cuts that were tried {lowest['ranks']:,} "
+            f"{_error(report['gain_stderr'])} nats per token better, and of the sizes tried {lowest['ranks']:,} "
             f"ranks have the lowest loss, {lowest['loss']:.4f}; are they rows that it was trained for?"
         )
     return lines
