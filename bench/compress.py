@@ -131,16 +131,12 @@ def curves(shares: Sequence[float]) -> tuple[Cut, ...]:
 CORE = curves(DEEP)
 CURVES = curves(SHARES)
 CORRECTED = tuple(Cut("svd", REFITTED, share) for share in DEEP)
-EVERY = tuple(
-    dict.fromkeys(
-        (
-            *CURVES,
-            *(Cut("svd-act", order, share) for share in SHARES for order in OF_BASIS),
-            *(Cut("svd", "path", share, "parameter") for share in SHARES),
-            *(Cut("svd", order, share) for order in ("sum", "random") for share in SHARES),
-            *(Cut("trained", order, share) for order in ("path", "random") for share in SHARES),
-        )
-    )
+EVERY = (
+    *CURVES,
+    *(Cut("svd-act", order, share) for share in SHARES for order in OF_BASIS),
+    *(Cut("svd", "path", share, "parameter") for share in SHARES),
+    *(Cut("svd", order, share) for order in ("sum", "random") for share in SHARES),
+    *(Cut("trained", order, share) for order in ("path", "random") for share in SHARES),
 )
 BASES = tuple(cut for cut in EVERY if cut.share in DEEP)
 CUTS = {"core": CORE, "curves": CURVES, "corrected": CORRECTED, "bases": BASES, "every": EVERY}
